@@ -1,0 +1,31 @@
+"""Sample importance: which training samples shaped a network, in which layer, and when.
+
+`open_cube` reads a study, `load_dataset` gives the arrays that training sees, `ImportanceRecorder`
+records importance in anybody's training loop. ARCHITECTURE.md is the map of the rest.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sampimp.schema import __version__
+
+if TYPE_CHECKING:
+    from sampimp.capture import ImportanceRecorder
+    from sampimp.cube import open_cube
+    from sampimp.data import Dataset, load_dataset
+
+__all__ = ["Dataset", "ImportanceRecorder", "__version__", "load_dataset", "open_cube"]
+
+_HOMES = {
+    "Dataset": "sampimp.data",
+    "ImportanceRecorder": "sampimp.capture",
+    "load_dataset": "sampimp.data",
+    "open_cube": "sampimp.cube",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: reading a cube needs no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sampimp' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

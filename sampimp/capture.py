@@ -1,0 +1,474 @@
+"""Capture importance inside a training step, with hooks, and leave the training as it is.
+
+At each linear layer a forward hook notes the layer's input and a hook on its output receives the
+gradient there; `sampimp.importance` needs nothing else. The hooks exist only inside the step, read
+and never write what autograd computes, and so leave the trained parameters bit-identical. A layer
+or an optimizer without an exact formula here is refused when the recorder is made.
+
+Map: `LayerCapture` (the hooks), `ImportanceRecorder` (in-step, for anybody's loop),
+`snapshot_importance` (every sample at fixed parameters).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sampimp.errors import ConfigError, UnsupportedError
+from sampimp.importance import linear_importance, row_norm
+from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+class Norms(NamedTuple):
+    """All that importance needs of one pass: for each layer, in forward order, N numbers twice."""
+
+    layers: tuple[str, ...]
+    delta: list[Tensor]
+    activation: list[Tensor]
+    rates: tuple[tuple[float, float], ...]
+
+    @staticmethod
+    def importance(passes: Sequence["Norms"]) -> Tensor:
+        """Return beta of the samples of all passes, shape (layer, samples), on the CPU.
+
+        Done for a whole epoch at once: the same few operations on each batch's N numbers cost 1 %
+        of a training step of the paper's network.
+        """
+        delta, activation = [], []
+        for layer in range(len(passes[0].layers)):
+            delta.append(torch.cat([norms.delta[layer] for norms in passes]))
+            activation.append(torch.cat([norms.activation[layer] for norms in passes]))
+        sizes = torch.tensor([len(norms.delta[0]) for norms in passes])
+        rates = torch.tensor([norms.rates for norms in passes], dtype=torch.float64)
+        weight_rate, bias_rate = rates.to(delta[0].dtype).repeat_interleave(sizes, 0).unbind(2)
+        return linear_importance(
+            torch.stack(delta).cpu(), torch.stack(activation).cpu(), weight_rate.T, bias_rate.T
+        )
+
+
+class LayerCapture:
+    """The importance of a batch in every layer, from one forward and backward pass.
+
+    Parameters
+    ----------
+    model
+        Its parameters must all belong to `nn.Linear` layers, each called once in a pass.
+    rate_of
+        The learning rate of a parameter; 0 where it is not trained.
+
+    Raises
+    ------
+    UnsupportedError
+        A module with parameters is not linear, shares them, or mixes the samples of a batch.
+    """
+
+    def __init__(self, model: nn.Module, rate_of: Callable[[nn.Parameter], float]) -> None:
+        self._modules = find_layers(model)
+        self._rate_of = rate_of
+        self._batch_size = 0
+        self._activation_norm: dict[str, Tensor] = {}
+        self._delta_norm: dict[str, Tensor] = {}
+
+    @contextmanager
+    def batch(self, size: int) -> Iterator[None]:
+        """Watch the pass over `size` samples that is run inside."""
+        self._batch_size = size
+        self._activation_norm.clear()
+        self._delta_norm.clear()
+        handles = [
+            layer.register_forward_hook(partial(self._on_forward, name))
+            for name, layer in self._modules.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def norms(self) -> "Norms":
+        """Return what the pass left behind.
+
+        Raises
+        ------
+        UnsupportedError
+            A layer saw no gradient in the pass.
+        """
+        if len(self._delta_norm) < len(self._modules):
+            missing = [name for name in self._modules if name not in self._delta_norm]
+            raise UnsupportedError(
+                expected="a forward and a backward pass through every layer in the step",
+                got=f"no gradient at {', '.join(missing)}",
+                where=f"layer {missing[0]}",
+                todo="put the whole step (forward, backward, update) inside the block",
+            )
+        layers = tuple(self._activation_norm)  # in forward order
+        return Norms(
+            layers=layers,
+            delta=[self._delta_norm[name] for name in layers],
+            activation=list(self._activation_norm.values()),
+            rates=tuple(map(self._rates_of, self._activation_norm)),
+        )
+
+    def _rates_of(self, name: str) -> tuple[float, float]:
+        layer = self._modules[name]
+        return (
+            self._rate_of(layer.weight),
+            0.0 if layer.bias is None else self._rate_of(layer.bias),
+        )
+
+    def _on_forward(
+        self, name: str, layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        if not output.requires_grad:
+            return  # an evaluation under no_grad inside the step
+        (activation,) = inputs
+        if activation.dim() != 2 or len(activation) != self._batch_size:
+            raise UnsupportedError(
+                expected=f"an input of shape ({self._batch_size}, inputs), one row a sample",
+                got=f"an input of shape {tuple(activation.shape)}",
+                where=f"layer {name}",
+                todo="name as many samples as the batch has rows; sequences are not supported",
+            )
+        # Only the N norms outlive the forward pass: holding the input until the backward pass kept
+        # autograd from reusing its memory and cost 1 % of a step.
+        self._activation_norm[name] = row_norm(activation.detach())
+        output.register_hook(partial(self._on_gradient, name))
+
+    def _on_gradient(self, name: str, delta_NO: Tensor) -> None:
+        if name in self._delta_norm:
+            raise UnsupportedError(
+                expected="every layer to be used once in a step",
+                got="a second gradient",
+                where=f"layer {name}",
+                todo="give every use a layer of its own, and every backward pass a step",
+            )
+        self._delta_norm[name] = row_norm(delta_NO)
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the layers of a model by name, in the order in which they were registered.
+
+    Raises
+    ------
+    UnsupportedError
+        As for `LayerCapture`.
+
+    Examples
+    --------
+    >>> find_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))).keys()
+    dict_keys(['0', '2'])
+    """
+    layers: dict[str, nn.Linear] = {}
+    owner: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            raise UnsupportedError(
+                expected="layers that treat each sample of a batch on its own",
+                got=f"{type(module).__name__}, which mixes them",
+                where=f"module {name or '(the model itself)'}",
+                todo="train without it: no importance of a single sample is defined below it",
+            )
+        own = list(module.parameters(recurse=False))
+        if not own:
+            continue
+        if type(module) is not nn.Linear:
+            raise UnsupportedError(
+                expected="layers of type Linear",
+                got=f"{type(module).__name__} with {sum(map(torch.numel, own)):,} parameters",
+                where=f"module {name or '(the model itself)'}",
+                todo="only Linear has an exact rule here; replace the module or record without it",
+            )
+        for parameter in own:
+            if id(parameter) in owner:
+                raise UnsupportedError(
+                    expected="every parameter to belong to one layer",
+                    got=f"one shared with {owner[id(parameter)]}",
+                    where=f"module {name}",
+                    todo="untie the weights: their gradients add up before they are squared",
+                )
+            owner[id(parameter)] = name
+        layers[name or "model"] = module
+    if not layers:
+        raise UnsupportedError(
+            expected="a model with at least one Linear layer",
+            got=f"{type(model).__name__} without parameters",
+            where="the model given to the recorder",
+            todo="pass the model that is being trained",
+        )
+    return layers
+
+
+class ImportanceRecorder:
+    """Record in-step importance around anybody's training step.
+
+    Parameters
+    ----------
+    model
+        A network whose parameters all belong to `nn.Linear` layers.
+    optimizer
+        `torch.optim.SGD` without momentum, over any groups of its parameters.
+    loss_reduction
+        How the loss is taken over a batch, "mean" or "sum". The gradients already contain it; it is
+        written beside the result, because importance differs by B^2 between the two.
+
+    Raises
+    ------
+    UnsupportedError
+        On construction for a layer or optimizer without an exact rule; in a step for gradients
+        changed between `backward` and `optimizer.step`, as by clipping.
+
+    References
+    ----------
+    Gao & Jojic (2017), section 2. See Also: GraNd = sqrt(sum over layers of importance) B / rate.
+
+    Examples
+    --------
+    Three lines are added to a loop, here marked with their number:
+
+    >>> inputs, labels = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> recorder = ImportanceRecorder(model, optimizer)                        # 1
+    >>> for epoch in (1, 2):
+    ...     for index in torch.randperm(6).split(3):
+    ...         with recorder.step(index, epoch=epoch):                        # 2
+    ...             optimizer.zero_grad()
+    ...             loss = functional.cross_entropy(model(inputs[index]), labels[index])
+    ...             loss.backward()
+    ...             optimizer.step()
+    >>> dict(recorder.to_dataset().sizes)                                      # 3
+    {'epoch': 2, 'layer': 2, 'sample': 6}
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, loss_reduction: str = "mean"
+    ) -> None:
+        if loss_reduction not in ("mean", "sum"):
+            raise ConfigError(
+                expected='loss_reduction "mean" or "sum"',
+                got=repr(loss_reduction),
+                where="ImportanceRecorder",
+                todo="name the reduction of the loss that is trained on",
+            )
+        check_optimizer(optimizer)
+        self.optimizer = optimizer
+        self.loss_reduction = loss_reduction
+        self._group_of = {
+            id(parameter): group
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        self._capture = LayerCapture(model, self._rate_of)
+        self.layers: tuple[str, ...] = tuple(find_layers(model))
+        self._steps: dict[int, list[tuple[Tensor, Norms]]] = {}
+        self._watched = self._first_trained(model)
+        self._largest_batch = 0
+
+    @contextmanager
+    def step(self, index: Tensor | np.ndarray | Sequence[int], *, epoch: int) -> Iterator[None]:
+        """Record the training step run inside the block.
+
+        Parameters
+        ----------
+        index
+            Permanent index of each sample of the batch, shape (N,), in the order of its rows.
+        epoch
+            The epoch that the step belongs to. A sample used twice in it has its importance summed.
+
+        Raises
+        ------
+        ConfigError
+            An index appears twice or is negative.
+        UnsupportedError
+            As for the class, or the block makes no update or more than one.
+        """
+        index_N = check_index(index)
+        measured: list[Norms] = []
+        version = -1
+
+        def after_gradient(parameter: nn.Parameter) -> None:
+            nonlocal version
+            version = parameter.grad._version  # type: ignore[union-attr]
+
+        def before_update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            grad = self._watched.grad
+            if grad is None or grad._version != version:
+                raise UnsupportedError(
+                    expected="the gradients of this step's backward pass, unchanged",
+                    got="gradients changed between backward() and optimizer.step()",
+                    where=f"epoch {epoch}, optimizer {type(optimizer).__name__}",
+                    todo="train without gradient clipping or scaling: the recorded update would "
+                    "not be the one that is made",
+                )
+            measured.append(self._capture.norms())
+
+        handles = [
+            self._watched.register_post_accumulate_grad_hook(after_gradient),
+            self.optimizer.register_step_pre_hook(before_update),
+        ]
+        try:
+            with self._capture.batch(len(index_N)):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(measured) != 1:
+            raise UnsupportedError(
+                expected="one optimizer.step() in the block",
+                got=f"{len(measured)}",
+                where=f"epoch {epoch}",
+                todo="put exactly one update into the block; do not accumulate gradients",
+            )
+        self._largest_batch = max(self._largest_batch, len(index_N))
+        self.layers = measured[0].layers
+        self._steps.setdefault(epoch, []).append((index_N, measured[0]))
+
+    def pop_epoch(self, epoch: int, sample_count: int) -> Tensor:
+        """Return an epoch's importance on the CPU and forget it.
+
+        Returns
+        -------
+        Tensor of shape (layer, sample)
+            NaN for a sample that no step of the epoch used.
+        """
+        return _epoch_importance(self._steps.pop(epoch), sample_count)
+
+    def to_dataset(self, sample_count: int | None = None) -> "xr.Dataset":
+        """Return what was recorded, labelled.
+
+        Parameters
+        ----------
+        sample_count
+            Size of the training set; by default the largest index seen, plus one.
+
+        Returns
+        -------
+        xarray.Dataset
+            `importance` (epoch, layer, sample), float32, in parameter squared; NaN where an epoch
+            did not use a sample. `to_zarr` of the Dataset writes it to disk.
+        """
+        import xarray as xr  # here: recording alone should not cost the import
+
+        epochs = sorted(self._steps)
+        if sample_count is None:
+            largest = [int(index.max()) for epoch in epochs for index, _ in self._steps[epoch]]
+            sample_count = 1 + max(largest, default=-1)
+        values = [
+            _epoch_importance(self._steps[epoch], sample_count).float().numpy() for epoch in epochs
+        ]
+        variable = VARIABLES["importance"]
+        rates = sorted({group["lr"] for group in self.optimizer.param_groups})
+        return xr.Dataset(
+            {
+                "importance": (
+                    variable.dims,
+                    np.stack(values) if values else np.empty((0, len(self.layers), sample_count)),
+                    {
+                        "units": variable.units,
+                        "long_name": variable.long_name,
+                        "learning_rate": rates[0] if len(rates) == 1 else rates,
+                        "batch_size": self._largest_batch,
+                        "loss_reduction": self.loss_reduction,
+                        "weight_decay": self.optimizer.param_groups[0]["weight_decay"],
+                        "optimizer": type(self.optimizer).__name__,
+                    },
+                )
+            },
+            coords={"epoch": epochs, "layer": list(self.layers), "sample": np.arange(sample_count)},
+            attrs={"schema_version": SCHEMA_VERSION, "sampimp_version": __version__},
+        )
+
+    def _first_trained(self, model: nn.Module) -> nn.Parameter:
+        for parameter in model.parameters():
+            if self._rate_of(parameter):
+                return parameter
+        raise UnsupportedError(
+            expected="an optimizer over parameters of the model",
+            got="none that it trains",
+            where="ImportanceRecorder",
+            todo="make the optimizer from this model's parameters",
+        )
+
+    def _rate_of(self, parameter: nn.Parameter) -> float:
+        group = self._group_of.get(id(parameter))
+        return float(group["lr"]) if group is not None and parameter.requires_grad else 0.0
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise UnsupportedError unless the update is -rate (gradient + weight decay)."""
+    momentum = [group.get("momentum", 0) for group in optimizer.param_groups]
+    if type(optimizer) is not torch.optim.SGD or any(momentum):
+        raise UnsupportedError(
+            expected="torch.optim.SGD without momentum",
+            got=f"{type(optimizer).__name__}" + (f", momentum {momentum}" if any(momentum) else ""),
+            where="ImportanceRecorder",
+            todo="use plain SGD: the affectibility of another update has another formula",
+        )
+
+
+def check_index(index: Tensor | np.ndarray | Sequence[int]) -> Tensor:
+    """Return sample indices as an int64 tensor on the CPU, or raise ConfigError."""
+    index_N = torch.as_tensor(index, dtype=torch.int64).cpu()
+    listed = index_N.flatten().tolist()  # a set of ints takes a quarter of the time of a sort
+    if index_N.dim() != 1 or len(set(listed)) != len(listed) or min(listed, default=0) < 0:
+        raise ConfigError(
+            expected="one non-negative index for each sample of the batch, none twice",
+            got=f"shape {tuple(index_N.shape)}, smallest {min(listed, default=0)}, "
+            f"{len(listed) - len(set(listed))} repeated",
+            where="ImportanceRecorder.step",
+            todo="pass the samples' positions in the training set",
+        )
+    return index_N
+
+
+def snapshot_importance(
+    model: nn.Module, inputs: Tensor, labels: Tensor, *, rate: float, chunk: int = 1000
+) -> Tensor:
+    """Return the importance that every sample would have at the model's present parameters.
+
+    Parameters
+    ----------
+    model
+        As for `LayerCapture`; left as it is, gradients too.
+    inputs, labels
+        Shapes (N, ...) and (N,).
+    rate
+        The factor from a sample's own gradient to its part of the update, learning rate / batch
+        size under a mean loss.
+    chunk
+        Samples in one pass; a matter of memory (arbitrary), each sample's gradient being its own.
+
+    Returns
+    -------
+    Tensor of shape (layer, N)
+        On the CPU, in the model's precision.
+    """
+    capture = LayerCapture(model, lambda parameter: rate * parameter.requires_grad)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    passes = []
+    for inputs_N, labels_N in zip(inputs.split(chunk), labels.split(chunk), strict=True):
+        with capture.batch(len(labels_N)):
+            loss = functional.cross_entropy(model(inputs_N), labels_N, reduction="sum")
+            torch.autograd.grad(loss, trained)
+        passes.append(capture.norms())
+    return Norms.importance(passes)
+
+
+def _epoch_importance(steps: Sequence[tuple[Tensor, Norms]], sample_count: int) -> Tensor:
+    """Sum each sample's importance over the steps, shape (layer, sample); NaN where unused."""
+    index_N = torch.cat([index for index, _ in steps])
+    beta_LN = Norms.importance([norms for _, norms in steps])
+    total = torch.zeros(len(beta_LN), sample_count, dtype=beta_LN.dtype)
+    total.index_add_(1, index_N, beta_LN)
+    unused = torch.ones(sample_count, dtype=torch.bool)
+    unused[index_N] = False
+    total[:, unused] = torch.nan
+    return total

@@ -1,0 +1,137 @@
+"""What decides the numbers of a run, as frozen dataclasses that check themselves.
+
+The defaults are the paper's (Gao & Jojic 2017, section 3.1). A trial's fingerprint is the digest of
+everything in its `TrialConfig`, of the data, of the code's version and of the reference run that it
+sorts by: two trials with one fingerprint are the same experiment.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from sampimp.errors import ConfigError
+from sampimp.schema import REFERENCES, STRATEGIES, digest_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How every network of a study is trained."""
+
+    input_scaling: Literal["unit", "standard"] = "unit"
+    """Inputs in [0, 1], or standardised over the training set; the paper does not say."""
+    hidden: tuple[int, ...] = (512, 512, 512)
+    """Units of each hidden layer."""
+    epochs: int = 50
+    """Passes over the training set."""
+    batch_size: int = 100
+    """Largest number of samples in a batch."""
+    learning_rate: float = 0.1
+    """Rate of plain SGD; constant."""
+    weight_decay: float = 1e-5
+    """Factor of the parameters in the update, beside the gradient of the mean loss."""
+    parameters_every: int = 1
+    """Store all parameters every so many epochs, and at the start and the end; 0 for never."""
+    threads: int = 1
+    """CPU threads of a trial; fixed, since threads change the order of sums."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where a trial computes."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value that cannot be trained with."""
+        for name in ("epochs", "batch_size", "threads"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("weight_decay", "parameters_every"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        rate = self.learning_rate
+        _require(math.isfinite(rate) and rate > 0, "learning_rate", "a positive number", rate)
+        _require(
+            all(units >= 1 for units in self.hidden), "hidden", "at least 1 unit each", self.hidden
+        )
+
+    def stored_states(self) -> list[int]:
+        """Return the states whose parameters are stored: 0 is the start, t after epoch t.
+
+        Examples
+        --------
+        >>> TrainingConfig(epochs=5, parameters_every=2).stored_states()
+        [0, 2, 4, 5]
+        """
+        if self.parameters_every == 0:
+            return []
+        return sorted({*range(0, self.epochs + 1, self.parameters_every), self.epochs})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialConfig:
+    """One training run: which data, which batches, which initialisation."""
+
+    dataset: str
+    """Key of the data set, as `sampimp.data.dataset_key` gives it."""
+    strategy: str
+    """One of the reference strategies or of the paper's seven."""
+    seed: int
+    """Seed of the initialisation."""
+    order_seed: int
+    """Seed of the order of the batches."""
+    training: TrainingConfig
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for an unknown strategy or a negative seed."""
+        check_choice(self.strategy, (*REFERENCES, *STRATEGIES), "strategy")
+        _require(min(self.seed, self.order_seed) >= 0, "seed", "at least 0", self.seed)
+
+    def fingerprint(self, code: str, data_digest: str, reference_digest: str | None) -> str:
+        """Return the SHA-256 that identifies the run's numbers.
+
+        Parameters
+        ----------
+        code
+            Version of this package.
+        data_digest
+            Digest of the data set's values.
+        reference_digest
+            Digest of the record that a sorted strategy sorts by; None for the other strategies.
+        """
+        return digest_json(
+            {
+                "trial": asdict(self),
+                "data": data_digest,
+                "reference": reference_digest,
+                "code": code,
+            }
+        )
+
+    def trial_id(self, fingerprint: str) -> str:
+        """Return the name of the trial's folder, such as mnist-nlo-seed3-1f0c9a2b."""
+        return f"{self.dataset}-{self.strategy}-seed{self.seed}-{fingerprint[:8]}"
+
+
+def check_choice(value: str, choices: Sequence[str], what: str) -> str:
+    """Return the value if it is one of the choices, else raise ConfigError naming the nearest.
+
+    Examples
+    --------
+    >>> check_choice("nlm", ("nlo", "nlm"), "strategy")
+    'nlm'
+    """
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        raise ConfigError(
+            expected=f"a {what} among {', '.join(choices)}",
+            got=repr(value),
+            where=what,
+            todo=f"did you mean {near[0]}?" if near else f"choose one of the {len(choices)}",
+        )
+    return value
+
+
+def _require(holds: bool, name: str, expected: str, got: Any) -> None:
+    if not holds:
+        raise ConfigError(
+            expected=f"{name} to be {expected}",
+            got=repr(got),
+            where=f"option --{name.replace('_', '-')}",
+            todo="change the value",
+        )

@@ -1,0 +1,219 @@
+"""Read a whole study lazily as one labelled cube.
+
+`open_cube` matches the plan with the commits and lays a dask array over the records, one block for
+each chunk that a trial wrote. No array is opened before a block is computed, so that 300 trials open
+as fast as their COMMIT.json files can be read; a trial that is not committed is NaN, and is not
+looked at. What is open does not change: trials committed later are there when it is opened again.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from dask.array.core import normalize_chunks
+from dask.base import tokenize
+
+from sampimp.errors import StoreError
+from sampimp.plan import Plan, PlannedTrial, read_commits, read_plan
+from sampimp.schema import REFERENCES, STRATEGIES, VARIABLES, chunk_shape
+from sampimp.store import Folder, open_array
+
+SNAPSHOTS = "snapshots.json"
+"""Which epochs of which trials have `snapshot_importance`; at the top of the study."""
+
+
+def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
+    """Open a study, finished or still running.
+
+    Parameters
+    ----------
+    out
+        The study's folder, or its s3:// URL.
+
+    Returns
+    -------
+    xarray.DataTree
+        A node for each data set with the variables of `sampimp.schema.VARIABLES`, dims (strategy,
+        seed, ...) before their own, nothing computed. Missing and unfinished trials are NaN.
+        `diverged_epoch` (strategy, seed) is NaN where a run did not diverge; `trial` names the
+        folder of each committed trial; `image` (sample, row, column, channel) shows the training
+        samples where they are images. Its attrs hold the study's configuration.
+
+    Raises
+    ------
+    StoreError
+        There is no study.
+    """
+    folder = Folder.of(out)
+    plan = None
+    if not folder.is_local or Path(str(folder)).is_dir():
+        plan = read_plan(folder)
+    if plan is None:
+        raise StoreError(
+            expected="a study, with a study.json",
+            got="no such file",
+            where=str(folder),
+            todo="pass the folder or URL that was given to full_study.py as --out",
+        )
+    trials = plan.resolve(read_commits(folder))
+    snapshots = folder.read_json(SNAPSHOTS) or {}
+    nodes = {
+        key: _open_node(folder, plan, key, [t for t in trials if t.config.dataset == key], snapshots)
+        for key in plan.datasets
+    }
+    tree = xr.DataTree.from_dict(nodes)
+    tree.attrs = {
+        "study": str(folder),
+        "sampimp_version": plan.code,
+        "order_seed": plan.order_seed,
+        "rand_batches": plan.rand_batches,
+        **_training_attrs(plan),
+    }
+    return tree
+
+
+def _open_node(
+    folder: Folder,
+    plan: Plan,
+    key: str,
+    trials: Sequence[PlannedTrial],
+    snapshots: Mapping[str, Sequence[int]],
+) -> xr.Dataset:
+    info = plan.datasets[key]
+    strategies = [s for s in (*REFERENCES, *STRATEGIES) if s in plan.grid]
+    seeds = sorted({seed for strategy in strategies for seed in plan.grid[strategy]})
+    found = {(t.config.strategy, t.config.seed): t for t in trials}
+    table = [[_committed(found.get((s, seed))) for seed in seeds] for s in strategies]
+    states = plan.training.stored_states()
+    sizes = {
+        "epoch": plan.training.epochs,
+        "layer": len(info.layer_names),
+        "sample": info.sample_count,
+        "state": len(states),
+        "parameter": info.parameter_count,
+    }
+    scored = [[trial if trial in snapshots else "" for trial in row] for row in table]
+    variables: dict[str, Any] = {}
+    for name, variable in VARIABLES.items():
+        rows = scored if name == "snapshot_importance" else table
+        if name == "parameters" and not states:
+            continue
+        if name == "snapshot_importance" and not any(any(row) for row in rows):
+            continue
+        shape = tuple(sizes[dim] for dim in variable.dims)
+        variables[name] = (
+            ("strategy", "seed", *variable.dims),
+            _stack(folder.root, folder.path, rows, name, shape, chunk_shape(name, sizes)),
+            {"units": variable.units, "long_name": variable.long_name},
+        )
+        if name.endswith("importance"):
+            variables[name][2].update(_training_attrs(plan))
+    variables["diverged_epoch"] = (
+        ("strategy", "seed"),
+        np.array([[_diverged(found.get((s, seed))) for seed in seeds] for s in strategies]),
+        {"long_name": "epoch in which the run diverged; NaN if it did not"},
+    )
+    variables["trial"] = (("strategy", "seed"), np.array(table, dtype=str))
+    coords: dict[str, Any] = {
+        "strategy": strategies,
+        "seed": ("seed", seeds, {"long_name": "seed of the initialisation"}),
+        "epoch": np.arange(1, sizes["epoch"] + 1),
+        "layer": list(info.layer_names),
+        "sample": np.arange(info.sample_count),
+        "order_seed": (
+            ("strategy", "seed"),
+            [[plan.order_seed_of(s, seed) for seed in seeds] for s in strategies],
+            {"long_name": "seed of the order of the batches"},
+        ),
+    }
+    source = (folder / "datasets" / f"{key}.zarr").path
+    labels = open_array(folder.root, f"{source}/train_labels")
+    coords["label"] = ("sample", np.asarray(labels[:]), {"long_name": "class of the sample"})
+    if states:
+        coords["state"] = ("state", states, {"long_name": "0: the start; t: after epoch t"})
+        names, counts = zip(*info.layers, strict=True)
+        coords["layer_of_parameter"] = ("parameter", np.repeat(names, counts))
+    values = open_array(folder.root, f"{source}/train_values")
+    if values.ndim == 4 and values.dtype == np.uint8:
+        variables["image"] = (("sample", "row", "column", "channel"), _images(values))
+    attrs = {"dataset": info.name, "class_names": list(info.class_names), "digest": info.digest}
+    return xr.Dataset(variables, coords, {**attrs, "test_samples": info.test_count})
+
+
+def _training_attrs(plan: Plan) -> dict[str, Any]:
+    """Return the configuration in types that every file format can hold."""
+    training = plan.training
+    return {
+        "learning_rate": training.learning_rate,
+        "batch_size": training.batch_size,
+        "loss_reduction": "mean",
+        "weight_decay": training.weight_decay,
+        "optimizer": "SGD",
+        "input_scaling": training.input_scaling,
+        "hidden": list(training.hidden),
+        "epochs": training.epochs,
+        "threads": training.threads,
+        "device": training.device,
+    }
+
+
+def _committed(trial: PlannedTrial | None) -> str:
+    return (trial.trial_id or "") if trial is not None and trial.commit is not None else ""
+
+
+def _diverged(trial: PlannedTrial | None) -> float:
+    epoch = trial.commit["diverged_epoch"] if trial is not None and trial.commit else None
+    return np.nan if epoch is None else float(epoch)
+
+
+def _stack(
+    root: str,
+    path: str,
+    table: Sequence[Sequence[str]],
+    name: str,
+    shape: tuple[int, ...],
+    chunk: tuple[int, ...],
+) -> da.Array:
+    """Lay one dask array over a variable of all trials; `table` names them by strategy and seed."""
+    chunks = ((1,) * len(table), (1,) * len(table[0]), *normalize_chunks(chunk, shape))
+    dtype = np.dtype(VARIABLES[name].dtype)
+    return da.map_blocks(
+        _read_block,
+        root,
+        path,
+        table,
+        name,
+        chunks=chunks,
+        dtype=dtype,
+        meta=np.empty((0,) * len(chunks), dtype),
+        name=f"{name}-{tokenize(root, path, table)}",
+    )
+
+
+def _read_block(
+    root: str,
+    path: str,
+    table: Sequence[Sequence[str]],
+    name: str,
+    block_info: Any = None,
+) -> np.ndarray:
+    (strategy, _), (seed, _), *region = block_info[None]["array-location"]
+    trial = table[strategy][seed]
+    if not trial:
+        shape = block_info[None]["chunk-shape"]
+        return np.full(shape, np.nan, VARIABLES[name].dtype)
+    prefix = f"{path}/" if path else ""
+    array = open_array(root, f"{prefix}trials/{trial}/record.zarr/{name}")
+    values = np.asarray(array[tuple(slice(start, stop) for start, stop in region)])
+    return values[np.newaxis, np.newaxis]
+
+
+def _images(values: Any) -> da.Array:
+    """Return stored images [N, C, H, W] lazily as [N, H, W, C], 0 to 255."""
+    images = da.moveaxis(da.from_array(values, chunks=values.chunks), 1, 3)
+    full_scale = values.attrs["full_scale"]
+    return images if full_scale == 255 else (images * (255 / full_scale)).astype(np.uint8)

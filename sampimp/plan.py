@@ -1,0 +1,234 @@
+"""The plan of a study: its data sets, its grid of strategies and seeds, and what each trial is.
+
+The plan is written to OUT/study.json before anything is trained, and it is all that a reader needs
+to know which trials there should be. Which of them there are, only the store says: `Plan.resolve`
+matches the plan with the commits, and both the sweep and the cube go by its answer.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from sampimp.config import TrainingConfig, TrialConfig
+from sampimp.errors import ConfigError, RecordError, StoreError
+from sampimp.schema import (
+    REFERENCE_SEED,
+    REFERENCE_STRATEGY,
+    SCHEMA_VERSION,
+    SORTED_STRATEGIES,
+    __version__,
+)
+from sampimp.store import Folder, record_digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """What a plan says of a data set."""
+
+    name: str
+    digest: str
+    sample_count: int
+    test_count: int
+    input_shape: tuple[int, ...]
+    class_names: tuple[str, ...]
+    layers: tuple[tuple[str, int], ...]
+    """Layer and size of every tensor of the network's parameters, in order."""
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Names of the layers, in forward order."""
+        return tuple(dict.fromkeys(name for name, _ in self.layers))
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of the network's parameters."""
+        return sum(size for _, size in self.layers)
+
+
+class PlannedTrial(NamedTuple):
+    """A trial of the plan, and what the store has of it."""
+
+    config: TrialConfig
+    trial_id: str | None
+    """Name of its folder; None while the reference that it sorts by is not committed."""
+    fingerprint: str | None
+    reference_id: str | None
+    """Folder of the reference run whose record it sorts by; None if it sorts by none."""
+    commit: Mapping[str, Any] | None
+
+    @property
+    def label(self) -> str:
+        """Its name without the fingerprint: data set, strategy and seed."""
+        return f"{self.config.dataset}-{self.config.strategy}-seed{self.config.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A study."""
+
+    datasets: Mapping[str, DatasetInfo]
+    """By key."""
+    training: TrainingConfig
+    grid: Mapping[str, tuple[int, ...]]
+    """The seeds of every strategy."""
+    order_seed: int = 0
+    """Seed of `shuffle`'s sequence of batches and of the batches of `rand`."""
+    rand_batches: Literal["shared", "by_seed"] = "shared"
+    """Whether the runs of `rand` share one draw of the batches."""
+    code: str = __version__
+    """Version of the package that trains it."""
+
+    def trials(self) -> list[TrialConfig]:
+        """Return every trial, the reference runs that others wait for first."""
+        trials = [
+            TrialConfig(
+                dataset=key,
+                strategy=strategy,
+                seed=seed,
+                order_seed=self.order_seed_of(strategy, seed),
+                training=self.training,
+            )
+            for strategy, seeds in self.grid.items()
+            for seed in seeds
+            for key in self.datasets
+        ]
+        return sorted(trials, key=lambda trial: not self.is_reference(trial))
+
+    def order_seed_of(self, strategy: str, seed: int) -> int:
+        """Return the seed of a trial's batches: the study's, or one of the trial's own.
+
+        Examples
+        --------
+        >>> plan = Plan(datasets={}, training=TrainingConfig(), grid={})
+        >>> plan.order_seed_of("shuffle", 3), plan.order_seed_of("shuffle_by_seed", 3)
+        (0, 3)
+        """
+        own = strategy == "shuffle_by_seed" or (
+            strategy == "rand" and self.rand_batches == "by_seed"
+        )
+        return self.order_seed + seed if own else self.order_seed
+
+    @staticmethod
+    def is_reference(trial: TrialConfig) -> bool:
+        """Return whether the sorted strategies of its data set wait for this trial."""
+        return (trial.strategy, trial.seed) == (REFERENCE_STRATEGY, REFERENCE_SEED)
+
+    def resolve(self, commits: Mapping[str, Mapping[str, Any]]) -> list[PlannedTrial]:
+        """Match the plan with the committed trials, as `read_commits` gives them."""
+        references: dict[str, tuple[str, str]] = {}  # data set: trial_id, digest of the record
+        resolved = []
+        for trial in self.trials():  # references come first
+            data_digest = self.datasets[trial.dataset].digest
+            reference_id = reference_digest = None
+            if trial.strategy in SORTED_STRATEGIES:
+                if trial.dataset not in references:
+                    resolved.append(PlannedTrial(trial, None, None, None, None))
+                    continue
+                reference_id, reference_digest = references[trial.dataset]
+            fingerprint = trial.fingerprint(self.code, data_digest, reference_digest)
+            trial_id = trial.trial_id(fingerprint)
+            commit = commits.get(trial_id)
+            if commit is not None and commit["fingerprint"] != fingerprint:
+                raise RecordError(
+                    expected=f"fingerprint {fingerprint}",
+                    got=str(commit["fingerprint"]),
+                    where=f"COMMIT.json of {trial_id}",
+                    todo="delete this trial's folder and run the study again",
+                )
+            if commit and self.is_reference(trial) and commit["diverged_epoch"] is None:
+                references[trial.dataset] = trial_id, record_digest(commit)
+            resolved.append(PlannedTrial(trial, trial_id, fingerprint, reference_id, commit))
+        return resolved
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as written to study.json."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Plan":
+        """Return the plan that `to_json` wrote."""
+        training = {**value["training"], "hidden": tuple(value["training"]["hidden"])}
+        return cls(
+            datasets={
+                key: DatasetInfo(
+                    **{
+                        **info,
+                        "input_shape": tuple(info["input_shape"]),
+                        "class_names": tuple(info["class_names"]),
+                        "layers": tuple((name, size) for name, size in info["layers"]),
+                    }
+                )
+                for key, info in value["datasets"].items()
+            },
+            training=TrainingConfig(**training),
+            grid={strategy: tuple(seeds) for strategy, seeds in value["grid"].items()},
+            order_seed=value["order_seed"],
+            rand_batches=value["rand_batches"],
+            code=value["code"],
+        )
+
+    def joined(self, other: "Plan", where: str) -> "Plan":
+        """Return this plan with the data sets, strategies and seeds of the other added.
+
+        Raises
+        ------
+        ConfigError
+            The two differ in anything else, so that one cube cannot hold both.
+        """
+        mine, theirs = (_flat(plan) for plan in (self, other))
+        differing = [
+            f"{name} {mine[name]!r} (asked for: {theirs[name]!r})"
+            for name in mine
+            if name in theirs and mine[name] != theirs[name]
+        ]
+        if differing:
+            raise ConfigError(
+                expected="the configuration of the study that is already there",
+                got="; ".join(differing),
+                where=where,
+                todo="run with the same options, or choose another --out",
+            )
+        grid = {
+            strategy: tuple(sorted({*self.grid.get(strategy, ()), *other.grid.get(strategy, ())}))
+            for strategy in dict.fromkeys((*self.grid, *other.grid))
+        }
+        return replace(self, datasets={**self.datasets, **other.datasets}, grid=grid)
+
+
+def _flat(plan: Plan) -> dict[str, Any]:
+    """Return what two plans must agree on, by the name a person knows it by."""
+    values = asdict(plan.training) | {
+        name: getattr(plan, name) for name in ("order_seed", "rand_batches", "code")
+    }
+    return values | {f"data set {key}": info.digest[:12] for key, info in plan.datasets.items()}
+
+
+def read_plan(folder: Folder) -> Plan | None:
+    """Return the plan of a study, or None if there is no study.
+
+    Raises
+    ------
+    StoreError
+        It was written in another schema.
+    """
+    value = folder.read_json("study.json")
+    if value is None:
+        return None
+    if value.get("schema_version") != SCHEMA_VERSION:
+        raise StoreError(
+            expected=f"a study in schema version {SCHEMA_VERSION}",
+            got=f"version {value.get('schema_version')}",
+            where=f"{folder}/study.json",
+            todo=f"read it with the release that wrote it ({value.get('code', 'unknown')})",
+        )
+    return Plan.from_json(value)
+
+
+def read_commits(folder: Folder) -> dict[str, dict[str, Any]]:
+    """Return what every committed trial of a study says of itself, by trial_id."""
+    trials = folder / "trials"
+    names = trials.folders()
+    with ThreadPoolExecutor(16) as pool:  # an object store answers in tens of milliseconds
+        commits = pool.map(lambda name: trials.read_json(f"{name}/COMMIT.json"), names)
+    return {name: commit for name, commit in zip(names, commits, strict=True) if commit}

@@ -1,0 +1,159 @@
+"""The one contract between training and analysis: dimensions, variables, units and chunks.
+
+A trial writes one record, a Zarr group with the variables below; `sampimp.open_cube` stacks the
+records of a study along `strategy` and `seed`. One write is one whole chunk, which is one epoch of
+one trial, so that two writers never share a chunk. "Not measured" is NaN, never 0.
+
+Map: `Variable` and `VARIABLES` (what is stored), `REFERENCES` and `STRATEGIES` (who writes it),
+`chunk_shape` (how), `EpochRecord` (what the training loop hands over), `digest` (how it is proved).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__version__ = "0.1.0"
+
+SCHEMA_VERSION = 1
+
+REFERENCES = ("shuffle", "shuffle_by_seed")
+"""Batches reshuffled every epoch; `shuffle`: one sequence for all seeds, the other one a seed."""
+
+STRATEGIES = ("rand", "nlo", "rnlo", "nlm", "sio", "rsio", "sim")
+"""The paper's seven ways to fix the batches for a whole run (section 3.6)."""
+
+SORTED_STRATEGIES = STRATEGIES[1:]
+"""Those that sort by the final NLL or the overall importance of the reference run."""
+
+REFERENCE_STRATEGY, REFERENCE_SEED = "shuffle", 1
+"""The run whose final NLL and overall importance the sorted strategies sort by."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One array of a record: its dimensions inside a trial, its type, and what it means."""
+
+    dims: tuple[str, ...]
+    dtype: str
+    units: str
+    long_name: str
+
+
+VARIABLES: Mapping[str, Variable] = {
+    "importance": Variable(
+        ("epoch", "layer", "sample"),
+        "float32",
+        "parameter^2",
+        "in-step sample importance beta: squared norm of the parameter affectibility",
+    ),
+    "snapshot_importance": Variable(
+        ("epoch", "layer", "sample"),
+        "float32",
+        "parameter^2",
+        "sample importance at the fixed parameters of the end of the epoch",
+    ),
+    "nll": Variable(
+        ("epoch", "sample"), "float32", "nat", "negative log-likelihood at the end of the epoch"
+    ),
+    "batch": Variable(
+        ("epoch", "sample"),
+        "float32",  # exact up to 2^24 batches, and able to say NaN for a trial that is missing
+        "1",
+        "position (0-based, in the order visited) of the batch that used the sample",
+    ),
+    "train_error": Variable(
+        ("epoch",), "float64", "1", "fraction of training samples misclassified"
+    ),
+    "test_error": Variable(("epoch",), "float64", "1", "fraction of test samples misclassified"),
+    "train_nll": Variable(
+        ("epoch",), "float64", "nat", "mean negative log-likelihood of the training samples"
+    ),
+    "test_nll": Variable(
+        ("epoch",), "float64", "nat", "mean negative log-likelihood of the test samples"
+    ),
+    "parameters": Variable(
+        ("state", "parameter"),
+        "float32",
+        "parameter",
+        "all parameters flattened in the model's order; state 0 is the start, t after epoch t",
+    ),
+}
+
+CURVES = ("train_error", "test_error", "train_nll", "test_nll")
+
+CHUNK_VALUES = 2**20
+"""Most values in one chunk before it is split along its last dimension (4 MiB of float32)."""
+
+
+def chunk_shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the chunk of a variable: one epoch (or state), split along its last dimension.
+
+    Curves are a single chunk, written whole each time: 50 files of 8 bytes would cost a reader
+    more than they tell.
+
+    Parameters
+    ----------
+    name
+        A key of `VARIABLES`.
+    sizes
+        The size of each of the variable's dimensions.
+
+    Examples
+    --------
+    >>> chunk_shape("importance", {"epoch": 50, "layer": 4, "sample": 50_000})
+    (1, 4, 50000)
+    >>> chunk_shape("importance", {"epoch": 90, "layer": 60, "sample": 1_281_167})
+    (1, 60, 17476)
+    """
+    dims = VARIABLES[name].dims
+    if len(dims) == 1:
+        return (sizes[dims[0]],)
+    middle = tuple(sizes[dim] for dim in dims[1:-1])
+    last = max(1, CHUNK_VALUES // max(1, int(np.prod(middle))))
+    return (1, *middle, min(sizes[dims[-1]], last))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """What one epoch of training hands over.
+
+    Attributes
+    ----------
+    epoch
+        1-based; 0 for the state before training, which has `parameters` alone.
+    arrays
+        Variable name to its values at this epoch, without the `epoch` (or `state`) dimension.
+    diverged
+        True if the loss or the importance stopped being finite in this epoch.
+    seconds
+        Wall-clock time of the epoch's training steps and of its evaluation.
+    """
+
+    epoch: int
+    arrays: Mapping[str, np.ndarray]
+    diverged: bool = False
+    seconds: float = 0.0
+
+
+def digest(*arrays: np.ndarray) -> str:
+    """Return the SHA-256 of arrays: their types, shapes and bytes, in order.
+
+    Examples
+    --------
+    >>> digest(np.zeros(3)) == digest(np.zeros(3)), digest(np.zeros(3)) == digest(np.zeros((3, 1)))
+    (True, False)
+    """
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(f"{array.dtype.str}{array.shape}".encode())
+        sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return sha.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Return the SHA-256 of a value that JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,117 @@
+"""Batches: the reshuffled reference and the paper's seven fixed strategies (section 3.6).
+
+N samples make b = ceil(N / B) batches whose sizes differ by at most one, every sample in exactly
+one. (Were a remainder left to a last, smaller batch, its samples would weigh more in their mean
+loss: at B = 100, a batch of one has 10^4 times the importance.) Where B divides N, all have B.
+
+A fixed strategy visits the batches 1..b in this order in every epoch:
+
+    rand              drawn once, from the order seed
+    nlo               sorted by the reference's final NLL, low first
+    rnlo              the batches of nlo, visited in reverse
+    nlm               k-th sample of the sorted list into batch k mod b
+    sio, rsio, sim    the same three, sorted by the reference's overall importance tau
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from sampimp.config import check_choice
+from sampimp.errors import RecordError
+from sampimp.schema import REFERENCES, SORTED_STRATEGIES, STRATEGIES
+
+Schedule = Callable[[int], list[np.ndarray]]
+"""From an epoch (1-based) to its batches of sample indices, in the order visited."""
+
+SORT_KEY = {
+    **dict.fromkeys(("nlo", "rnlo", "nlm"), "final_nll"),
+    **dict.fromkeys(("sio", "rsio", "sim"), "overall_importance"),
+}
+"""What each sorted strategy sorts by: a quantity of the reference run."""
+
+
+def make_schedule(
+    strategy: str,
+    sample_count: int,
+    batch_size: int,
+    order_seed: int,
+    difficulty: np.ndarray | None = None,
+) -> Schedule:
+    """Return a strategy's batches as a function of the epoch.
+
+    Parameters
+    ----------
+    strategy
+        "shuffle", "shuffle_by_seed" or one of `STRATEGIES`.
+    sample_count, batch_size
+        N and B.
+    order_seed
+        Seed of what is drawn; sorted strategies draw nothing.
+    difficulty
+        Shape (N,): what a sorted strategy sorts by, see `SORT_KEY`. Ties keep the samples' order.
+
+    Raises
+    ------
+    RecordError
+        The difficulty is missing, of another length, or not finite.
+
+    Examples
+    --------
+    >>> schedule = make_schedule("nlm", 6, 2, 0, difficulty=np.array([5, 3, 4, 0, 2, 1]))
+    >>> [batch.tolist() for batch in schedule(1)]
+    [[3, 1], [5, 2], [4, 0]]
+    """
+    check_choice(strategy, (*REFERENCES, *STRATEGIES), "strategy")
+    count = math.ceil(sample_count / batch_size)
+    if strategy in REFERENCES:
+        return lambda epoch: np.array_split(
+            _permutation(order_seed, epoch, sample_count), count
+        )
+    if strategy in SORTED_STRATEGIES:
+        order = np.argsort(_checked(difficulty, strategy, sample_count), kind="stable")
+    else:
+        order = _permutation(order_seed, 0, sample_count)
+    if strategy in ("nlm", "sim"):
+        batches = [order[first::count] for first in range(count)]
+    else:
+        batches = np.array_split(order, count)
+    if strategy in ("rnlo", "rsio"):
+        batches.reverse()
+    return lambda epoch: batches
+
+
+def batch_positions(batches: list[np.ndarray], sample_count: int) -> np.ndarray:
+    """Return the position of the batch that uses each sample, shape (N,), float32.
+
+    Examples
+    --------
+    >>> batch_positions([np.array([2, 0]), np.array([1])], 3)
+    array([0., 1., 0.], dtype=float32)
+    """
+    position = np.full(sample_count, np.nan, np.float32)
+    for number, batch in enumerate(batches):
+        position[batch] = number
+    return position
+
+
+def _permutation(order_seed: int, epoch: int, sample_count: int) -> np.ndarray:
+    """Return epoch's own permutation: a run that resumes needs no generator's state."""
+    return np.random.default_rng([order_seed, epoch]).permutation(sample_count)
+
+
+def _checked(difficulty: np.ndarray | None, strategy: str, sample_count: int) -> np.ndarray:
+    if (
+        difficulty is None
+        or difficulty.shape != (sample_count,)
+        or not np.isfinite(difficulty).all()
+    ):
+        got = "none" if difficulty is None else f"shape {difficulty.shape}, or values not finite"
+        raise RecordError(
+            expected=f"a finite {SORT_KEY[strategy]} of {sample_count:,} samples to sort by",
+            got=got,
+            where=f"strategy {strategy}",
+            todo="let the reference run (shuffle, seed 1) finish without diverging first",
+        )
+    return difficulty

@@ -1,0 +1,140 @@
+"""Reading a data set once, for a whole study, on all machines.
+
+Folders of images are decoded in parallel by Ray Data; everything else is one small file that
+`sampimp.data.load_source` reads. Ray Data keeps no order, so every row carries its sample's
+permanent index and is placed by it: the result has the same bytes as `load_source`.
+
+An image that cannot be used comes back as a row too. An error raised inside a task would reach the
+driver as a subclass of `RayTaskError`, its message a traceback, after a line in the log, and the
+block that fails first would win; as a row, the first bad image in order is reported, in the very
+words of `load_source`.
+
+Measured on 2 cores, files cached: the 60,000 JPEGs of CIFAR-10 take 11 s, of which the start of the
+workers is 4 s (threads in one process: 5 s; Ray pays where many machines decode).
+
+Map: `ingest` (the door), `decode_block` (what a worker does).
+"""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from sampimp.data import (
+    ImageList,
+    Source,
+    decode_images,
+    image_blocks,
+    images_source,
+    list_images,
+    load_source,
+)
+from sampimp.errors import DataError
+
+
+def ingest(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Source:
+    """Return a data set as stored, decoded in parallel if it is a folder of images.
+
+    Ray must be running. Every machine must see the folder under the same path.
+
+    Parameters
+    ----------
+    name, data_dir
+        As in `sampimp.data.load_source`.
+    progress
+        Called with the number of images decoded so far and of all images.
+
+    Raises
+    ------
+    ConfigError, DataError
+        As in `sampimp.data.load_source`.
+    """
+    kind, _, path = name.partition(":")
+    if kind != "folder" or not path:
+        return load_source(name, data_dir)
+    images = list_images(path)
+    return images_source(name, images, _decode_with_ray(images, progress))
+
+
+def _decode_with_ray(images: ImageList, progress: Callable[[int, int], None] | None) -> np.ndarray:
+    """Return the decoded images, uint8 [N, C, H, W], in the order of their paths."""
+    shape, blocks = image_blocks(images)
+    paths = images.paths
+    # One table per block: Ray Data makes one task of each and cuts or copies nothing.
+    tables = [
+        pa.table({"sample": np.arange(block.start, block.stop), "path": paths[block]})
+        for block in blocks
+    ]
+    values = np.empty((len(paths), *shape), dtype=np.uint8)
+    errors: dict[int, DataError] = {}
+    done = 0
+    with _quiet_ray_data():
+        rows = ray.data.from_arrow(tables).map_batches(
+            partial(decode_block, shape=shape), batch_size=None, batch_format="numpy"
+        )
+        for batch in rows.iter_batches(batch_size=None, batch_format="numpy"):
+            values[batch["sample"]] = batch["image"]
+            for index in np.flatnonzero(batch["error"] != ""):
+                errors[int(batch["sample"][index])] = DataError(*json.loads(batch["error"][index]))
+            done += len(batch["sample"])
+            if progress is not None:
+                progress(done, len(paths))
+    if errors:
+        raise errors[min(errors)]
+    return values
+
+
+def decode_block(
+    batch: dict[str, np.ndarray], shape: tuple[int, int, int]
+) -> dict[str, np.ndarray]:
+    """Return the images of a block of paths; if one is bad, the first one's error in the first row.
+
+    Parameters
+    ----------
+    batch
+        `sample` int64 [N], the permanent indices; `path` [N].
+    shape
+        Channels, height and width that every image must have.
+
+    Returns
+    -------
+    dict
+        `sample` as given, `image` uint8 [N, C, H, W], `error` [N]: the four parts of a `DataError`
+        as JSON, or "".
+    """
+    images = np.zeros((len(batch["path"]), *shape), dtype=np.uint8)
+    errors = np.full(len(images), "", dtype=object)
+    try:
+        decode_images(batch["path"].tolist(), images)
+    except DataError as error:
+        errors[0] = json.dumps(error.args)
+    return {"sample": batch["sample"], "image": images, "error": errors}
+
+
+@contextlib.contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """Silence Ray Data's progress bars and its notes below warnings, for a while."""
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    # The second logger warns that the progress bars are off.
+    levels = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+    before = {name: logging.getLogger(name).level for name in levels}
+    try:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        with ray.data.DataContext.current(context):
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
