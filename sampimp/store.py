@@ -406,10 +406,9 @@ def read_source(folder: Folder) -> Source | None:
     RecordError
         Its values are not those that were stored.
     """
-    try:
-        group = zarr.open_group(folder.zarr(), mode="r", zarr_format=3)
-    except FileNotFoundError:
+    if folder.read_bytes("zarr.json") is None:
         return None
+    group = zarr.open_group(folder.zarr(), mode="r", zarr_format=3)
     attrs = dict(group.attrs)
     if "digest" not in attrs:
         return None
@@ -431,3 +430,24 @@ def read_source(folder: Folder) -> Source | None:
             todo="delete this folder; the data set is read again from its source",
         )
     return source
+
+
+def read_difficulty(trial: Folder, kind: str) -> np.ndarray:
+    """Return what the sorted strategies sort by, shape (sample,), float64.
+
+    Parameters
+    ----------
+    trial
+        OUT/trials/ID of a committed reference run.
+    kind
+        "final_nll", the NLL at the end of the last epoch in nats, or "overall_importance", tau: the
+        sum of importance over layers and epochs, in parameter squared (paper, sections 2 and 3.6).
+    """
+    if kind == "final_nll":
+        nll = open_array(trial.root, f"{trial.path}/record.zarr/nll")
+        return np.asarray(nll[-1], np.float64)
+    importance = open_array(trial.root, f"{trial.path}/record.zarr/importance")
+    tau = np.zeros(importance.shape[-1])
+    for epoch in range(importance.shape[0]):
+        tau += np.asarray(importance[epoch]).sum(axis=0, dtype=np.float64)
+    return tau

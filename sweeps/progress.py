@@ -1,0 +1,163 @@
+"""What a person sees while a study runs: how far it is, what runs, what went wrong, how long yet."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ray.tune import Callback
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from sampimp.plan import PlannedTrial
+
+LINE_EVERY = 30.0
+"""Seconds between two lines where the output is no terminal, so that a log stays short."""
+
+
+class Progress(Callback):
+    """A live display fed by Ray Tune; plain lines where the output is no terminal.
+
+    Parameters
+    ----------
+    trials
+        The plan, resolved.
+    epochs
+        Epochs of a trial.
+    slots
+        Trials that run at a time.
+    console
+        Where to show it.
+    """
+
+    def __init__(
+        self, trials: Sequence[PlannedTrial], epochs: int, slots: int, console: Console
+    ) -> None:
+        self._epochs, self._slots, self._console = epochs, slots, console
+        self._total = len(trials)
+        self._state = {
+            trial.label: _committed_state(trial) if trial.commit else _waiting_state(trial)
+            for trial in trials
+        }
+        self._epoch = {trial.label: epochs if trial.commit else 0 for trial in trials}
+        self._started_with = sum(self._epoch.values())
+        self._start = self._last_line = time.monotonic()
+        self._live: Live | None = None
+
+    def __enter__(self) -> "Progress":
+        if self._console.is_terminal:
+            self._live = Live(
+                get_renderable=self._render, console=self._console, refresh_per_second=2
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+        else:
+            self._console.print(self._line(), highlight=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this terminal: Tune pickles its callbacks."""
+        return {**vars(self), "_live": None, "_console": None}
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Tune started a trial."""
+        self._set(trial.config["label"], "running")
+
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A trial finished an epoch."""
+        label = trial.config["label"]
+        self._epoch[label] = result["epoch"]
+        if result["done"]:
+            self._epoch[label] = self._epochs
+            self._set(label, "diverged" if result["diverged"] else "done")
+        elif self._state[label] != "running":
+            self._set(label, "running")
+        self._print_now_and_then()
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """A trial failed for good."""
+        label = trial.config["label"]
+        self._set(label, "failed")
+        reason = trial.get_pickled_error() or trial.get_error() or "unknown"
+        self._console.print(f"[bold]{label} failed[/]: {_last_line(str(reason))}")
+
+    def _set(self, label: str, state: str) -> None:
+        self._state[label] = state
+
+    def _counts(self) -> str:
+        counts = Counter(self._state.values())
+        shown = ("done", "running", "waiting", "blocked", "diverged", "failed")
+        words = [f"{counts[state]} {state}" for state in shown if counts[state] or state == "done"]
+        return f"{self._total} trials: {', '.join(words)}"
+
+    def _time_left(self) -> str:
+        elapsed = time.monotonic() - self._start
+        finished = sum(self._epoch.values()) - self._started_with
+        left = self._total * self._epochs - sum(self._epoch.values())
+        if not finished:
+            return "time left: measuring"
+        return f"about {format_clock(elapsed / finished * left)} left"
+
+    def _line(self) -> str:
+        return (
+            f"{format_clock(time.monotonic() - self._start)}  {self._counts()}; "
+            f"{sum(self._epoch.values()):,} of {self._total * self._epochs:,} epochs; "
+            f"{self._time_left()}"
+        )
+
+    def _print_now_and_then(self) -> None:
+        if self._live is None and time.monotonic() - self._last_line > LINE_EVERY:
+            self._last_line = time.monotonic()
+            self._console.print(self._line(), highlight=False)
+
+    def _render(self) -> Group:
+        whole = self._total * self._epochs
+        finished = sum(self._epoch.values())
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            ProgressBar(total=whole, completed=finished, width=32),
+            f"{finished:,} of {whole:,} epochs",
+            format_clock(time.monotonic() - self._start),
+            self._time_left(),
+        )
+        running = [
+            f"{label} {self._epoch[label]}/{self._epochs}"
+            for label, state in self._state.items()
+            if state == "running"
+        ]
+        shown = ", ".join(running[:4]) + (f" and {len(running) - 4} more" if running[4:] else "")
+        return Group(head, Text(self._counts()), Text(f"running: {shown}", style="dim"))
+
+
+def format_clock(seconds: float) -> str:
+    """Return a duration as minutes and seconds, or hours and minutes.
+
+    Examples
+    --------
+    >>> format_clock(75), format_clock(7500)
+    ('1:15', '2 h 05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d}"
+
+
+def _committed_state(trial: PlannedTrial) -> str:
+    assert trial.commit is not None
+    return "done" if trial.commit["diverged_epoch"] is None else "diverged"
+
+
+def _waiting_state(trial: PlannedTrial) -> str:
+    return "waiting" if trial.trial_id is not None else "blocked"
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "unknown"

@@ -1,0 +1,441 @@
+"""What a study is, and how it runs: check, plan, train what is missing, score, say what came of it.
+
+    configuration -> data sets (read and checked) -> plan, joined with the one in the store
+    -> trials that the store lacks -> Ray Tune -> the store again -> exit code
+
+Every start goes this way, the first as the tenth: it is the store that says what is left to do.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import ray
+import torch
+import tyro
+from ray import tune
+from rich.console import Console
+
+from sampimp.config import TrainingConfig, TrialConfig, check_choice
+from sampimp.data import Source, dataset_key, scale_inputs
+from sampimp.errors import ConfigError, ResourceError, StoreError
+from sampimp.models import build_mlp, parameter_layers
+from sampimp.plan import DatasetInfo, Plan, PlannedTrial, read_commits, read_plan
+from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY, REFERENCES, SORTED_STRATEGIES, STRATEGIES
+from sampimp.store import Folder, read_source, write_source
+from sampimp.strategies import make_schedule
+from sampimp.training import TrainingRun
+from sweeps.cluster import Cluster
+from sweeps.ingest import ingest
+from sweeps.progress import Progress
+from sweeps.searcher import PlanSearcher
+from sweeps.trial import Trial
+
+RETRIES = 2
+"""How often a trial that failed is started again in one run of the study (arbitrary)."""
+
+_Derived = Annotated[Any, tyro.conf.Suppress]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig(TrainingConfig):
+    """Train the paper's study, or one's own, and report what came of it.
+
+    The same command again continues what is missing; more seeds, strategies or data sets are added.
+    """
+
+    preset: Literal["paper", "digits"] = "paper"
+    """Defaults of all other options: the paper's study on MNIST and CIFAR-10, or the same on
+    scikit-learn's 1,797 digits, which need no download."""
+    datasets: tuple[str, ...] = ("mnist", "cifar10")
+    """mnist, cifar10, digits, folder:PATH (train/ and test/ folders of class folders with images)
+    or npz:PATH."""
+    strategies: tuple[str, ...] = (*REFERENCES, *STRATEGIES)
+    """The reference runs shuffle and shuffle_by_seed, and the paper's seven."""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Initialisations of each of the seven strategies."""
+    reference_seeds: tuple[int, ...] = (1, 2, 3)
+    """Initialisations of each set of reference runs; the strategies sort by the first of shuffle."""
+    order_seed: int = 0
+    """Seed of the order of the batches."""
+    rand_batches: Literal["shared", "by_seed"] = "shared"
+    """One draw of rand's batches for all its runs, or one each."""
+    out: str = "results/paper"
+    """Folder or s3:// URL of the study."""
+    data_dir: str | None = None
+    """Where MNIST and CIFAR-10 lie; else SAMPIMP_DATA, else they are fetched."""
+    address: str | None = None
+    """Ray cluster; else RAY_ADDRESS, else one that runs here, else one is started."""
+    cpus_per_trial: int = 1
+    """CPU threads of a trial."""
+    gpus_per_trial: float = 0.0
+    """GPUs of a trial; a fraction puts several trials on one."""
+    max_concurrent: int | None = None
+    """Most trials at a time; by default as many as the cluster has CPUs and GPUs for."""
+    snapshot_every: int = 0
+    """Also score every sample at the fixed parameters of every so many epochs; 0 for never."""
+    dry_run: bool = False
+    """Print the plan with the time and storage it takes, and train nothing."""
+    threads: _Derived = 1
+    device: _Derived = "cpu"
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a contradiction, before anything is read."""
+        super().__post_init__()
+        for name in ("datasets", "strategies", "seeds", "reference_seeds"):
+            values = getattr(self, name)
+            twice = sorted({str(value) for value in values if values.count(value) > 1})
+            if twice or not values:
+                raise ConfigError(
+                    expected=f"one or more {name.replace('_', ' ')}, each once",
+                    got=f"{', '.join(twice)} given twice" if twice else "none",
+                    where=f"option --{name.replace('_', '-')}",
+                    todo="name each of them once",
+                )
+        for strategy in self.strategies:
+            check_choice(strategy, (*REFERENCES, *STRATEGIES), "strategy")
+        if self.cpus_per_trial < 1 or self.gpus_per_trial < 0:
+            raise ConfigError(
+                expected="at least 1 CPU and 0 GPUs a trial",
+                got=f"{self.cpus_per_trial} and {self.gpus_per_trial}",
+                where="options --cpus-per-trial and --gpus-per-trial",
+                todo="change the value",
+            )
+        if self.snapshot_every and (
+            not self.parameters_every or self.snapshot_every % self.parameters_every
+        ):
+            raise ConfigError(
+                expected="--snapshot-every to be a multiple of --parameters-every",
+                got=f"{self.snapshot_every} and {self.parameters_every}",
+                where="options --snapshot-every and --parameters-every",
+                todo="snapshots are scored at stored parameters: store those epochs",
+            )
+
+    def training(self) -> TrainingConfig:
+        """Return the part that decides each trial's numbers."""
+        values = {field.name: getattr(self, field.name) for field in fields(TrainingConfig)}
+        values |= {
+            "threads": self.cpus_per_trial,
+            "device": "cuda" if self.gpus_per_trial else "cpu",
+        }
+        return TrainingConfig(**values)
+
+    def grid(self) -> dict[str, tuple[int, ...]]:
+        """Return the seeds of each strategy; the run that others sort by is always there."""
+        grid = {
+            strategy: self.reference_seeds if strategy in REFERENCES else self.seeds
+            for strategy in (*REFERENCES, *STRATEGIES)
+            if strategy in self.strategies
+        }
+        if set(grid) & set(SORTED_STRATEGIES):
+            seeds = {REFERENCE_SEED, *grid.get(REFERENCE_STRATEGY, ())}
+            grid = {REFERENCE_STRATEGY: tuple(sorted(seeds)), **grid}
+            grid[REFERENCE_STRATEGY] = tuple(sorted(seeds))
+        return grid
+
+
+PRESETS = {
+    "paper": StudyConfig(),
+    "digits": StudyConfig(
+        preset="digits",
+        datasets=("digits",),
+        hidden=(128, 128, 128),
+        batch_size=50,
+        out="results/digits",
+    ),
+}
+
+
+def parse(arguments: list[str]) -> StudyConfig:
+    """Return the configuration of a command line, on top of the preset it names."""
+    preset = "paper"
+    for position, argument in enumerate(arguments):
+        if argument == "--preset":
+            preset = (arguments[position + 1 :] or [""])[0]
+        elif argument.startswith("--preset="):
+            preset = argument.partition("=")[2]
+    default = PRESETS[check_choice(preset, tuple(PRESETS), "preset")]
+    return tyro.cli(StudyConfig, args=arguments, default=default, prog="full_study.py")
+
+
+def run(config: StudyConfig, console: Console, cluster: Cluster) -> int:
+    """Run a study to its end; Ray is connected. Return the exit code."""
+    folder = Folder.of(config.out)
+    existing = check_out(folder)
+    check_cluster(config, cluster)
+    sources = read_sources(config, folder, console)
+    plan = make_plan(config, sources)
+    if existing is not None:
+        plan = existing.joined(plan, str(folder))
+    for key in sources.keys() - (existing.datasets.keys() if existing else set()):
+        say_batches(plan, key, console)
+    if config.dry_run:
+        describe_plan(config, plan, folder, sources, cluster, console)
+        return 0
+    missing = [trial for trial in plan.resolve(read_commits(folder)) if trial.commit is None]
+    check_disk(folder, sum(trial_bytes(plan, trial.config) for trial in missing))
+    folder.write_json("study.json", plan.to_json())
+    for key, source in sources.items():
+        if read_source(folder / "datasets" / f"{key}.zarr") is None:
+            write_source(folder / "datasets" / f"{key}.zarr", source)
+    if missing:
+        train(config, plan, folder, sources, cluster, console)
+    trials = plan.resolve(read_commits(folder))
+    return conclude(trials, console)
+
+
+def check_out(folder: Folder) -> Plan | None:
+    """Return the plan that is already there; raise StoreError where none can be put."""
+    if folder.is_local and Path(str(folder)).exists() and not Path(str(folder)).is_dir():
+        raise StoreError(
+            expected="a folder",
+            got="a file",
+            where=str(folder),
+            todo="choose another --out",
+        )
+    plan = read_plan(folder) if not folder.is_empty() else None
+    if plan is None and not folder.is_empty():
+        raise StoreError(
+            expected="an empty folder, or a study with its study.json",
+            got="a folder that holds something else",
+            where=str(folder),
+            todo="choose another --out; nothing there was touched",
+        )
+    folder.check_writable()
+    return plan
+
+
+def check_cluster(config: StudyConfig, cluster: Cluster) -> None:
+    """Raise ResourceError if no node of the cluster can ever run a trial."""
+    if cluster.gpus < config.gpus_per_trial or (config.gpus_per_trial and not cluster.gpus):
+        raise ResourceError(
+            expected=f"{config.gpus_per_trial:g} GPU a trial",
+            got=f"{cluster.gpus:g} GPUs",
+            where=str(cluster),
+            todo="leave --gpus-per-trial out to train on CPUs, or give a cluster with GPUs",
+        )
+    if cluster.cpus < config.cpus_per_trial:
+        raise ResourceError(
+            expected=f"{config.cpus_per_trial} CPUs a trial",
+            got=f"{cluster.cpus:g}",
+            where=str(cluster),
+            todo="lower --cpus-per-trial",
+        )
+
+
+def read_sources(config: StudyConfig, folder: Folder, console: Console) -> dict[str, Source]:
+    """Return the data sets by key: from the store if it has them, else from where they lie."""
+    sources: dict[str, Source] = {}
+    for name in config.datasets:
+        key = dataset_key(name)
+        if key in sources:
+            raise ConfigError(
+                expected="data sets with names of their own",
+                got=f"two called {key}",
+                where="option --datasets",
+                todo="rename one of the folders or files",
+            )
+        with console.status(f"Reading {name}"):
+            source = read_source(folder / "datasets" / f"{key}.zarr")
+            sources[key] = source or ingest(name, config.data_dir)
+    return sources
+
+
+def make_plan(config: StudyConfig, sources: Mapping[str, Source]) -> Plan:
+    """Return the plan of a configuration."""
+    infos = {}
+    for key, source in sources.items():
+        shape = source.train_values.shape[1:]
+        network = build_mlp(shape, config.hidden, len(source.class_names), seed=0)
+        infos[key] = DatasetInfo(
+            name=source.name,
+            digest=source.digest,
+            sample_count=len(source.train_labels),
+            test_count=len(source.test_labels),
+            input_shape=shape,
+            class_names=source.class_names,
+            layers=tuple(parameter_layers(network)),
+        )
+    return Plan(
+        datasets=infos,
+        training=config.training(),
+        grid=config.grid(),
+        order_seed=config.order_seed,
+        rand_batches=config.rand_batches,
+    )
+
+
+def say_batches(plan: Plan, key: str, console: Console) -> None:
+    """Say what becomes of the remainder where the batch size does not divide the samples."""
+    count, size = plan.datasets[key].sample_count, plan.training.batch_size
+    if count % size:
+        batches = -(-count // size)
+        console.print(
+            f"{key}: {count:,} samples are no multiple of {size}, so there are {batches} batches "
+            f"of {count // batches} or {-(-count // batches)} samples, each sample in one of them."
+        )
+
+
+def train(
+    config: StudyConfig,
+    plan: Plan,
+    folder: Folder,
+    sources: Mapping[str, Source],
+    cluster: Cluster,
+    console: Console,
+) -> None:
+    """Train the trials that the store lacks, in one `fit`."""
+    trials = plan.resolve(read_commits(folder))
+    missing = sum(trial.commit is None for trial in trials)
+    slots = concurrent_trials(config, cluster)
+    trainable = tune.with_parameters(
+        Trial,
+        out=str(folder),
+        plan=plan.to_json(),
+        sources={key: ray.put(source) for key, source in sources.items()},
+    )
+    resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
+    with tempfile.TemporaryDirectory(prefix="sampimp-tune-") as scratch:
+        with Progress(trials, plan.training.epochs, slots, console) as progress:
+            tuner = tune.Tuner(
+                tune.with_resources(trainable, resources),
+                tune_config=tune.TuneConfig(
+                    search_alg=PlanSearcher(plan, folder, trials),
+                    num_samples=missing,
+                    max_concurrent_trials=slots,
+                    reuse_actors=True,
+                ),
+                run_config=tune.RunConfig(
+                    name="study",
+                    storage_path=scratch,
+                    callbacks=[progress],
+                    failure_config=tune.FailureConfig(max_failures=RETRIES),
+                    # A trial checkpoints into the study's store; Tune is to keep nothing.
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                    verbose=0,
+                ),
+            )
+            tuner.fit()
+
+
+def concurrent_trials(config: StudyConfig, cluster: Cluster) -> int:
+    """Return how many trials run at a time."""
+    slots = int(cluster.cpus // config.cpus_per_trial)
+    if config.gpus_per_trial:
+        slots = min(slots, int(cluster.gpus / config.gpus_per_trial))
+    return max(1, min(slots, config.max_concurrent or slots))
+
+
+def conclude(trials: list[PlannedTrial], console: Console) -> int:
+    """Say what the store holds now, and return 0 if nothing is missing."""
+    committed = [trial for trial in trials if trial.commit is not None]
+    diverged = [
+        f"{trial.label} (epoch {trial.commit['diverged_epoch']})"
+        for trial in committed
+        if trial.commit and trial.commit["diverged_epoch"] is not None
+    ]
+    missing = [trial.label for trial in trials if trial.commit is None]
+    console.print(f"{len(committed)} of {len(trials)} trials are committed.")
+    if diverged:
+        console.print(f"{len(diverged)} diverged: {', '.join(diverged)}.")
+    if missing:
+        console.print(f"[bold]{len(missing)} are missing[/]: {', '.join(missing)}.")
+        console.print("The same command again retries them.")
+    return 1 if missing else 0
+
+
+def trial_bytes(plan: Plan, trial: TrialConfig) -> int:
+    """Return the most that a trial's record and checkpoints take in the store."""
+    info, training = plan.datasets[trial.dataset], plan.training
+    per_epoch = 4 * info.sample_count * (len(info.layer_names) + 2)
+    parameters = 4 * info.parameter_count
+    return training.epochs * per_epoch + (len(training.stored_states()) + 3) * parameters
+
+
+def check_disk(folder: Folder, needed: int) -> None:
+    """Raise ResourceError if a local disk has not the room for the plan."""
+    if not folder.is_local:
+        return
+    free = shutil.disk_usage(str(folder)).free
+    if free < needed:
+        raise ResourceError(
+            expected=f"{needed / 1e9:.1f} GB free for the trials that are missing",
+            got=f"{free / 1e9:.1f} GB",
+            where=str(folder),
+            todo="free some, choose another --out, or store fewer --parameters-every",
+        )
+
+
+def describe_plan(
+    config: StudyConfig,
+    plan: Plan,
+    folder: Folder,
+    sources: Mapping[str, Source],
+    cluster: Cluster,
+    console: Console,
+) -> None:
+    """Print what would be trained, how long it would take and what it would store."""
+    trials = plan.resolve(read_commits(folder))
+    missing = [trial.config for trial in trials if trial.commit is None]
+    console.print(f"Store     {folder}")
+    for key, info in plan.datasets.items():
+        console.print(
+            f"Data set  {key}: {info.sample_count:,} + {info.test_count:,} samples, "
+            f"{len(info.class_names)} classes, network of {info.parameter_count:,} parameters"
+        )
+    for strategy, seeds in plan.grid.items():
+        console.print(f"Trials    {strategy:<16} seeds {', '.join(map(str, seeds))}")
+    console.print(f"          {len(trials)} in all, {len(missing)} of them missing")
+    seconds = 0.0
+    for key in plan.datasets:
+        count = sum(trial.dataset == key for trial in missing)
+        if count and key in sources:
+            with console.status(f"Measuring an epoch of {key}"):
+                epoch = measure_epoch(plan, key, sources[key])
+            console.print(f"Epoch     {key}: about {epoch:.2g} s")
+            seconds += epoch * count * plan.training.epochs
+    slots = concurrent_trials(config, cluster)
+    storage = sum(trial_bytes(plan, trial) for trial in missing)
+    console.print(f"Time      about {format_duration(seconds / slots)}, {slots} trials at a time")
+    console.print(f"Storage   at most {storage / 1e9:.2f} GB")
+
+
+def measure_epoch(plan: Plan, key: str, source: Source, steps: int = 30) -> float:
+    """Return the seconds of one epoch, by a short run on the first samples of a data set."""
+    info, training = plan.datasets[key], replace(plan.training, epochs=2, parameters_every=0)
+    count = min(info.sample_count, steps * training.batch_size)
+    part = replace(
+        source,
+        train_values=source.train_values[:count],
+        train_labels=source.train_labels[:count],
+        test_values=source.train_values[:count],
+        test_labels=source.train_labels[:count],
+    )
+    trial = TrialConfig(
+        dataset=key, strategy="shuffle", seed=0, order_seed=0, training=training
+    )
+    schedule = make_schedule("shuffle", count, training.batch_size, 0)
+    threads = torch.get_num_threads()
+    records = list(TrainingRun(trial, scale_inputs(part, "unit"), schedule).records())
+    torch.set_num_threads(threads)
+    return records[-1].seconds * info.sample_count / count
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as a person says it.
+
+    Examples
+    --------
+    >>> format_duration(42), format_duration(3723)
+    ('42 s', '1 h 02 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
