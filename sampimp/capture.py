@@ -12,7 +12,7 @@ Map: `LayerCapture` (the hooks), `ImportanceRecorder` (in-step, for anybody's lo
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,42 +27,19 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
-class Norms(NamedTuple):
-    """All that importance needs of one pass: for each layer, in forward order, N numbers twice."""
-
-    layers: tuple[str, ...]
-    delta: list[Tensor]
-    activation: list[Tensor]
-    rates: tuple[tuple[float, float], ...]
-
-    @staticmethod
-    def importance(passes: Sequence["Norms"]) -> Tensor:
-        """Return beta of the samples of all passes, shape (layer, samples), on the CPU.
-
-        Done for a whole epoch at once: the same few operations on each batch's N numbers cost 1 %
-        of a training step of the paper's network.
-        """
-        delta, activation = [], []
-        for layer in range(len(passes[0].layers)):
-            delta.append(torch.cat([norms.delta[layer] for norms in passes]))
-            activation.append(torch.cat([norms.activation[layer] for norms in passes]))
-        sizes = torch.tensor([len(norms.delta[0]) for norms in passes])
-        rates = torch.tensor([norms.rates for norms in passes], dtype=torch.float64)
-        weight_rate, bias_rate = rates.to(delta[0].dtype).repeat_interleave(sizes, 0).unbind(2)
-        return linear_importance(
-            torch.stack(delta).cpu(), torch.stack(activation).cpu(), weight_rate.T, bias_rate.T
-        )
-
-
 class LayerCapture:
-    """The importance of a batch in every layer, from one forward and backward pass.
+    """The importance of batches in every layer, from one forward and backward pass each.
+
+    A pass leaves two numbers for each sample and layer, the norms of `sampimp.importance`, in one
+    buffer that is kept: thousands of small tensors between the large ones of autograd scattered its
+    memory, and page faults then took up to 10 % of a step.
 
     Parameters
     ----------
     model
         Its parameters must all belong to `nn.Linear` layers, each called once in a pass.
     rate_of
-        The learning rate of a parameter; 0 where it is not trained.
+        The learning rate of a parameter; 0 where it is not trained, or None.
 
     Raises
     ------
@@ -70,22 +47,28 @@ class LayerCapture:
         A module with parameters is not linear, shares them, or mixes the samples of a batch.
     """
 
-    def __init__(self, model: nn.Module, rate_of: Callable[[nn.Parameter], float]) -> None:
+    def __init__(self, model: nn.Module, rate_of: Callable[[Tensor | None], float]) -> None:
         self._modules = find_layers(model)
         self._rate_of = rate_of
-        self._batch_size = 0
-        self._activation_norm: dict[str, Tensor] = {}
-        self._delta_norm: dict[str, Tensor] = {}
+        self._buffer = torch.empty(2, len(self._modules), 0)  # activation and delta, layer, sample
+        self._filled = 0
+        self._size = 0
+        self._views: tuple[Tensor, ...] = ()
+        self._forward: dict[str, None] = {}  # layers seen in this pass, in the order of the pass
+        self._backward: set[str] = set()
+        self._order: tuple[str, ...] = tuple(self._modules)
+        self._rates: list[tuple[int, list[float]]] = []  # batch size; rates of weights and biases
 
     @contextmanager
     def batch(self, size: int) -> Iterator[None]:
         """Watch the pass over `size` samples that is run inside."""
-        self._batch_size = size
-        self._activation_norm.clear()
-        self._delta_norm.clear()
+        self._size = size
+        self._views = ()
+        self._forward = {}
+        self._backward = set()
         handles = [
-            layer.register_forward_hook(partial(self._on_forward, name))
-            for name, layer in self._modules.items()
+            layer.register_forward_hook(partial(self._on_forward, position, name))
+            for position, (name, layer) in enumerate(self._modules.items())
         ]
         try:
             yield
@@ -93,64 +76,102 @@ class LayerCapture:
             for handle in handles:
                 handle.remove()
 
-    def norms(self) -> "Norms":
-        """Return what the pass left behind.
+    def rates(self) -> list[float]:
+        """Return the present learning rates of the layers' weights, then of their biases."""
+        layers = self._modules.values()
+        weights = [self._rate_of(layer.weight) for layer in layers]
+        return weights + [self._rate_of(layer.bias) for layer in layers]
+
+    def accept(self, rates: list[float]) -> None:
+        """Keep the pass that was watched, whose update had these rates.
 
         Raises
         ------
         UnsupportedError
-            A layer saw no gradient in the pass.
+            A layer saw no gradient in it.
         """
-        if len(self._delta_norm) < len(self._modules):
-            missing = [name for name in self._modules if name not in self._delta_norm]
+        missing = [name for name in self._modules if name not in self._backward]
+        if missing:
             raise UnsupportedError(
                 expected="a forward and a backward pass through every layer in the step",
                 got=f"no gradient at {', '.join(missing)}",
                 where=f"layer {missing[0]}",
                 todo="put the whole step (forward, backward, update) inside the block",
             )
-        layers = tuple(self._activation_norm)  # in forward order
-        return Norms(
-            layers=layers,
-            delta=[self._delta_norm[name] for name in layers],
-            activation=list(self._activation_norm.values()),
-            rates=tuple(map(self._rates_of, self._activation_norm)),
-        )
+        self._order = tuple(self._forward)
+        self._rates.append((self._size, rates))
+        self._filled += self._size
 
-    def _rates_of(self, name: str) -> tuple[float, float]:
-        layer = self._modules[name]
-        return (
-            self._rate_of(layer.weight),
-            0.0 if layer.bias is None else self._rate_of(layer.bias),
-        )
+    def take(self) -> tuple[tuple[str, ...], Tensor]:
+        """Return the layers in forward order, and beta of all passes since; forget them.
+
+        Returns
+        -------
+        Tensor of shape (layer, samples)
+            On the CPU, the samples of the passes one after the other.
+        """
+        activation_norm_LN, delta_norm_LN = self._buffer[:, :, : self._filled].cpu()
+        sizes = torch.tensor([size for size, _ in self._rates])
+        rates = torch.tensor([rates for _, rates in self._rates], dtype=self._buffer.dtype)
+        weight_rate_LN, bias_rate_LN = rates.repeat_interleave(sizes, 0).T.chunk(2)
+        beta_LN = linear_importance(delta_norm_LN, activation_norm_LN, weight_rate_LN, bias_rate_LN)
+        self._filled = 0
+        self._rates = []
+        registered = list(self._modules)
+        return self._order, beta_LN[[registered.index(name) for name in self._order]]
 
     def _on_forward(
-        self, name: str, layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor
+        self,
+        position: int,
+        name: str,
+        layer: nn.Linear,
+        inputs: tuple[Tensor, ...],
+        output: Tensor,
     ) -> None:
         if not output.requires_grad:
             return  # an evaluation under no_grad inside the step
         (activation,) = inputs
-        if activation.dim() != 2 or len(activation) != self._batch_size:
+        if activation.dim() != 2 or len(activation) != self._size:
             raise UnsupportedError(
-                expected=f"an input of shape ({self._batch_size}, inputs), one row a sample",
+                expected=f"an input of shape ({self._size}, inputs), one row a sample",
                 got=f"an input of shape {tuple(activation.shape)}",
                 where=f"layer {name}",
                 todo="name as many samples as the batch has rows; sequences are not supported",
             )
-        # Only the N norms outlive the forward pass: holding the input until the backward pass kept
-        # autograd from reusing its memory and cost 1 % of a step.
-        self._activation_norm[name] = row_norm(activation.detach())
-        output.register_hook(partial(self._on_gradient, name))
-
-    def _on_gradient(self, name: str, delta_NO: Tensor) -> None:
-        if name in self._delta_norm:
+        if name in self._forward:
             raise UnsupportedError(
                 expected="every layer to be used once in a step",
-                got="a second gradient",
+                got="a second use",
                 where=f"layer {name}",
                 todo="give every use a layer of its own, and every backward pass a step",
             )
-        self._delta_norm[name] = row_norm(delta_NO)
+        self._forward[name] = None
+        # At once, and not with the gradient: to hold the input until then cost 1 % of a step.
+        row_norm(activation.detach(), out=self._rows(activation)[position])
+        output.register_hook(partial(self._on_gradient, position, name))
+
+    def _on_gradient(self, position: int, name: str, delta_NO: Tensor) -> None:
+        if name in self._backward:
+            raise UnsupportedError(
+                expected="one backward pass in a step",
+                got="a second gradient",
+                where=f"layer {name}",
+                todo="add the losses up before backward()",
+            )
+        self._backward.add(name)
+        row_norm(delta_NO, out=self._rows(delta_NO)[len(self._modules) + position])
+
+    def _rows(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Return the buffer's rows for this pass, activations first; a full one is made larger."""
+        if not self._views:
+            end, room = self._filled + self._size, self._buffer.shape[2]
+            if end > room or like.dtype != self._buffer.dtype or like.device != self._buffer.device:
+                larger = like.new_empty(2, len(self._modules), max(2 * room, end))
+                larger[:, :, :room] = self._buffer
+                self._buffer = larger
+            # All at once: eight slices taken one by one cost 20 microseconds more.
+            self._views = self._buffer[:, :, self._filled : end].flatten(0, 1).unbind()
+        return self._views
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -267,10 +288,13 @@ class ImportanceRecorder:
             for parameter in group["params"]
         }
         self._capture = LayerCapture(model, self._rate_of)
-        self.layers: tuple[str, ...] = tuple(find_layers(model))
-        self._steps: dict[int, list[tuple[Tensor, Norms]]] = {}
         self._watched = self._first_trained(model)
+        self._epoch: int | None = None
+        self._indices: list[Tensor] = []  # of the steps of this epoch since the last flush
+        self._parts: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by epoch: indices and beta
         self._largest_batch = 0
+        self.layers: tuple[str, ...] = tuple(find_layers(model))
+        """Names of the layers, in forward order once a step was recorded."""
 
     @contextmanager
     def step(self, index: Tensor | np.ndarray | Sequence[int], *, epoch: int) -> Iterator[None]:
@@ -291,7 +315,7 @@ class ImportanceRecorder:
             As for the class, or the block makes no update or more than one.
         """
         index_N = check_index(index)
-        measured: list[Norms] = []
+        rates: list[list[float]] = []
         version = -1
 
         def after_gradient(parameter: nn.Parameter) -> None:
@@ -308,7 +332,7 @@ class ImportanceRecorder:
                     todo="train without gradient clipping or scaling: the recorded update would "
                     "not be the one that is made",
                 )
-            measured.append(self._capture.norms())
+            rates.append(self._capture.rates())
 
         handles = [
             self._watched.register_post_accumulate_grad_hook(after_gradient),
@@ -320,16 +344,19 @@ class ImportanceRecorder:
         finally:
             for handle in handles:
                 handle.remove()
-        if len(measured) != 1:
+        if len(rates) != 1:
             raise UnsupportedError(
                 expected="one optimizer.step() in the block",
-                got=f"{len(measured)}",
+                got=f"{len(rates)}",
                 where=f"epoch {epoch}",
                 todo="put exactly one update into the block; do not accumulate gradients",
             )
+        if epoch != self._epoch:
+            self._flush()
+            self._epoch = epoch
+        self._capture.accept(rates[0])
+        self._indices.append(index_N)
         self._largest_batch = max(self._largest_batch, len(index_N))
-        self.layers = measured[0].layers
-        self._steps.setdefault(epoch, []).append((index_N, measured[0]))
 
     def pop_epoch(self, epoch: int, sample_count: int) -> Tensor:
         """Return an epoch's importance on the CPU and forget it.
@@ -339,7 +366,16 @@ class ImportanceRecorder:
         Tensor of shape (layer, sample)
             NaN for a sample that no step of the epoch used.
         """
-        return _epoch_importance(self._steps.pop(epoch), sample_count)
+        self._flush()
+        return _sum_by_sample(self._parts.pop(epoch), sample_count)
+
+    def _flush(self) -> None:
+        """Turn the norms of the steps so far into importance."""
+        if self._indices and self._epoch is not None:
+            self.layers, beta_LN = self._capture.take()
+            part = torch.cat(self._indices), beta_LN
+            self._parts.setdefault(self._epoch, []).append(part)
+            self._indices = []
 
     def to_dataset(self, sample_count: int | None = None) -> "xr.Dataset":
         """Return what was recorded, labelled.
@@ -357,12 +393,13 @@ class ImportanceRecorder:
         """
         import xarray as xr  # here: recording alone should not cost the import
 
-        epochs = sorted(self._steps)
+        self._flush()
+        epochs = sorted(self._parts)
         if sample_count is None:
-            largest = [int(index.max()) for epoch in epochs for index, _ in self._steps[epoch]]
+            largest = [int(index.max()) for epoch in epochs for index, _ in self._parts[epoch]]
             sample_count = 1 + max(largest, default=-1)
         values = [
-            _epoch_importance(self._steps[epoch], sample_count).float().numpy() for epoch in epochs
+            _sum_by_sample(self._parts[epoch], sample_count).float().numpy() for epoch in epochs
         ]
         variable = VARIABLES["importance"]
         rates = sorted({group["lr"] for group in self.optimizer.param_groups})
@@ -397,9 +434,10 @@ class ImportanceRecorder:
             todo="make the optimizer from this model's parameters",
         )
 
-    def _rate_of(self, parameter: nn.Parameter) -> float:
+    def _rate_of(self, parameter: Tensor | None) -> float:
         group = self._group_of.get(id(parameter))
-        return float(group["lr"]) if group is not None and parameter.requires_grad else 0.0
+        trained = group is not None and parameter is not None and parameter.requires_grad
+        return float(group["lr"]) if group is not None and trained else 0.0
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -451,21 +489,20 @@ def snapshot_importance(
     Tensor of shape (layer, N)
         On the CPU, in the model's precision.
     """
-    capture = LayerCapture(model, lambda parameter: rate * parameter.requires_grad)
+    capture = LayerCapture(model, lambda p: rate if p is not None and p.requires_grad else 0.0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    passes = []
     for inputs_N, labels_N in zip(inputs.split(chunk), labels.split(chunk), strict=True):
         with capture.batch(len(labels_N)):
             loss = functional.cross_entropy(model(inputs_N), labels_N, reduction="sum")
             torch.autograd.grad(loss, trained)
-        passes.append(capture.norms())
-    return Norms.importance(passes)
+        capture.accept(capture.rates())
+    return capture.take()[1]
 
 
-def _epoch_importance(steps: Sequence[tuple[Tensor, Norms]], sample_count: int) -> Tensor:
-    """Sum each sample's importance over the steps, shape (layer, sample); NaN where unused."""
-    index_N = torch.cat([index for index, _ in steps])
-    beta_LN = Norms.importance([norms for _, norms in steps])
+def _sum_by_sample(parts: Sequence[tuple[Tensor, Tensor]], sample_count: int) -> Tensor:
+    """Sum each sample's importance over an epoch, shape (layer, sample); NaN where unused."""
+    index_N = torch.cat([index for index, _ in parts])
+    beta_LN = torch.cat([beta for _, beta in parts], dim=1)
     total = torch.zeros(len(beta_LN), sample_count, dtype=beta_LN.dtype)
     total.index_add_(1, index_N, beta_LN)
     unused = torch.ones(sample_count, dtype=torch.bool)

@@ -1,9 +1,9 @@
 """Read a whole study lazily as one labelled cube.
 
 `open_cube` matches the plan with the commits and lays a dask array over the records, one block for
-each chunk that a trial wrote. No array is opened before a block is computed, so that 300 trials open
-as fast as their COMMIT.json files can be read; a trial that is not committed is NaN, and is not
-looked at. What is open does not change: trials committed later are there when it is opened again.
+each chunk that a trial wrote. No array is opened before a block is computed: 300 trials open as
+fast as their COMMIT.json files can be read. A trial that is not committed is NaN and is not looked
+at. What is open does not change: trials committed later are there when it is opened again.
 """
 
 import os
@@ -62,7 +62,9 @@ def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
     trials = plan.resolve(read_commits(folder))
     snapshots = folder.read_json(SNAPSHOTS) or {}
     nodes = {
-        key: _open_node(folder, plan, key, [t for t in trials if t.config.dataset == key], snapshots)
+        key: _open_node(
+            folder, plan, key, [t for t in trials if t.config.dataset == key], snapshots
+        )
         for key in plan.datasets
     }
     tree = xr.DataTree.from_dict(nodes)

@@ -6,7 +6,8 @@ catch, and `UserError` as well: the command lines print a `UserError` as its mes
 a traceback, and exit with 2.
 
 Map: `UserError` is the common root; `ConfigError`, `DataError`, `StoreError`, `ResourceError` are
-raised before training starts; `UnsupportedError` by the recorder; `RecordError` by a record's reader.
+raised before training starts; `UnsupportedError` by the recorder; `RecordError` by whoever reads a
+record.
 """
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 
-def row_norm(rows_NK: Tensor) -> Tensor:
-    """Return the Euclidean norm of each row, shape (N,).
+def row_norm(rows_NK: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the Euclidean norm of each row, shape (N,), into `out` if it is given.
 
     One pass without a temporary: squaring into a new tensor and summing it cost 1 % of a training
     step of the paper's network more.
@@ -28,7 +28,7 @@ def row_norm(rows_NK: Tensor) -> Tensor:
     >>> row_norm(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
     tensor([5., 1.])
     """
-    return torch.linalg.vector_norm(rows_NK, dim=1)
+    return torch.linalg.vector_norm(rows_NK, dim=1, out=out)
 
 
 def linear_importance(

@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def build_mlp(
     generator = torch.Generator().manual_seed(seed)
     sizes = (math.prod(input_shape), *hidden)
     modules: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-    for number, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+    for number, (fan_in, fan_out) in enumerate(pairwise(sizes), start=1):
         modules[f"L{number}"] = _glorot_linear(fan_in, fan_out, generator)
         modules[f"relu{number}"] = nn.ReLU()
     modules["Out"] = _glorot_linear(sizes[-1], class_count, generator)

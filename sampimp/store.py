@@ -10,7 +10,7 @@
 
 A trial has one writer, a write is a whole chunk, and what exists is not therefore complete: a
 checkpoint counts when its manifest is there and its digest agrees, a record when COMMIT.json is
-there. Every object is put at once or not at all (obstore renames a finished file; S3 does the same).
+there. Every object is put whole or not at all (obstore renames a finished file; so does S3).
 
 Map: `Folder` (bytes and JSON anywhere), `TrialRecord` (one trial's writer), `write_source` and
 `read_source` (data sets), `read_chunk` (for readers).
@@ -25,7 +25,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import obstore
@@ -36,6 +36,9 @@ from zarr.storage import ObjectStore
 from sampimp.data import Source
 from sampimp.errors import RecordError, StoreError
 from sampimp.schema import CURVES, VARIABLES, EpochRecord, chunk_shape, digest
+
+if TYPE_CHECKING:
+    from obstore.store import S3Config
 
 KEPT_CHECKPOINTS = 2
 """The newest, and the one before in case the newest was cut off while it was written."""
@@ -185,7 +188,7 @@ def _open_store(url: str) -> LocalStore | S3Store:
     return S3Store.from_url(url, config=_s3_credentials(url))
 
 
-def _s3_credentials(url: str) -> dict[str, Any]:
+def _s3_credentials(url: str) -> "S3Config":
     """Return what obstore does not find on its own, the profile files; refuse if there is nothing.
 
     obstore reads the environment and asks the instance's own service. That service answers on AWS
@@ -200,7 +203,8 @@ def _s3_credentials(url: str) -> dict[str, Any]:
     parser.read(file)
     if parser.has_option(profile, "aws_access_key_id"):
         names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-        return {name: parser[profile][name] for name in names if name in parser[profile]}
+        found = {name: parser[profile][name] for name in names if name in parser[profile]}
+        return cast("S3Config", found)
     vendor = Path("/sys/class/dmi/id/sys_vendor")
     if vendor.is_file() and vendor.read_text().startswith("Amazon EC2"):
         return {}
@@ -240,7 +244,11 @@ class TrialRecord:
     """
 
     def __init__(
-        self, folder: Folder, identity: Mapping[str, Any], sizes: Mapping[str, int], states: list[int]
+        self,
+        folder: Folder,
+        identity: Mapping[str, Any],
+        sizes: Mapping[str, int],
+        states: list[int],
     ) -> None:
         self.folder, self.identity, self.history = folder, dict(identity), History()
         self._states = {state: position for position, state in enumerate(states)}
@@ -308,7 +316,7 @@ class TrialRecord:
         Parameters
         ----------
         diverged_epoch
-            The epoch in which the run diverged, after which nothing is recorded; None if it did not.
+            The epoch in which the run diverged, its last; None if it did not.
         """
         self.folder.write_json(
             "COMMIT.json",
@@ -349,7 +357,9 @@ def _require_array(group: zarr.Group, name: str, sizes: Mapping[str, int]) -> za
     )
 
 
-def write_array(trial: Folder, name: str, sizes: Mapping[str, int], position: int, values: np.ndarray) -> str:
+def write_array(
+    trial: Folder, name: str, sizes: Mapping[str, int], position: int, values: np.ndarray
+) -> str:
     """Write one epoch of a variable into a finished record, and return its digest.
 
     Parameters

@@ -66,9 +66,7 @@ def make_schedule(
     check_choice(strategy, (*REFERENCES, *STRATEGIES), "strategy")
     count = math.ceil(sample_count / batch_size)
     if strategy in REFERENCES:
-        return lambda epoch: np.array_split(
-            _permutation(order_seed, epoch, sample_count), count
-        )
+        return lambda epoch: np.array_split(_permutation(order_seed, epoch, sample_count), count)
     if strategy in SORTED_STRATEGIES:
         order = np.argsort(_checked(difficulty, strategy, sample_count), kind="stable")
     else:

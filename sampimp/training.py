@@ -8,8 +8,8 @@
         NLL of every training sample and the errors, at the end of the epoch
         yield the record of epoch t
 
-It knows neither Ray nor Zarr: who consumes the records decides where they go, and may stop and, from
-`state`, go on in another process with the same bytes.
+It knows neither Ray nor Zarr: who consumes the records decides where they go, and may stop and go
+on from `state` in another process, with the same bytes.
 """
 
 import io
@@ -93,9 +93,7 @@ class TrainingRun:
             if self.epoch in states:
                 arrays |= self._parameters()
             diverged = not math.isfinite(arrays["train_nll"].item())
-            yield EpochRecord(
-                epoch=self.epoch, arrays=arrays, diverged=diverged, seconds=seconds
-            )
+            yield EpochRecord(epoch=self.epoch, arrays=arrays, diverged=diverged, seconds=seconds)
             if diverged:
                 return
 

@@ -4,14 +4,16 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 from sampimp.errors import ResourceError
 
-# Read by Ray when it is imported. A study tells nobody that it runs, and its terminal is a person's.
+# Read by Ray when it is imported: a study tells nobody that it runs, and does not fill a terminal.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints tables at verbose=0 too
 
 import ray
 
@@ -37,7 +39,7 @@ def connect(address: str | None = None) -> Cluster:
     Parameters
     ----------
     address
-        As `ray.init` takes it. None: the environment's RAY_ADDRESS, else a cluster that runs on
+        As `ray.init` takes it, "local" for a cluster of its own. None: the environment's RAY_ADDRESS, else a cluster that runs on
         this machine, else one that is started here for this process alone.
 
     Raises
@@ -45,13 +47,13 @@ def connect(address: str | None = None) -> Cluster:
     ResourceError
         The address was given and no cluster answers there.
     """
-    options = {"log_to_driver": False, "logging_level": logging.ERROR}
+    start = partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
     address = address or os.environ.get("RAY_ADDRESS")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own deprecations, of no use to a user
         if address:
             try:
-                ray.init(address=address, **options)
+                start(address=address)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ResourceError(
                     expected="a Ray cluster that answers",
@@ -60,14 +62,15 @@ def connect(address: str | None = None) -> Cluster:
                     todo="start it (ray up cluster.yaml, or ray start --head), or leave --address "
                     "and RAY_ADDRESS out to run on this machine",
                 ) from None
-            origin = f"Ray cluster at {address}"
+            origin = "Ray started here" if address == "local" else f"Ray cluster at {address}"
         else:
             try:
-                ray.init(address="auto", **options)
+                start(address="auto")
                 origin = "Ray cluster that runs on this machine"
             except ConnectionError:
-                ray.init(include_dashboard=False, **options)
-                origin = "Ray started on this machine"
+                start(include_dashboard=False)
+                origin = "Ray started here"
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # failures are shown by `Progress`
     resources = ray.cluster_resources()
     nodes = sum(node["Alive"] for node in ray.nodes())
     return Cluster(origin, nodes, resources.get("CPU", 0), resources.get("GPU", 0))

@@ -1,14 +1,15 @@
 """The door: train the paper's study, or one's own, and write its report.
 
-    python sweeps/full_study.py                       the paper's study
-    python sweeps/full_study.py --preset digits       the same on 1,797 digits, in minutes
-    python sweeps/full_study.py --help                all options
+python sweeps/full_study.py                       the paper's study
+python sweeps/full_study.py --preset digits       the same on 1,797 digits, in minutes
+python sweeps/full_study.py --help                all options
 """
 
 import sys
 
 from rich.console import Console
 
+from analysis.report import print_summary, write_report
 from sampimp.errors import UserError
 from sweeps.cluster import connect
 from sweeps.study import parse, run
@@ -25,9 +26,9 @@ def main(arguments: list[str]) -> int:
         console.print(f"{cluster}.")
         code = run(config, console, cluster)
         if not config.dry_run:
-            from analysis.report import write_report  # here: a dry run needs no figures
-
-            write_report(config.out)
+            with console.status("Analysing") as status:
+                report = write_report(config.out, progress=status.update)
+            print_summary(report)
         return code
     except UserError as error:
         errors.print(str(error), style="red", markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: how far it is, what runs, what went wrong, how long yet."""
+"""What a person sees while a study runs: how far it is, what runs, what failed, how long yet."""
 
 import time
 from collections import Counter
@@ -66,13 +66,13 @@ class Progress(Callback):
         return {**vars(self), "_live": None, "_console": None}
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """Tune started a trial."""
+        """Note that Tune started a trial."""
         self._set(trial.config["label"], "running")
 
     def on_trial_result(
         self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """A trial finished an epoch."""
+        """Note that a trial finished an epoch."""
         label = trial.config["label"]
         self._epoch[label] = result["epoch"]
         if result["done"]:
@@ -83,7 +83,7 @@ class Progress(Callback):
         self._print_now_and_then()
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """A trial failed for good."""
+        """Say that a trial failed for good, and why."""
         label = trial.config["label"]
         self._set(label, "failed")
         reason = trial.get_pickled_error() or trial.get_error() or "unknown"

@@ -34,7 +34,7 @@ class PlanSearcher(Searcher):
         self._waiting = [i for i, trial in enumerate(trials) if trial.commit is None]
         self._running: dict[str, int] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         """Return a trial's configuration, None to be asked again, or FINISHED."""
         for position in self._waiting:
             trial = self._trials[position]

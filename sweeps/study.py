@@ -6,16 +6,13 @@
 Every start goes this way, the first as the tenth: it is the store that says what is left to do.
 """
 
-import os
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import ray
 import torch
 import tyro
@@ -27,7 +24,13 @@ from sampimp.data import Source, dataset_key, scale_inputs
 from sampimp.errors import ConfigError, ResourceError, StoreError
 from sampimp.models import build_mlp, parameter_layers
 from sampimp.plan import DatasetInfo, Plan, PlannedTrial, read_commits, read_plan
-from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY, REFERENCES, SORTED_STRATEGIES, STRATEGIES
+from sampimp.schema import (
+    REFERENCE_SEED,
+    REFERENCE_STRATEGY,
+    REFERENCES,
+    SORTED_STRATEGIES,
+    STRATEGIES,
+)
 from sampimp.store import Folder, read_source, write_source
 from sampimp.strategies import make_schedule
 from sampimp.training import TrainingRun
@@ -35,6 +38,7 @@ from sweeps.cluster import Cluster
 from sweeps.ingest import ingest
 from sweeps.progress import Progress
 from sweeps.searcher import PlanSearcher
+from sweeps.snapshots import score_snapshots
 from sweeps.trial import Trial
 
 RETRIES = 2
@@ -61,7 +65,7 @@ class StudyConfig(TrainingConfig):
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Initialisations of each of the seven strategies."""
     reference_seeds: tuple[int, ...] = (1, 2, 3)
-    """Initialisations of each set of reference runs; the strategies sort by the first of shuffle."""
+    """Initialisations of each set of reference runs; the strategies sort by seed 1 of shuffle."""
     order_seed: int = 0
     """Seed of the order of the batches."""
     rand_batches: Literal["shared", "by_seed"] = "shared"
@@ -186,6 +190,14 @@ def run(config: StudyConfig, console: Console, cluster: Cluster) -> int:
             write_source(folder / "datasets" / f"{key}.zarr", source)
     if missing:
         train(config, plan, folder, sources, cluster, console)
+    if config.snapshot_every:
+        score_snapshots(
+            str(folder),
+            config.snapshot_every,
+            console,
+            cpus=config.cpus_per_trial,
+            gpus=config.gpus_per_trial,
+        )
     trials = plan.resolve(read_commits(folder))
     return conclude(trials, console)
 
@@ -301,27 +313,29 @@ def train(
         sources={key: ray.put(source) for key, source in sources.items()},
     )
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
-    with tempfile.TemporaryDirectory(prefix="sampimp-tune-") as scratch:
-        with Progress(trials, plan.training.epochs, slots, console) as progress:
-            tuner = tune.Tuner(
-                tune.with_resources(trainable, resources),
-                tune_config=tune.TuneConfig(
-                    search_alg=PlanSearcher(plan, folder, trials),
-                    num_samples=missing,
-                    max_concurrent_trials=slots,
-                    reuse_actors=True,
-                ),
-                run_config=tune.RunConfig(
-                    name="study",
-                    storage_path=scratch,
-                    callbacks=[progress],
-                    failure_config=tune.FailureConfig(max_failures=RETRIES),
-                    # A trial checkpoints into the study's store; Tune is to keep nothing.
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                    verbose=0,
-                ),
-            )
-            tuner.fit()
+    with (
+        tempfile.TemporaryDirectory(prefix="sampimp-tune-") as scratch,
+        Progress(trials, plan.training.epochs, slots, console) as progress,
+    ):
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, resources),
+            tune_config=tune.TuneConfig(
+                search_alg=PlanSearcher(plan, folder, trials),
+                num_samples=missing,
+                max_concurrent_trials=slots,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="study",
+                storage_path=scratch,
+                callbacks=[progress],
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                # A trial checkpoints into the study's store; Tune is to keep nothing.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                verbose=0,
+            ),
+        )
+        tuner.fit()
 
 
 def concurrent_trials(config: StudyConfig, cluster: Cluster) -> int:
@@ -417,9 +431,7 @@ def measure_epoch(plan: Plan, key: str, source: Source, steps: int = 30) -> floa
         test_values=source.train_values[:count],
         test_labels=source.train_labels[:count],
     )
-    trial = TrialConfig(
-        dataset=key, strategy="shuffle", seed=0, order_seed=0, training=training
-    )
+    trial = TrialConfig(dataset=key, strategy="shuffle", seed=0, order_seed=0, training=training)
     schedule = make_schedule("shuffle", count, training.batch_size, 0)
     threads = torch.get_num_threads()
     records = list(TrainingRun(trial, scale_inputs(part, "unit"), schedule).records())

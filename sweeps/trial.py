@@ -1,7 +1,7 @@
 """One training run as Ray Tune sees it: thin, and resumed from the store alone.
 
-Tune starts, stops and retries it; it never holds its state. Wherever a trial starts, it looks for its
-own newest checkpoint in the study's store and goes on from there.
+Tune starts, stops and retries it; it never holds its state. Wherever a trial starts, it looks for
+its own newest checkpoint in the study's store and goes on from there.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class Trial(tune.Trainable):
     long as training the digits.
     """
 
-    def setup(
+    def setup(  # type: ignore[override]  # tune.with_parameters adds the keywords
         self,
         config: dict[str, Any],
         *,

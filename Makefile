@@ -1,0 +1,71 @@
+# The doors of the project; `make` lists them. Python 3.11 and make are all that has to be there.
+#
+# One environment, .venv, and one stamp per set of extras in it: a target whose stamp is newer than
+# pyproject.toml and constraints.txt starts at once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+FIRST := about 1 GB (more where PyTorch comes with CUDA), 1 to 5 minutes the first time
+comma := ,
+PINS := pyproject.toml constraints.txt
+
+# $(call install,extras,what,how long): the stamp is touched last, so that an install that was
+# interrupted is done again.
+define install
+@echo "Installing $(2) into $(VENV): $(3) ..."
+@$(PIP_INSTALL) -e '.$(1)'
+@touch $@
+endef
+
+.PHONY: help study test check bench clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two installs into one environment at once would break it (make -j).
+.NOTPARALLEL:
+
+help:
+	@echo "make study   the whole study on scikit-learn's digits, into results/digits (minutes)"
+	@echo "make test    the tests"
+	@echo "make check   format, lint, types, doctests, tests: what CI runs"
+	@echo "make bench   one training step with and without recording, against BackPACK and Opacus"
+	@echo "make clean   remove the environment and the caches; results/ stays"
+
+study: $(VENV)/.installed
+	@$(BIN)/python sweeps/full_study.py --preset digits --out results/digits
+
+test: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	@$(MAKE) --no-print-directory test
+
+bench: $(VENV)/.installed-bench
+	@$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp of the environment itself comes after pip is in it; `venv` mends one that was cut short.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Expected Python 3.11 or newer, got " + sys.version.split()[0] + "; name another one: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(PINS) | $(VENV)/.created
+	$(call install,,sampimp,$(FIRST))
+
+$(VENV)/.installed-test: $(PINS) | $(VENV)/.created
+	$(call install,[test],sampimp and its tests' tools,$(FIRST))
+
+$(VENV)/.installed-dev: $(PINS) | $(VENV)/.created
+	$(call install,[test$(comma)dev],sampimp and its developers' tools,$(FIRST))
+	@touch $(VENV)/.installed-test
+
+$(VENV)/.installed-bench: $(PINS) | $(VENV)/.created
+	$(call install,[bench],sampimp with BackPACK and Opacus,$(FIRST))

@@ -1,0 +1,223 @@
+"""When and where do the samples of one class act? (section 3.5, Figs. 5 and 6).
+
+k-means on the epoch x layer profiles of in-step importance: 20 clusters of digit 5, 30 of horse.
+The paper does not say how profiles are scaled. Here a profile is log(1 + beta / m_d), m_d the mean
+of layer d over the class and all epochs: the logarithm because importance is heavy-tailed and plain
+k-means would spend its clusters on a handful of extreme samples, the 1 so that values far below the
+mean all count as nothing instead of spreading over twenty decades, and a mean for each layer so
+that a layer counts by its pattern and not by how many parameters it has.
+
+Map: `default_class`, `cluster_count` (which class, how many), `clusters`.
+"""
+
+import numpy as np
+import xarray as xr
+from sklearn.cluster import KMeans
+
+from analysis.runs import class_name, codes_of_labels, label_result, place_of, reference_run
+from sampimp.errors import ConfigError
+
+PAPER_CLASSES = {"5": 20, "five": 20, "horse": 30}
+"""The classes that the paper clusters, and into how many (section 3.5)."""
+
+SAMPLES_PER_CLUSTER = 25
+"""Least samples per cluster, on average, for fewer clusters than the paper's (arbitrary)."""
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""What a box plot shows."""
+
+REPRESENTATIVES = 12
+"""Samples named for each cluster, the closest to its centre (arbitrary)."""
+
+
+def default_class(cube: xr.Dataset) -> int:
+    """Return the label of the class the paper clusters, else the smallest label.
+
+    Examples
+    --------
+    >>> from analysis.runs import small_cube
+    >>> default_class(small_cube())
+    1
+    """
+    labels, _ = codes_of_labels(cube)
+    for label in labels.tolist():
+        if class_name(cube, label) in PAPER_CLASSES:
+            return int(label)
+    return int(labels[0])
+
+
+def cluster_count(cube: xr.Dataset, label: int) -> int:
+    """Return how many clusters a class gets: the paper's, fewer if a cluster would be tiny.
+
+    Twenty (thirty for `horse`), but not more than one for every 25 samples, and at least two.
+
+    Examples
+    --------
+    >>> from analysis.runs import small_cube
+    >>> cluster_count(small_cube(), 1)  # 40 samples
+    2
+    """
+    size = int(np.count_nonzero(cube["label"].values == label))
+    wanted = PAPER_CLASSES.get(class_name(cube, label), 20)
+    return max(2, min(wanted, size // SAMPLES_PER_CLUSTER))
+
+
+def clusters(
+    cube: xr.Dataset, label: int | None = None, count: int | None = None, seed: int = 0
+) -> xr.Dataset:
+    """Return clusters of one class's samples by when and where they are important.
+
+    Reads the class's profiles, [samples of the class x epochs x layers], into memory at once.
+
+    Parameters
+    ----------
+    cube
+        One node of the cube.
+    label
+        The class; `default_class` if not given.
+    count
+        The number of clusters; `cluster_count` if not given. Fewer come back if fewer profiles
+        differ.
+    seed
+        Of k-means (10 starts).
+
+    Returns
+    -------
+    Dataset, in memory
+        profile(cluster, epoch, layer), cluster_of(sample), size(cluster), final_nll(sample),
+        nll_quantile(cluster, quantile), nll_quantile_by_epoch(cluster, epoch, quantile),
+        representative(cluster, rank), overall_importance(sample), mean_epoch(cluster),
+        layer_share(cluster, layer). `sample` is the permanent index of the class's samples;
+        clusters are ordered by mean overall importance, low first. A cluster with fewer samples
+        than ranks has -1 there.
+
+    Raises
+    ------
+    RecordError
+        If the reference run is not complete.
+    ConfigError
+        If the class is not there, or count is not between 1 and its samples.
+
+    Examples
+    --------
+    >>> from analysis.runs import small_cube
+    >>> result = clusters(small_cube(), label=1, count=3)
+    >>> result["size"].values.tolist(), result.attrs["class_name"]
+    ([26, 9, 5], 'horse')
+
+    References
+    ----------
+    Gao & Jojic (2017), section 3.5, Figs. 5 and 6.
+    """
+    run = reference_run(cube, "importance", "nll")
+    label = default_class(cube) if label is None else label
+    members = np.flatnonzero(cube["label"].values == label)
+    if not len(members):
+        raise ConfigError(
+            f"a label out of {codes_of_labels(cube)[0].tolist()}",
+            f"{label}",
+            place_of(cube),
+            "choose one of these",
+        )
+    count = cluster_count(cube, label) if count is None else count
+    if not 1 <= count <= len(members):
+        raise ConfigError(
+            f"between 1 and {len(members)} clusters of class {class_name(cube, label)}",
+            f"{count}",
+            place_of(cube),
+            "choose another number",
+        )
+    own = run.isel(sample=members).compute()
+    beta = own["importance"].transpose("sample", "epoch", "layer").astype(np.float64)
+    features = normalise_profiles(beta.values)
+    fitted = KMeans(n_clusters=count, n_init=10, random_state=seed).fit(
+        features.reshape(len(members), -1)
+    )
+    tau = beta.sum(("epoch", "layer"))
+    found = np.unique(fitted.labels_)
+    means = [tau.values[fitted.labels_ == c].mean() for c in found]
+    order = found[np.argsort(means, kind="stable")]
+    codes = np.empty(len(members), np.int64)
+    for new, old in enumerate(order):
+        codes[fitted.labels_ == old] = new
+    groups = [np.flatnonzero(codes == c) for c in range(len(order))]
+    ranks = min(REPRESENTATIVES, len(members))
+    closest = np.full((len(order), ranks), -1, np.int64)
+    for c, group in enumerate(groups):
+        distance = np.square(features[group] - features[group].mean(0)).sum((1, 2))
+        nearest = group[np.argsort(distance, kind="stable")[:ranks]]
+        closest[c, : len(nearest)] = own["sample"].values[nearest]
+    nll = own["nll"].transpose("epoch", "sample").values.astype(np.float64)
+    profile = np.stack([beta.values[group].mean(0) for group in groups])
+    total = profile.sum((1, 2))
+    with np.errstate(invalid="ignore"):
+        mean_epoch = profile.sum(2) @ own["epoch"].values / total
+        share = profile.sum(1) / total[:, None]
+    quantile_by_epoch = np.stack(
+        [np.quantile(nll[:, group], QUANTILES, axis=1).T for group in groups]
+    )
+    result = xr.Dataset(
+        {
+            "profile": (("cluster", "epoch", "layer"), profile),
+            "cluster_of": ("sample", codes),
+            "size": ("cluster", np.array([len(group) for group in groups])),
+            "final_nll": ("sample", nll[-1]),
+            "overall_importance": ("sample", tau.values),
+            "nll_quantile": (("cluster", "quantile"), quantile_by_epoch[:, -1]),
+            "nll_quantile_by_epoch": (("cluster", "epoch", "quantile"), quantile_by_epoch),
+            "representative": (("cluster", "rank"), closest),
+            "mean_epoch": ("cluster", mean_epoch),
+            "layer_share": (("cluster", "layer"), share),
+        },
+        coords={
+            "cluster": np.arange(len(order)),
+            "epoch": own["epoch"].values,
+            "layer": own["layer"].values,
+            "sample": own["sample"].values,
+            "quantile": list(QUANTILES),
+            "rank": np.arange(1, ranks + 1),
+        },
+    )
+    label_result(
+        result,
+        cube,
+        method=(
+            f"k-means (scikit-learn, 10 starts, seed {seed}) into {count} clusters of the profiles "
+            "log(1 + beta / m_d) over epoch and layer, m_d the mean of layer d over the class "
+            "and the "
+            "epochs; reference run (shuffle, seed 1)"
+        ),
+        figure="6" if class_name(cube, label) == "horse" else "5",
+        section="3.5",
+        variables={
+            "profile": ("parameter^2", "mean importance of a sample of the cluster"),
+            "cluster_of": ("1", "cluster of the sample"),
+            "size": ("1", "samples of the cluster"),
+            "final_nll": ("nat", "NLL at the end of the last epoch"),
+            "overall_importance": ("parameter^2", "overall importance"),
+            "nll_quantile": ("nat", "quantile of final NLL"),
+            "nll_quantile_by_epoch": ("nat", "quantile of NLL at the end of the epoch"),
+            "representative": ("1", "index of the sample next closest to the centre"),
+            "mean_epoch": ("epoch", "importance-weighted mean epoch of the cluster"),
+            "layer_share": ("1", "share of the cluster's importance in the layer"),
+        },
+    )
+    result.attrs["label"] = int(label)
+    result.attrs["class_name"] = class_name(cube, label)
+    return result
+
+
+def normalise_profiles(beta: np.ndarray) -> np.ndarray:
+    """Return log(1 + beta / m_d), m_d the mean over samples and epochs of each layer.
+
+    Parameters
+    ----------
+    beta : array [sample, epoch, layer]
+
+    Examples
+    --------
+    >>> normalise_profiles(np.array([[[0.0, 5.0]], [[2.0, 5.0]]])).round(2).tolist()
+    [[[0.0, 0.69]], [[1.1, 0.69]]]
+    """
+    mean = beta.mean((0, 1), keepdims=True)
+    return np.log1p(np.divide(beta, mean, out=np.zeros_like(beta), where=mean > 0))

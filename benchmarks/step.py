@@ -1,0 +1,379 @@
+"""What recording importance costs: one training step of the paper's network, four ways.
+
+The step is the paper's (section 3.1): three layers of 512 ReLU units, batch 100, SGD at rate 0.1
+with weight decay 1e-5, mean cross-entropy; one thread, data already in memory, so that nothing
+dilutes the difference. Every contender makes the same update; all but the first also leave behind
+the importance of each sample in each layer, which is compared before anything is timed.
+
+The machine's speed drifts by more than the difference that is measured. So the contenders take
+turns within a round, in random order, and the result is the median over rounds of the ratio to the
+plain step of the same round.
+
+Whoever changes the recorder: watch the page faults too. Small tensors that outlive a step split the
+hole that a gradient of several megabytes left behind, so that the next one takes fresh pages; at
+3,072 inputs that alone moved the ratio from 1.04 to 1.16, by luck of the heap, from run to run. The
+rivals write into a table made beforehand, which is their best case.
+
+Map: `Plain`, `Sampimp`, `BackPack`, `OpacusGhost` (the contenders), `check_agreement`,
+`measure`, `main` (`python benchmarks/step.py --help`).
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from sampimp.capture import ImportanceRecorder
+from sampimp.models import build_mlp
+
+HIDDEN, CLASSES, BATCH_SIZE = (512, 512, 512), 10, 100  # section 3.1
+LEARNING_RATE, WEIGHT_DECAY = 0.1, 1e-5  # section 3.1
+BATCHES = 100  # arbitrary: enough that no batch is still in the cache when its turn comes again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of the benchmark."""
+
+    inputs: tuple[int, ...] = (784, 3072)
+    """Inputs of the network: 784 as in MNIST, 3,072 as in CIFAR-10."""
+    rounds: int = 300
+    """Rounds for each number of inputs; in each round every contender takes one turn."""
+    steps: int = 5
+    """Training steps in a turn."""
+    seed: int = 1
+    """Of the initialisation, the data and the order within rounds."""
+    out: Path | None = None
+    """Write the result there as well: a table (.md) or every number (.json)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One contender on one number of inputs."""
+
+    inputs: int
+    name: str
+    milliseconds: float
+    """Median time of a step."""
+    ratio: float
+    """Median over rounds of the time relative to the plain step of the same round."""
+    lower: float
+    upper: float
+    """The quartiles of that ratio."""
+    rounds: int
+
+
+class Contender(Protocol):
+    """One way to make a training step."""
+
+    model: nn.Module
+
+    def step(self, inputs: Tensor, labels: Tensor, index: Tensor, epoch: int) -> None:
+        """Train on one batch."""
+
+
+class Plain:
+    """PyTorch alone."""
+
+    def __init__(self, inputs: int, seed: int) -> None:
+        self.model: nn.Module = build_mlp((inputs,), HIDDEN, CLASSES, seed)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY
+        )
+        self.loss = nn.CrossEntropyLoss()
+
+    def step(self, inputs: Tensor, labels: Tensor, index: Tensor, epoch: int) -> None:
+        """Train on one batch."""
+        self.optimizer.zero_grad()
+        self.loss(self.model(inputs), labels).backward()
+        self.optimizer.step()
+
+
+class Sampimp(Plain):
+    """With this project's recorder around the unchanged step."""
+
+    def __init__(self, inputs: int, seed: int) -> None:
+        super().__init__(inputs, seed)
+        self.recorder = ImportanceRecorder(self.model, self.optimizer)
+
+    def step(self, inputs: Tensor, labels: Tensor, index: Tensor, epoch: int) -> None:
+        """Train on one batch and record it."""
+        with self.recorder.step(index, epoch=epoch):
+            super().step(inputs, labels, index, epoch)
+
+    def importance(self, index: Tensor) -> Tensor:
+        """Return the recorded importance of samples in the first epoch, shape (layer, N)."""
+        return torch.from_numpy(self.recorder.to_dataset().importance.values[0])[:, index]
+
+
+class BackPack(Plain):
+    """With BackPACK's squared norms of the samples' gradients (`BatchL2Grad`).
+
+    They are the squared norms of the mean loss's gradients, so importance is rate^2 times them.
+    """
+
+    def __init__(self, inputs: int, seed: int) -> None:
+        import backpack
+        from backpack.extensions import BatchL2Grad
+
+        super().__init__(inputs, seed)
+        self.model = backpack.extend(self.model)
+        self.loss = backpack.extend(self.loss)
+        self.backpack, self.extension = backpack.backpack, BatchL2Grad
+        self.layers: list[Any] = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
+        self.table = torch.full((len(self.layers), BATCHES * BATCH_SIZE), torch.nan)
+
+    def step(self, inputs: Tensor, labels: Tensor, index: Tensor, epoch: int) -> None:
+        """Train on one batch and keep its norms."""
+        self.optimizer.zero_grad()
+        loss = self.loss(self.model(inputs), labels)
+        with self.backpack(self.extension()):
+            loss.backward()
+        norms = [layer.weight.batch_l2 + layer.bias.batch_l2 for layer in self.layers]
+        self.table[:, index] = LEARNING_RATE**2 * torch.stack(norms)
+        self.optimizer.step()
+
+    def importance(self, index: Tensor) -> Tensor:
+        """Return the latest importance of samples, shape (layer, N)."""
+        return self.table[:, index]
+
+
+class OpacusGhost(Plain):
+    """With Opacus's ghost norms.
+
+    Counted is the pass that computes the norms alone: the ordinary backward pass with Opacus's
+    hooks, then the ordinary update. Private training would add a second backward pass over the
+    clipped losses and the noise, which nobody needs for importance and which would about double the
+    time. The norms are those of the samples' own gradients, so importance is (rate / B)^2 norm^2.
+    """
+
+    def __init__(self, inputs: int, seed: int) -> None:
+        from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+        super().__init__(inputs, seed)
+        self.layers: list[Any] = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
+        self.model = GradSampleModuleFastGradientClipping(
+            self.model, max_grad_norm=1, use_ghost_clipping=True, loss_reduction="mean"
+        )
+        self.table = torch.full((len(self.layers), BATCHES * BATCH_SIZE), torch.nan)
+
+    def step(self, inputs: Tensor, labels: Tensor, index: Tensor, epoch: int) -> None:
+        """Train on one batch and keep its norms."""
+        self.optimizer.zero_grad()
+        self.loss(self.model(inputs), labels).backward()
+        norms = [
+            layer.weight._norm_sample.square() + layer.bias._norm_sample.square()
+            for layer in self.layers
+        ]
+        scale = (LEARNING_RATE / len(labels)) ** 2
+        self.table[:, index] = scale * torch.stack(norms)
+        self.optimizer.step()
+
+    def importance(self, index: Tensor) -> Tensor:
+        """Return the latest importance of samples, shape (layer, N)."""
+        return self.table[:, index]
+
+
+CONTENDERS: dict[str, tuple[type[Plain], str]] = {
+    "plain PyTorch": (Plain, "torch"),
+    "sampimp recorder": (Sampimp, "torch"),
+    "BackPACK BatchL2Grad": (BackPack, "backpack"),
+    "Opacus ghost norms": (OpacusGhost, "opacus"),
+}
+"""By name: the class and the package that it needs."""
+
+
+def available() -> dict[str, type[Plain]]:
+    """Return the contenders whose package is installed."""
+    return {
+        name: kind
+        for name, (kind, package) in CONTENDERS.items()
+        if importlib.util.find_spec(package) is not None
+    }
+
+
+def make_batches(inputs: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return random batches: inputs in [0, 1], labels, and the samples' indices."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(BATCHES * BATCH_SIZE, generator=generator)
+    return [
+        (
+            torch.rand(BATCH_SIZE, inputs, generator=generator),
+            torch.randint(0, CLASSES, (BATCH_SIZE,), generator=generator),
+            index,
+        )
+        for index in order.split(BATCH_SIZE)
+    ]
+
+
+def check_agreement(
+    contenders: Sequence[type[Plain]], batch: tuple[Tensor, Tensor, Tensor], seed: int
+) -> None:
+    """Raise RuntimeError unless all contenders agree on one step's parameters and importance."""
+    inputs, labels, index = batch
+    trained = [kind(inputs.shape[1], seed) for kind in contenders]
+    for contender in trained:
+        contender.step(inputs, labels, index, epoch=1)
+    expected = [parameter.detach() for parameter in trained[0].model.parameters()]
+    values: dict[str, Tensor] = {}
+    for contender in trained:
+        name = type(contender).__name__
+        for left, right in zip(expected, contender.model.parameters(), strict=True):
+            exact = isinstance(contender, Sampimp)  # recording promises the very same bits
+            if not (torch.equal if exact else torch.allclose)(left, right.detach()):
+                raise RuntimeError(f"{name} trains other parameters than plain PyTorch")
+        if isinstance(contender, Sampimp | BackPack | OpacusGhost):
+            values[name] = contender.importance(index)
+    for name, beta in values.items():
+        if not torch.allclose(beta, values["Sampimp"], rtol=1e-4, atol=0):
+            raise RuntimeError(f"{name} measures another importance than sampimp")
+
+
+def measure(inputs: int, config: Config) -> list[Result]:
+    """Time all contenders on a network with this many inputs."""
+    kinds = available()
+    batches = make_batches(inputs, config.seed)
+    check_agreement(list(kinds.values()), batches[0], config.seed)
+    contenders = {name: kind(inputs, config.seed) for name, kind in kinds.items()}
+    names = list(contenders)
+    shuffler = random.Random(config.seed)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    warm_up = 3  # arbitrary: the first steps allocate memory
+    for number in range(-warm_up, config.rounds):
+        first = (number + warm_up) * config.steps
+        turn = [
+            (*batches[k % BATCHES], k // BATCHES + 1) for k in range(first, first + config.steps)
+        ]
+        shuffler.shuffle(names)
+        for name in names:
+            step = contenders[name].step
+            start = time.perf_counter_ns()
+            for batch in turn:
+                step(*batch)
+            duration = time.perf_counter_ns() - start
+            if number >= 0:
+                seconds[name].append(duration / config.steps / 1e9)
+    return [summarise(inputs, name, seconds[name], seconds["plain PyTorch"]) for name in contenders]
+
+
+def summarise(inputs: int, name: str, seconds: list[float], plain: list[float]) -> Result:
+    """Reduce the rounds of one contender to medians and quartiles."""
+    ratios = [mine / other for mine, other in zip(seconds, plain, strict=True)]
+    lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Result(
+        inputs=inputs,
+        name=name,
+        milliseconds=1e3 * statistics.median(seconds),
+        ratio=middle,
+        lower=lower,
+        upper=upper,
+        rounds=len(ratios),
+    )
+
+
+def describe_machine() -> dict[str, str]:
+    """Return what the numbers depend on."""
+    names = {"sampimp", "torch", "backpack-for-pytorch", "opacus"}
+    found = {}
+    for name in sorted(names):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    return {
+        **found,
+        "python": platform.python_version(),
+        "processor": f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} thread used",
+        "load": f"{os.getloadavg()[0]:.1f} at the end",
+    }
+
+
+def cells(result: Result) -> tuple[str, ...]:
+    """Return a row of the table."""
+    spread = "" if result.name == "plain PyTorch" else f"{result.lower:.3f} to {result.upper:.3f}"
+    return (
+        f"{result.inputs:,}",
+        result.name,
+        f"{result.milliseconds:.2f}",
+        f"{result.ratio:.3f}",
+        spread,
+    )
+
+
+HEADINGS = ("inputs", "step", "ms", "times plain", "middle half")
+
+
+def to_markdown(results: Sequence[Result], machine: dict[str, str]) -> str:
+    """Return the table and its provenance as Markdown."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---:|:---|---:|---:|---:|"]
+    lines += ["| " + " | ".join(cells(result)) + " |" for result in results]
+    lines += ["", f"Medians over {results[0].rounds} rounds. {note(machine)}", ""]
+    return "\n".join(lines)
+
+
+def note(machine: dict[str, str]) -> str:
+    """Return the machine in one line."""
+    return "; ".join(f"{key} {value}" for key, value in machine.items())
+
+
+def write(path: Path, results: Sequence[Result], machine: dict[str, str]) -> None:
+    """Write the result as Markdown, or as JSON if the name ends so."""
+    payload: dict[str, Any] = {"machine": machine, "results": [asdict(row) for row in results]}
+    text = (
+        json.dumps(payload, indent=2) if path.suffix == ".json" else to_markdown(results, machine)
+    )
+    path.write_text(text)
+
+
+def main(config: Config) -> list[Result]:
+    """Run, print and return the benchmark."""
+    console = Console()
+    torch.set_num_threads(1)
+    # Opacus hooks a network whose inputs need no gradient, on which torch remarks at every layer.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    missing = sorted(set(CONTENDERS) - set(available()))
+    if missing:
+        console.print(f"Left out, not installed: {', '.join(missing)} (make bench installs them)")
+    results: list[Result] = []
+    for inputs in config.inputs:
+        with console.status(f"{inputs:,} inputs, {config.rounds} rounds"):
+            results += measure(inputs, config)
+    table = Table(title="One training step of the paper's network, one thread")
+    for number, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="left" if number == 1 else "right", no_wrap=True)
+    for result in results:
+        table.add_row(*cells(result), end_section=result.name == list(available())[-1])
+    console.print(table)
+    machine = describe_machine()
+    console.print(
+        f"Medians and quartiles over {config.rounds} rounds of {config.steps} steps; "
+        + note(machine)
+    )
+    if config.out is not None:
+        write(config.out, results, machine)
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__.partition("\n")[0]))

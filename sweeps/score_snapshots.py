@@ -1,0 +1,56 @@
+"""The door to snapshot importance: score a study that is done.
+
+python sweeps/score_snapshots.py OUT --every 5
+"""
+
+import sys
+
+import tyro
+from rich.console import Console
+
+from sampimp.errors import UserError
+from sweeps.cluster import connect
+from sweeps.snapshots import score_snapshots
+
+
+def score(
+    out: tyro.conf.Positional[str],
+    /,
+    every: int = 5,
+    address: str | None = None,
+    cpus: int = 1,
+    gpus: float = 0.0,
+) -> int:
+    """Score every training sample at the stored parameters of every so many epochs.
+
+    Parameters
+    ----------
+    out
+        The study's folder or s3:// URL.
+    every
+        Epochs between two snapshots; the paper's section 3.2 has five.
+    address
+        Ray cluster; else RAY_ADDRESS, else one that runs here, else one is started.
+    cpus
+        CPUs of one epoch's scoring.
+    gpus
+        GPUs of one epoch's scoring.
+    """
+    console = Console(soft_wrap=True)
+    console.print(f"{connect(address)}.")
+    count = score_snapshots(out, every, console, cpus=cpus, gpus=gpus)
+    console.print(f"{count} epochs scored; the others were there already.")
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; return 2 for a mistake that can be mended."""
+    try:
+        return tyro.cli(score, args=arguments, prog="score_snapshots.py")
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,157 @@
+"""The verdicts: decided by the numbers alone, in both directions."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from analysis._example import TEST_ERROR, build
+from analysis.claims import CLAIMS, VERDICTS, Evidence, claims, judge
+from analysis.study import analyse
+
+
+@pytest.fixture(scope="module")
+def results():
+    return analyse(build(missing=(), diverged={}, noise=0.02))
+
+
+def verdicts(cube, results):
+    table = claims(cube, results)
+    return dict(
+        zip(table["sentence"].values.tolist(), table["verdict"].values.tolist(), strict=True)
+    )
+
+
+def verdict_of(cube, results, words):
+    found = [v for sentence, v in verdicts(cube, results).items() if words in sentence]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("estimate", "side", "threshold", "expected"),
+    [
+        ((2, 1, 3), "above", 0, "holds"),
+        ((-2, -3, -1), "above", 0, "does not hold"),
+        ((2, -1, 3), "above", 0, "not enough data"),
+        ((2, 1, 3), "below", 0, "does not hold"),
+        ((-2, -3, -1), "below", 0, "holds"),
+        ((0, -1, 1), "below", 0, "not enough data"),
+        ((0, -0.05, 0.05), "within", 0.1, "holds"),
+        ((0.1, 0.05, 0.15), "within", 0.1, "not enough data"),
+        ((-0.3, -0.4, -0.2), "within", 0.1, "does not hold"),
+        ((2, np.nan, np.nan), "above", 0, "not enough data"),
+        ((np.nan, np.nan, np.nan), "above", 0, "not enough data"),
+    ],
+)
+def test_the_interval_decides(estimate, side, threshold, expected):
+    assert judge(estimate, side, threshold) == expected
+
+
+def test_a_number_without_interval_decides_only_where_the_claim_says_so():
+    assert judge((2, np.nan, np.nan), "above", 0, point=True) == "holds"
+    assert judge((np.inf, np.nan, np.nan), "above", 0, point=True) == "holds"
+    assert judge((np.nan, np.nan, np.nan), "above", 0, point=True) == "not enough data"
+
+
+def test_the_planted_structure_is_found(results):
+    cube = build(missing=(), diverged={})
+    for words in [
+        "stable under initialisation",
+        "Easy samples act early",
+        "Easy samples shape the parameters near the output",
+        "Hard samples shape the parameters near the input",
+        "becomes larger",
+        "Most samples have small",
+        "are worse than mixed",
+        "lowest test error of all",
+        "easy samples first",
+        "NLO and RNLO are drastically",
+    ]:
+        assert verdict_of(cube, results, words) == "holds", words
+
+
+def test_turned_around_it_does_not_hold(results):
+    cube = build(missing=(), diverged={})
+    turned = dict(results)
+    curves = results["strategy_curves"].copy()
+    mixed = [name for name in curves["strategy"].values if name not in TEST_ERROR]
+    better = curves["final_test_error"] + 0.4 * curves["strategy"].isin(mixed)
+    turned["strategy_curves"] = curves.assign(final_test_error=better)
+    assert verdict_of(cube, turned, "are worse than mixed") == "does not hold"
+    assert verdict_of(cube, turned, "lowest test error of all") == "does not hold"
+    against = results["importance_against_nll"].copy()
+    for name in ("when_rank_correlation", "when_rank_correlation_interval"):
+        against[name] = -against[name]
+    turned["importance_against_nll"] = against
+    assert verdict_of(cube, turned, "Easy samples act early") == "does not hold"
+    stable = results["stability"].copy()
+    at = {"reference": 0, "epoch": 2, "pair": 1}
+    stable["rank_correlation_interval"][at] = [0.1, 0.2]
+    stable["rank_correlation"][at] = 0.15
+    turned["stability"] = stable
+    assert verdict_of(cube, turned, "stable under initialisation") == "does not hold"
+
+
+def test_a_diverged_run_counts_as_guessing_and_a_missing_one_not_at_all():
+    cube = build(missing=(("nlo", 3),), diverged={("rnlo", 2): 3})
+    evidence = Evidence(analyse(cube), classes=3)
+    error = cube["test_error"].isel(epoch=-1).compute()
+    rnlo, nlo = evidence.final_error("rnlo").values, evidence.final_error("nlo").values
+    assert rnlo[1] == pytest.approx(2 / 3)
+    np.testing.assert_allclose(rnlo[[0, 2]], error.sel(strategy="rnlo", seed=[1, 3]))
+    assert np.isnan(nlo[2])
+    value, low, high = evidence.difference(["rnlo"], ["nlo"])
+    assert value == pytest.approx((rnlo - nlo)[:2].mean())
+    assert low < value < high
+
+
+def test_without_results_there_is_not_enough_data():
+    cube = build()
+    table = claims(cube, {})
+    assert set(table["verdict"].values) == {"not enough data"}
+    assert set(table["number"].values) == {"none"}
+    one_seed = analyse(build(seeds=1))
+    assert verdict_of(build(seeds=1), one_seed, "are worse than mixed") == "not enough data"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "there", "absent"),
+    [
+        ("mnist", "almost all", "1st layer provides"),
+        ("cifar10", "1st layer provides", "almost all"),
+        ("CIFAR-10", "1st layer provides", "very similar for all"),
+        ("digits", "lowest test error", "(CIFAR-10)"),
+    ],
+)
+def test_a_sentence_about_one_data_set_is_judged_on_that_one(dataset, there, absent):
+    cube = build()
+    cube.attrs["dataset"] = dataset
+    sentences = " ".join(claims(cube, {})["sentence"].values.tolist())
+    assert there in sentences
+    assert absent not in sentences
+
+
+def test_a_diverged_path_is_infinitely_far(results):
+    cube = build(missing=(), diverged={})
+    paths = results["parameter_paths"].copy(deep=True)
+    gone = paths["strategy"] == "rnlo"
+    paths["distance"] = (
+        paths["distance"].where(~gone).where(~gone.rename(strategy="other_strategy"))
+    )
+    evidence = Evidence({"parameter_paths": paths}, 3)
+    assert evidence.distance("nlo", "rnlo") == np.inf
+    assert evidence.least([("nlo", "rnlo"), ("sio", "rsio")]) == evidence.distance("sio", "rsio")
+    assert verdict_of(cube, {"parameter_paths": paths}, "reversed order") in VERDICTS
+
+
+def test_each_claim_is_stated_in_full(results):
+    table = claims(build(), results)
+    assert isinstance(table, xr.Dataset)
+    assert {claim.section for claim in CLAIMS} == {"3.2", "3.3", "3.4", "3.5", "3.6"}
+    assert len({claim.sentence for claim in CLAIMS}) == len(CLAIMS)
+    for rule in table["rule"].values:
+        assert "Interval" in rule or "no interval" in rule
+        assert "Holds" in rule
+    finite = np.isfinite(table["low"])
+    assert (table["low"] <= table["value"])[finite].all()
+    assert (table["value"] <= table["high"])[finite].all()

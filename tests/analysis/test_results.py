@@ -1,0 +1,387 @@
+"""The named-dimension functions against plain NumPy on the whole cube in memory."""
+
+import dask
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from analysis import clusters as clusters_module
+from analysis import runs
+from analysis._example import build
+from analysis.clusters import cluster_count, clusters
+from analysis.curves import strategy_curves
+from analysis.decomposition import decomposition, importance_groups, importance_histogram
+from analysis.difficulty import importance_against_nll
+from analysis.paths import parameter_paths
+from analysis.stability import stability
+from analysis.study import RESULTS, analyse
+from sampimp.errors import ConfigError, RecordError
+
+LAZY = {
+    "stability": stability,
+    "decomposition": decomposition,
+    "importance_groups": importance_groups,
+    "importance_against_nll": importance_against_nll,
+    "strategy_curves": strategy_curves,
+    "importance_histogram": importance_histogram,
+}
+
+
+@pytest.fixture(scope="module")
+def cube():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def memory(cube):
+    return cube.compute()
+
+
+@pytest.fixture(scope="module")
+def results(cube):
+    return analyse(cube)
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_nothing_but_the_curves_is_computed_on_the_call(cube, name):
+    heavy = ["importance", "nll", "batch", "parameters"]
+
+    def refuse(block):
+        raise AssertionError("computed on the call")
+
+    trap = cube.copy()
+    for key in heavy:
+        data = cube[key].data.map_blocks(refuse, dtype=np.float32, meta=np.empty((0,), np.float32))
+        trap[key] = cube[key].copy(data=data)
+    result = LAZY[name](trap)
+    assert any(dask.is_dask_collection(v.data) for v in result.values())
+    with pytest.raises(AssertionError, match="computed on the call"):
+        result.compute()
+
+
+@pytest.mark.parametrize("name", LAZY)
+@settings(deadline=None, max_examples=3)
+@given(sample=st.integers(1, 40), layer=st.integers(1, 4), epoch=st.integers(1, 3))
+def test_no_result_depends_on_the_chunks(name, sample, layer, epoch):
+    small = build(
+        strategies=("shuffle", "shuffle_by_seed", "nlo"),
+        samples=40,
+        epochs=3,
+        states=(),
+        missing=(),
+        diverged={("nlo", 2): 2},
+    )
+    other = small.chunk(sample=sample, layer=layer, epoch=epoch)
+    ours, expected = LAZY[name](other).compute(), LAZY[name](small.compute()).compute()
+    xr.testing.assert_allclose(ours, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_a_result_says_how_it_was_made_and_what_it_is_measured_in(cube, name):
+    result = LAZY[name](cube)
+    assert {"method", "figure", "source"} <= set(result.attrs)
+    assert "Gao & Jojic" in result.attrs["source"]
+    for variable in result.values():
+        assert variable.attrs["units"]
+        assert variable.attrs["long_name"]
+    assert "order_seed" not in result.coords
+
+
+def test_stability_is_spearman_between_seeds(cube, memory):
+    result = stability(cube).compute()
+    assert result["reference"].values.tolist() == ["shuffle", "shuffle_by_seed"]
+    for reference in ("shuffle", "shuffle_by_seed"):
+        beta = memory["importance"].sel(strategy=reference).values.astype(np.float64)
+        for t in range(beta.shape[1]):
+            own = result.sel(reference=reference).isel(epoch=t)
+            for pair, (a, b) in {"1-2": (0, 1), "1-3": (0, 2), "2-3": (1, 2)}.items():
+                expected = stats.spearmanr(beta[a, t].sum(0), beta[b, t].sum(0)).statistic
+                value = own["rank_correlation"].sel(pair=pair)
+                np.testing.assert_allclose(value, expected)
+                low, high = own["rank_correlation_interval"].sel(pair=pair)
+                assert low < value < high
+                for d in range(beta.shape[2]):
+                    np.testing.assert_allclose(
+                        own["layer_rank_correlation"].isel(layer=d).sel(pair=pair),
+                        stats.spearmanr(beta[a, t, d], beta[b, t, d]).statistic,
+                    )
+
+
+def test_stability_keeps_the_epochs_before_a_divergence_and_leaves_missing_seeds_out():
+    cube = build(seeds=4, missing=(("shuffle", 4),), diverged={("shuffle", 2): 3})
+    result = stability(cube, resamples=10).sel(reference="shuffle").compute()
+    by_epoch = result["rank_correlation"].sel(pair="1-2")
+    assert np.isfinite(by_epoch.values).tolist() == [True, True, False, False, False, False]
+    assert np.isfinite(result["rank_correlation"].sel(pair="1-3")).all()
+    assert np.isnan(result["rank_correlation"].sel(pair="3-4")).all()  # there in shuffle_by_seed
+    alone = build(strategies=("shuffle",), seeds=4, missing=(("shuffle", 4),), diverged={})
+    assert stability(alone)["pair"].values.tolist() == ["1-2", "1-3", "2-3"]
+
+
+def test_snapshot_importance_is_correlated_where_it_was_measured(cube):
+    scored = cube.assign(
+        snapshot_importance=cube["importance"].where(cube["epoch"] % 2 == 0).chunk(epoch=1)
+    )
+    result = stability(scored, "snapshot_importance", resamples=10).compute()
+    there = np.isfinite(result["rank_correlation"].sel(reference="shuffle", pair="1-2").values)
+    assert there.tolist() == [False, True] * 3
+    assert "snapshot" in result.attrs["method"]
+    results = analyse(scored.drop_vars("parameters"))
+    assert "snapshot_stability" in results
+
+
+def test_decomposition_adds_up(cube, memory):
+    result = decomposition(cube).compute()
+    beta = memory["importance"].sel(strategy="shuffle").values.astype(np.float64).mean(0)
+    label = memory["label"].values
+    for c in range(3):
+        np.testing.assert_allclose(
+            result["importance_by_class"].sel(label=c), beta[..., label == c].sum(-1)
+        )
+    np.testing.assert_allclose(result["importance_by_layer"], beta.sum(-1))
+    np.testing.assert_allclose(result["importance_by_fold"].sum("fold"), beta.sum(-1))
+    assert result["class_size"].values.tolist() == [40, 40, 40]
+    assert result["parameter_count"].values.tolist() == [10, 10, 10, 10]
+
+
+def test_decomposition_takes_complete_seeds_alone():
+    cube = build(diverged={("shuffle", 2): 3})
+    beta = cube["importance"].sel(strategy="shuffle", seed=[1, 3]).values.astype(np.float64)
+    result = decomposition(cube)
+    np.testing.assert_allclose(result["importance_by_layer"], beta.mean(0).sum(-1))
+    assert "2 initialisations" in result.attrs["method"]
+
+
+def test_the_groups_are_the_samples_by_rank(cube, memory):
+    beta = memory["importance"].sel(strategy="shuffle", seed=1).values.astype(np.float64)
+    order = np.argsort(-beta.sum((0, 1)))
+    parts = np.split(order, [12, 24])  # 120 samples
+    result = importance_groups(cube).compute()
+    for name, part in zip(["top 10 %", "next 10 %", "other 80 %"], parts, strict=True):
+        own = beta[..., part].sum(-1)
+        np.testing.assert_allclose(result["importance_by_group"].sel(group=name), own)
+        np.testing.assert_allclose(result["share"].sel(group=name), own.sum() / beta.sum())
+        np.testing.assert_allclose(
+            result["share_by_layer"].sel(group=name), own.sum(0) / beta.sum((0, 2))
+        )
+    tau = importance_against_nll(cube)["overall_importance"].compute()
+    xr.testing.assert_allclose(importance_groups(cube, tau).compute(), result)
+
+
+def test_importance_against_nll(cube, memory):
+    run = memory.sel(strategy="shuffle", seed=1)
+    beta, nll = run["importance"].values.astype(np.float64), run["nll"].values
+    alpha, tau, final = beta.sum(1), beta.sum((0, 1)), nll[-1]
+    mean_epoch = (alpha * np.arange(1, 7)[:, None]).sum(0) / tau
+    result = importance_against_nll(cube).compute()
+    np.testing.assert_allclose(result["overall_importance"], tau)
+    np.testing.assert_allclose(result["mean_epoch"], mean_epoch)
+    np.testing.assert_allclose(result["layer_share"], beta.sum(0) / tau)
+    for t in range(6):
+        np.testing.assert_allclose(
+            result["rank_correlation"].isel(epoch=t),
+            [stats.spearmanr(beta[t, d], nll[t]).statistic for d in range(4)],
+        )
+        np.testing.assert_allclose(
+            result["model_rank_correlation"].isel(epoch=t),
+            stats.spearmanr(alpha[t], nll[t]).statistic,
+        )
+    for name, expected in {
+        "overall": stats.spearmanr(tau, final).statistic,
+        "when": stats.spearmanr(final, mean_epoch).statistic,
+    }.items():
+        np.testing.assert_allclose(result[f"{name}_rank_correlation"], expected)
+        low, high = result[f"{name}_rank_correlation_interval"].values
+        assert low < expected < high
+    order = np.argsort(final, kind="stable")
+    for name, part in zip(["easy", "medium", "hard"], np.split(order, [60, 108]), strict=True):
+        np.testing.assert_allclose(
+            result["importance_by_difficulty"].sel(difficulty=name), beta[..., part].mean(-1)
+        )
+
+
+def test_equal_nll_is_split_by_the_order_of_the_samples():
+    cube = build(samples=20)
+    cube["nll"] = xr.zeros_like(cube["nll"])
+    result = importance_against_nll(cube).compute()
+    beta = cube["importance"].sel(strategy="shuffle", seed=1).values.astype(np.float64)
+    assert result["difficulty_size"].values.tolist() == [10, 8, 2]
+    np.testing.assert_allclose(
+        result["importance_by_difficulty"].sel(difficulty="easy"), beta[..., :10].mean(-1)
+    )
+    assert np.isnan(result["overall_rank_correlation"])
+
+
+def test_the_histogram_counts_every_sample_with_importance(cube):
+    cube = cube.copy()
+    cube["importance"] = cube["importance"].where(cube["sample"] >= 5, 0).chunk(epoch=1)
+    tau = cube["importance"].sel(strategy="shuffle", seed=1).values.astype(np.float64).sum((0, 1))
+    result = importance_histogram(cube, bins=7).compute()
+    count, edges = np.histogram(np.log10(tau[5:]), bins=7)
+    np.testing.assert_array_equal(result["count"], count)
+    np.testing.assert_allclose(result["bin_edge"], edges)
+    assert int(result["zeros"]) == 5
+    np.testing.assert_allclose(result["quantile"].sel(q=0.5), np.median(tau))
+    np.testing.assert_allclose(result["gini"], np.abs(tau[:, None] - tau).mean() / (2 * tau.mean()))
+
+
+def test_clusters_find_what_was_planted_and_are_ordered_by_importance():
+    cube = build(samples=120, classes=2, diverged={}, missing=())
+    beta = np.full((6, 4, 120), 1e-9, np.float32)
+    kind = np.arange(120) // 2 % 3  # in both classes
+    for k, (t, d, size) in enumerate([(0, 3, 1e-3), (2, 1, 1e-2), (5, 0, 1e-1)]):
+        beta[t, d, kind == k] = size
+    noise = np.random.default_rng(0).lognormal(0, 0.05, (120,)).astype(np.float32)
+    cube["importance"] = cube["importance"].copy(
+        data=np.broadcast_to(beta * noise, cube["importance"].shape).copy()
+    )
+    result = clusters(cube.chunk(epoch=1), label=1, count=3)
+    members = np.arange(1, 120, 2)
+    np.testing.assert_array_equal(result["sample"], members)
+    np.testing.assert_array_equal(result["cluster_of"], kind[members])
+    assert result["size"].values.tolist() == [20, 20, 20]
+    assert result["mean_epoch"].round().values.tolist() == [1, 3, 6]
+    nll = cube["nll"].sel(strategy="shuffle", seed=1).values
+    for k in range(3):
+        own = members[kind[members] == k]
+        np.testing.assert_allclose(result["profile"].isel(cluster=k), beta_mean(beta * noise, own))
+        np.testing.assert_allclose(
+            result["nll_quantile"].isel(cluster=k),
+            np.quantile(nll[-1, own].astype(float), [0.05, 0.25, 0.5, 0.75, 0.95]),
+        )
+        assert set(result["representative"].isel(cluster=k).values) <= set(own.tolist())
+    again = clusters(cube.chunk(epoch=1), label=1, count=3)
+    xr.testing.assert_identical(result, again)
+
+
+def beta_mean(beta, samples):
+    return beta[..., samples].astype(np.float64).mean(-1)
+
+
+def test_a_small_cluster_names_minus_one_and_equal_profiles_make_fewer_clusters():
+    cube = build(samples=30, classes=1, diverged={}, missing=())
+    cube["importance"] = xr.ones_like(cube["importance"]).compute()
+    cube["importance"][..., 0] = 9.0
+    with pytest.warns(match="distinct clusters"):
+        result = clusters(cube.chunk(epoch=1), label=0, count=4)
+    assert result["size"].values.tolist() == [29, 1]
+    assert result["representative"].isel(cluster=1).values.tolist() == [0] + [-1] * 11
+
+
+def test_the_paper_decides_how_many_clusters_where_the_class_is_large():
+    cube = xr.Dataset(coords={"label": ("sample", np.repeat([0, 1, 2], [5000, 600, 30]))})
+    cube.attrs = {"class_names": ["horse", "5", "cat"]}
+    assert [cluster_count(cube, label) for label in range(3)] == [30, 20, 2]
+    assert clusters_module.default_class(cube) == 0
+    with pytest.raises(ConfigError, match="a label out of"):
+        clusters(build(), label=77)
+    with pytest.raises(ConfigError, match="between 1 and 40 clusters"):
+        clusters(build(), label=1, count=41)
+
+
+def test_curves_are_over_the_seeds_that_have_the_epoch(cube, memory):
+    result = strategy_curves(cube).compute()
+    error = memory["test_error"]
+    rsio = error.sel(strategy="rsio").values  # seed 2 diverged in epoch 3
+    np.testing.assert_allclose(result["test_error"].sel(strategy="rsio")[3], rsio[[0, 2], 3].mean())
+    np.testing.assert_allclose(
+        result["test_error_se"].sel(strategy="rsio")[3], stats.sem(rsio[[0, 2], 3])
+    )
+    assert result["runs"].sel(strategy="sim").values.tolist() == [2] * 6  # seed 3 is missing
+    assert result["diverged"].sel(strategy=["rsio", "sim"]).values.tolist() == [1, 0]
+    nll = memory["nll"].sel(strategy="rsio").values.astype(np.float64)
+    own = nll[..., memory["label"].values == 2].mean(-1)
+    np.testing.assert_allclose(
+        result["class_nll"].sel(strategy="rsio", label=2), np.nanmean(own, axis=0)
+    )
+    np.testing.assert_array_equal(
+        result["final_test_error"], error.transpose("strategy", "seed", "epoch")[..., -1]
+    )
+
+
+def test_one_seed_has_no_standard_error():
+    result = strategy_curves(build(seeds=1)).compute()
+    assert np.isnan(result["test_error_se"]).all()
+    assert np.isfinite(result["test_error"]).all()
+
+
+@pytest.mark.parametrize("block_bytes", [1, 700, 2**20])
+def test_paths_are_an_exact_pca_of_all_states(block_bytes):
+    cube = build(states=(0, 2, 6), missing=(("sim", 1),), diverged={("rsio", 1): 3})
+    result = parameter_paths(cube, 2, block_bytes=block_bytes)
+    assert "sim" not in result["strategy"].values
+    assert result["state"].values.tolist() == [0, 2, 6]
+    names = result["strategy"].values.tolist()
+    states = cube["parameters"].sel(seed=1, strategy=names).values.astype(np.float64)
+    fit = states[[name != "rsio" for name in names]].reshape(-1, 40)
+    axes = np.linalg.svd(fit - fit.mean(0), full_matrices=False)
+    expected = (states - fit.mean(0)) @ axes[2][:2].T
+    np.testing.assert_allclose(np.abs(result["path"]), np.abs(expected), atol=1e-9)
+    np.testing.assert_allclose(
+        result["explained_variance_ratio"], (axes[1] ** 2 / (axes[1] ** 2).sum())[:2]
+    )
+    assert result["fitted"].values.tolist() == [name != "rsio" for name in names]
+    apart = np.linalg.norm(states[:, None, -1] - states[None, :, -1], axis=-1)
+    np.testing.assert_allclose(result["distance"], apart, atol=1e-6)
+    np.testing.assert_allclose(
+        result["travelled"], np.linalg.norm(states[:, -1] - states[:, 0], axis=-1)
+    )
+
+
+def test_what_is_not_there_is_said():
+    no_parameters = build(states=())
+    with pytest.raises(RecordError, match="none named parameters"):
+        parameter_paths(no_parameters)
+    with pytest.raises(RecordError, match="at least two seeds"):
+        stability(build(strategies=("shuffle", "rand"), seeds=1))
+    diverged = build(diverged={("shuffle", 1): 4})
+    for function in (importance_groups, importance_against_nll, importance_histogram, clusters):
+        with pytest.raises(RecordError, match="diverged before its last epoch"):
+            function(diverged)
+    with pytest.raises(RecordError, match="a complete run of shuffle"):
+        decomposition(build(strategies=("rand",)))
+    with pytest.raises(ConfigError, match="positive number of components"):
+        parameter_paths(build(), 0)
+
+
+def test_analyse_returns_what_the_cube_allows(cube, results):
+    assert list(results) == [key for key in RESULTS if key != "snapshot_stability"]
+    assert not any(dask.is_dask_collection(result) for result in results.values())
+    xr.testing.assert_allclose(results["stability"], stability(cube).compute())
+    few = analyse(build(strategies=("rand", "nlo"), states=()))
+    assert list(few) == ["strategy_curves", "claims"]
+    assert "parameter_paths: expected" in few["claims"].attrs["left_out"]
+
+
+def test_a_cube_that_is_not_chunked_is_welcome(memory):
+    assert set(analyse(memory)) == set(RESULTS) - {"snapshot_stability"}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 6])
+def test_any_number_of_layers_classes_and_epochs(layers):
+    results = analyse(build(layers=layers, classes=2, epochs=2, samples=24, states=()))
+    assert results["decomposition"].sizes["layer"] == layers
+    assert set(results["claims"]["verdict"].values) <= {
+        "holds",
+        "does not hold",
+        "not enough data",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The data type")  # Zarr on fixed-length strings
+def test_every_result_can_be_stored_and_read_again(results, tmp_path):
+    for name, result in results.items():
+        result.to_zarr(tmp_path / name, consolidated=False)
+        again = xr.open_zarr(tmp_path / name, consolidated=False).compute()
+        xr.testing.assert_equal(again, result)
+        assert again.attrs == result.attrs
+
+
+def test_the_curves_say_which_trials_are_there(cube):
+    assert runs.seeds_of(cube, "sim") == [1, 2]
+    assert runs.seeds_of(cube, "rsio") == [1, 3]
+    assert runs.seeds_of(cube, "rsio", whole=False) == [1, 2, 3]
+    assert runs.seeds_of(cube, "absent") == []

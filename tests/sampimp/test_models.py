@@ -1,0 +1,68 @@
+"""The paper's network: layout, initialisation, and parameters as one flat vector."""
+
+import math
+
+import pytest
+import torch
+
+from sampimp.models import build_mlp, flatten_parameters, load_parameters, parameter_layers
+
+
+def test_layers_and_sizes_of_the_papers_network():
+    model = build_mlp((1, 28, 28), (512, 512, 512), 10, seed=1)
+    assert parameter_layers(model) == [
+        ("L1", 784 * 512),
+        ("L1", 512),
+        ("L2", 512 * 512),
+        ("L2", 512),
+        ("L3", 512 * 512),
+        ("L3", 512),
+        ("Out", 512 * 10),
+        ("Out", 10),
+    ]
+    assert model(torch.zeros(3, 1, 28, 28)).tolist() == [[0.0] * 10] * 3  # the biases are zero
+
+
+def test_glorot_initialisation():
+    model = build_mlp((784,), (512, 300), 10, seed=3)
+    for name, fan_in, fan_out in (("L1", 784, 512), ("L2", 512, 300), ("Out", 300, 10)):
+        weight, bound = getattr(model, name).weight.detach(), math.sqrt(6 / (fan_in + fan_out))
+        assert weight.shape == (fan_out, fan_in)
+        assert 0.99 * bound < weight.abs().max() <= bound
+        # A uniform variable has variance bound^2 / 3; at n values its estimate has a relative
+        # deviation of sqrt(0.8 / n), at most 0.017 here.
+        assert weight.var().item() == pytest.approx(bound**2 / 3, rel=0.08)
+        assert not getattr(model, name).bias.any()
+
+
+def test_initialisation_depends_on_the_seed_alone():
+    torch.manual_seed(1)
+    first = flatten_parameters(build_mlp((3,), (4,), 2, seed=5))
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    second = flatten_parameters(build_mlp((3,), (4,), 2, seed=5))
+    assert torch.equal(first, second)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(first, flatten_parameters(build_mlp((3,), (4,), 2, seed=6)))
+
+
+def test_flat_parameters_are_the_tensors_in_order():
+    model = build_mlp((2,), (3,), 2, seed=0)
+    flat = flatten_parameters(model)
+    # 2 x 3 weights, 3 biases, 3 x 2 weights, 2 biases
+    assert torch.equal(flat[:6].view(3, 2), model.L1.weight)
+    assert torch.equal(flat[9:15].view(2, 3), model.Out.weight)
+    assert [name for name, size in parameter_layers(model) for _ in range(size)] == (
+        ["L1"] * 9 + ["Out"] * 8
+    )
+    values = torch.arange(17.0)
+    load_parameters(model, values)
+    assert torch.equal(flatten_parameters(model), values)
+    assert model.L1.bias.tolist() == [6.0, 7.0, 8.0]
+    assert model.Out.bias.tolist() == [15.0, 16.0]
+
+
+def test_without_hidden_layers_it_is_a_linear_model():
+    model = build_mlp((2, 2), (), 3, seed=0)
+    inputs = torch.rand(5, 2, 2)
+    torch.testing.assert_close(model(inputs), inputs.reshape(5, 4) @ model.Out.weight.T)

@@ -1,0 +1,76 @@
+"""The benchmark runs and reports; how fast anything is, is not a matter for tests."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+STEP = Path(__file__).parents[1] / "benchmarks" / "step.py"
+
+
+@pytest.fixture(scope="module")
+def step():
+    spec = importlib.util.spec_from_file_location("benchmark_step", STEP)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture
+def one_thread():
+    """Give the other tests their threads back: the benchmark takes all but one away."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_it_runs_and_writes_what_it_measured(step, tmp_path, capsys):
+    out = tmp_path / "step.json"
+    results = step.main(step.Config(inputs=(20,), rounds=3, steps=1, out=out))
+    assert [row.name for row in results] == list(step.available())
+    assert {"plain PyTorch", "sampimp recorder"} <= set(step.available())
+    plain = results[0]
+    assert (plain.ratio, plain.lower, plain.upper) == (1, 1, 1)
+    assert all(row.milliseconds > 0 and row.lower <= row.ratio <= row.upper for row in results)
+    stored = json.loads(out.read_text())
+    assert [row["name"] for row in stored["results"]] == [row.name for row in results]
+    assert stored["machine"]["torch"].startswith("2.13")
+    assert "sampimp recorder" in capsys.readouterr().out
+
+
+def test_the_table_is_markdown(step, tmp_path):
+    rows = [
+        step.summarise(784, "plain PyTorch", [0.002, 0.004, 0.006], [0.002, 0.004, 0.006]),
+        step.summarise(784, "sampimp recorder", [0.003, 0.005, 0.009], [0.002, 0.004, 0.006]),
+    ]
+    # ratios 1.5, 1.25, 1.5: median 1.5, quartiles 1.375 and 1.5
+    assert (rows[1].ratio, rows[1].lower, rows[1].upper) == pytest.approx((1.5, 1.375, 1.5))
+    step.write(tmp_path / "step.md", rows, {"torch": "2.13.0"})
+    assert (
+        "| 784 | sampimp recorder | 5.00 | 1.500 | 1.375 to 1.500 |"
+        in (tmp_path / "step.md").read_text()
+    )
+
+
+def test_a_missing_package_leaves_its_row_out(step, monkeypatch):
+    monkeypatch.setitem(step.CONTENDERS, "absent", (step.Plain, "no_such_package_here"))
+    assert "absent" not in step.available()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_contenders_that_disagree_are_not_timed(step, monkeypatch):
+    class Wrong(step.Sampimp):
+        def importance(self, index):
+            return 2 * super().importance(index)
+
+    batch = step.make_batches(20, seed=1)[0]
+    step.check_agreement([step.Plain, step.Sampimp], batch, seed=1)
+    with pytest.raises(RuntimeError, match="Wrong measures another importance"):
+        step.check_agreement([step.Plain, step.Sampimp, Wrong], batch, seed=1)
