@@ -39,8 +39,9 @@ def connect(address: str | None = None) -> Cluster:
     Parameters
     ----------
     address
-        As `ray.init` takes it, "local" for a cluster of its own. None: the environment's RAY_ADDRESS, else a cluster that runs on
-        this machine, else one that is started here for this process alone.
+        As `ray.init` takes it, "local" for a cluster of its own. None: the environment's
+        RAY_ADDRESS, else a cluster that runs on this machine, else one that is started here for
+        this process alone.
 
     Raises
     ------

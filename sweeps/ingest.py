@@ -12,7 +12,7 @@ words of `load_source`.
 Measured on 2 cores, files cached: the 60,000 JPEGs of CIFAR-10 take 11 s, of which the start of the
 workers is 4 s (threads in one process: 5 s; Ray pays where many machines decode).
 
-Map: `ingest` (the door), `decode_block` (what a worker does).
+Map: `ingest` (the door), `decode_block` (what a worker does), `quiet_ray_data` (its terminal).
 """
 
 import contextlib
@@ -79,7 +79,7 @@ def _decode_with_ray(images: ImageList, progress: Callable[[int, int], None] | N
     values = np.empty((len(paths), *shape), dtype=np.uint8)
     errors: dict[int, DataError] = {}
     done = 0
-    with _quiet_ray_data():
+    with quiet_ray_data():
         rows = ray.data.from_arrow(tables).map_batches(
             partial(decode_block, shape=shape), batch_size=None, batch_format="numpy"
         )
@@ -123,7 +123,7 @@ def decode_block(
 
 
 @contextlib.contextmanager
-def _quiet_ray_data() -> Iterator[None]:
+def quiet_ray_data() -> Iterator[None]:
     """Silence Ray Data's progress bars and its notes below warnings, for a while."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False

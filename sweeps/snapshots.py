@@ -6,6 +6,7 @@ store, so it can be asked for long after a study is done. What is scored is not 
 """
 
 from collections.abc import Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sampimp.capture import snapshot_importance
 from sampimp.cube import SNAPSHOTS
-from sampimp.data import Dataset, Source, scale_inputs
+from sampimp.data import Dataset, Scaling, Source, scale_inputs
 from sampimp.errors import ConfigError, StoreError
 from sampimp.models import build_mlp, load_parameters
 from sampimp.plan import Plan, read_commits, read_plan
 from sampimp.store import Folder, open_array, read_source, write_array
+from sweeps.ingest import quiet_ray_data
 
 
 def score_snapshots(
@@ -72,22 +74,16 @@ def score_snapshots(
     if not rows:
         return 0
     sources = {key: ray.put(_require_source(folder, key)) for key in plan.datasets}
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    blocks = min(len(rows), 4 * max(1, int(ray.cluster_resources().get("CPU", 1) // cpus)))
-    job = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
-        _Scorer,
-        fn_constructor_kwargs={"out": str(folder), "plan": plan.to_json(), "sources": sources},
-        batch_size=1,
-        num_cpus=cpus,
-        num_gpus=gpus,
-        compute=ray.data.ActorPoolStrategy(
-            size=max(1, min(len(rows), int(ray.cluster_resources().get("CPU", 1) // cpus)))
-        ),
-    )
     columns = (TextColumn("Scoring snapshots"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with (
+        quiet_ray_data(),
+        Progress(*columns, TimeRemainingColumn(), console=console) as progress,
+    ):
+        job = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            partial(score_rows, out=str(folder), plan=plan.to_json(), sources=sources),
+            num_cpus=cpus,
+            num_gpus=gpus,
+        )
         task = progress.add_task("", total=len(rows))
         for row in job.iter_rows():
             scored.setdefault(row["trial"], []).append(int(row["epoch"]))
@@ -123,45 +119,53 @@ def _require_source(folder: Folder, key: str) -> Source:
     return source
 
 
-class _Scorer:
-    """What a worker keeps between rows: the network, and the data set it scored last."""
+def score_rows(
+    batch: dict[str, np.ndarray],
+    *,
+    out: str,
+    plan: Mapping[str, Any],
+    sources: Mapping[str, "ray.ObjectRef[Source]"],
+) -> dict[str, np.ndarray]:
+    """Score and write the epochs that a batch of rows names, and return the rows.
 
-    def __init__(
-        self, out: str, plan: Mapping[str, Any], sources: Mapping[str, "ray.ObjectRef[Source]"]
-    ) -> None:
-        self._folder = Folder.of(out)
-        self._plan = Plan.from_json(plan)
-        self._sources = sources
-        self._data: tuple[str, Dataset] | None = None
-        torch.set_num_threads(self._plan.training.threads)
+    Parameters
+    ----------
+    batch
+        `trial` (folder), `dataset` (key) and `epoch`, each [N].
+    out, plan
+        The study's store, and its plan as JSON.
+    sources
+        Its data sets by key.
+    """
+    study, folder = Plan.from_json(plan), Folder.of(out)
+    torch.set_num_threads(study.training.threads)
+    for trial, key, epoch in zip(batch["trial"], batch["dataset"], batch["epoch"], strict=True):
+        data = _scaled(sources[key], study.training.input_scaling)
+        _score(study, folder / "trials" / str(trial), str(key), int(epoch), data)
+    return batch
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        for trial, dataset, epoch in zip(
-            batch["trial"], batch["dataset"], batch["epoch"], strict=True
-        ):
-            self._score(str(trial), str(dataset), int(epoch))
-        return batch
 
-    def _score(self, trial: str, dataset: str, epoch: int) -> None:
-        info, training = self._plan.datasets[dataset], self._plan.training
-        if self._data is None or self._data[0] != dataset:
-            source = ray.get(self._sources[dataset])
-            self._data = dataset, scale_inputs(source, training.input_scaling)
-        folder = self._folder / "trials" / trial
-        stored = open_array(folder.root, f"{folder.path}/record.zarr/parameters")
-        flat_P = np.asarray(stored[training.stored_states().index(epoch)])
-        model = build_mlp(info.input_shape, training.hidden, len(info.class_names), seed=0)
-        load_parameters(model, torch.from_numpy(flat_P))
-        device = torch.device(training.device)
-        importance = snapshot_importance(
-            model.to(device),
-            torch.from_numpy(self._data[1].train_inputs).to(device),
-            torch.from_numpy(self._data[1].train_labels).to(device),
-            rate=training.learning_rate / training.batch_size,
-        )
-        sizes = {
-            "epoch": training.epochs,
-            "layer": len(info.layer_names),
-            "sample": info.sample_count,
-        }
-        write_array(folder, "snapshot_importance", sizes, epoch - 1, importance.float().numpy())
+@lru_cache(maxsize=1)  # Ray keeps the process for the next rows; two data sets may not fit
+def _scaled(source: "ray.ObjectRef[Source]", scaling: Scaling) -> Dataset:
+    return scale_inputs(ray.get(source), scaling)
+
+
+def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> None:
+    info, training = plan.datasets[key], plan.training
+    stored = open_array(trial.root, f"{trial.path}/record.zarr/parameters")
+    flat_P = np.asarray(stored[training.stored_states().index(epoch)])
+    model = build_mlp(info.input_shape, training.hidden, len(info.class_names), seed=0)
+    load_parameters(model, torch.from_numpy(flat_P))
+    device = torch.device(training.device)
+    importance = snapshot_importance(
+        model.to(device),
+        torch.from_numpy(data.train_inputs).to(device),
+        torch.from_numpy(data.train_labels).to(device),
+        rate=training.learning_rate / training.batch_size,
+    )
+    sizes = {
+        "epoch": training.epochs,
+        "layer": len(info.layer_names),
+        "sample": info.sample_count,
+    }
+    write_array(trial, "snapshot_importance", sizes, epoch - 1, importance.float().numpy())

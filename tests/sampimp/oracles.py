@@ -90,16 +90,19 @@ def make_source(samples=24, tests=9, classes=3, shape=(1, 2, 2), seed=0, name="m
         values = rng.integers(0, 256, (count, *shape)).astype(np.uint8)
         return values, rng.permutation(np.arange(count, dtype=np.int64) % classes)
 
+    (train_values, train_labels), (test_values, test_labels) = part(samples), part(tests)
     return Source(
-        name,
-        *part(samples),
-        *part(tests),
+        name=name,
+        train_values=train_values,
+        train_labels=train_labels,
+        test_values=test_values,
+        test_labels=test_labels,
         full_scale=255.0,
         class_names=tuple(f"class {number}" for number in range(classes)),
     )
 
 
-def make_plan(sources, grid, *, layers=None, **changes):
+def make_plan(sources, grid, **changes):
     """Return a plan over small data sets, with a small network."""
     settings = {"hidden": (5, 4), "epochs": 3, "batch_size": 5, "learning_rate": 0.3}
     training = TrainingConfig(**(settings | changes))

@@ -1,0 +1,325 @@
+"""The cube: DESIGN.md's contract, the values of the records, and nothing read before it is asked."""
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+
+import sampimp
+from sampimp.data import scale_inputs
+from sampimp.errors import StoreError
+from sampimp.plan import read_commits
+from sampimp.schema import CURVES, REFERENCES, STRATEGIES, VARIABLES
+from sampimp.store import Folder, write_array
+
+_spec = importlib.util.spec_from_file_location("oracles", Path(__file__).with_name("oracles.py"))
+oracles = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(oracles)
+
+GRID = {"sim": (1, 3), "shuffle": (1, 2), "nlo": (1, 3), "shuffle_by_seed": (1,)}
+UNCOMMITTED = "one-nlo-seed3"
+DIMS = ("strategy", "seed")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Two data sets, four strategies, one trial still running: folder, plan, sources, records."""
+    out = tmp_path_factory.mktemp("study")
+    sources = {
+        "one": oracles.make_source(samples=24, classes=3, name="one"),
+        "two": oracles.make_source(samples=15, classes=2, shape=(6,), seed=1, name="two"),
+    }
+    plan = oracles.make_plan(sources, GRID)
+    folder = oracles.start_study(out, plan, sources)
+    done = oracles.run_trials(
+        folder, plan, sources, commit=lambda trial: trial.label != UNCOMMITTED
+    )
+    return out, plan, sources, done
+
+
+@pytest.fixture
+def tree(study):
+    return sampimp.open_cube(study[0])
+
+
+def test_dims_types_and_coordinates(study, tree):
+    _, plan, sources, _ = study
+    assert isinstance(tree, xr.DataTree)
+    assert set(tree.children) == {"one", "two"}
+    for key, source in sources.items():
+        node, info = tree[key], plan.datasets[key]
+        assert set(node.data_vars) - {"diverged_epoch", "trial", "image"} == (
+            set(VARIABLES) - {"snapshot_importance"}
+        )
+        for name in set(VARIABLES) - {"snapshot_importance"}:
+            assert node[name].dims == (*DIMS, *VARIABLES[name].dims)
+            assert node[name].dtype == VARIABLES[name].dtype
+            assert node[name].attrs["units"] == VARIABLES[name].units
+        # In the order of the schema, whatever the order of the grid.
+        assert node["strategy"].values.tolist() == ["shuffle", "shuffle_by_seed", "nlo", "sim"]
+        assert node["seed"].values.tolist() == [1, 2, 3]
+        assert node["epoch"].values.tolist() == [1, 2, 3]
+        assert node["state"].values.tolist() == [0, 1, 2, 3]
+        assert node["layer"].values.tolist() == ["L1", "L2", "Out"]
+        assert node["sample"].values.tolist() == list(range(len(source.train_labels)))
+        np.testing.assert_array_equal(node["label"], source.train_labels)
+        assert node["label"].dims == ("sample",)
+        expected = [name for name, size in info.layers for _ in range(size)]
+        assert node["layer_of_parameter"].values.tolist() == expected
+        assert node["layer_of_parameter"].dims == ("parameter",)
+        assert node["order_seed"].dims == DIMS
+        assert node["order_seed"].sel(strategy="shuffle").values.tolist() == [0, 0, 0]
+        assert node["order_seed"].sel(strategy="shuffle_by_seed").values.tolist() == [1, 2, 3]
+        assert node.attrs["digest"] == source.digest
+        assert node.attrs["class_names"] == list(source.class_names)
+
+
+def test_importance_names_the_scale_it_is_in(tree):
+    expected = {
+        "learning_rate": 0.3,
+        "batch_size": 5,
+        "loss_reduction": "mean",
+        "weight_decay": 1e-5,
+        "optimizer": "SGD",
+    }
+    attrs = tree["one"]["importance"].attrs
+    assert {name: attrs[name] for name in expected} == expected
+    assert {name: tree.attrs[name] for name in expected} == expected
+    json.dumps([dict(attrs), tree["one"].attrs])  # types that any file format can hold
+
+
+def test_values_are_those_of_the_records_and_nan_elsewhere(study, tree):
+    _, plan, sources, done = study
+    assert UNCOMMITTED in done
+    for key in sources:
+        node = tree[key].compute()
+        for strategy in node["strategy"].values:
+            for seed in node["seed"].values:
+                label = f"{key}-{strategy}-seed{seed}"
+                cell = node.sel(strategy=strategy, seed=seed)
+                if label not in done or label == UNCOMMITTED:
+                    assert cell["trial"].item() == ""
+                    for name in set(VARIABLES) - {"snapshot_importance"}:
+                        assert cell[name].isnull().all()
+                    continue
+                start, *epochs = done[label]
+                assert cell["trial"].item().startswith(label)
+                np.testing.assert_array_equal(
+                    cell["parameters"],
+                    [record.arrays["parameters"] for record in (start, *epochs)],
+                )
+                for name in ("importance", "nll", "batch", *CURVES):
+                    np.testing.assert_array_equal(
+                        cell[name], [record.arrays[name] for record in epochs]
+                    )
+
+
+def test_a_part_is_what_it_is_in_the_whole(tree):
+    node = tree["one"]
+    whole = node["importance"].compute()
+    part = node["importance"].sel(strategy="sim", epoch=2, layer="Out", sample=[20, 3])
+    np.testing.assert_array_equal(
+        part.compute(), whole.sel(strategy="sim", epoch=2, layer="Out", sample=[20, 3])
+    )
+
+
+def test_images_are_those_of_the_training_samples(study, tree):
+    _, _, sources, _ = study
+    image = tree["one"]["image"]
+    assert image.dims == ("sample", "row", "column", "channel")
+    np.testing.assert_array_equal(image, np.moveaxis(sources["one"].train_values, 1, 3))
+    assert "image" not in tree["two"]
+
+
+def test_labels_and_samples_are_those_of_training(study, tree):
+    _, _, sources, _ = study
+    data = scale_inputs(sources["one"], "unit")
+    np.testing.assert_array_equal(tree["one"]["label"], data.train_labels)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Count what is read of any Zarr array."""
+    seen = []
+    getitem = zarr.Array.__getitem__
+
+    def counted(array, selection):
+        seen.append(array.path)
+        return getitem(array, selection)
+
+    monkeypatch.setattr(zarr.Array, "__getitem__", counted)
+    return seen
+
+
+def test_nothing_is_computed_to_open_print_or_show(study, reads):
+    tree = sampimp.open_cube(study[0])
+    assert all(path.endswith("train_labels") for path in reads)  # a coordinate
+    reads.clear()
+    text, html = str(tree), tree._repr_html_()
+    tree["one"]["importance"].sel(strategy="nlo").mean("sample")
+    assert reads == []
+    for shown in (text, html):
+        assert "importance" in shown
+        assert "parameters" in shown
+    for name in set(VARIABLES) - {"snapshot_importance"}:
+        assert tree["one"][name].chunks is not None
+
+
+def test_only_what_is_asked_for_is_read(study, reads):
+    node = sampimp.open_cube(study[0])["one"]
+    reads.clear()
+    node["importance"].sel(strategy="nlo", seed=1, epoch=2).compute()
+    assert len(reads) == 1  # one trial, one epoch: one chunk
+    assert reads[0].endswith("importance")
+    node["importance"].sel(strategy="nlo", seed=3).compute()  # not committed: not looked at
+    assert len(reads) == 1
+
+
+def test_a_trial_committed_later_is_there_when_it_is_opened_again(tmp_path):
+    sources = {"one": oracles.make_source()}
+    plan = oracles.make_plan(sources, {"shuffle": (1,), "nlo": (1,)})
+    folder = oracles.start_study(tmp_path, plan, sources)
+    empty = sampimp.open_cube(tmp_path)["one"]
+    assert empty["nll"].sizes == {"strategy": 2, "seed": 1, "epoch": 3, "sample": 24}
+    done = oracles.run_trials(folder, plan, sources)
+    assert empty["nll"].isnull().all()  # what is open does not change
+    full = sampimp.open_cube(tmp_path)["one"]
+    assert full["nll"].notnull().all()
+    np.testing.assert_array_equal(
+        full["nll"].sel(strategy="nlo", seed=1, epoch=3), done["one-nlo-seed1"][3].arrays["nll"]
+    )
+
+
+def test_thinned_parameters(tmp_path):
+    sources = {"one": oracles.make_source()}
+    plan = oracles.make_plan(sources, {"shuffle": (1,)}, epochs=5, parameters_every=2)
+    folder = oracles.start_study(tmp_path, plan, sources)
+    records = oracles.run_trials(folder, plan, sources)["one-shuffle-seed1"]
+    parameters = sampimp.open_cube(tmp_path)["one"]["parameters"]
+    assert parameters["state"].values.tolist() == [0, 2, 4, 5]
+    assert parameters.dtype == np.float32
+    for state in (0, 2, 4, 5):
+        np.testing.assert_array_equal(
+            parameters.sel(strategy="shuffle", seed=1, state=state),
+            records[state].arrays["parameters"],
+        )
+
+
+def test_parameters_switched_off(tmp_path):
+    sources = {"one": oracles.make_source()}
+    plan = oracles.make_plan(sources, {"shuffle": (1,)}, parameters_every=0)
+    folder = oracles.start_study(tmp_path, plan, sources)
+    records = oracles.run_trials(folder, plan, sources)["one-shuffle-seed1"]
+    node = sampimp.open_cube(tmp_path)["one"]
+    assert "parameters" not in node
+    assert "state" not in node.dims
+    np.testing.assert_array_equal(
+        node["importance"].sel(strategy="shuffle", seed=1, epoch=3), records[3].arrays["importance"]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_a_diverged_trial_says_from_which_epoch(tmp_path):
+    sources = {"one": oracles.make_source()}
+    plan = oracles.make_plan(
+        sources, {"shuffle": (1, 2), "nlo": (1,)}, learning_rate=1e18, epochs=4
+    )
+    folder = oracles.start_study(tmp_path, plan, sources)
+    done = oracles.run_trials(folder, plan, sources)
+    assert set(done) == {"one-shuffle-seed1", "one-shuffle-seed2"}  # nlo has no reference
+    node = sampimp.open_cube(tmp_path)["one"].compute()
+    last = [done[label][-1].epoch for label in sorted(done)]
+    assert node["diverged_epoch"].sel(strategy="shuffle").values.tolist() == last
+    assert node["diverged_epoch"].sel(strategy="nlo").isnull().all()
+    batch = node["batch"].sel(strategy="shuffle", seed=1)
+    assert batch.sel(epoch=slice(1, last[0])).notnull().all()
+    assert batch.sel(epoch=slice(last[0] + 1, None)).isnull().all()
+
+
+def test_snapshots_are_there_where_they_were_asked_for(tmp_path):
+    sources = {"one": oracles.make_source()}
+    plan = oracles.make_plan(sources, {"shuffle": (1, 2)})
+    folder = oracles.start_study(tmp_path, plan, sources)
+    oracles.run_trials(folder, plan, sources)
+    scored = next(t for t in plan.resolve(read_commits(folder)) if t.config.seed == 2)
+    values = np.random.default_rng(0).random((3, 24), dtype=np.float32)
+    trial = folder / "trials" / scored.trial_id
+    write_array(trial, "snapshot_importance", oracles.sizes_of(plan, "one"), 1, values)
+    assert "snapshot_importance" not in sampimp.open_cube(tmp_path)["one"]
+    folder.write_json("snapshots.json", {scored.trial_id: [2]})
+    snapshot = sampimp.open_cube(tmp_path)["one"]["snapshot_importance"]
+    assert snapshot.dims == (*DIMS, "epoch", "layer", "sample")
+    assert snapshot.dtype == np.float32
+    assert snapshot.attrs["learning_rate"] == 0.3
+    np.testing.assert_array_equal(snapshot.sel(strategy="shuffle", seed=2, epoch=2), values)
+    assert snapshot.notnull().sum() == values.size
+
+
+def test_samples_split_over_several_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampimp.schema, "CHUNK_VALUES", 30)  # 3 layers x 10 of 24 samples
+    sources = {"one": oracles.make_source()}
+    plan = oracles.make_plan(sources, {"shuffle": (1,)})
+    folder = oracles.start_study(tmp_path, plan, sources)
+    records = oracles.run_trials(folder, plan, sources)["one-shuffle-seed1"]
+    importance = sampimp.open_cube(tmp_path)["one"]["importance"]
+    assert importance.chunks[-1] == (10, 10, 4)
+    assert importance.chunks[2] == (1, 1, 1)
+    np.testing.assert_array_equal(
+        importance.sel(strategy="shuffle", seed=1), [r.arrays["importance"] for r in records[1:]]
+    )
+
+
+def test_three_hundred_trials(tmp_path, reads):
+    sources = {"one": oracles.make_source()}
+    seeds = tuple(range(1, 44))
+    grid = dict.fromkeys(STRATEGIES, seeds[:40]) | dict.fromkeys(REFERENCES, seeds[:10])
+    plan = oracles.make_plan(sources, grid, epochs=50)
+    folder = oracles.start_study(tmp_path, plan, sources)
+    for _ in range(2):  # the reference, then those that sort by it
+        for trial in plan.resolve(read_commits(folder)):
+            if trial.trial_id and trial.commit is None:
+                digests = {name: ["0" * 64] * 50 for name in ("importance", "nll", "batch")}
+                (folder / "trials" / trial.trial_id).write_json(
+                    "COMMIT.json",
+                    {
+                        **oracles.identity_of(trial),
+                        "epochs": 50,
+                        "diverged_epoch": 7 if trial.label == "one-sim-seed9" else None,
+                        "digests": digests,
+                    },
+                )
+    start = time.perf_counter()
+    tree = sampimp.open_cube(tmp_path)
+    print(f"300 trials opened in {time.perf_counter() - start:.2f} s")
+    str(tree), tree._repr_html_()
+    assert all(path.endswith("train_labels") for path in reads)  # the records are not even there
+    node = tree["one"]
+    assert node["importance"].shape == (9, 40, 50, 3, 24)
+    assert (node["trial"] != "").sum() == 7 * 40 + 2 * 10
+    assert node["diverged_epoch"].notnull().sum() == 1
+    assert node["diverged_epoch"].sel(strategy="sim", seed=9) == 7
+
+
+def test_a_folder_that_is_no_study_is_refused_and_left(tmp_path):
+    with pytest.raises(StoreError, match=rf"study.json(.|\n)*{tmp_path}"):
+        sampimp.open_cube(tmp_path)
+    absent = tmp_path / "absent"
+    with pytest.raises(StoreError, match=f"Where {absent}"):
+        sampimp.open_cube(absent)
+    file = tmp_path / "file"
+    file.write_text("no study")
+    with pytest.raises(StoreError, match=f"Where {file}"):
+        sampimp.open_cube(file)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing was made
+
+
+def test_paths_strings_and_folders_are_the_same_study(study, monkeypatch):
+    out = study[0]
+    monkeypatch.chdir(out.parent)
+    opened = [sampimp.open_cube(form) for form in (out, str(out), out.name, Folder.of(out))]
+    assert {tree.attrs["study"] for tree in opened} == {str(out)}
