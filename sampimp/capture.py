@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.nn import functional
 
 from sampimp.errors import ConfigError, UnsupportedError
@@ -40,6 +41,8 @@ class LayerCapture:
         Its parameters must all belong to `nn.Linear` layers, each called once in a pass.
     rate_of
         The learning rate of a parameter; 0 where it is not trained, or None.
+    after_backward
+        Called when a backward pass is over.
 
     Raises
     ------
@@ -47,13 +50,20 @@ class LayerCapture:
         A module with parameters is not linear, shares them, or mixes the samples of a batch.
     """
 
-    def __init__(self, model: nn.Module, rate_of: Callable[[Tensor | None], float]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rate_of: Callable[[Tensor | None], float],
+        after_backward: Callable[[], None] | None = None,
+    ) -> None:
+        self._after_backward = after_backward
         self._modules = find_layers(model)
         self._rate_of = rate_of
         self._buffer = torch.empty(2, len(self._modules), 0)  # activation and delta, layer, sample
         self._filled = 0
         self._size = 0
         self._views: tuple[Tensor, ...] = ()
+        self._announced = False  # whether `after_backward` is to be called in this pass
         self._forward: dict[str, None] = {}  # layers seen in this pass, in the order of the pass
         self._backward: set[str] = set()
         self._order: tuple[str, ...] = tuple(self._modules)
@@ -64,10 +74,11 @@ class LayerCapture:
         """Watch the pass over `size` samples that is run inside."""
         self._size = size
         self._views = ()
+        self._announced = False
         self._forward = {}
         self._backward = set()
         handles = [
-            layer.register_forward_hook(partial(self._on_forward, position, name))
+            layer.register_forward_hook(partial(self._on_forward, position, name), with_kwargs=True)
             for position, (name, layer) in enumerate(self._modules.items())
         ]
         try:
@@ -126,11 +137,12 @@ class LayerCapture:
         name: str,
         layer: nn.Linear,
         inputs: tuple[Tensor, ...],
+        keywords: dict[str, Tensor],
         output: Tensor,
     ) -> None:
-        if not output.requires_grad:
-            return  # an evaluation under no_grad inside the step
-        (activation,) = inputs
+        if not torch.is_grad_enabled():
+            return  # an evaluation inside the step
+        activation = inputs[0] if inputs else keywords["input"]
         if activation.dim() != 2 or len(activation) != self._size:
             raise UnsupportedError(
                 expected=f"an input of shape ({self._size}, inputs), one row a sample",
@@ -148,7 +160,11 @@ class LayerCapture:
         self._forward[name] = None
         # At once, and not with the gradient: to hold the input until then cost 1 % of a step.
         row_norm(activation.detach(), out=self._rows(activation)[position])
-        output.register_hook(partial(self._on_gradient, position, name))
+        if output.requires_grad:
+            output.register_hook(partial(self._on_gradient, position, name))
+        else:  # frozen, and all below it too
+            self._backward.add(name)
+            self._rows(activation)[len(self._modules) + position].zero_()
 
     def _on_gradient(self, position: int, name: str, delta_NO: Tensor) -> None:
         if name in self._backward:
@@ -158,6 +174,10 @@ class LayerCapture:
                 where=f"layer {name}",
                 todo="add the losses up before backward()",
             )
+        if self._after_backward is not None and not self._announced:
+            self._announced = True
+            # As data-parallel training does: one call, where a hook on each parameter took 0.5 %.
+            Variable._execution_engine.queue_callback(self._after_backward)
         self._backward.add(name)
         row_norm(delta_NO, out=self._rows(delta_NO)[len(self._modules) + position])
 
@@ -200,12 +220,13 @@ def find_layers(model: nn.Module) -> dict[str, nn.Linear]:
         own = list(module.parameters(recurse=False))
         if not own:
             continue
-        if type(module) is not nn.Linear:
+        # Weight and spectral norm and pruning put a computed tensor in the weight's place.
+        if type(module) is not nn.Linear or not isinstance(module.weight, nn.Parameter):
             raise UnsupportedError(
-                expected="layers of type Linear",
-                got=f"{type(module).__name__} with {sum(map(torch.numel, own)):,} parameters",
+                expected="layers of type Linear whose weight is a parameter",
+                got=f"{type(module).__name__} with {', '.join(dict(module.named_parameters()))}",
                 where=f"module {name or '(the model itself)'}",
-                todo="only Linear has an exact rule here; replace the module or record without it",
+                todo="only Linear has an exact rule here; replace the module or train without it",
             )
         for parameter in own:
             if id(parameter) in owner:
@@ -282,13 +303,18 @@ class ImportanceRecorder:
         check_optimizer(optimizer)
         self.optimizer = optimizer
         self.loss_reduction = loss_reduction
-        self._group_of = {
-            id(parameter): group
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        self._capture = LayerCapture(model, self._rate_of)
-        self._watched = self._first_trained(model)
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(p.requires_grad and id(p) in known for p in model.parameters()):
+            raise UnsupportedError(
+                expected="an optimizer over parameters of the model",
+                got="none that it trains",
+                where="ImportanceRecorder",
+                todo="make the optimizer from this model's parameters",
+            )
+        self._rates: dict[int, float] = {}  # by the parameter's id, at the last update
+        self._capture = LayerCapture(model, self._rate_of, self._note_gradients)
+        self._parameters = list(model.parameters())
+        self._noted: list[tuple[int, int] | None] = []
         self._epoch: int | None = None
         self._indices: list[Tensor] = []  # of the steps of this epoch since the last flush
         self._parts: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by epoch: indices and beta
@@ -316,34 +342,25 @@ class ImportanceRecorder:
         """
         index_N = check_index(index)
         rates: list[list[float]] = []
-        version = -1
-
-        def after_gradient(parameter: nn.Parameter) -> None:
-            nonlocal version
-            version = parameter.grad._version  # type: ignore[union-attr]
 
         def before_update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            grad = self._watched.grad
-            if grad is None or grad._version != version:
-                raise UnsupportedError(
-                    expected="the gradients of this step's backward pass, unchanged",
-                    got="gradients changed between backward() and optimizer.step()",
-                    where=f"epoch {epoch}, optimizer {type(optimizer).__name__}",
-                    todo="train without gradient clipping or scaling: the recorded update would "
-                    "not be the one that is made",
-                )
+            check_optimizer(optimizer)
+            self._check_gradients(epoch)
+            self._rates = {
+                id(parameter): float(group["lr"])
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+                if parameter.requires_grad
+            }
             rates.append(self._capture.rates())
 
-        handles = [
-            self._watched.register_post_accumulate_grad_hook(after_gradient),
-            self.optimizer.register_step_pre_hook(before_update),
-        ]
+        self._noted = []
+        handle = self.optimizer.register_step_pre_hook(before_update)
         try:
             with self._capture.batch(len(index_N)):
                 yield
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
         if len(rates) != 1:
             raise UnsupportedError(
                 expected="one optimizer.step() in the block",
@@ -423,21 +440,30 @@ class ImportanceRecorder:
             attrs={"schema_version": SCHEMA_VERSION, "sampimp_version": __version__},
         )
 
-    def _first_trained(self, model: nn.Module) -> nn.Parameter:
-        for parameter in model.parameters():
-            if self._rate_of(parameter):
-                return parameter
-        raise UnsupportedError(
-            expected="an optimizer over parameters of the model",
-            got="none that it trains",
-            where="ImportanceRecorder",
-            todo="make the optimizer from this model's parameters",
-        )
-
     def _rate_of(self, parameter: Tensor | None) -> float:
-        group = self._group_of.get(id(parameter))
-        trained = group is not None and parameter is not None and parameter.requires_grad
-        return float(group["lr"]) if group is not None and trained else 0.0
+        return self._rates.get(id(parameter), 0.0)
+
+    def _note_gradients(self) -> None:
+        """Note the gradients as backward() leaves them, to know them again at the update."""
+        self._noted = [_identity(parameter) for parameter in self._parameters]
+
+    def _check_gradients(self, epoch: int) -> None:
+        """Raise UnsupportedError unless the gradients are those of this step's backward pass."""
+        for number, parameter in enumerate(self._parameters):
+            if number >= len(self._noted) or _identity(parameter) != self._noted[number]:
+                raise UnsupportedError(
+                    expected="the gradients of this step's backward pass, unchanged",
+                    got="gradients changed between backward() and optimizer.step(), or none",
+                    where=f"epoch {epoch}, parameter {number} of model.parameters()",
+                    todo="train without gradient clipping, scaling, accumulation or a closure: the "
+                    "recorded update would not be the one that is made",
+                )
+
+
+def _identity(parameter: Tensor) -> tuple[int, int] | None:
+    """Return what tells a gradient from another one, and from itself after a change in place."""
+    grad = parameter.grad
+    return None if grad is None else (id(grad), grad._version)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -8,13 +8,11 @@ at. What is open does not change: trials committed later are there when it is op
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import dask.array as da
 import numpy as np
 import xarray as xr
-from dask.array.core import normalize_chunks
 from dask.base import tokenize
 
 from sampimp.errors import StoreError
@@ -49,9 +47,7 @@ def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
         There is no study.
     """
     folder = Folder.of(out)
-    plan = None
-    if not folder.is_local or Path(str(folder)).is_dir():
-        plan = read_plan(folder)
+    plan = read_plan(folder)
     if plan is None:
         raise StoreError(
             expected="a study, with a study.json",
@@ -109,7 +105,7 @@ def _open_node(
         shape = tuple(sizes[dim] for dim in variable.dims)
         variables[name] = (
             ("strategy", "seed", *variable.dims),
-            _stack(folder.root, folder.path, rows, name, shape, chunk_shape(name, sizes)),
+            _lazy(_Records(folder, rows, name, shape), chunk_shape(name, sizes)),
             {"units": variable.units, "long_name": variable.long_name},
         )
         if name.endswith("importance"):
@@ -172,46 +168,63 @@ def _diverged(trial: PlannedTrial | None) -> float:
     return np.nan if epoch is None else float(epoch)
 
 
-def _stack(
-    root: str,
-    path: str,
-    table: Sequence[Sequence[str]],
-    name: str,
-    shape: tuple[int, ...],
-    chunk: tuple[int, ...],
-) -> da.Array:
-    """Lay one dask array over a variable of all trials; `table` names them by strategy and seed."""
-    chunks = ((1,) * len(table), (1,) * len(table[0]), *normalize_chunks(chunk, shape))
-    dtype = np.dtype(VARIABLES[name].dtype)
-    return da.map_blocks(
-        _read_block,
-        root,
-        path,
-        table,
-        name,
-        chunks=chunks,
-        dtype=dtype,
-        meta=np.empty((0,) * len(chunks), dtype),
-        name=f"{name}-{tokenize(root, path, table)}",
+class _Records:
+    """A variable of all trials as dask sees an array: read where it is sliced, and not before.
+
+    Parameters
+    ----------
+    folder
+        The study.
+    table
+        The folder of each trial by strategy and seed; empty where there is none.
+    name
+        The variable.
+    shape
+        Of one trial's.
+    """
+
+    def __init__(
+        self, folder: Folder, table: Sequence[Sequence[str]], name: str, shape: tuple[int, ...]
+    ) -> None:
+        self._folder, self._table, self._name = folder, table, name
+        self.dtype = np.dtype(VARIABLES[name].dtype)
+        self.shape = (len(table), len(table[0]), *shape)
+        self.ndim = len(self.shape)
+
+    def __getitem__(self, index: tuple[slice | int, ...]) -> np.ndarray:
+        """Read a region; `index` has slices and integers, one for each dimension."""
+        strategies, seeds, *region = (
+            slice(i, i + 1) if isinstance(i, int | np.integer) else i for i in index
+        )
+        values = np.array(
+            [
+                [self._read(trial, tuple(region)) for trial in row[seeds]]
+                for row in self._table[strategies]
+            ]
+        )
+        return values[tuple(slice(None) if isinstance(i, slice) else 0 for i in index)]
+
+    def _read(self, trial: str, region: tuple[slice, ...]) -> np.ndarray:
+        if not trial:
+            lengths = (
+                len(range(size)[part]) for size, part in zip(self.shape[2:], region, strict=True)
+            )
+            return np.full(tuple(lengths), np.nan, self.dtype)
+        prefix = f"{self._folder.path}/" if self._folder.path else ""
+        path = f"{prefix}trials/{trial}/record.zarr/{self._name}"
+        return np.asarray(open_array(self._folder.root, path)[region])
+
+
+def _lazy(records: _Records, chunk: tuple[int, ...]) -> da.Array:
+    """Return records as a dask array, one block for each chunk that a trial wrote."""
+    return da.from_array(
+        records,
+        chunks=(1, 1, *chunk),
+        name=f"{records._name}-{tokenize(str(records._folder), records._table)}",
+        asarray=False,
+        fancy=False,
+        meta=np.empty((0,) * records.ndim, records.dtype),
     )
-
-
-def _read_block(
-    root: str,
-    path: str,
-    table: Sequence[Sequence[str]],
-    name: str,
-    block_info: Any = None,
-) -> np.ndarray:
-    (strategy, _), (seed, _), *region = block_info[None]["array-location"]
-    trial = table[strategy][seed]
-    if not trial:
-        shape = block_info[None]["chunk-shape"]
-        return np.full(shape, np.nan, VARIABLES[name].dtype)
-    prefix = f"{path}/" if path else ""
-    array = open_array(root, f"{prefix}trials/{trial}/record.zarr/{name}")
-    values = np.asarray(array[tuple(slice(start, stop) for start, stop in region)])
-    return values[np.newaxis, np.newaxis]
 
 
 def _images(values: Any) -> da.Array:

@@ -88,6 +88,8 @@ class Folder:
 
     def read_bytes(self, name: str) -> bytes | None:
         """Return an object's content, or None if there is none."""
+        if self._is_absent:
+            return None
         try:
             return bytes(obstore.get(_open_store(self.root), self._key(name)).bytes())
         except FileNotFoundError:
@@ -124,13 +126,15 @@ class Folder:
 
     def folders(self) -> list[str]:
         """Return the names of the folders in it, sorted."""
+        if self._is_absent:
+            return []
         prefix = f"{self.path}/" if self.path else ""
         listed = obstore.list_with_delimiter(_open_store(self.root), prefix)
         return sorted(PurePosixPath(path).name for path in listed["common_prefixes"])
 
     def is_empty(self) -> bool:
         """Return whether nothing is in it."""
-        if self.is_local and not Path(str(self)).is_dir():
+        if self._is_absent:
             return True
         prefix = f"{self.path}/" if self.path else ""
         listed = obstore.list_with_delimiter(_open_store(self.root), prefix)
@@ -154,6 +158,8 @@ class Folder:
         try:
             self.write_bytes(name, b"")
             obstore.delete(_open_store(self.root), self._key(name))
+        except StoreError:
+            raise
         except Exception as error:  # obstore's own, OSError or PermissionError, by store and kind
             raise StoreError(
                 expected="a folder or bucket that can be written",
@@ -161,6 +167,11 @@ class Folder:
                 where=str(self),
                 todo="check the path, its permissions and, for s3://, bucket and credentials",
             ) from None
+
+    @property
+    def _is_absent(self) -> bool:
+        """Whether its root is a local folder that is not there; to read does not make it."""
+        return self.is_local and not Path(self.root).is_dir()
 
     def _key(self, name: str) -> str:
         return str(PurePosixPath(self.path, name))

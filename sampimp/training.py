@@ -13,7 +13,6 @@ on from `state` in another process, with the same bytes.
 """
 
 import io
-import math
 import time
 from collections.abc import Iterator
 
@@ -92,7 +91,8 @@ class TrainingRun:
             seconds = time.perf_counter() - start
             if self.epoch in states:
                 arrays |= self._parameters()
-            diverged = not math.isfinite(arrays["train_nll"].item())
+            measured = (arrays["train_nll"], arrays.get("importance", 0.0))
+            diverged = not all(np.isfinite(values).all() for values in measured)
             yield EpochRecord(epoch=self.epoch, arrays=arrays, diverged=diverged, seconds=seconds)
             if diverged:
                 return

@@ -52,7 +52,10 @@ def connect(address: str | None = None) -> Cluster:
     address = address or os.environ.get("RAY_ADDRESS")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own deprecations, of no use to a user
-        if address:
+        if address == "local":
+            start(address="local", include_dashboard=False)
+            origin = "Ray started here"
+        elif address:
             try:
                 start(address=address)
             except (ConnectionError, ValueError, RuntimeError) as error:
@@ -63,13 +66,13 @@ def connect(address: str | None = None) -> Cluster:
                     todo="start it (ray up cluster.yaml, or ray start --head), or leave --address "
                     "and RAY_ADDRESS out to run on this machine",
                 ) from None
-            origin = "Ray started here" if address == "local" else f"Ray cluster at {address}"
+            origin = f"Ray cluster at {address}"
         else:
             try:
                 start(address="auto")
                 origin = "Ray cluster that runs on this machine"
             except ConnectionError:
-                start(include_dashboard=False)
+                start(address="local", include_dashboard=False)
                 origin = "Ray started here"
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # failures are shown by `Progress`
     resources = ray.cluster_resources()

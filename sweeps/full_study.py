@@ -11,7 +11,6 @@ from rich.console import Console
 
 from analysis.report import print_summary, write_report
 from sampimp.errors import UserError
-from sweeps.cluster import connect
 from sweeps.study import parse, run
 
 
@@ -21,10 +20,7 @@ def main(arguments: list[str]) -> int:
     errors = Console(stderr=True, soft_wrap=True)
     try:
         config = parse(arguments)
-        with console.status("Looking for a Ray cluster"):
-            cluster = connect(config.address)
-        console.print(f"{cluster}.")
-        code = run(config, console, cluster)
+        code = run(config, console)
         if not config.dry_run:
             with console.status("Analysing") as status:
                 report = write_report(config.out, progress=status.update)

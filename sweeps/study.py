@@ -34,7 +34,7 @@ from sampimp.schema import (
 from sampimp.store import Folder, read_source, write_source
 from sampimp.strategies import make_schedule
 from sampimp.training import TrainingRun
-from sweeps.cluster import Cluster
+from sweeps.cluster import Cluster, connect
 from sweeps.ingest import ingest
 from sweeps.progress import Progress
 from sweeps.searcher import PlanSearcher
@@ -55,11 +55,9 @@ class StudyConfig(TrainingConfig):
     """
 
     preset: Literal["paper", "digits"] = "paper"
-    """Defaults of all other options: the paper's study on MNIST and CIFAR-10, or the same on
-    scikit-learn's 1,797 digits, which need no download."""
+    """Defaults of all other options: the paper's study, or the same on scikit-learn's digits."""
     datasets: tuple[str, ...] = ("mnist", "cifar10")
-    """mnist, cifar10, digits, folder:PATH (train/ and test/ folders of class folders with images)
-    or npz:PATH."""
+    """mnist, cifar10, digits, folder:PATH (train/ and test/ of class folders) or npz:PATH."""
     strategies: tuple[str, ...] = (*REFERENCES, *STRATEGIES)
     """The reference runs shuffle and shuffle_by_seed, and the paper's seven."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
@@ -102,6 +100,8 @@ class StudyConfig(TrainingConfig):
                     where=f"option --{name.replace('_', '-')}",
                     todo="name each of them once",
                 )
+        for dataset in self.datasets:
+            dataset_key(dataset)
         for strategy in self.strategies:
             check_choice(strategy, (*REFERENCES, *STRATEGIES), "strategy")
         if self.cpus_per_trial < 1 or self.gpus_per_trial < 0:
@@ -112,12 +112,14 @@ class StudyConfig(TrainingConfig):
                 todo="change the value",
             )
         if self.snapshot_every and (
-            not self.parameters_every or self.snapshot_every % self.parameters_every
+            not self.parameters_every
+            or self.snapshot_every % self.parameters_every
+            or not 0 < self.snapshot_every <= self.epochs
         ):
             raise ConfigError(
-                expected="--snapshot-every to be a multiple of --parameters-every",
-                got=f"{self.snapshot_every} and {self.parameters_every}",
-                where="options --snapshot-every and --parameters-every",
+                expected="--snapshot-every to be a multiple of --parameters-every up to --epochs",
+                got=f"{self.snapshot_every}, {self.parameters_every} and {self.epochs}",
+                where="options --snapshot-every, --parameters-every and --epochs",
                 todo="snapshots are scored at stored parameters: store those epochs",
             )
 
@@ -156,6 +158,15 @@ PRESETS = {
 }
 
 
+class _Options(StudyConfig):
+    # tyro catches the ValueError of a class that it makes, prints what was expected and drops the
+    # rest; so it makes this one, and `parse` the one that checks.
+    __doc__ = StudyConfig.__doc__
+
+    def __post_init__(self) -> None:
+        pass
+
+
 def parse(arguments: list[str]) -> StudyConfig:
     """Return the configuration of a command line, on top of the preset it names."""
     preset = "paper"
@@ -165,13 +176,22 @@ def parse(arguments: list[str]) -> StudyConfig:
         elif argument.startswith("--preset="):
             preset = argument.partition("=")[2]
     default = PRESETS[check_choice(preset, tuple(PRESETS), "preset")]
-    return tyro.cli(StudyConfig, args=arguments, default=default, prog="full_study.py")
+    options = tyro.cli(
+        tyro.conf.configure(tyro.conf.FlagCreatePairsOff)(_Options),
+        args=arguments,
+        default=_Options(**vars(default)),
+        prog="full_study.py",
+    )
+    return StudyConfig(**vars(options))
 
 
-def run(config: StudyConfig, console: Console, cluster: Cluster) -> int:
-    """Run a study to its end; Ray is connected. Return the exit code."""
+def run(config: StudyConfig, console: Console) -> int:
+    """Run a study to its end, or print its plan. Return the exit code."""
     folder = Folder.of(config.out)
     existing = check_out(folder)
+    with console.status("Looking for a Ray cluster"):
+        cluster = connect(config.address)
+    console.print(f"{cluster}.")
     check_cluster(config, cluster)
     sources = read_sources(config, folder, console)
     plan = make_plan(config, sources)
@@ -182,6 +202,7 @@ def run(config: StudyConfig, console: Console, cluster: Cluster) -> int:
     if config.dry_run:
         describe_plan(config, plan, folder, sources, cluster, console)
         return 0
+    folder.check_writable()
     missing = [trial for trial in plan.resolve(read_commits(folder)) if trial.commit is None]
     check_disk(folder, sum(trial_bytes(plan, trial.config) for trial in missing))
     folder.write_json("study.json", plan.to_json())
@@ -219,7 +240,6 @@ def check_out(folder: Folder) -> Plan | None:
             where=str(folder),
             todo="choose another --out; nothing there was touched",
         )
-    folder.check_writable()
     return plan
 
 
@@ -354,13 +374,21 @@ def conclude(trials: list[PlannedTrial], console: Console) -> int:
         for trial in committed
         if trial.commit and trial.commit["diverged_epoch"] is not None
     ]
-    missing = [trial.label for trial in trials if trial.commit is None]
+    missing = [trial for trial in trials if trial.commit is None]
+    blocked = [trial.label for trial in missing if trial.trial_id is None]
+    failed = [trial.label for trial in missing if trial.trial_id is not None]
     console.print(f"{len(committed)} of {len(trials)} trials are committed.")
     if diverged:
         console.print(f"{len(diverged)} diverged: {', '.join(diverged)}.")
-    if missing:
-        console.print(f"[bold]{len(missing)} are missing[/]: {', '.join(missing)}.")
+    if failed:
+        console.print(f"[bold]{len(failed)} are missing[/]: {', '.join(failed)}.")
         console.print("The same command again retries them.")
+    if blocked:
+        console.print(f"[bold]{len(blocked)} are blocked[/]: {', '.join(blocked)}.")
+        console.print(
+            f"They sort by {REFERENCE_STRATEGY}, seed {REFERENCE_SEED}, which did not finish, or "
+            "diverged: then a lower --learning-rate into another --out is the way on."
+        )
     return 1 if missing else 0
 
 

@@ -1,6 +1,7 @@
-"""What the tests of `sampimp` share: oracles that know nothing of its formulas, and tiny studies."""
+"""What the tests of `sampimp` share: oracles that know none of its formulas, and tiny studies."""
 
 import copy
+import itertools
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def make_plan(sources, grid, **changes):
         names = [*(f"L{n}" for n in range(1, len(training.hidden) + 1)), "Out"]
         return tuple(
             (name, size)
-            for name, a, b in zip(names, sizes, sizes[1:], strict=False)
+            for name, a, b in zip(names, sizes[:-1], sizes[1:], strict=True)
             for size in (a * b, b)
         )
 
@@ -225,6 +226,6 @@ def tiny_mlp(sizes=(4, 5, 3), activation=nn.ReLU, dtype=torch.float64, seed=0):
     """Return a small network with linear layers named by their position."""
     torch.manual_seed(seed)
     modules = []
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(sizes):
         modules += [nn.Linear(fan_in, fan_out), activation()]
     return nn.Sequential(*modules[:-1]).to(dtype)

@@ -2,12 +2,14 @@
 
 import copy
 import importlib.util
+import itertools
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -67,7 +69,7 @@ def cases(draw, dropout=False):
     sizes[-1] = max(2, sizes[-1])  # one class alone has no gradient
     torch.manual_seed(draw(st.integers(0, 2**16)))
     modules = []
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(sizes):
         modules.append(nn.Linear(fan_in, fan_out, bias=draw(st.booleans())))
         modules.append(draw(st.sampled_from([nn.Tanh(), nn.ReLU(), nn.ReLU(inplace=True)])))
         if dropout:
@@ -341,9 +343,14 @@ def test_a_step_after_one_that_failed_is_exact():
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     optimizer = SGD(model.parameters(), lr=0.2)
     recorder = ImportanceRecorder(model, optimizer)
-    with pytest.raises(KeyboardInterrupt), recorder.step(range(6), epoch=1):
-        functional.cross_entropy(model(inputs * 2), labels).backward()
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with recorder.step(range(6), epoch=1):
+            functional.cross_entropy(model(inputs * 2), labels).backward()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     expected = oracles.importance_by_autograd(model, optimizer, inputs, labels)
     with recorder.step(range(6), epoch=1):
         train_step(model, optimizer, inputs, labels)
@@ -373,6 +380,7 @@ def test_a_sample_used_twice_is_summed_and_an_unused_one_is_nan():
     np.testing.assert_allclose(dataset["importance"][0], got.numpy(), rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have a Zarr V3 specification")
 def test_the_dataset_is_labelled(tmp_path):
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     optimizer = SGD(model.parameters(), lr=0.2, weight_decay=0.01)
@@ -399,8 +407,6 @@ def test_the_dataset_is_labelled(tmp_path):
     }
     assert {key: importance.attrs[key] for key in expected} == expected
     dataset.to_zarr(tmp_path / "importance.zarr", consolidated=False)
-    import xarray as xr
-
     stored = xr.open_zarr(tmp_path / "importance.zarr", consolidated=False)
     xr.testing.assert_identical(stored.load(), dataset)
 
@@ -572,14 +578,16 @@ def test_gradients_changed_between_backward_and_step_are_refused(name):
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     optimizer = SGD(model.parameters(), lr=0.2)
     recorder = ImportanceRecorder(model, optimizer)
-    with (
-        pytest.raises(UnsupportedError, match=r"changed between backward(.|\n)*epoch 4"),
-        recorder.step(range(6), epoch=4),
-    ):
-        optimizer.zero_grad()
-        functional.cross_entropy(model(inputs), labels).backward()
-        CHANGED_GRADIENTS[name](model)
-        optimizer.step()
+
+    def step():
+        with recorder.step(range(6), epoch=4):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(inputs), labels).backward()
+            CHANGED_GRADIENTS[name](model)
+            optimizer.step()
+
+    with pytest.raises(UnsupportedError, match=r"changed between backward(.|\n)*epoch 4"):
+        step()
     assert hooks(model) == []
 
 

@@ -1,6 +1,7 @@
 """What must be true of any run, on real data: one seed, a few epochs of scikit-learn's digits."""
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def reference(train):
 def test_in_step_importance_of_the_first_batch_is_the_snapshot_of_the_state_before(data, reference):
     # The first step of epoch t is made at the very parameters of state t - 1.
     model = build_mlp(data.train_inputs.shape[1:], HIDDEN, 10, seed=1)
-    for before, record in zip(reference, reference[1:], strict=False):
+    for before, record in itertools.pairwise(reference):
         load_parameters(model, torch.from_numpy(before.arrays["parameters"]))
         first = np.flatnonzero(record.arrays["batch"] == 0)
         snapshot = snapshot_importance(
@@ -72,9 +73,7 @@ def test_every_sample_has_importance_once_an_epoch(data, reference):
 
 
 def test_the_output_layers_importance_is_bounded(data, reference):
-    # |softmax - one-hot|^2 < 2, so beta < (rate / B)^2 2 (|x|^2 + 1) in every layer that reads the
-    # inputs; in the output layer it is at least (rate / B)^2 |delta|^2, which is below that of
-    # the bias alone: 2 (rate / B)^2 times 1 + |x|^2 with x its own, positive input.
+    # delta = (softmax - one-hot) / B has a squared norm below 2 / B^2; x is the layer's input.
     model = build_mlp(data.train_inputs.shape[1:], HIDDEN, 10, seed=1)
     load_parameters(model, torch.from_numpy(reference[0].arrays["parameters"]))
     first = np.flatnonzero(reference[1].arrays["batch"] == 0)
@@ -101,5 +100,5 @@ def test_the_hardest_samples_come_last_in_nlo_and_first_in_rnlo(train, reference
     last = int(nlo.max())
     np.testing.assert_array_equal(rnlo, last - nlo)
     by_batch = [final_nll[nlo == number] for number in range(last + 1)]
-    for easier, harder in zip(by_batch, by_batch[1:], strict=False):
+    for easier, harder in itertools.pairwise(by_batch):
         assert easier.max() <= harder.min()

@@ -1,4 +1,4 @@
-"""The cube: DESIGN.md's contract, the values of the records, and nothing read before it is asked."""
+"""The cube: DESIGN.md's contract, the records' values, and nothing read before it is asked for."""
 
 import importlib.util
 import json
@@ -94,7 +94,7 @@ def test_importance_names_the_scale_it_is_in(tree):
 
 
 def test_values_are_those_of_the_records_and_nan_elsewhere(study, tree):
-    _, plan, sources, done = study
+    _, _, sources, done = study
     assert UNCOMMITTED in done
     for key in sources:
         node = tree[key].compute()
@@ -144,13 +144,15 @@ def test_labels_and_samples_are_those_of_training(study, tree):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Count what is read of any Zarr array."""
+    """List the path of every Zarr array of which a value is read."""
     seen = []
     getitem = zarr.Array.__getitem__
 
     def counted(array, selection):
-        seen.append(array.path)
-        return getitem(array, selection)
+        values = getitem(array, selection)
+        if np.size(values):  # dask asks for array[0:0] to learn its type
+            seen.append(array.path)
+        return values
 
     monkeypatch.setattr(zarr.Array, "__getitem__", counted)
     return seen
@@ -276,8 +278,8 @@ def test_samples_split_over_several_chunks(tmp_path, monkeypatch):
 
 def test_three_hundred_trials(tmp_path, reads):
     sources = {"one": oracles.make_source()}
-    seeds = tuple(range(1, 44))
-    grid = dict.fromkeys(STRATEGIES, seeds[:40]) | dict.fromkeys(REFERENCES, seeds[:10])
+    seeds = tuple(range(1, 41))
+    grid = dict.fromkeys(STRATEGIES, seeds) | dict.fromkeys(REFERENCES, seeds[:10])
     plan = oracles.make_plan(sources, grid, epochs=50)
     folder = oracles.start_study(tmp_path, plan, sources)
     for _ in range(2):  # the reference, then those that sort by it

@@ -1,6 +1,7 @@
 """The loop against a replay in NumPy and float64, and against itself when it is interrupted."""
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def make_run(data=None, record=True, difficulty=None, **changes):
 def split(flat_P, sizes):
     """Return the (weight, bias) of each layer of a flat parameter vector."""
     layers, start = [], 0
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(sizes):
         stop = start + fan_in * fan_out
         weight = flat_P[start:stop].reshape(fan_out, fan_in)
         layers.append((weight, flat_P[stop : stop + fan_out]))

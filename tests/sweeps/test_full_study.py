@@ -1,0 +1,261 @@
+"""One command from nothing to the report, whatever happens on the way."""
+
+import shutil
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from rich.console import Console
+
+import sampimp
+from sampimp.data import load_source
+from sampimp.plan import PlannedTrial, read_commits, read_plan
+from sampimp.store import Folder
+from sweeps.study import conclude, make_plan, parse
+
+TINY = (
+    *("--preset", "digits", "--hidden", "16", "--epochs", "3", "--batch-size", "25"),
+    *("--reference-seeds", "1"),
+)
+
+NOISE = ("warning", "traceback", "ray::", "(pid=", "raylet", "tune", "deprecat", "trial name")
+"""What belongs into a log and not onto a terminal."""
+
+
+def files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Return when each file of a study was written, and its bytes; the analysis left out."""
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "analysis" not in path.relative_to(folder).parts
+    }
+
+
+def assert_same_numbers(out: Path, expected: Path) -> None:
+    """Every array of every trial has the same bytes, and nobody is missing."""
+    assert set(read_commits(Folder.of(out))) == set(read_commits(Folder.of(expected)))
+    cube, wanted = (sampimp.open_cube(folder)["digits"].to_dataset() for folder in (out, expected))
+    assert set(cube.data_vars) == set(wanted.data_vars)
+    for name in wanted.variables:
+        np.testing.assert_array_equal(cube[name].values, wanted[name].values, name)
+
+
+def assert_quiet(text: str) -> None:
+    assert not [word for word in NOISE if word in text.lower()], text
+
+
+def test_one_command_trains_everything_and_reports(finished):
+    assert finished.code == 0, finished.text
+    assert_quiet(finished.text)
+    lines = finished.text.splitlines()
+    assert lines[0].startswith("Ray started here: 1 node, ")
+    assert "5 of 5 trials are committed." in lines
+    report = finished.out / "analysis" / "report.html"
+    assert lines[-1] == f"Report: {report}"
+    assert report.stat().st_size > 100_000
+    for words in ("strategy", "NLO", "Rand", "test error (mean ± s.e.)", "verdict"):
+        assert words in finished.text
+    assert max(map(len, lines[1:-1])) <= 80  # readable on a terminal of 80 columns
+
+
+def test_everything_planned_is_in_the_cube(finished):
+    tree = sampimp.open_cube(finished.out)
+    assert list(tree.children) == ["digits"]
+    cube = tree["digits"].to_dataset()
+    assert cube.strategy.values.tolist() == ["shuffle", "rand", "nlo"]
+    assert cube.seed.values.tolist() == [1, 2]
+    planned = np.array([[True, False], [True, True], [True, True]])
+    np.testing.assert_array_equal(cube.trial.values != "", planned)
+    for name in ("importance", "nll", "batch", "train_error", "test_nll", "parameters"):
+        measured = ~np.isnan(cube[name]).any(cube[name].dims[2:])
+        np.testing.assert_array_equal(measured.values, planned, name)
+    assert np.isnan(cube.diverged_epoch).all()
+    # Each batch of 25 has 25 samples, in every epoch.
+    one = cube.batch.sel(strategy="nlo", seed=2).values.astype(int)
+    assert all((np.bincount(epoch) == 25).all() for epoch in one)
+    # 4.5 % is what these networks reach after 50 epochs; after 3, chance is far behind.
+    assert float(cube.test_error.sel(strategy="rand", epoch=3).max()) < 0.5
+
+
+def test_the_same_command_again_does_nothing(finished, run_untrained):
+    before = files(finished.out)
+    code, text = run_untrained(finished.out, *finished.arguments)
+    assert code == 0
+    assert text.splitlines()[-1] == "5 of 5 trials are committed."
+    after = files(finished.out)
+    # The plan may be put again, with the same words; nothing else was touched at all.
+    assert {name: content for name, (_, content) in before.items()} == {
+        name: content for name, (_, content) in after.items()
+    }
+    assert [name for name in before if before[name] != after[name]] in ([], ["study.json"])
+
+
+def test_more_seeds_and_strategies_are_added(finished, run_study, tmp_path):
+    out = tmp_path / "study"
+    shutil.copytree(finished.out, out)
+    before = files(out)
+    code, text = run_study(out, *TINY, "--strategies", "rand", "sim", "--seeds", "3")
+    assert code == 0
+    assert text.splitlines()[-1] == "7 of 7 trials are committed."
+    plan = read_plan(Folder.of(out))
+    assert plan.grid == {"shuffle": (1,), "rand": (1, 2, 3), "nlo": (1, 2), "sim": (3,)}
+    after = files(out)
+    assert {name for name in before if before[name] != after[name]} == {"study.json"}
+    cube = sampimp.open_cube(out)["digits"]
+    assert not np.isnan(cube.nll.sel(strategy="sim", seed=3)).any()
+    # All seeds of rand share one draw of the batches; the initialisation alone differs.
+    batch = cube.batch.sel(strategy="rand").values
+    np.testing.assert_array_equal(batch[2], batch[0])
+    assert not np.array_equal(*cube.parameters.sel(strategy="rand", state=0).values[[0, 2]])
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_untrained):
+    out = tmp_path / "not" / "there"
+    code, text = run_untrained(out, *TINY, "--strategies", "nlo", "--seeds", "1", "2", "--dry-run")
+    assert code == 0
+    assert list(tmp_path.iterdir()) == []
+    # 16 (64 + 1) + 10 (16 + 1) = 1,210 parameters.
+    assert "digits: 1,500 + 297 samples, 10 classes, network of 1,210 parameters" in text
+    assert "shuffle          seeds 1\n" in text
+    assert "nlo              seeds 1, 2\n" in text
+    assert "3 in all, 3 of them missing" in text
+    assert "2 trials at a time" in text
+    assert "Epoch     digits: about" in text
+    assert "Storage   at most 0.00 GB" in text
+
+
+def test_a_dry_run_of_a_study_that_is_there_leaves_it_as_it_is(finished, run_untrained):
+    before = files(finished.out)
+    code, text = run_untrained(finished.out, *TINY, "--strategies", "sim", "--dry-run")
+    assert code == 0
+    assert "10 in all, 5 of them missing" in text  # sim with its five seeds
+    assert files(finished.out) == before
+
+
+def test_killed_and_interrupted_it_ends_with_the_same_numbers(finished, drive, run_study, tmp_path):
+    out = tmp_path / "study"
+
+    def commits() -> int:
+        return len(list(out.glob("trials/*/COMMIT.json")))
+
+    def amid_a_trial(committed: int) -> bool:
+        manifests = out.glob("trials/*/checkpoints/*/MANIFEST.json")
+        trials = {manifest.parents[2] for manifest in manifests}
+        unfinished = [trial for trial in trials if not (trial / "COMMIT.json").exists()]
+        return bool(unfinished) and commits() >= committed
+
+    # kill -9 in the first trials: a checkpoint is there, its trial is not done.
+    killed = drive(out, *finished.arguments)
+    killed.wait_until(lambda: amid_a_trial(0))
+    killed.kill()
+    killed.close()
+    assert amid_a_trial(0)
+    assert commits() < 5
+
+    # Ctrl-C once a trial is done and another is on its way.
+    interrupted = drive(out, *finished.arguments)
+    interrupted.wait_until(lambda: amid_a_trial(1))
+    interrupted.interrupt()
+    code, text = interrupted.communicate(timeout=60)
+    interrupted.close()
+    assert code == 130, text
+    assert text.splitlines()[-1] == (
+        "Interrupted. What is committed is kept; the same command continues."
+    )
+    assert_quiet(text)
+    assert 1 <= commits() < 5
+
+    code, text = run_study(out, *finished.arguments)
+    assert code == 0, text
+    assert_same_numbers(out, finished.out)
+
+
+def test_a_trial_that_fails_stops_only_those_that_wait_for_it(run_study, tmp_path, capfd):
+    arguments = (*TINY, "--strategies", "nlo", "rand", "--seeds", "1")
+    out = tmp_path / "study"
+    plan = make_plan(parse(list(arguments)), {"digits": load_source("digits")})
+    (reference,) = (trial for trial in plan.resolve({}) if plan.is_reference(trial.config))
+    in_the_way = out / "trials" / reference.trial_id / "checkpoints"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("a file where a folder must be")
+    (out / "study.json").write_text("")
+    Folder.of(out).write_json("study.json", plan.to_json())
+
+    code, text = run_study(out, *arguments)
+    assert code == 1
+    assert "digits-shuffle-seed1 failed: " in text
+    lines = text.splitlines()
+    assert "1 of 3 trials are committed." in lines
+    assert "1 are missing: digits-shuffle-seed1." in lines
+    assert "The same command again retries them." in lines
+    assert "1 are blocked: digits-nlo-seed1." in lines
+    assert_quiet(text)
+    assert_quiet("".join(capfd.readouterr()))
+    cube = sampimp.open_cube(out)["digits"]
+    assert not np.isnan(cube.importance.sel(strategy="rand", seed=1)).any()
+    assert np.isnan(cube.importance.sel(strategy=["shuffle", "nlo"], seed=1)).all()
+
+    in_the_way.unlink()
+    code, text = run_study(out, *arguments)
+    assert (code, text.splitlines()[-1]) == (0, "3 of 3 trials are committed.")
+
+
+def test_divergence_is_recorded_and_those_that_wait_stay_blocked(run_study, tmp_path):
+    out = tmp_path / "study"
+    arguments = (*TINY, "--learning-rate", "1e20", "--strategies", "nlo", "rand", "--seeds", "1")
+    code, text = run_study(out, *arguments)
+    assert code == 1
+    assert "2 of 3 trials are committed." in text
+    assert "2 diverged: digits-shuffle-seed1 (epoch 1), digits-rand-seed1 (epoch 1)." in text
+    assert "1 are blocked: digits-nlo-seed1." in text
+    assert "They sort by shuffle, seed 1, which did not finish, or diverged" in text
+    assert "retries" not in text
+    cube = sampimp.open_cube(out)["digits"]
+    assert cube.diverged_epoch.sel(strategy=["shuffle", "rand"], seed=1).values.tolist() == [1, 1]
+    # What came after the divergence was never measured.
+    assert np.isnan(cube.train_nll.sel(strategy="rand", seed=1, epoch=[2, 3])).all()
+    before = files(out)
+    assert run_study(out, *arguments)[0] == 1
+    after = files(out)
+    assert {name for name in before if before[name] != after[name]} <= {"study.json"}
+
+
+def test_exit_code_is_0_only_when_nothing_is_missing():
+    trials = make_plan(
+        parse([*TINY, "--strategies", "rand", "--seeds", "1", "2"]),
+        {"digits": load_source("digits")},
+    ).trials()
+
+    def code(*commits: dict | None) -> int:
+        planned = [
+            PlannedTrial(trial, "an id", "a fingerprint", None, commit)
+            for trial, commit in zip(trials, commits, strict=True)
+        ]
+        return conclude(planned, Console(file=StringIO()))
+
+    done, diverged = {"diverged_epoch": None}, {"diverged_epoch": 2}
+    assert code(done, done) == 0
+    assert code(done, diverged) == 0
+    assert code(diverged, diverged) == 0
+    assert code(diverged, None) == 1
+
+
+def test_the_tests_ray_is_their_own(cluster):
+    assert ray.get_runtime_context().gcs_address.startswith("127.0.0.1:")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"]])
+def test_help_names_every_option(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(arguments)
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for option in (
+        *("datasets", "strategies", "seeds", "epochs", "batch-size", "learning-rate", "hidden"),
+        *("out", "data-dir", "address", "cpus-per-trial", "gpus-per-trial", "max-concurrent"),
+        *("dry-run", "snapshot-every", "parameters-every", "preset"),
+    ):
+        assert f"--{option} " in text
+    assert "--threads" not in text  # a trial's threads are its CPUs
