@@ -904,7 +904,7 @@ CLAIMS: tuple[Claim, ...] = (
 """The paper's claims. A sentence about one data set is judged on that one alone."""
 
 
-def claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset] | None = None) -> xr.Dataset:
+def claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Dataset:
     """Return the paper's claims, our numbers for them, and the verdicts.
 
     Parameters
@@ -913,7 +913,7 @@ def claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset] | None = None) ->
         One node of the cube.
     results
         Computed results by their key in `analysis.study.RESULTS`; those that are missing leave
-        their claims at "not enough data". Made by `analysis.study.analyse` if not given.
+        their claims at "not enough data". `analysis.study.analyse` makes them, and this table.
 
     Returns
     -------
@@ -933,10 +933,6 @@ def claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset] | None = None) ->
     ----------
     Gao & Jojic (2017), sections 3.2 to 3.6.
     """
-    if results is None:
-        from analysis.study import analyse
-
-        return analyse(cube)["claims"]
     evidence = Evidence(results, len(codes_of_labels(cube)[0]))
     name = str(cube.attrs.get("dataset", "")).lower().replace("-", "").replace("_", "")
     asked = [

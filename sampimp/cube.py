@@ -15,8 +15,7 @@ import numpy as np
 import xarray as xr
 from dask.base import tokenize
 
-from sampimp.errors import StoreError
-from sampimp.plan import Plan, PlannedTrial, read_commits, read_plan
+from sampimp.plan import Plan, PlannedTrial, read_commits, require_plan
 from sampimp.schema import REFERENCES, STRATEGIES, VARIABLES, chunk_shape
 from sampimp.store import Folder, open_array
 
@@ -47,14 +46,7 @@ def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
         There is no study.
     """
     folder = Folder.of(out)
-    plan = read_plan(folder)
-    if plan is None:
-        raise StoreError(
-            expected="a study, with a study.json",
-            got="no such file",
-            where=str(folder),
-            todo="pass the folder or URL that was given to full_study.py as --out",
-        )
+    plan = require_plan(folder)
     trials = plan.resolve(read_commits(folder))
     snapshots = folder.read_json(SNAPSHOTS) or {}
     nodes = {

@@ -225,6 +225,19 @@ def read_plan(folder: Folder) -> Plan | None:
     return Plan.from_json(value)
 
 
+def require_plan(folder: Folder) -> Plan:
+    """Return the plan of a study, or raise StoreError if there is no study."""
+    plan = read_plan(folder)
+    if plan is None:
+        raise StoreError(
+            expected="a study, with a study.json",
+            got="no such file",
+            where=str(folder),
+            todo="pass the folder or URL that was given to full_study.py as --out",
+        )
+    return plan
+
+
 def read_commits(folder: Folder) -> dict[str, dict[str, Any]]:
     """Return what every committed trial of a study says of itself, by trial_id."""
     trials = folder / "trials"

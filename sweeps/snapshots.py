@@ -20,7 +20,7 @@ from sampimp.cube import SNAPSHOTS
 from sampimp.data import Dataset, Scaling, Source, scale_inputs
 from sampimp.errors import ConfigError, StoreError
 from sampimp.models import build_mlp, load_parameters
-from sampimp.plan import Plan, read_commits, read_plan
+from sampimp.plan import Plan, read_commits, require_plan
 from sampimp.store import Folder, open_array, read_source, write_array
 from sweeps.ingest import quiet_ray_data
 
@@ -54,14 +54,7 @@ def score_snapshots(
         Parameters of these epochs were not stored.
     """
     folder = Folder.of(out)
-    plan = read_plan(folder)
-    if plan is None:
-        raise StoreError(
-            expected="a study, with a study.json",
-            got="no such file",
-            where=str(folder),
-            todo="pass the folder or URL that was given to full_study.py as --out",
-        )
+    plan = require_plan(folder)
     epochs = check_epochs(plan, every)
     scored = {key: list(value) for key, value in (folder.read_json(SNAPSHOTS) or {}).items()}
     rows = [

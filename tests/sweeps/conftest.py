@@ -110,7 +110,7 @@ def descendants(root: int) -> set[tuple[int, str]]:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat after the name, or nothing if there is no such process."""
+    """Return the fields of /proc/PID/stat after the name; none if there is no such process."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return []

@@ -180,7 +180,6 @@ def test_a_trial_that_fails_stops_only_those_that_wait_for_it(run_study, tmp_pat
     in_the_way = out / "trials" / reference.trial_id / "checkpoints"
     in_the_way.parent.mkdir(parents=True)
     in_the_way.write_text("a file where a folder must be")
-    (out / "study.json").write_text("")
     Folder.of(out).write_json("study.json", plan.to_json())
 
     code, text = run_study(out, *arguments)
