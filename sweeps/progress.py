@@ -8,6 +8,7 @@ from typing import Any
 from ray.tune import Callback
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -87,7 +88,7 @@ class Progress(Callback):
         label = trial.config["label"]
         self._set(label, "failed")
         reason = trial.get_pickled_error() or trial.get_error() or "unknown"
-        self._console.print(f"[bold]{label} failed[/]: {_last_line(str(reason))}")
+        self._console.print(f"[bold]{label} failed[/]: {escape(_last_line(str(reason)))}")
 
     def _set(self, label: str, state: str) -> None:
         self._state[label] = state

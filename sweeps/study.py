@@ -18,6 +18,7 @@ import torch
 import tyro
 from ray import tune
 from rich.console import Console
+from rich.markup import escape
 
 from sampimp.config import TrainingConfig, TrialConfig, check_choice
 from sampimp.data import Source, dataset_key, scale_inputs
@@ -273,7 +274,7 @@ def read_sources(config: StudyConfig, folder: Folder, console: Console) -> dict[
                 where="option --datasets",
                 todo="rename one of the folders or files",
             )
-        with console.status(f"Reading {name}"):
+        with console.status(f"Reading {escape(name)}"):
             source = read_source(folder / "datasets" / f"{key}.zarr")
             sources[key] = source or ingest(name, config.data_dir)
     return sources
@@ -425,7 +426,7 @@ def describe_plan(
     """Print what would be trained, how long it would take and what it would store."""
     trials = plan.resolve(read_commits(folder))
     missing = [trial.config for trial in trials if trial.commit is None]
-    console.print(f"Store     {folder}")
+    console.print(f"Store     {folder}", markup=False)
     for key, info in plan.datasets.items():
         console.print(
             f"Data set  {key}: {info.sample_count:,} + {info.test_count:,} samples, "

@@ -86,7 +86,7 @@ class Driver:
             self.kill()
         assert self.process.stdout is not None
         self.process.stdout.close()
-        deadline = time.monotonic() + 20  # Ray's processes notice and go
+        deadline = time.monotonic() + 4  # workers notice and go; Ray's agents need a minute
         while (left := {one for one in self._family if _is_alive(*one)}) and (
             time.monotonic() < deadline
         ):

@@ -1,0 +1,163 @@
+"""What a person sees: counts, time left, and lines that fit."""
+
+import pickle
+import re
+from io import StringIO
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from sampimp.config import TrainingConfig, TrialConfig
+from sampimp.plan import PlannedTrial
+from sweeps import progress as module
+from sweeps.progress import LINE_EVERY, Progress
+
+DONE, DIVERGED = {"diverged_epoch": None}, {"diverged_epoch": 2}
+
+
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def planned(strategy, seed, commit=None, blocked=False, dataset="digits"):
+    trial = TrialConfig(
+        dataset=dataset,
+        strategy=strategy,
+        seed=seed,
+        order_seed=0,
+        training=TrainingConfig(epochs=10),
+    )
+    return PlannedTrial(trial, None if blocked else f"{strategy}{seed}", None, None, commit)
+
+
+def make(trials, terminal=False):
+    console = Console(file=StringIO(), force_terminal=terminal, width=80, soft_wrap=True)
+    return Progress(trials, epochs=10, slots=2, console=console), console.file
+
+
+def tune_trial(label, error="unknown"):
+    return SimpleNamespace(
+        config={"label": label}, get_error=lambda: error, get_pickled_error=lambda: None
+    )
+
+
+def report(progress, label, epoch, done=False, diverged=False):
+    result = {"epoch": epoch, "done": done, "diverged": diverged}
+    progress.on_trial_result(0, [], tune_trial(label), result)
+
+
+def test_counts_and_time_left(clock):
+    trials = [
+        planned("shuffle", 1),
+        planned("shuffle", 2, DONE),
+        planned("rand", 1, DIVERGED),
+        planned("rand", 2),
+        planned("nlo", 1, blocked=True),
+    ]
+    progress, file = make(trials)
+    with progress:
+        for label in ("digits-shuffle-seed1", "digits-rand-seed2"):
+            progress.on_trial_start(0, [], tune_trial(label))
+        clock.now += 31
+        report(progress, "digits-shuffle-seed1", 4)
+        # 20 epochs were there; 4 of the 30 others took 31 s, so that 26 take 201.5 s.
+        assert file.getvalue() == (
+            "0:31  5 trials: 1 done, 2 running, 1 blocked, 1 diverged; 24 of 50 epochs; "
+            "about 3:22 left\n"
+        )
+        report(progress, "digits-shuffle-seed1", 10, done=True)
+        report(progress, "digits-rand-seed2", 3, done=True, diverged=True)
+        progress.on_trial_error(0, [], tune_trial("digits-nlo-seed1", "Traceback\nOSError: full\n"))
+        assert file.getvalue().splitlines()[1:] == ["digits-nlo-seed1 failed: OSError: full"]
+    assert (
+        file.getvalue()
+        .splitlines()[-1]
+        .startswith("0:31  5 trials: 2 done, 2 diverged, 1 failed; 40 of 50 epochs; ")
+    )
+
+
+def test_nothing_measured_yet(clock):
+    progress, file = make([planned("rand", 1), planned("sim", 1, blocked=True)])
+    with progress:
+        pass
+    assert file.getvalue() == (
+        "0:00  2 trials: 0 done, 1 waiting, 1 blocked; 0 of 20 epochs; time left: measuring\n"
+    )
+
+
+def test_a_log_gets_a_line_now_and_then(clock):
+    progress, file = make([planned("rand", 1)])
+    with progress:
+        for epoch in range(1, 10):
+            clock.now += LINE_EVERY / 3
+            report(progress, "digits-rand-seed1", epoch)
+    # After 40 s and 80 s, and at the end.
+    assert [line[:4] for line in file.getvalue().splitlines()] == ["0:40", "1:20", "1:30"]
+
+
+def test_a_retry_goes_on_where_its_checkpoint_is(clock):
+    progress, _ = make([planned("rand", 1)])
+    report(progress, "digits-rand-seed1", 4)
+    report(progress, "digits-rand-seed1", 5)
+    assert "5 of 10 epochs" in progress._line()
+    assert "1 running" in progress._line()
+
+
+def test_a_terminal_of_80_columns(clock):
+    strategies = ("shuffle_by_seed", "rand", "nlo", "rnlo", "nlm", "sio", "rsio", "sim")
+    trials = [
+        planned(strategy, seed, dataset="cifar10") for strategy in strategies for seed in range(50)
+    ]
+    progress, file = make(trials, terminal=True)
+    with progress:
+        for trial in trials[:100]:
+            progress.on_trial_start(0, [], tune_trial(trial.label))
+            report(progress, trial.label, 3)
+        clock.now += 3600
+        file.truncate(file.seek(0))
+        progress._live.refresh()
+        frame = ANSI.sub("", file.getvalue())
+    lines = frame.splitlines()
+    assert len(lines) <= 4
+    assert max(map(len, lines)) <= 80
+    text = " ".join(frame.split())
+    assert "300 of 4,000 epochs 1 h 00 about 12 h 20 left" in text  # 3,700 epochs at 300 an hour
+    assert "400 trials: 0 done, 100 running, 300 waiting" in text
+    assert "running: cifar10-shuffle_by_seed-seed0 3/10, " in text
+    assert text.endswith("and 96 more")
+
+
+def test_a_failure_says_its_last_line_even_with_brackets(clock):
+    progress, file = make([planned("rand", 1)])
+    reason = "OSError: [Errno 28] no space [left] on [/dev/vda]"
+    progress.on_trial_error(0, [], tune_trial("digits-rand-seed1", f"Traceback\n{reason}"))
+    assert file.getvalue() == f"digits-rand-seed1 failed: {reason}\n"
+
+
+def test_tune_may_pickle_it(clock):
+    progress, _ = make([planned("rand", 1)])
+    again = pickle.loads(pickle.dumps(progress))
+    assert again._counts() == progress._counts()
+
+
+def test_the_clock_is_the_modules_own():
+    assert module.format_clock(59.6) == "1:00"
+    assert module.format_clock(3599) == "59:59"
+    assert module.format_clock(86_400 + 60) == "24 h 01"
