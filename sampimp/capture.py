@@ -107,7 +107,8 @@ class LayerCapture:
                 expected="a forward and a backward pass through every layer in the step",
                 got=f"no gradient at {', '.join(missing)}",
                 where=f"layer {missing[0]}",
-                todo="put the whole step (forward, backward, update) inside the block",
+                todo="put the whole step (forward, backward, update) inside the block, and train "
+                "without layers that a pass leaves out",
             )
         self._order = tuple(self._forward)
         self._rates.append((self._size, rates))
@@ -354,6 +355,9 @@ class ImportanceRecorder:
             }
             rates.append(self._capture.rates())
 
+        if epoch != self._epoch:
+            self._flush()
+            self._epoch = epoch
         self._noted = []
         handle = self.optimizer.register_step_pre_hook(before_update)
         try:
@@ -368,9 +372,6 @@ class ImportanceRecorder:
                 where=f"epoch {epoch}",
                 todo="put exactly one update into the block; do not accumulate gradients",
             )
-        if epoch != self._epoch:
-            self._flush()
-            self._epoch = epoch
         self._capture.accept(rates[0])
         self._indices.append(index_N)
         self._largest_batch = max(self._largest_batch, len(index_N))

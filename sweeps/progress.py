@@ -135,7 +135,10 @@ class Progress(Callback):
             if state == "running"
         ]
         shown = ", ".join(running[:4]) + (f" and {len(running) - 4} more" if running[4:] else "")
-        return Group(head, Text(self._counts()), Text(f"running: {shown}", style="dim"))
+        body = Table.grid()  # wraps, where a Text on a console that does not (soft_wrap) is cut off
+        body.add_row(Text(self._counts()))
+        body.add_row(Text(f"running: {shown}", style="dim"))
+        return Group(head, body)
 
 
 def format_clock(seconds: float) -> str:

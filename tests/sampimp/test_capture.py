@@ -411,6 +411,31 @@ def test_the_dataset_is_labelled(tmp_path):
     xr.testing.assert_identical(stored.load(), dataset)
 
 
+def test_each_step_of_each_epoch_is_exact_without_anything_being_taken_in_between():
+    """Three epochs of uneven batches in one recorder, against the single-sample oracle."""
+    inputs, labels = batch(samples=7)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    optimizer = SGD(model.parameters(), lr=0.3)
+    recorder = ImportanceRecorder(model, optimizer)
+    expected = np.zeros((3, 2, 7))
+    for epoch in (1, 2, 3):
+        for index in torch.randperm(7).split(3):
+            for i in index.tolist():
+                own = copy.deepcopy(model)
+                loss = functional.cross_entropy(own(inputs[[i]]), labels[[i]]) / len(index)
+                squares = [
+                    grad.square().sum() for grad in torch.autograd.grad(loss, [*own.parameters()])
+                ]
+                expected[epoch - 1, :, i] = [
+                    0.09 * (squares[0] + squares[1]),
+                    0.09 * (squares[2] + squares[3]),
+                ]
+            with recorder.step(index, epoch=epoch):
+                train_step(model, optimizer, inputs[index], labels[index])
+    found = recorder.to_dataset()["importance"]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_epochs_are_forgotten_once_they_are_taken():
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     optimizer = SGD(model.parameters(), lr=0.2)

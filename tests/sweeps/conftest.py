@@ -5,6 +5,7 @@ nothing to do with the tests; and it listens on the loopback alone.
 """
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -56,17 +57,15 @@ class Driver:
         )
         self._family: set[tuple[int, str]] = set()
 
-    def communicate(self, timeout: float = 200) -> tuple[int, str]:
+    def communicate(self) -> tuple[int, str]:
         """Return its exit code and all that it printed, once it has ended."""
-        text, _ = self.process.communicate(timeout=timeout)
+        text, _ = self.process.communicate()  # pytest-timeout ends a test that waits for ever
         return self.process.returncode, text
 
-    def wait_until(self, happened: Callable[[], bool], timeout: float = 120) -> None:
+    def wait_until(self, happened: Callable[[], bool]) -> None:
         """Wait for something in the store, noting which processes the driver has by then."""
-        deadline = time.monotonic() + timeout
         while not happened():
             assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < deadline
             time.sleep(0.002)
         self._family |= descendants(self.process.pid)
 
@@ -135,6 +134,12 @@ def drive() -> Iterator[Callable[..., Driver]]:
         driver.close()
 
 
+@pytest.fixture(scope="session")
+def tiny() -> tuple[str, ...]:
+    """Options of a tiny study."""
+    return TINY
+
+
 class Finished(NamedTuple):
     """The tiny study, as the one command left it."""
 
@@ -167,7 +172,9 @@ def cluster() -> Iterator[Cluster]:
             include_dashboard=False,
             object_store_memory=100 * 2**20,
             log_to_driver=False,
+            logging_level=logging.ERROR,
         )
+        logging.getLogger("ray").setLevel(logging.CRITICAL)  # as `connect` does
     yield Cluster("Ray of the tests", nodes=1, cpus=2, gpus=0)
     if mine:
         ray.shutdown()

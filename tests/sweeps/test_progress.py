@@ -135,7 +135,7 @@ def test_a_terminal_of_80_columns(clock):
         progress._live.refresh()
         frame = ANSI.sub("", file.getvalue())
     lines = frame.splitlines()
-    assert len(lines) <= 4
+    assert len(lines) <= 5
     assert max(map(len, lines)) <= 80
     text = " ".join(frame.split())
     assert "300 of 4,000 epochs 1 h 00 about 12 h 20 left" in text  # 3,700 epochs at 300 an hour
