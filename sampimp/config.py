@@ -80,7 +80,8 @@ class TrialConfig:
     def __post_init__(self) -> None:
         """Raise ConfigError for an unknown strategy or a negative seed."""
         check_choice(self.strategy, (*REFERENCES, *STRATEGIES), "strategy")
-        _require(min(self.seed, self.order_seed) >= 0, "seed", "at least 0", self.seed)
+        for name in ("seed", "order_seed"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
 
     def fingerprint(self, code: str, data_digest: str, reference_digest: str | None) -> str:
         """Return the SHA-256 that identifies the run's numbers.

@@ -13,6 +13,7 @@ import sampimp
 from sampimp.data import load_source
 from sampimp.plan import PlannedTrial, read_commits, read_plan
 from sampimp.store import Folder
+from sweeps import study
 from sweeps.study import conclude, make_plan, parse
 
 NOISE = ("warning", "traceback", "ray::", "(pid=", "raylet", "tune", "deprecat", "trial name")
@@ -169,7 +170,10 @@ def test_killed_and_interrupted_it_ends_with_the_same_numbers(finished, drive, r
     assert_same_numbers(out, finished.out)
 
 
-def test_a_trial_that_fails_stops_only_those_that_wait_for_it(tiny, run_study, tmp_path, capfd):
+def test_a_trial_that_fails_stops_only_those_that_wait_for_it(
+    tiny, run_study, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(study, "RETRIES", 1)  # each takes a new process, so seconds
     arguments = (*tiny, "--strategies", "nlo", "rand", "--seeds", "1")
     out = tmp_path / "study"
     plan = make_plan(parse(list(arguments)), {"digits": load_source("digits")})
