@@ -437,7 +437,12 @@ class ImportanceRecorder:
                     },
                 )
             },
-            coords={"epoch": epochs, "layer": list(self.layers), "sample": np.arange(sample_count)},
+            coords={
+                "epoch": epochs,
+                # As objects: Zarr 3 has no specification of strings of a fixed length, and warns.
+                "layer": np.array(self.layers, dtype=object),
+                "sample": np.arange(sample_count),
+            },
             attrs={"schema_version": SCHEMA_VERSION, "sampimp_version": __version__},
         )
 
