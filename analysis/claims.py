@@ -28,7 +28,7 @@ import numpy as np
 import xarray as xr
 
 from analysis import kernels
-from analysis.runs import PAPER, codes_of_labels
+from analysis.runs import PAPER, codes_of_labels, short_name
 
 Estimate = tuple[float, float, float]
 """A number and the two ends of its interval; NaN ends where there is none."""
@@ -934,7 +934,7 @@ def claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Dataset:
     Gao & Jojic (2017), sections 3.2 to 3.6.
     """
     evidence = Evidence(results, len(codes_of_labels(cube)[0]))
-    name = str(cube.attrs.get("dataset", "")).lower().replace("-", "").replace("_", "")
+    name = short_name(cube)
     asked = [
         claim
         for claim in CLAIMS

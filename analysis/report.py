@@ -36,6 +36,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis import figures
+from analysis.runs import short_name
 from analysis.study import analyse
 from sampimp.cube import open_cube
 from sampimp.errors import RecordError, UserError
@@ -416,7 +417,7 @@ def draw_figures(
     for plan in FIGURES:
         result = results.get(plan.result)
         number, name = plan.number, plan.name
-        if number == "5" and str(cube.attrs.get("dataset", "")).startswith("cifar"):
+        if number == "5" and short_name(cube).startswith("cifar"):
             number, name = "6", "fig06_clusters"
         if result is None or not _drawable(result, plan.needs):
             if not plan.optional:

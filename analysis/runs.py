@@ -290,3 +290,15 @@ def small_cube() -> xr.Dataset:
     from analysis._example import build
 
     return build()
+
+
+def short_name(cube: xr.Dataset) -> str:
+    """Return the data set's name without its path: a folder of CIFAR-10's images is CIFAR-10 too.
+
+    Examples
+    --------
+    >>> short_name(xr.Dataset(attrs={"dataset": "folder:/data/cifar-10"}))
+    'cifar10'
+    """
+    name = str(cube.attrs.get("dataset", "")).rstrip("/").rpartition("/")[2]
+    return name.lower().replace("-", "").replace("_", "")
