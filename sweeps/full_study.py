@@ -5,12 +5,17 @@ python sweeps/full_study.py --preset digits       the same on 1,797 digits, in m
 python sweeps/full_study.py --help                all options
 """
 
+import io
 import sys
 
 from rich.console import Console
 
 from analysis.report import print_summary, write_report
+from sampimp.cube import SNAPSHOTS
 from sampimp.errors import UserError
+from sampimp.plan import read_commits
+from sampimp.schema import __version__, digest_json
+from sampimp.store import Folder
 from sweeps.study import parse, run
 
 
@@ -22,9 +27,7 @@ def main(arguments: list[str]) -> int:
         config = parse(arguments)
         code = run(config, console)
         if not config.dry_run:
-            with console.status("Analysing") as status:
-                report = write_report(config.out, progress=status.update)
-            print_summary(report)
+            report(config.out, console)
         return code
     except UserError as error:
         errors.print(str(error), style="red", markup=False, highlight=False)
@@ -32,6 +35,21 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         errors.print("Interrupted. What is committed is kept; the same command continues.")
         return 130
+
+
+def report(out: str, console: Console) -> None:
+    """Analyse the study unless its report is of these very records, and print what came of it."""
+    folder = Folder.of(out)
+    records = digest_json([sorted(read_commits(folder)), folder.read_json(SNAPSHOTS), __version__])
+    summary = folder.read_json("analysis/summary.json")
+    if summary is None or summary["records"] != records:
+        with console.status("Analysing") as status:
+            written = write_report(out, progress=status.update)
+        page = Console(file=io.StringIO(), width=80)
+        print_summary(written, page)
+        summary = {"records": records, "text": page.file.getvalue()}  # type: ignore[attr-defined]
+        folder.write_json("analysis/summary.json", summary)
+    console.print(summary["text"], markup=False, highlight=False, end="")
 
 
 if __name__ == "__main__":
