@@ -177,7 +177,7 @@ class LayerCapture:
             )
         if self._after_backward is not None and not self._announced:
             self._announced = True
-            # As data-parallel training does: one call, where a hook on each parameter took 0.5 %.
+            # As data-parallel training does: one call instead of a hook on each parameter.
             Variable._execution_engine.queue_callback(self._after_backward)
         self._backward.add(name)
         row_norm(delta_NO, out=self._rows(delta_NO)[len(self._modules) + position])
