@@ -40,8 +40,9 @@ from analysis.runs import short_name
 from analysis.study import analyse
 from sampimp.cube import open_cube
 from sampimp.errors import RecordError, UserError
+from sampimp.folder import Folder
 from sampimp.plan import read_commits, read_plan
-from sampimp.store import Folder
+from sampimp.store import zarr_store
 
 __all__ = [
     "FIGURES",
@@ -388,7 +389,7 @@ class _Writer:
             warnings.filterwarnings("ignore", ".*specification.*")
             # Removed first: mode="w" leaves empty folders, which Zarr then warns of one by one.
             (self._folder / path).remove()
-            plain.to_zarr(self._folder.zarr(), group=path, mode="w", consolidated=False)
+            plain.to_zarr(zarr_store(self._folder), group=path, mode="w", consolidated=False)
 
 
 def draw_figures(
@@ -918,7 +919,7 @@ print(tau.sortby(tau, ascending=False)[:10])   # the ten most important samples
 
 # a result of this report, in a folder or a bucket
 result = Folder.of({f"{str(out).rstrip('/')}/analysis/{node}/decomposition.zarr"!r})
-print(xr.open_zarr(result.zarr(), consolidated=False))
+print(xr.open_zarr(zarr_store(result), consolidated=False))
 """
     return (
         '<section><h2 id="cube">Reading the cube</h2><p>Everything above comes from one labelled '

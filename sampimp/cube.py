@@ -15,9 +15,10 @@ import numpy as np
 import xarray as xr
 from dask.base import tokenize
 
+from sampimp.folder import Folder
 from sampimp.plan import Plan, PlannedTrial, read_commits, require_plan
 from sampimp.schema import REFERENCES, STRATEGIES, VARIABLES, chunk_shape
-from sampimp.store import Folder, open_array
+from sampimp.store import open_array
 
 SNAPSHOTS = "snapshots.json"
 """Which epochs of which trials have `snapshot_importance`; at the top of the study."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.errors import ConfigError, RecordError, StoreError
+from sampimp.folder import Folder
 from sampimp.schema import (
     REFERENCE_SEED,
     REFERENCE_STRATEGY,
@@ -19,7 +20,7 @@ from sampimp.schema import (
     SORTED_STRATEGIES,
     __version__,
 )
-from sampimp.store import Folder, record_digest
+from sampimp.store import record_digest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,9 @@ from rich.console import Console
 from analysis.report import print_summary, write_report
 from sampimp.cube import SNAPSHOTS
 from sampimp.errors import UserError
+from sampimp.folder import Folder
 from sampimp.plan import read_commits
 from sampimp.schema import __version__, digest_json
-from sampimp.store import Folder
 from sweeps.study import parse, run
 
 

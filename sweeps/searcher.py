@@ -10,8 +10,8 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from sampimp.folder import Folder
 from sampimp.plan import Plan, PlannedTrial, read_commits
-from sampimp.store import Folder
 
 
 class PlanSearcher(Searcher):

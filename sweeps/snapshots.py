@@ -19,9 +19,10 @@ from sampimp.capture import snapshot_importance
 from sampimp.cube import SNAPSHOTS
 from sampimp.data import Dataset, Scaling, Source, scale_inputs
 from sampimp.errors import ConfigError, StoreError
+from sampimp.folder import Folder
 from sampimp.models import build_mlp, load_parameters
 from sampimp.plan import Plan, read_commits, require_plan
-from sampimp.store import Folder, open_array, read_source, write_array
+from sampimp.store import open_array, read_source, write_array
 from sweeps.ingest import quiet_ray_data
 
 

@@ -23,6 +23,7 @@ from rich.markup import escape
 from sampimp.config import TrainingConfig, TrialConfig, check_choice
 from sampimp.data import Source, dataset_key, scale_inputs
 from sampimp.errors import ConfigError, ResourceError, StoreError
+from sampimp.folder import Folder
 from sampimp.models import build_mlp, parameter_layers
 from sampimp.plan import DatasetInfo, Plan, PlannedTrial, read_commits, read_plan
 from sampimp.schema import (
@@ -32,7 +33,7 @@ from sampimp.schema import (
     SORTED_STRATEGIES,
     STRATEGIES,
 )
-from sampimp.store import Folder, read_source, write_source
+from sampimp.store import read_source, write_source
 from sampimp.strategies import make_schedule
 from sampimp.training import TrainingRun
 from sweeps.cluster import Cluster, connect

@@ -11,8 +11,9 @@ import ray
 from ray import tune
 
 from sampimp.data import Dataset, Source, scale_inputs
+from sampimp.folder import Folder
 from sampimp.plan import Plan
-from sampimp.store import Folder, TrialRecord, read_difficulty
+from sampimp.store import TrialRecord, read_difficulty
 from sampimp.strategies import SORT_KEY, make_schedule
 from sampimp.training import TrainingRun
 from sweeps.provenance import describe_machine

@@ -22,6 +22,7 @@ HOMES = {
     "ray": ["sweeps/"],
     "torch": ["sampimp/", "sweeps/"],
     "zarr": ["sampimp/store.py"],
+    "obstore": ["sampimp/folder.py"],
     "dask": ["analysis/", "sampimp/cube.py"],
     "sklearn": ["analysis/", "sampimp/data.py"],
 }

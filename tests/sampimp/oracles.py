@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import Source, scale_inputs
+from sampimp.folder import Folder
 from sampimp.plan import DatasetInfo, Plan, read_commits
-from sampimp.store import Folder, TrialRecord, read_difficulty, write_source
+from sampimp.store import TrialRecord, read_difficulty, write_source
 from sampimp.strategies import SORT_KEY, make_schedule
 from sampimp.training import TrainingRun
 

@@ -13,9 +13,10 @@ import zarr
 import sampimp
 from sampimp.data import scale_inputs
 from sampimp.errors import StoreError
+from sampimp.folder import Folder
 from sampimp.plan import read_commits
 from sampimp.schema import CURVES, REFERENCES, STRATEGIES, VARIABLES
-from sampimp.store import Folder, write_array
+from sampimp.store import write_array
 
 _spec = importlib.util.spec_from_file_location("oracles", Path(__file__).with_name("oracles.py"))
 oracles = importlib.util.module_from_spec(_spec)

@@ -9,9 +9,10 @@ import pytest
 
 from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.errors import ConfigError, RecordError, StoreError
+from sampimp.folder import Folder
 from sampimp.plan import Plan, read_commits, read_plan
 from sampimp.schema import REFERENCES, STRATEGIES
-from sampimp.store import Folder, record_digest
+from sampimp.store import record_digest
 
 _spec = importlib.util.spec_from_file_location("oracles", Path(__file__).with_name("oracles.py"))
 oracles = importlib.util.module_from_spec(_spec)

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -15,12 +14,12 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampimp import schema, store
-from sampimp.errors import RecordError, StoreError
+from sampimp import schema
+from sampimp.errors import RecordError
+from sampimp.folder import Folder
 from sampimp.plan import read_commits
 from sampimp.schema import CURVES, VARIABLES, EpochRecord, chunk_shape, digest
 from sampimp.store import (
-    Folder,
     TrialRecord,
     open_array,
     read_difficulty,
@@ -431,151 +430,6 @@ def test_a_data_set_that_was_cut_off_is_none(tmp_path):
     group = zarr.open_group(str(tmp_path), mode="r+")
     del group.attrs["digest"]
     assert read_source(Folder.of(tmp_path)) is None
-
-
-# Folders.
-
-
-def test_a_folder_holds_bytes_and_json(tmp_path):
-    folder = Folder.of(tmp_path) / "a" / "b"
-    assert str(folder) == f"{tmp_path}/a/b"
-    assert folder.is_local
-    assert folder.read_bytes("x") is None
-    assert folder.read_json("x") is None
-    assert folder.is_empty()
-    folder.write_bytes("x", b"one")
-    folder.write_bytes("x", b"two")
-    folder.write_json("deep/y.json", {"k": [1, 2.5, None]})
-    assert folder.read_bytes("x") == b"two"
-    assert (tmp_path / "a/b/x").read_bytes() == b"two"
-    assert folder.read_json("deep/y.json") == {"k": [1, 2.5, None]}
-    assert not folder.is_empty()
-    assert folder.folders() == ["deep"]
-    assert Folder.of(tmp_path).folders() == ["a"]
-
-
-def test_paths_are_made_absolute_at_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = Folder.of("study/")
-    assert folder == Folder.of(tmp_path / "study") == Folder.of(folder)
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir("elsewhere")
-    folder.write_bytes("x", b"1")
-    assert (tmp_path / "study" / "x").read_bytes() == b"1"
-
-
-def test_urls_stay_as_they_are():
-    folder = Folder.of("s3://bucket/study/") / "trials"
-    assert str(folder) == "s3://bucket/study/trials"
-    assert not folder.is_local
-
-
-def test_removing_a_folder_leaves_its_neighbours(tmp_path):
-    folder = Folder.of(tmp_path)
-    for name in ("epoch-1", "epoch-10", "epoch-1/deep"):
-        (folder / name).write_bytes("x", b"1")
-    (folder / "epoch-1").remove()
-    assert not (tmp_path / "epoch-1").exists()
-    assert (tmp_path / "epoch-10" / "x").read_bytes() == b"1"
-    (folder / "never").remove()
-    assert folder.folders() == ["epoch-10"]
-
-
-def test_damaged_json_is_refused(tmp_path):
-    (tmp_path / "study.json").write_text('{"seed": ')
-    with pytest.raises(RecordError, match=rf"9 bytes(.|\n)*{tmp_path}/study.json"):
-        Folder.of(tmp_path).read_json("study.json")
-
-
-def test_what_can_be_written_is_left_clean(tmp_path):
-    Folder.of(tmp_path / "new").check_writable()
-    assert list((tmp_path / "new").iterdir()) == []
-
-
-@pytest.mark.parametrize("below", ["", "study"])
-def test_a_file_in_the_way_is_refused_and_left(tmp_path, below):
-    file = tmp_path / "results"
-    file.write_text("precious")
-    for use in (Folder.check_writable, lambda folder: folder.write_bytes("x", b"1")):
-        with pytest.raises(StoreError, match=f"Where {file}"):
-            use(Folder.of(file / below))
-    assert file.read_text() == "precious"
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_refused(tmp_path):
-    tmp_path.chmod(0o555)
-    try:
-        with pytest.raises(StoreError, match=f"Where {tmp_path}/study"):
-            Folder.of(tmp_path / "study").check_writable()
-    finally:
-        tmp_path.chmod(0o755)
-
-
-@pytest.mark.parametrize("url", ["ftp://host/study", "gs://bucket/study", "http://127.0.0.1:9/x"])
-def test_other_urls_are_refused(url):
-    with pytest.raises(StoreError, match=f"s3:// URL\n +Got {url.split('://')[0]}://"):
-        Folder.of(url).read_json("study.json")
-    with pytest.raises(StoreError, match="s3:// URL"):
-        Folder.of(url).check_writable()
-
-
-@pytest.fixture
-def not_on_aws(monkeypatch, tmp_path):
-    """No credentials in the environment or the home, no AWS below, and nothing to connect with."""
-    for name in list(os.environ):
-        if name.startswith("AWS_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    is_file = Path.is_file
-    monkeypatch.setattr(
-        Path, "is_file", lambda path: "sys_vendor" not in str(path) and is_file(path)
-    )
-    made = []
-
-    class NoNetwork:
-        @staticmethod
-        def from_url(url, **options):
-            made.append((url, options))
-            raise ConnectionRefusedError
-
-    monkeypatch.setattr(store, "S3Store", NoNetwork)
-    return made
-
-
-def test_s3_without_credentials_is_refused_before_any_connection(not_on_aws, tmp_path):
-    folder = Folder.of("s3://bucket/without-credentials")
-    for use in (Folder.check_writable, Folder.is_empty, lambda f: f.read_json("study.json")):
-        with pytest.raises(
-            StoreError, match=rf"credentials(.|\n)*{tmp_path}(.|\n)*AWS_ACCESS_KEY_ID"
-        ):
-            use(folder)
-    assert not_on_aws == []
-
-
-def test_s3_credentials_come_from_the_profile_file(not_on_aws, tmp_path, monkeypatch):
-    (tmp_path / ".aws").mkdir()
-    (tmp_path / ".aws" / "credentials").write_text(
-        "[default]\naws_access_key_id = A\naws_secret_access_key = B\n"
-        "[other]\naws_access_key_id = C\naws_secret_access_key = D\naws_session_token = E\n"
-    )
-    default = {"aws_access_key_id": "A", "aws_secret_access_key": "B"}
-    other = {"aws_access_key_id": "C", "aws_secret_access_key": "D", "aws_session_token": "E"}
-    for number, expected in enumerate((default, other)):
-        with pytest.raises(ConnectionRefusedError):
-            Folder.of(f"s3://bucket/profile-{number}").read_bytes("x")
-        assert not_on_aws[-1] == (f"s3://bucket/profile-{number}", {"config": expected})
-        monkeypatch.setenv("AWS_PROFILE", "other")
-    monkeypatch.setenv("AWS_PROFILE", "absent")
-    with pytest.raises(StoreError, match="profile 'absent'"):
-        Folder.of("s3://bucket/profile-absent").read_bytes("x")
-
-
-def test_s3_credentials_in_the_environment_are_left_to_obstore(not_on_aws, monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "A")
-    with pytest.raises(ConnectionRefusedError):
-        Folder.of("s3://bucket/environment").read_bytes("x")
-    assert not_on_aws == [("s3://bucket/environment", {"config": {}})]
 
 
 def test_an_array_is_opened_for_reading_only(tmp_path):

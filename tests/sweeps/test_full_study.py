@@ -11,8 +11,8 @@ from rich.console import Console
 
 import sampimp
 from sampimp.data import load_source
+from sampimp.folder import Folder
 from sampimp.plan import PlannedTrial, read_commits, read_plan
-from sampimp.store import Folder
 from sweeps import study
 from sweeps.study import conclude, make_plan, parse
 

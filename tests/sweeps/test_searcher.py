@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sampimp.config import TrainingConfig
+from sampimp.folder import Folder
 from sampimp.plan import DatasetInfo, Plan, read_commits
 from sampimp.schema import SORTED_STRATEGIES
-from sampimp.store import Folder
 from sweeps.searcher import PlanSearcher
 
 FINISHED = PlanSearcher.FINISHED

@@ -12,7 +12,7 @@ import sampimp
 from sampimp.cube import SNAPSHOTS
 from sampimp.data import load_source
 from sampimp.errors import ConfigError
-from sampimp.store import Folder
+from sampimp.folder import Folder
 from sweeps import score_snapshots as door
 from sweeps.snapshots import check_epochs, score_snapshots
 from sweeps.study import make_plan, parse

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from sampimp.data import load_source
 from sampimp.errors import ConfigError, ResourceError, StoreError, UserError
+from sampimp.folder import Folder
 from sampimp.schema import REFERENCES, STRATEGIES
-from sampimp.store import Folder
 from sweeps import cluster as cluster_module
 from sweeps import full_study, study
 from sweeps.cluster import Cluster, connect
