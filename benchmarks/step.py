@@ -1,4 +1,4 @@
-"""What recording importance costs: one training step of the paper's network, four ways.
+"""What recording importance costs: one training step of the paper's network, five ways.
 
 The step is the paper's (section 3.1): three layers of 512 ReLU units, batch 100, SGD at rate 0.1
 with weight decay 1e-5, mean cross-entropy; one thread, data already in memory, so that nothing
@@ -14,8 +14,8 @@ hole that a gradient of several megabytes left behind, so that the next one take
 3,072 inputs that alone moved the ratio from 1.04 to 1.16, by luck of the heap, from run to run. The
 rivals write into a table made beforehand, which is their best case.
 
-Map: `Plain`, `Sampimp`, `BackPack`, `OpacusGhost` (the contenders), `check_agreement`,
-`measure`, `main` (`python benchmarks/step.py --help`).
+Map: the contenders are `Plain`, `Sampimp` (the recorder), `Study` (the step of a trial), `BackPack`
+and `OpacusGhost`; then `check_agreement`, `measure`, `main` (`python benchmarks/step.py --help`).
 """
 
 import importlib.metadata
@@ -38,7 +38,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from sampimp.capture import ImportanceRecorder
+from sampimp.capture import ImportanceRecorder, sum_by_sample
+from sampimp.fused import FusedStep
 from sampimp.models import build_mlp
 
 HIDDEN, CLASSES, BATCH_SIZE = (512, 512, 512), 10, 100  # section 3.1
@@ -121,6 +122,40 @@ class Sampimp(Plain):
         return torch.from_numpy(self.recorder.to_dataset().importance.values[0])[:, index]
 
 
+class Study(Plain):
+    """The step of a study's trials, written out for stacks of linear layers, recording included."""
+
+    def __init__(self, inputs: int, seed: int) -> None:
+        super().__init__(inputs, seed)
+        assert isinstance(self.model, nn.Sequential)
+        self.fused = FusedStep(
+            self.model, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, record=True
+        )
+        self.indices: list[Tensor] = []
+        self.epoch = 1
+        self.table = torch.full((len(HIDDEN) + 1, BATCHES * BATCH_SIZE), torch.nan)
+
+    def step(self, inputs: Tensor, labels: Tensor, index: Tensor, epoch: int) -> None:
+        """Train on one batch and record it."""
+        if epoch != self.epoch:
+            self.take()
+            self.epoch = epoch
+        self.fused(inputs, labels)
+        self.indices.append(index)
+
+    def take(self) -> None:
+        """Keep the importance of the epoch so far, by sample."""
+        beta_LN = self.fused.take()
+        assert beta_LN is not None
+        self.table = sum_by_sample(torch.cat(self.indices), beta_LN, self.table.shape[1])
+        self.indices = []
+
+    def importance(self, index: Tensor) -> Tensor:
+        """Return the latest importance of samples, shape (layer, N)."""
+        self.take()
+        return self.table[:, index]
+
+
 class BackPack(Plain):
     """With BackPACK's squared norms of the samples' gradients (`BatchL2Grad`).
 
@@ -191,6 +226,7 @@ class OpacusGhost(Plain):
 
 CONTENDERS: dict[str, tuple[type[Plain], str]] = {
     "plain PyTorch": (Plain, "torch"),
+    "sampimp study": (Study, "torch"),
     "sampimp recorder": (Sampimp, "torch"),
     "BackPACK BatchL2Grad": (BackPack, "backpack"),
     "Opacus ghost norms": (OpacusGhost, "opacus"),
@@ -237,7 +273,7 @@ def check_agreement(
             exact = isinstance(contender, Sampimp)  # recording promises the very same bits
             if not (torch.equal if exact else torch.allclose)(left, right.detach()):
                 raise RuntimeError(f"{name} trains other parameters than plain PyTorch")
-        if isinstance(contender, Sampimp | BackPack | OpacusGhost):
+        if isinstance(contender, Study | Sampimp | BackPack | OpacusGhost):
             values[name] = contender.importance(index)
     for name, beta in values.items():
         if not torch.allclose(beta, values["Sampimp"], rtol=1e-4, atol=0):

@@ -2,11 +2,11 @@
 
     python benchmarks/study_overhead.py --dataset mnist --epochs 25
 
-A bare loop is the plain PyTorch loop of the same runs in processes of their own, as many at a time
-as there are cores: the steps without recording, and the evaluation that ends each epoch, which the
-definition of NLL asks for. The study's wall-clock has everything else in it: the start of Ray, the
-data set, recording, storing, checkpoints, scheduling. Bare loops run before and after the study, so
-that a machine whose speed drifts shows.
+A bare loop is the plain PyTorch loop of the same runs (autograd and torch.optim.SGD) in processes
+of their own, as many at a time as there are cores: the steps without recording, and the evaluation
+that ends each epoch, which the definition of NLL asks for. The study's wall-clock has everything
+else in it: the start of Ray, the data set, recording, storing, checkpoints, scheduling. Bare loops
+run before and after the study, so that a machine whose speed drifts shows.
 """
 
 import multiprocessing
@@ -14,14 +14,36 @@ import os
 import tempfile
 import time
 
+import torch
 import tyro
 from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import load_dataset
 from sampimp.strategies import make_schedule
 from sampimp.training import TrainingRun
 from sweeps.study import StudyConfig, run
+
+
+class PlainStep:
+    """What `FusedStep` stands for, by autograd and torch.optim.SGD, without recording."""
+
+    def __init__(self, model: nn.Module, training: TrainingConfig) -> None:
+        self.model = model
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
+        )
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> None:
+        """Train on one batch."""
+        self.optimizer.zero_grad()
+        cross_entropy(self.model(inputs).double(), labels).backward()
+        self.optimizer.step()
+
+    def take(self) -> None:
+        """Return no importance."""
 
 
 def train_bare(dataset: str, seed: int, epochs: int) -> float:
@@ -32,8 +54,9 @@ def train_bare(dataset: str, seed: int, epochs: int) -> float:
     )
     data = load_dataset(dataset)
     schedule = make_schedule("shuffle", len(data.train_labels), training.batch_size, seed)
-    records = TrainingRun(trial, data, schedule, record=False).records()
-    return sum(record.seconds for record in records)
+    run = TrainingRun(trial, data, schedule, record=False)
+    run.step = PlainStep(run.model, training)
+    return sum(record.seconds for record in run.records())
 
 
 def measure_bare(dataset: str, epochs: int, cores: int) -> float:

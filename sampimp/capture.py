@@ -5,8 +5,8 @@ gradient there; `sampimp.importance` needs nothing else. The hooks exist only in
 and never write what autograd computes, and so leave the trained parameters bit-identical. A layer
 or an optimizer without an exact formula here is refused when the recorder is made.
 
-Map: `LayerCapture` (the hooks), `ImportanceRecorder` (in-step, for anybody's loop),
-`snapshot_importance` (every sample at fixed parameters).
+Map: `NormBuffer` (what a pass leaves behind), `LayerCapture` (the hooks), `ImportanceRecorder`
+(in-step, for anybody's loop), `snapshot_importance` (every sample at fixed parameters).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,12 +28,57 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+class NormBuffer:
+    """What passes leave until importance is formed: each sample's two norms in every layer.
+
+    One buffer is kept and grows: thousands of small tensors between the large ones of autograd
+    scattered its memory, and page faults then took up to 10 % of a step.
+
+    Parameters
+    ----------
+    layer_count
+        Number of layers, L.
+    """
+
+    def __init__(self, layer_count: int) -> None:
+        self._buffer = torch.empty(2, layer_count, 0)  # activation and delta, layer, sample
+        self._filled = 0
+        self._rates: list[tuple[int, list[float]]] = []  # batch size; rates of weights and biases
+
+    def rows(self, size: int, like: Tensor) -> tuple[Tensor, ...]:
+        """Return where a pass over `size` samples writes: L activation norms, then L of delta."""
+        end, room = self._filled + size, self._buffer.shape[2]
+        if end > room or like.dtype != self._buffer.dtype or like.device != self._buffer.device:
+            larger = like.new_empty(*self._buffer.shape[:2], max(2 * room, end))
+            larger[:, :, :room] = self._buffer
+            self._buffer = larger
+        # All at once: eight slices taken one by one cost 20 microseconds more.
+        return self._buffer[:, :, self._filled : end].flatten(0, 1).unbind()
+
+    def accept(self, size: int, rates: list[float]) -> None:
+        """Keep the pass that was written, whose update had these rates: weights', then biases'."""
+        self._rates.append((size, rates))
+        self._filled += size
+
+    def take(self) -> Tensor:
+        """Return beta of all passes since the last call, one after the other; forget them.
+
+        Returns
+        -------
+        Tensor of shape (layer, samples)
+            On the CPU.
+        """
+        activation_norm_LN, delta_norm_LN = self._buffer[:, :, : self._filled].cpu()
+        sizes = torch.tensor([size for size, _ in self._rates])
+        rates = torch.tensor([rates for _, rates in self._rates], dtype=self._buffer.dtype)
+        weight_rate_LN, bias_rate_LN = rates.repeat_interleave(sizes, 0).T.chunk(2)
+        self._filled = 0
+        self._rates = []
+        return linear_importance(delta_norm_LN, activation_norm_LN, weight_rate_LN, bias_rate_LN)
+
+
 class LayerCapture:
     """The importance of batches in every layer, from one forward and backward pass each.
-
-    A pass leaves two numbers for each sample and layer, the norms of `sampimp.importance`, in one
-    buffer that is kept: thousands of small tensors between the large ones of autograd scattered its
-    memory, and page faults then took up to 10 % of a step.
 
     Parameters
     ----------
@@ -59,15 +104,13 @@ class LayerCapture:
         self._after_backward = after_backward
         self._modules = find_layers(model)
         self._rate_of = rate_of
-        self._buffer = torch.empty(2, len(self._modules), 0)  # activation and delta, layer, sample
-        self._filled = 0
+        self._norms = NormBuffer(len(self._modules))
         self._size = 0
         self._views: tuple[Tensor, ...] = ()
         self._announced = False  # whether `after_backward` is to be called in this pass
         self._forward: dict[str, None] = {}  # layers seen in this pass, in the order of the pass
         self._backward: set[str] = set()
         self._order: tuple[str, ...] = tuple(self._modules)
-        self._rates: list[tuple[int, list[float]]] = []  # batch size; rates of weights and biases
 
     @contextmanager
     def batch(self, size: int) -> Iterator[None]:
@@ -111,24 +154,11 @@ class LayerCapture:
                 "without layers that a pass leaves out",
             )
         self._order = tuple(self._forward)
-        self._rates.append((self._size, rates))
-        self._filled += self._size
+        self._norms.accept(self._size, rates)
 
     def take(self) -> tuple[tuple[str, ...], Tensor]:
-        """Return the layers in forward order, and beta of all passes since; forget them.
-
-        Returns
-        -------
-        Tensor of shape (layer, samples)
-            On the CPU, the samples of the passes one after the other.
-        """
-        activation_norm_LN, delta_norm_LN = self._buffer[:, :, : self._filled].cpu()
-        sizes = torch.tensor([size for size, _ in self._rates])
-        rates = torch.tensor([rates for _, rates in self._rates], dtype=self._buffer.dtype)
-        weight_rate_LN, bias_rate_LN = rates.repeat_interleave(sizes, 0).T.chunk(2)
-        beta_LN = linear_importance(delta_norm_LN, activation_norm_LN, weight_rate_LN, bias_rate_LN)
-        self._filled = 0
-        self._rates = []
+        """Return the layers in forward order, and beta as `NormBuffer.take` in that order."""
+        beta_LN = self._norms.take()
         registered = list(self._modules)
         return self._order, beta_LN[[registered.index(name) for name in self._order]]
 
@@ -183,15 +213,9 @@ class LayerCapture:
         row_norm(delta_NO, out=self._rows(delta_NO)[len(self._modules) + position])
 
     def _rows(self, like: Tensor) -> tuple[Tensor, ...]:
-        """Return the buffer's rows for this pass, activations first; a full one is made larger."""
+        """Return the buffer's rows for this pass."""
         if not self._views:
-            end, room = self._filled + self._size, self._buffer.shape[2]
-            if end > room or like.dtype != self._buffer.dtype or like.device != self._buffer.device:
-                larger = like.new_empty(2, len(self._modules), max(2 * room, end))
-                larger[:, :, :room] = self._buffer
-                self._buffer = larger
-            # All at once: eight slices taken one by one cost 20 microseconds more.
-            self._views = self._buffer[:, :, self._filled : end].flatten(0, 1).unbind()
+            self._views = self._norms.rows(self._size, like)
         return self._views
 
 
@@ -385,7 +409,7 @@ class ImportanceRecorder:
             NaN for a sample that no step of the epoch used.
         """
         self._flush()
-        return _sum_by_sample(self._parts.pop(epoch), sample_count)
+        return self._summed(self._parts.pop(epoch), sample_count)
 
     def _flush(self) -> None:
         """Turn the norms of the steps so far into importance."""
@@ -417,7 +441,7 @@ class ImportanceRecorder:
             largest = [int(index.max()) for epoch in epochs for index, _ in self._parts[epoch]]
             sample_count = 1 + max(largest, default=-1)
         values = [
-            _sum_by_sample(self._parts[epoch], sample_count).float().numpy() for epoch in epochs
+            self._summed(self._parts[epoch], sample_count).float().numpy() for epoch in epochs
         ]
         variable = VARIABLES["importance"]
         rates = sorted({group["lr"] for group in self.optimizer.param_groups})
@@ -445,6 +469,11 @@ class ImportanceRecorder:
             },
             attrs={"schema_version": SCHEMA_VERSION, "sampimp_version": __version__},
         )
+
+    @staticmethod
+    def _summed(parts: Sequence[tuple[Tensor, Tensor]], sample_count: int) -> Tensor:
+        indices, betas = zip(*parts, strict=True)
+        return sum_by_sample(torch.cat(indices), torch.cat(betas, dim=1), sample_count)
 
     def _rate_of(self, parameter: Tensor | None) -> float:
         return self._rates.get(id(parameter), 0.0)
@@ -531,10 +560,8 @@ def snapshot_importance(
     return capture.take()[1]
 
 
-def _sum_by_sample(parts: Sequence[tuple[Tensor, Tensor]], sample_count: int) -> Tensor:
+def sum_by_sample(index_N: Tensor, beta_LN: Tensor, sample_count: int) -> Tensor:
     """Sum each sample's importance over an epoch, shape (layer, sample); NaN where unused."""
-    index_N = torch.cat([index for index, _ in parts])
-    beta_LN = torch.cat([beta for _, beta in parts], dim=1)
     total = torch.zeros(len(beta_LN), sample_count, dtype=beta_LN.dtype)
     total.index_add_(1, index_N, beta_LN)
     unused = torch.ones(sample_count, dtype=torch.bool)

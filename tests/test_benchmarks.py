@@ -35,7 +35,7 @@ def test_it_runs_and_writes_what_it_measured(step, tmp_path, capsys):
     out = tmp_path / "step.json"
     results = step.main(step.Config(inputs=(20,), rounds=3, steps=1, out=out))
     assert [row.name for row in results] == list(step.available())
-    assert {"plain PyTorch", "sampimp recorder"} <= set(step.available())
+    assert {"plain PyTorch", "sampimp study", "sampimp recorder"} <= set(step.available())
     plain = results[0]
     assert (plain.ratio, plain.lower, plain.upper) == (1, 1, 1)
     assert all(row.milliseconds > 0 and row.lower <= row.ratio <= row.upper for row in results)
@@ -71,6 +71,6 @@ def test_contenders_that_disagree_are_not_timed(step, monkeypatch):
             return 2 * super().importance(index)
 
     batch = step.make_batches(20, seed=1)[0]
-    step.check_agreement([step.Plain, step.Sampimp], batch, seed=1)
+    step.check_agreement([step.Plain, step.Study, step.Sampimp], batch, seed=1)
     with pytest.raises(RuntimeError, match="Wrong measures another importance"):
         step.check_agreement([step.Plain, step.Sampimp, Wrong], batch, seed=1)

@@ -1,0 +1,146 @@
+"""The written-out step is autograd's and torch.optim.SGD's, bit for bit, and the recorder's too."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from sampimp.capture import ImportanceRecorder, sum_by_sample
+from sampimp.errors import UnsupportedError
+from sampimp.fused import FusedStep, loss_gradient
+from sampimp.models import build_mlp
+
+RATE, DECAY = 0.1, 1e-2
+
+
+def make_batches(sizes, inputs, classes, dtype, seed=0):
+    """Batches of these sizes with a scale of their own, so that some samples are confident."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.rand(size, inputs, generator=generator, dtype=dtype) * 3**number,
+            torch.randint(0, classes, (size,), generator=generator),
+        )
+        for number, size in enumerate(sizes)
+    ]
+
+
+def train_with_autograd(model, batches, decay=DECAY):
+    """Train in place as anybody would; return the recorded importance of all samples in turn."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, weight_decay=decay)
+    recorder = ImportanceRecorder(model, optimizer)
+    start = 0
+    for inputs, labels in batches:
+        index = torch.arange(start, start + len(labels))
+        start += len(labels)
+        with recorder.step(index, epoch=1):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(inputs).double(), labels).backward()
+            optimizer.step()
+    return recorder.pop_epoch(1, start)
+
+
+def assert_same_bytes(left, right):
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a.detach().view(torch.uint8), b.detach().view(torch.uint8))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    # From 2: a column of one unit is a row as well, and BLAS may be asked for the other one.
+    hidden=st.lists(st.integers(2, 33), max_size=4),
+    inputs=st.integers(1, 40),
+    classes=st.integers(2, 11),
+    decay=st.sampled_from([0.0, DECAY]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 9),
+)
+def test_parameters_and_importance_are_those_of_autograd(
+    sizes, hidden, inputs, classes, decay, dtype, seed
+):
+    expected = build_mlp((inputs,), hidden, classes, seed).to(dtype)
+    model = copy.deepcopy(expected)
+    batches = make_batches(sizes, inputs, classes, dtype, seed)
+    beta = train_with_autograd(expected, batches, decay)
+    step = FusedStep(model, learning_rate=RATE, weight_decay=decay, record=True)
+    for batch in batches:
+        step(*batch)
+    assert_same_bytes(expected.parameters(), model.parameters())
+    assert_same_bytes([beta], [step.take()])
+
+
+def test_the_papers_network_is_trained_to_the_same_bytes():
+    expected = build_mlp((1, 28, 28), (512, 512, 512), 10, seed=1)
+    model = copy.deepcopy(expected)
+    batches = [(x.view(-1, 1, 28, 28), y) for x, y in make_batches([100] * 3, 784, 10, None)]
+    beta = train_with_autograd(expected, batches, 1e-5)
+    step = FusedStep(model, learning_rate=RATE, weight_decay=1e-5, record=True)
+    for batch in batches:
+        step(*batch)
+    assert_same_bytes(expected.parameters(), model.parameters())
+    assert_same_bytes([beta], [step.take()])
+
+
+def test_without_recording_the_parameters_are_the_same_and_nothing_is_taken():
+    batches = make_batches([5, 4], 6, 3, None)
+    models = [build_mlp((6,), (8,), 3, seed=1) for _ in range(2)]
+    for model, record in zip(models, (True, False), strict=True):
+        step = FusedStep(model, learning_rate=RATE, weight_decay=DECAY, record=record)
+        for batch in batches:
+            step(*batch)
+    assert_same_bytes(models[0].parameters(), models[1].parameters())
+    assert step.take() is None
+
+
+def test_what_was_taken_is_not_taken_again():
+    model = build_mlp((6,), (8,), 3, seed=1)
+    step = FusedStep(model, learning_rate=RATE, weight_decay=DECAY, record=True)
+    first, second = make_batches([5, 4], 6, 3, None)
+    step(*first)
+    assert step.take().shape == (2, 5)
+    step(*second)
+    assert step.take().shape == (2, 4)
+
+
+@settings(deadline=None)
+@given(
+    count=st.integers(1, 8),
+    classes=st.integers(2, 6),
+    scale=st.sampled_from([1, 30]),
+    seed=st.integers(0, 99),
+)
+def test_the_losss_gradient_is_that_of_cross_entropy(count, classes, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(count, classes, generator=generator)
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    leaf = logits.clone().requires_grad_()
+    functional.cross_entropy(leaf.double(), labels).backward()
+    assert_same_bytes([leaf.grad], [loss_gradient(logits, labels)])
+
+
+def test_samples_that_no_batch_used_are_not_measured():
+    beta = sum_by_sample(torch.tensor([3, 0]), torch.tensor([[1.0, 2.0]]), 4)
+    torch.testing.assert_close(
+        beta, torch.tensor([[2.0, torch.nan, torch.nan, 1.0]]), equal_nan=True, rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(),
+        nn.Sequential(nn.Linear(2, 3), nn.ReLU()),
+        nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)),
+        nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)),
+        nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 2)),
+        nn.Sequential(nn.Conv1d(2, 3, 1), nn.ReLU(), nn.Linear(3, 2)),
+    ],
+)
+def test_any_other_model_is_refused(model):
+    with pytest.raises(UnsupportedError, match="a ReLU between each two"):
+        FusedStep(model, learning_rate=RATE, weight_decay=DECAY, record=True)
