@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
 import obstore
+from obstore.exceptions import AlreadyExistsError
 from obstore.store import LocalStore, S3Store
 
 from sampimp.errors import RecordError, StoreError
@@ -79,6 +80,24 @@ class Folder:
         """Put an object whole; a reader sees the old one or the new one."""
         obstore.put(open_store(self.root), self._key(name), content)
 
+    def create_bytes(self, name: str, content: bytes) -> bool:
+        """Put an object whole if there is none, and return whether it is there by this call.
+
+        A server may store an object and die before it answers; the client asks again and is told
+        that there is one already. So what is there is compared: the same bytes count as put by
+        this call. `content` has to be the caller's alone (with a random token in it, say):
+        otherwise two callers with the same bytes are both told that it is theirs.
+        """
+        try:
+            obstore.put(open_store(self.root), self._key(name), content, mode="create")
+        except AlreadyExistsError:
+            return self.read_bytes(name) == content
+        return True
+
+    def create_json(self, name: str, value: Any) -> bool:
+        """Put a value that JSON can hold, as `create_bytes` does."""
+        return self.create_bytes(name, _json_bytes(value))
+
     def read_json(self, name: str) -> Any:
         """Return what a JSON object holds, or None if there is none.
 
@@ -102,7 +121,7 @@ class Folder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Put a value that JSON can hold."""
-        self.write_bytes(name, json.dumps(value, indent=1).encode())
+        self.write_bytes(name, _json_bytes(value))
 
     def folders(self) -> list[str]:
         """Return the names of the folders in it, sorted."""
@@ -151,6 +170,10 @@ class Folder:
 
     def _key(self, name: str) -> str:
         return str(PurePosixPath(self.path, name))
+
+
+def _json_bytes(value: Any) -> bytes:
+    return json.dumps(value, indent=1).encode()
 
 
 @functools.lru_cache(maxsize=512)

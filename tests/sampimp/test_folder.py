@@ -1,6 +1,10 @@
 """A folder holds bytes and JSON, on a disk or in a bucket, and says what is in the way."""
 
 import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +30,63 @@ def test_a_folder_holds_bytes_and_json(tmp_path):
     assert not folder.is_empty()
     assert folder.folders() == ["deep"]
     assert Folder.of(tmp_path).folders() == ["a"]
+
+
+def test_what_is_there_is_not_created_again(tmp_path):
+    folder = Folder.of(tmp_path / "new") / "trial"
+    assert folder.create_json("owner.json", {"attempt": "a"})
+    assert not folder.create_json("owner.json", {"attempt": "b"})
+    assert folder.create_json("owner.json", {"attempt": "a"})  # asked again by the same caller
+    assert folder.read_json("owner.json") == {"attempt": "a"}
+    folder.write_json("owner.json", {"attempt": "c"})
+    assert not folder.create_json("owner.json", {"attempt": "a"})
+    assert folder.read_json("owner.json") == {"attempt": "c"}
+    assert [path.name for path in (tmp_path / "new" / "trial").iterdir()] == ["owner.json"]
+
+
+def test_of_several_threads_that_create_an_object_one_does(tmp_path):
+    folder, start = Folder.of(tmp_path), threading.Barrier(8)
+
+    def race(number):
+        start.wait()
+        return [folder.create_bytes(f"round-{r}", b"%d" % number) for r in range(100)]
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(race, range(8)))
+    for r in range(100):
+        (winner,) = (number for number in range(8) if won[number][r])
+        assert folder.read_bytes(f"round-{r}") == b"%d" % winner
+
+
+RACE = """
+import sys
+from sampimp.folder import Folder
+folder, me = Folder.of(sys.argv[1]), sys.argv[2].encode()
+print("ready", flush=True)
+sys.stdin.readline()
+print(*(r for r in range(200) if folder.create_bytes(f"round-{r}", me)))
+"""
+
+
+def test_of_several_processes_that_create_an_object_one_does(tmp_path):
+    folder = Folder.of(tmp_path / "new")
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACE, str(folder), str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(3)
+    ]
+    assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 3
+    for racer in racers:
+        racer.stdin.write("\n")
+        racer.stdin.flush()
+    won = [{int(r) for r in racer.communicate()[0].split()} for racer in racers]
+    for r in range(200):
+        (winner,) = (number for number in range(3) if r in won[number])
+        assert folder.read_bytes(f"round-{r}") == b"%d" % winner
 
 
 def test_paths_are_made_absolute_at_once(tmp_path, monkeypatch):
