@@ -228,6 +228,7 @@ def read_plan(folder: Folder) -> Plan | None:
 
 def require_plan(folder: Folder) -> Plan:
     """Return the plan of a study, or raise StoreError if there is no study."""
+    folder.check_reachable()
     plan = read_plan(folder)
     if plan is None:
         raise StoreError(

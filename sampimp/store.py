@@ -25,11 +25,13 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
 from sampimp.data import Source
 from sampimp.errors import RecordError
-from sampimp.folder import Folder, open_store
+from sampimp.folder import Folder, open_store, put_whole, reaching
 from sampimp.schema import CURVES, VARIABLES, EpochRecord, chunk_shape, digest
 
 KEPT_CHECKPOINTS = 2
@@ -198,15 +200,34 @@ def write_array(
     return digest(values)
 
 
+class _Store(ObjectStore):
+    """A folder or bucket as Zarr sees it, with the errors of `sampimp.folder`."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        with reaching(f"{key} of {self.store}"):
+            return await super().get(key, prototype, byte_range)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self._check_writable()
+        with reaching(f"{key} of {self.store}"):
+            await put_whole(self.store, key, value.as_buffer_like())
+
+    async def delete_dir(self, prefix: str) -> None:
+        with reaching(f"{prefix} of {self.store}"):
+            await super().delete_dir(prefix)
+
+
 def zarr_store(folder: Folder) -> ObjectStore:
     """Return a folder as a Zarr store."""
-    return ObjectStore(open_store(str(folder)))
+    return _Store(open_store(str(folder)))
 
 
 @functools.lru_cache(maxsize=4096)
 def open_array(root: str, path: str) -> zarr.Array:
     """Open an array of a study for reading."""
-    return zarr.open_array(ObjectStore(open_store(root)), path=path, mode="r", zarr_format=3)
+    return zarr.open_array(_Store(open_store(root)), path=path, mode="r", zarr_format=3)
 
 
 def write_source(folder: Folder, source: Source) -> None:

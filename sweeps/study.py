@@ -234,6 +234,7 @@ def check_out(folder: Folder) -> Plan | None:
             where=str(folder),
             todo="choose another --out",
         )
+    folder.check_reachable()
     plan = read_plan(folder) if not folder.is_empty() else None
     if plan is None and not folder.is_empty():
         raise StoreError(
