@@ -2,8 +2,9 @@
 
 `open_cube` matches the plan with the commits and lays a dask array over the records, one block for
 each chunk that a trial wrote. No array is opened before a block is computed: 300 trials open as
-fast as their COMMIT.json files can be read. A trial that is not committed is NaN and is not looked
-at. What is open does not change: trials committed later are there when it is opened again.
+fast as their COMMIT.json files can be read. A chunk that is read is compared with its digest, so
+that a damaged one is an error and never a number. A trial that is not committed is NaN and is not
+looked at. What is open does not change: trials committed later are there when it is opened again.
 """
 
 import os
@@ -17,11 +18,8 @@ from dask.base import tokenize
 
 from sampimp.folder import Folder
 from sampimp.plan import Plan, PlannedTrial, read_commits, require_plan
-from sampimp.schema import REFERENCES, STRATEGIES, VARIABLES, chunk_shape
-from sampimp.store import open_array
-
-SNAPSHOTS = "snapshots.json"
-"""Which epochs of which trials have `snapshot_importance`; at the top of the study."""
+from sampimp.schema import CURVES, REFERENCES, STRATEGIES, VARIABLES, Layout
+from sampimp.store import SNAPSHOTS, StoredVariable, open_array, stored_snapshots
 
 
 def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
@@ -72,47 +70,42 @@ def _open_node(
     plan: Plan,
     key: str,
     trials: Sequence[PlannedTrial],
-    snapshots: Mapping[str, Sequence[int]],
+    snapshots: Mapping[str, Mapping[str, list[str]]],
 ) -> xr.Dataset:
     info = plan.datasets[key]
     strategies = [s for s in (*REFERENCES, *STRATEGIES) if s in plan.grid]
     seeds = sorted({seed for strategy in strategies for seed in plan.grid[strategy]})
     found = {(t.config.strategy, t.config.seed): t for t in trials}
-    table = [[_committed(found.get((s, seed))) for seed in seeds] for s in strategies]
-    states = plan.training.stored_states()
-    sizes = {
-        "epoch": plan.training.epochs,
-        "layer": len(info.layer_names),
-        "sample": info.sample_count,
-        "state": len(states),
-        "parameter": info.parameter_count,
-    }
-    scored = [[trial if trial in snapshots else "" for trial in row] for row in table]
+    layout = plan.layout(key)
+    rows = [[found.get((s, seed)) for seed in seeds] for s in strategies]
     variables: dict[str, Any] = {}
-    for name, variable in VARIABLES.items():
-        rows = scored if name == "snapshot_importance" else table
-        if name == "parameters" and not states:
+    for name in (*layout.variables, "snapshot_importance"):
+        stored = [
+            [_stored(folder, name, layout, trial, snapshots) for trial in row] for row in rows
+        ]
+        if name == "snapshot_importance" and not any(any(row) for row in stored):
             continue
-        if name == "snapshot_importance" and not any(any(row) for row in rows):
-            continue
-        shape = tuple(sizes[dim] for dim in variable.dims)
+        variable = VARIABLES[name]
         variables[name] = (
             ("strategy", "seed", *variable.dims),
-            _lazy(_Records(folder, rows, name, shape), chunk_shape(name, sizes)),
+            _curves(rows, name, layout)
+            if name in CURVES
+            else _lazy(_Records(stored, name, layout)),
             {"units": variable.units, "long_name": variable.long_name},
         )
         if name.endswith("importance"):
             variables[name][2].update(_training_attrs(plan))
     variables["diverged_epoch"] = (
         ("strategy", "seed"),
-        np.array([[_diverged(found.get((s, seed))) for seed in seeds] for s in strategies]),
+        np.array([[_diverged(trial) for trial in row] for row in rows]),
         {"long_name": "epoch in which the run diverged; NaN if it did not"},
     )
-    variables["trial"] = (("strategy", "seed"), np.array(table, dtype=str))
+    names = [[_committed(trial) for trial in row] for row in rows]
+    variables["trial"] = (("strategy", "seed"), np.array(names, dtype=str))
     coords: dict[str, Any] = {
         "strategy": strategies,
         "seed": ("seed", seeds, {"long_name": "seed of the initialisation"}),
-        "epoch": np.arange(1, sizes["epoch"] + 1),
+        "epoch": np.arange(1, layout.epoch + 1),
         "layer": list(info.layer_names),
         "sample": np.arange(info.sample_count),
         "order_seed": (
@@ -124,10 +117,14 @@ def _open_node(
     source = (folder / "datasets" / f"{key}.zarr").path
     labels = open_array(folder.root, f"{source}/train_labels")
     coords["label"] = ("sample", np.asarray(labels[:]), {"long_name": "class of the sample"})
-    if states:
-        coords["state"] = ("state", states, {"long_name": "0: the start; t: after epoch t"})
-        names, counts = zip(*info.layers, strict=True)
-        coords["layer_of_parameter"] = ("parameter", np.repeat(names, counts))
+    if layout.states:
+        coords["state"] = (
+            "state",
+            list(layout.states),
+            {"long_name": "0: the start; t: after epoch t"},
+        )
+        layers, counts = zip(*info.layers, strict=True)
+        coords["layer_of_parameter"] = ("parameter", np.repeat(layers, counts))
     values = open_array(folder.root, f"{source}/train_values")
     if values.ndim == 4 and values.dtype == np.uint8:
         variables["image"] = (("sample", "row", "column", "channel"), _images(values))
@@ -161,27 +158,52 @@ def _diverged(trial: PlannedTrial | None) -> float:
     return np.nan if epoch is None else float(epoch)
 
 
+def _stored(
+    folder: Folder,
+    name: str,
+    layout: Layout,
+    trial: PlannedTrial | None,
+    snapshots: Mapping[str, Mapping[str, list[str]]],
+) -> StoredVariable | None:
+    if trial is None or trial.commit is None or trial.trial_id is None:
+        return None
+    where = folder / "trials" / trial.trial_id
+    if name != "snapshot_importance":
+        return StoredVariable.of(where, name, layout, trial.commit)
+    scored = snapshots.get(trial.trial_id)
+    return stored_snapshots(where, layout, scored) if scored else None
+
+
+def _curves(rows: Sequence[Sequence[PlannedTrial | None]], name: str, layout: Layout) -> da.Array:
+    """Return a curve of all trials, which the commits have already."""
+    values = np.full((len(rows), len(rows[0]), layout.epoch), np.nan)
+    for cells, row in zip(values, rows, strict=True):
+        for cell, trial in zip(cells, row, strict=True):
+            if trial is not None and trial.commit is not None:
+                curve = trial.commit["curves"].get(name, ())
+                cell[: len(curve)] = curve
+    return da.from_array(values, chunks=(1, 1, -1))
+
+
 class _Records:
     """A variable of all trials as dask sees an array: read where it is sliced, and not before.
 
     Parameters
     ----------
-    folder
-        The study.
-    table
-        The folder of each trial by strategy and seed; empty where there is none.
+    stored
+        The variable of each trial, by strategy and seed; None where there is none.
     name
         The variable.
-    shape
-        Of one trial's.
+    layout
+        The shape of a record.
     """
 
     def __init__(
-        self, folder: Folder, table: Sequence[Sequence[str]], name: str, shape: tuple[int, ...]
+        self, stored: Sequence[Sequence[StoredVariable | None]], name: str, layout: Layout
     ) -> None:
-        self._folder, self._table, self._name = folder, table, name
+        self.stored, self.name, self.chunk = stored, name, layout.chunk(name)
         self.dtype = np.dtype(VARIABLES[name].dtype)
-        self.shape = (len(table), len(table[0]), *shape)
+        self.shape = (len(stored), len(stored[0]), *layout.shape(name))
         self.ndim = len(self.shape)
 
     def __getitem__(self, index: tuple[slice | int, ...]) -> np.ndarray:
@@ -191,29 +213,33 @@ class _Records:
         )
         values = np.array(
             [
-                [self._read(trial, tuple(region)) for trial in row[seeds]]
-                for row in self._table[strategies]
+                [self._read(stored, region) for stored in row[seeds]]
+                for row in self.stored[strategies]
             ]
         )
         return values[tuple(slice(None) if isinstance(i, slice) else 0 for i in index)]
 
-    def _read(self, trial: str, region: tuple[slice, ...]) -> np.ndarray:
-        if not trial:
-            lengths = (
-                len(range(size)[part]) for size, part in zip(self.shape[2:], region, strict=True)
-            )
-            return np.full(tuple(lengths), np.nan, self.dtype)
-        prefix = f"{self._folder.path}/" if self._folder.path else ""
-        path = f"{prefix}trials/{trial}/record.zarr/{self._name}"
-        return np.asarray(open_array(self._folder.root, path)[region])
+    def _read(self, stored: StoredVariable | None, region: Sequence[slice]) -> np.ndarray:
+        positions, *middle, columns = region
+        chosen = [range(size)[part] for size, part in zip(self.shape[2:], region, strict=True)]
+        if stored is None or not all(chosen):
+            return np.full(tuple(map(len, chosen)), np.nan, self.dtype)
+        low, high = min(chosen[-1]), max(chosen[-1]) + 1  # a slice may have a step
+        steps = slice(None, None, columns.step)
+        return np.stack(
+            [
+                stored.read(position, slice(low, high))[(*middle, steps)]
+                for position in range(self.shape[2])[positions]
+            ]
+        )
 
 
-def _lazy(records: _Records, chunk: tuple[int, ...]) -> da.Array:
+def _lazy(records: _Records) -> da.Array:
     """Return records as a dask array, one block for each chunk that a trial wrote."""
     return da.from_array(
         records,
-        chunks=(1, 1, *chunk),
-        name=f"{records._name}-{tokenize(str(records._folder), records._table)}",
+        chunks=(1, 1, *records.chunk),
+        name=f"{records.name}-{tokenize(records.stored)}",
         asarray=False,
         fancy=False,
         meta=np.empty((0,) * records.ndim, records.dtype),

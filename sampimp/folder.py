@@ -162,6 +162,15 @@ class Folder:
         """Return the names of the folders in it, sorted."""
         return self._list()[0]
 
+    def files(self) -> list[str]:
+        """Return the names of the objects in it, sorted."""
+        return self._list()[1]
+
+    def delete(self, name: str) -> None:
+        """Delete one object; nothing happens where there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self._ask(lambda store: obstore.delete(store, self._key(name)))
+
     def is_empty(self) -> bool:
         """Return whether nothing is in it."""
         folders, objects = self._list()
@@ -191,7 +200,7 @@ class Folder:
     def check_writable(self) -> None:
         """Raise StoreError unless an object can be put here, and delete it again."""
         self.write_bytes(_WRITE_TEST, b"")
-        self._ask(lambda store: obstore.delete(store, self._key(_WRITE_TEST)))
+        self.delete(_WRITE_TEST)
 
     def _list(self) -> tuple[list[str], list[str]]:
         """Return the names of the folders and of the objects in it, each sorted."""

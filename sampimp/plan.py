@@ -18,6 +18,7 @@ from sampimp.schema import (
     REFERENCE_STRATEGY,
     SCHEMA_VERSION,
     SORTED_STRATEGIES,
+    Layout,
     __version__,
 )
 from sampimp.store import record_digest
@@ -109,6 +110,17 @@ class Plan:
             strategy == "rand" and self.rand_batches == "by_seed"
         )
         return self.order_seed + seed if own else self.order_seed
+
+    def layout(self, key: str) -> Layout:
+        """Return the shape of the records of a data set's trials."""
+        info = self.datasets[key]
+        return Layout(
+            epoch=self.training.epochs,
+            layer=len(info.layer_names),
+            sample=info.sample_count,
+            parameter=info.parameter_count,
+            states=tuple(self.training.stored_states()),
+        )
 
     @staticmethod
     def is_reference(trial: TrialConfig) -> bool:

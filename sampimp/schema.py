@@ -5,12 +5,13 @@ records of a study along `strategy` and `seed`. One write is one whole chunk, wh
 one trial, so that two writers never share a chunk. "Not measured" is NaN, never 0.
 
 Map: `Variable` and `VARIABLES` (what is stored), `REFERENCES` and `STRATEGIES` (who writes it),
-`chunk_shape` (how), `EpochRecord` (what the training loop hands over), `digest` (how it is proved).
+`chunk_shape` and `Layout` (how), `EpochRecord` (what the training loop hands over), `digest` (how
+it is proved).
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ import numpy as np
 
 __version__ = "0.1.0"
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: every attempt at a trial has a record of its own, and each chunk a digest."""
 
 REFERENCES = ("shuffle", "shuffle_by_seed")
 """Batches reshuffled every epoch; `shuffle`: one sequence for all seeds, the other one a seed."""
@@ -115,6 +117,59 @@ def chunk_shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     middle = tuple(sizes[dim] for dim in dims[1:-1])
     last = max(1, CHUNK_VALUES // max(1, int(np.prod(middle))))
     return (1, *middle, min(sizes[dims[-1]], last))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The shape of a trial's record.
+
+    Examples
+    --------
+    >>> layout = Layout(epoch=3, layer=2, sample=10, parameter=7, states=(0, 2, 3))
+    >>> layout.shape("parameters"), list(layout.positions("parameters"))
+    ((3, 7), [0, 2, 3])
+    >>> layout.shape("nll"), list(layout.positions("nll"))
+    ((3, 10), [1, 2, 3])
+    """
+
+    epoch: int
+    layer: int
+    sample: int
+    parameter: int
+    states: tuple[int, ...]
+    """The states whose parameters are stored: 0 is the start, t after epoch t."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each dimension."""
+        return {
+            "epoch": self.epoch,
+            "layer": self.layer,
+            "sample": self.sample,
+            "parameter": self.parameter,
+            "state": len(self.states),
+        }
+
+    @property
+    def variables(self) -> list[str]:
+        """Names of what a record holds."""
+        return [
+            name
+            for name in VARIABLES
+            if name != "snapshot_importance" and (self.states or name != "parameters")
+        ]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a variable."""
+        return tuple(self.sizes[dim] for dim in VARIABLES[name].dims)
+
+    def chunk(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a variable's chunks."""
+        return chunk_shape(name, self.sizes)
+
+    def positions(self, name: str) -> Sequence[int]:
+        """Return the epoch, or state, at each position of a variable's first dimension."""
+        return self.states if name == "parameters" else range(1, self.epoch + 1)
 
 
 @dataclass(frozen=True, kw_only=True)

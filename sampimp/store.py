@@ -4,22 +4,36 @@
     OUT/datasets/mnist.zarr              the data set's values and labels
     OUT/trials/mnist-nlo-seed3-1f0c9a2b/
         trial.json                       what the trial is, on which machine
-        record.zarr                      the arrays of `sampimp.schema`
-        checkpoints/epoch-0012/          state.pt, then MANIFEST.json: enough to go on
-        COMMIT.json                      written last: what is complete, with digests
+        attempts/0001.json               who tries it, and since when; the highest number may write
+        record.zarr                      the arrays of `sampimp.schema`, by the first attempt
+        record-2.zarr                    the epochs from where the second attempt went on
+        checkpoints/epoch-000012-attempt-0002/    state.pt, then MANIFEST.json: enough to go on
+        errors/0001.json                 how an attempt failed
+        snapshots.zarr                   `snapshot_importance`, where it was asked for
+        COMMIT.json                      written last: which epochs lie where, with digests
 
-A trial has one writer, a write is a whole chunk, and what exists is not therefore complete: a
-checkpoint counts when its manifest is there and its digest agrees, a record when COMMIT.json is
-there. Every object is put whole or not at all (obstore renames a finished file; so does S3).
+What exists is not therefore complete: a checkpoint counts when its manifest is there and all that
+it names has the digest it should have, a record when COMMIT.json is there. Every object is put
+whole or not at all, and a write is a whole chunk.
 
-Map: `TrialRecord` (one trial's writer), `write_source` and `read_source` (data sets), `open_array`
-(for readers).
+A worker that was cut off and a second one in its place may be at the same trial. Each attempt
+therefore claims a number that nobody else gets, writes only where no other attempt writes, and
+stops when it finds a higher number; the commit is put by one of them, and names the records that
+its epochs are in.
+
+Map: `TrialRecord` (one attempt's writer), `StoredVariable` (a reader, which compares every chunk
+with its digest), `find_damage` and `withdraw`, `write_snapshot` and `stored_snapshots`,
+`read_difficulty`, `write_source` and `read_source` (data sets).
 """
 
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,20 +44,29 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
 from sampimp.data import Source
-from sampimp.errors import RecordError
+from sampimp.errors import RecordError, StoreError
 from sampimp.folder import Folder, open_store, put_whole, reaching
-from sampimp.schema import CURVES, VARIABLES, EpochRecord, chunk_shape, digest
+from sampimp.schema import CURVES, VARIABLES, EpochRecord, Layout, digest
 
 KEPT_CHECKPOINTS = 2
 """The newest, and the one before in case the newest was cut off while it was written."""
+
+SNAPSHOTS = "snapshots.json"
+"""Which epochs of which trials have `snapshot_importance`, with digests; at the study's top."""
+
+
+class SupersededError(RecordError):
+    """Somebody else has begun a newer attempt at the trial, so this one must stop."""
 
 
 @dataclass
 class History:
     """What a record holds so far, by epoch; it travels in the checkpoint's manifest."""
 
-    digests: dict[str, list[str]] = field(default_factory=dict)
-    """Variable to the SHA-256 of its values at each epoch, or at each stored state."""
+    parts: list[tuple[int, str]] = field(default_factory=list)
+    """First epoch (0 is the initial state) and name of each record that holds a part of it."""
+    digests: dict[str, list[list[str]]] = field(default_factory=dict)
+    """Variable to the SHA-256 of each chunk, at each epoch or stored state."""
     curves: dict[str, list[float]] = field(default_factory=dict)
     """Curve to its value at each epoch."""
     seconds: list[float] = field(default_factory=list)
@@ -51,7 +74,7 @@ class History:
 
 
 class TrialRecord:
-    """The one writer of a trial.
+    """One attempt at a trial, and the only writer of its record.
 
     Parameters
     ----------
@@ -59,47 +82,45 @@ class TrialRecord:
         OUT/trials/ID.
     identity
         What the trial is; its "fingerprint" is compared with that of every checkpoint.
-    sizes
-        epoch, layer, sample, state and parameter: the sizes of the dimensions.
-    states
-        The states whose parameters are stored.
+    layout
+        The shape of its record.
     """
 
-    def __init__(
-        self,
-        folder: Folder,
-        identity: Mapping[str, Any],
-        sizes: Mapping[str, int],
-        states: list[int],
-    ) -> None:
-        self.folder, self.identity, self.history = folder, dict(identity), History()
-        self._states = {state: position for position, state in enumerate(states)}
-        self._epochs = sizes["epoch"]
-        group = zarr.open_group(zarr_store(folder / "record.zarr"), mode="a", zarr_format=3)
-        self._arrays = {
-            name: _require_array(group, name, {**sizes, "state": len(states)})
-            for name in VARIABLES
-            if name != "snapshot_importance" and (states or name != "parameters")
-        }
+    def __init__(self, folder: Folder, identity: Mapping[str, Any], layout: Layout) -> None:
+        self.folder, self.identity, self._layout = folder, dict(identity), layout
+        self.attempt = claim_attempt(folder)
+        self._name = "record.zarr" if self.attempt == 1 else f"record-{self.attempt}.zarr"
+        self.history = History(parts=[(0, self._name)])
+        group = zarr.open_group(zarr_store(folder / self._name), mode="a", zarr_format=3)
+        self._arrays = {name: _require_array(group, name, layout) for name in layout.variables}
 
     def write(self, record: EpochRecord) -> None:
-        """Write one epoch: a whole chunk of each variable, and the curves so far."""
+        """Write one epoch: whole chunks of each variable, and the curves so far.
+
+        Raises
+        ------
+        SupersededError
+            Another attempt has begun.
+        """
+        self._require_newest()
         for name, values in record.arrays.items():
             if name in CURVES:
                 self.history.curves.setdefault(name, []).append(float(values))
-                whole = np.full(self._epochs, np.nan)
+                whole = np.full(self._layout.epoch, np.nan)
                 whole[: record.epoch] = self.history.curves[name]
                 self._arrays[name][:] = whole
                 continue
-            position = self._states[record.epoch] if name == "parameters" else record.epoch - 1
+            position = self._layout.positions(name).index(record.epoch)
             self._arrays[name][position] = values
-            self.history.digests.setdefault(name, []).append(digest(values))
+            digests = chunk_digests(values, self._arrays[name].chunks[-1])
+            self.history.digests.setdefault(name, []).append(digests)
         if record.epoch:
             self.history.seconds.append(record.seconds)
 
     def checkpoint(self, epoch: int, state: bytes) -> None:
         """Store a state to go on from, its manifest last, and drop all but the newest two."""
-        folder = self.folder / "checkpoints" / f"epoch-{epoch:06d}"
+        checkpoints = self.folder / "checkpoints"
+        folder = checkpoints / f"epoch-{epoch:06d}-attempt-{self.attempt:04d}"
         folder.write_bytes("state.pt", state)
         folder.write_json(
             "MANIFEST.json",
@@ -107,14 +128,18 @@ class TrialRecord:
                 "fingerprint": self.identity["fingerprint"],
                 "epoch": epoch,
                 "sha256": hashlib.sha256(state).hexdigest(),
+                "time": time.time(),
                 "history": vars(self.history),
             },
         )
-        for name in (self.folder / "checkpoints").folders()[:-KEPT_CHECKPOINTS]:
-            (self.folder / "checkpoints" / name).remove()
+        for name in checkpoints.folders()[:-KEPT_CHECKPOINTS]:
+            (checkpoints / name).remove()
 
     def newest_checkpoint(self) -> tuple[int, bytes] | None:
-        """Return epoch and state of the newest checkpoint that verifies; None to start anew."""
+        """Return epoch and state of the newest checkpoint that verifies; None to start anew.
+
+        It verifies if the state and every epoch of the record until then have their digests.
+        """
         for name in reversed((self.folder / "checkpoints").folders()):
             folder = self.folder / "checkpoints" / name
             try:
@@ -127,8 +152,10 @@ class TrialRecord:
                 and state is not None
                 and manifest["fingerprint"] == self.identity["fingerprint"]
                 and manifest["sha256"] == hashlib.sha256(state).hexdigest()
+                and not any(find_damage(self.folder, manifest["history"], self._layout))
             ):
                 self.history = History(**manifest["history"])
+                self.history.parts.append((manifest["epoch"] + 1, self._name))
                 return manifest["epoch"], state
         return None
 
@@ -139,18 +166,179 @@ class TrialRecord:
         ----------
         diverged_epoch
             The epoch in which the run diverged, its last; None if it did not.
+
+        Raises
+        ------
+        SupersededError
+            Another attempt has begun, or has committed.
         """
-        self.folder.write_json(
-            "COMMIT.json",
-            {
-                **self.identity,
-                "epochs": len(self.history.seconds),
-                "diverged_epoch": diverged_epoch,
-                "digests": self.history.digests,
-                "curves": self.history.curves,
-                "seconds": self.history.seconds,
-            },
+        self._require_newest()
+        epochs = len(self.history.seconds)
+        parts = [part for part in self.history.parts if part[0] <= epochs]
+        commit = {
+            **self.identity,
+            "attempt": self.attempt,
+            "epochs": epochs,
+            "diverged_epoch": diverged_epoch,
+            **vars(self.history),
+            "parts": parts,
+        }
+        if not self.folder.create_json("COMMIT.json", commit):
+            self._refuse("COMMIT.json of another attempt")
+        used = {name for _, name in parts}
+        for name in self.folder.folders():
+            if name.startswith("record") and name not in used:
+                (self.folder / name).remove()
+
+    def _require_newest(self) -> None:
+        newer = _attempt_name(self.attempt + 1)
+        if self.folder.read_bytes(newer) is not None:
+            self._refuse(newer)
+
+    def _refuse(self, found: str) -> None:
+        raise SupersededError(
+            expected=f"attempt {self.attempt} to be the newest at this trial",
+            got=found,
+            where=str(self.folder),
+            todo="nothing: the other attempt goes on from the newest checkpoint",
         )
+
+
+def claim_attempt(trial: Folder) -> int:
+    """Return the number of a new attempt at a trial, which nobody else has."""
+    numbers = [int(name.partition(".")[0]) for name in (trial / "attempts").files()]
+    number = max(numbers, default=0) + 1
+    claim = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "time": time.time(),
+        "token": secrets.token_hex(8),
+    }
+    while not trial.create_json(_attempt_name(number), claim):
+        number += 1
+    return number
+
+
+def _attempt_name(number: int) -> str:
+    return f"attempts/{number:04d}.json"
+
+
+def chunk_digests(values: np.ndarray, width: int) -> list[str]:
+    """Return the digest of each chunk of one epoch's values, `width` long on the last dimension.
+
+    Examples
+    --------
+    >>> values = np.arange(6.0).reshape(2, 3)
+    >>> chunk_digests(values, 2) == [digest(values[:, :2]), digest(values[:, 2:])]
+    True
+    """
+    starts = range(0, values.shape[-1], width)
+    return [digest(values[..., start : start + width]) for start in starts]
+
+
+@dataclass(frozen=True)
+class StoredVariable:
+    """One variable of a trial, each chunk compared with its digest when it is read.
+
+    Parameters
+    ----------
+    trial
+        OUT/trials/ID.
+    name
+        Of the variable.
+    layout
+        The shape of the trial's record.
+    parts
+        As `History.parts`.
+    digests
+        Of each chunk at each position along the first dimension; where there is none, all is NaN.
+    """
+
+    trial: Folder
+    name: str
+    layout: Layout
+    parts: tuple[tuple[int, str], ...]
+    digests: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(
+        cls, trial: Folder, name: str, layout: Layout, history: Mapping[str, Any]
+    ) -> "StoredVariable":
+        """Return a variable of a trial from its COMMIT.json or a checkpoint's history."""
+        parts = tuple((first, record) for first, record in history["parts"])
+        return cls(trial, name, layout, parts, tuple(map(tuple, history["digests"].get(name, ()))))
+
+    def read(self, position: int, columns: slice = slice(None)) -> np.ndarray:
+        """Return the values at one position, and in a range of columns of the last dimension.
+
+        Raises
+        ------
+        RecordError
+            What is stored is not what was written.
+        """
+        shape, width = self.layout.shape(self.name), self.layout.chunk(self.name)[-1]
+        start, stop, _ = columns.indices(shape[-1])
+        unmeasured = position >= len(self.digests) or not self.digests[position]
+        if unmeasured or stop <= start:
+            filler = (*shape[1:-1], max(0, stop - start))
+            return np.full(filler, np.nan, VARIABLES[self.name].dtype)
+        first, last = start // width, -(-stop // width)
+        chunks = [self._read_chunk(position, number, width) for number in range(first, last)]
+        whole = chunks[0] if len(chunks) == 1 else np.concatenate(chunks, axis=-1)
+        return whole[..., start - first * width : stop - first * width]
+
+    def damage(self) -> Iterator[str]:
+        """Yield in words each place that does not hold what was written."""
+        width = self.layout.chunk(self.name)[-1]
+        for position, digests in enumerate(self.digests):
+            for number in range(len(digests)):
+                try:
+                    self._read_chunk(position, number, width)
+                except RecordError as error:
+                    yield f"{self._place(position)}: {error.got}"
+
+    def _read_chunk(self, position: int, number: int, width: int) -> np.ndarray:
+        epoch = self.layout.positions(self.name)[position]
+        record = next(name for first, name in reversed(self.parts) if first <= epoch)
+        prefix = f"{self.trial.path}/" if self.trial.path else ""
+        expected = self.digests[position][number]
+        try:
+            array = open_array(self.trial.root, f"{prefix}{record}/{self.name}")
+            values = np.asarray(array[position, ..., number * width : (number + 1) * width])
+            found = digest(values)
+        except StoreError:
+            raise  # the store cannot be reached, which says nothing of what it holds
+        except Exception as error:  # of Zarr and of each codec, as the damage happens to fall
+            found = str(error).partition("\n")[0] or type(error).__name__
+        if found != expected:
+            raise RecordError(
+                expected=f"a chunk with digest {expected[:16]}",
+                got=found if len(found) != len(expected) else found[:16],
+                where=f"{self.trial}/{record}, {self._place(position)}",
+                todo="run sweeps/status.py OUT --withdraw, which takes damaged trials out of the "
+                "study, and then the study again, which trains them again",
+            )
+        return values
+
+    def _place(self, position: int) -> str:
+        dim = VARIABLES[self.name].dims[0]
+        return f"{self.name}, {dim} {self.layout.positions(self.name)[position]}"
+
+
+def find_damage(trial: Folder, history: Mapping[str, Any], layout: Layout) -> Iterator[str]:
+    """Yield in words what is not as a trial's COMMIT.json, or a checkpoint's history, says."""
+    for name in history["digests"]:
+        yield from StoredVariable.of(trial, name, layout, history).damage()
+
+
+def withdraw(trial: Folder) -> None:
+    """Take a trial's commit back: readers no longer see it, and the study trains it again.
+
+    What it said is kept beside it, and a new attempt writes a record of its own.
+    """
+    commit = trial.read_json("COMMIT.json")
+    trial.write_json(f"withdrawn/{commit['attempt']:04d}.json", commit)
+    trial.delete("COMMIT.json")
 
 
 def record_digest(commit: Mapping[str, Any]) -> str:
@@ -160,44 +348,55 @@ def record_digest(commit: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _require_array(group: zarr.Group, name: str, sizes: Mapping[str, int]) -> zarr.Array:
+def _require_array(group: zarr.Group, name: str, layout: Layout) -> zarr.Array:
     variable = VARIABLES[name]
-    if name in group:
-        array = group[name]
-        assert isinstance(array, zarr.Array)
-        return array
-    return group.create_array(
-        name,
-        shape=tuple(sizes[dim] for dim in variable.dims),
-        chunks=chunk_shape(name, sizes),
-        dtype=variable.dtype,
-        fill_value=np.nan,
-        dimension_names=variable.dims,
-        attributes={"units": variable.units, "long_name": variable.long_name},
-        # Parameters are noise to a compressor: zstd saved 8 % and took four times as long.
-        compressors=None if name == "parameters" else "auto",
-    )
+    if name not in group:
+        group.create_array(
+            name,
+            shape=layout.shape(name),
+            chunks=layout.chunk(name),
+            dtype=variable.dtype,
+            fill_value=np.nan,
+            dimension_names=variable.dims,
+            attributes={"units": variable.units, "long_name": variable.long_name},
+            # Parameters are noise to a compressor: zstd saved 8 % and took four times as long.
+            compressors=None if name == "parameters" else "auto",
+        )
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    # By default Zarr leaves out a chunk that is all NaN, as that of a diverged epoch: it could not
+    # be told from one that is lost, and would be read as another NaN than the one of its digest.
+    return array.with_config({"write_empty_chunks": True})
 
 
-def write_array(
-    trial: Folder, name: str, sizes: Mapping[str, int], position: int, values: np.ndarray
-) -> str:
-    """Write one epoch of a variable into a finished record, and return its digest.
+def write_snapshot(trial: Folder, layout: Layout, epoch: int, values: np.ndarray) -> list[str]:
+    """Write `snapshot_importance` of one epoch beside a record; return its chunks' digests.
 
     Parameters
     ----------
     trial
         OUT/trials/ID.
-    name, sizes
-        The variable, and the size of each of its dimensions in case it is not there yet.
-    position
-        Along the first dimension.
+    layout
+        The shape of its record.
+    epoch
+        1-based.
     values
-        Shape of the other dimensions.
+        Shape (layer, sample).
     """
-    group = zarr.open_group(zarr_store(trial / "record.zarr"), mode="a", zarr_format=3)
-    _require_array(group, name, sizes)[position] = values
-    return digest(values)
+    name = "snapshot_importance"
+    group = zarr.open_group(zarr_store(trial / "snapshots.zarr"), mode="a", zarr_format=3)
+    array = _require_array(group, name, layout)
+    array[layout.positions(name).index(epoch)] = values
+    return chunk_digests(values, array.chunks[-1])
+
+
+def stored_snapshots(
+    trial: Folder, layout: Layout, digests: Mapping[str, list[str]]
+) -> StoredVariable:
+    """Return a trial's `snapshot_importance` from its entry, by epoch, in `SNAPSHOTS`."""
+    by_epoch = [digests.get(str(epoch), []) for epoch in range(1, layout.epoch + 1)]
+    history = {"parts": [(0, "snapshots.zarr")], "digests": {"snapshot_importance": by_epoch}}
+    return StoredVariable.of(trial, "snapshot_importance", layout, history)
 
 
 class _Store(ObjectStore):
@@ -288,7 +487,7 @@ def read_source(folder: Folder) -> Source | None:
     return source
 
 
-def read_difficulty(trial: Folder, kind: str) -> np.ndarray:
+def read_difficulty(trial: Folder, kind: str, layout: Layout) -> np.ndarray:
     """Return what the sorted strategies sort by, shape (sample,), float64.
 
     Parameters
@@ -298,12 +497,15 @@ def read_difficulty(trial: Folder, kind: str) -> np.ndarray:
     kind
         "final_nll", the NLL at the end of the last epoch in nats, or "overall_importance", tau: the
         sum of importance over layers and epochs, in parameter squared (paper, sections 2 and 3.6).
+    layout
+        The shape of its record.
     """
+    commit = trial.read_json("COMMIT.json")
     if kind == "final_nll":
-        nll = open_array(trial.root, f"{trial.path}/record.zarr/nll")
-        return np.asarray(nll[-1], np.float64)
-    importance = open_array(trial.root, f"{trial.path}/record.zarr/importance")
-    tau = np.zeros(importance.shape[-1])
-    for epoch in range(importance.shape[0]):
-        tau += np.asarray(importance[epoch]).sum(axis=0, dtype=np.float64)
+        nll = StoredVariable.of(trial, "nll", layout, commit)
+        return nll.read(layout.epoch - 1).astype(np.float64)
+    importance = StoredVariable.of(trial, "importance", layout, commit)
+    tau = np.zeros(layout.sample)
+    for position in range(layout.epoch):
+        tau += importance.read(position).sum(axis=0, dtype=np.float64)
     return tau

@@ -11,11 +11,11 @@ import sys
 from rich.console import Console
 
 from analysis.report import print_summary, write_report
-from sampimp.cube import SNAPSHOTS
 from sampimp.errors import UserError
 from sampimp.folder import Folder
 from sampimp.plan import read_commits
 from sampimp.schema import __version__, digest_json
+from sampimp.store import SNAPSHOTS
 from sweeps.study import parse, run
 
 

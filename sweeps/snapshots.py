@@ -16,13 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sampimp.capture import snapshot_importance
-from sampimp.cube import SNAPSHOTS
 from sampimp.data import Dataset, Scaling, Source, scale_inputs
 from sampimp.errors import ConfigError, StoreError
 from sampimp.folder import Folder
 from sampimp.models import build_mlp, load_parameters
 from sampimp.plan import Plan, read_commits, require_plan
-from sampimp.store import open_array, read_source, write_array
+from sampimp.store import SNAPSHOTS, StoredVariable, read_source, write_snapshot
 from sweeps.ingest import quiet_ray_data
 
 
@@ -57,13 +56,14 @@ def score_snapshots(
     folder = Folder.of(out)
     plan = require_plan(folder)
     epochs = check_epochs(plan, every)
-    scored = {key: list(value) for key, value in (folder.read_json(SNAPSHOTS) or {}).items()}
+    scored: dict[str, dict[str, list[str]]] = folder.read_json(SNAPSHOTS) or {}
     rows = [
         {"trial": trial.trial_id, "dataset": trial.config.dataset, "epoch": epoch}
         for trial in plan.resolve(read_commits(folder))
         if trial.commit is not None
         for epoch in epochs
-        if epoch <= trial.commit["epochs"] and epoch not in scored.get(trial.trial_id or "", ())
+        if epoch <= trial.commit["epochs"]
+        and str(epoch) not in scored.get(trial.trial_id or "", ())
     ]
     if not rows:
         return 0
@@ -80,9 +80,9 @@ def score_snapshots(
         )
         task = progress.add_task("", total=len(rows))
         for row in job.iter_rows():
-            scored.setdefault(row["trial"], []).append(int(row["epoch"]))
+            scored.setdefault(row["trial"], {})[str(row["epoch"])] = list(row["digests"])
             progress.advance(task)
-    folder.write_json(SNAPSHOTS, {trial: sorted(epochs) for trial, epochs in scored.items()})
+    folder.write_json(SNAPSHOTS, scored)
     return len(rows)
 
 
@@ -120,7 +120,7 @@ def score_rows(
     plan: Mapping[str, Any],
     sources: Mapping[str, "ray.ObjectRef[Source]"],
 ) -> dict[str, np.ndarray]:
-    """Score and write the epochs that a batch of rows names, and return the rows.
+    """Score and write the epochs that a batch of rows names; return the rows with their digests.
 
     Parameters
     ----------
@@ -133,10 +133,11 @@ def score_rows(
     """
     study, folder = Plan.from_json(plan), Folder.of(out)
     torch.set_num_threads(study.training.threads)
+    digests = []
     for trial, key, epoch in zip(batch["trial"], batch["dataset"], batch["epoch"], strict=True):
         data = _scaled(sources[key], study.training.input_scaling)
-        _score(study, folder / "trials" / str(trial), str(key), int(epoch), data)
-    return batch
+        digests.append(_score(study, folder / "trials" / str(trial), str(key), int(epoch), data))
+    return {**batch, "digests": np.array(digests)}
 
 
 @lru_cache(maxsize=1)  # Ray keeps the process for the next rows; two data sets may not fit
@@ -144,10 +145,11 @@ def _scaled(source: "ray.ObjectRef[Source]", scaling: Scaling) -> Dataset:
     return scale_inputs(ray.get(source), scaling)
 
 
-def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> None:
-    info, training = plan.datasets[key], plan.training
-    stored = open_array(trial.root, f"{trial.path}/record.zarr/parameters")
-    flat_P = np.asarray(stored[training.stored_states().index(epoch)])
+def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> list[str]:
+    info, training, layout = plan.datasets[key], plan.training, plan.layout(key)
+    commit = trial.read_json("COMMIT.json")
+    stored = StoredVariable.of(trial, "parameters", layout, commit)
+    flat_P = stored.read(layout.states.index(epoch))
     model = build_mlp(info.input_shape, training.hidden, len(info.class_names), seed=0)
     load_parameters(model, torch.from_numpy(flat_P))
     device = torch.device(training.device)
@@ -157,9 +159,4 @@ def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> No
         torch.from_numpy(data.train_labels).to(device),
         rate=training.learning_rate / training.batch_size,
     )
-    sizes = {
-        "epoch": training.epochs,
-        "layer": len(info.layer_names),
-        "sample": info.sample_count,
-    }
-    write_array(trial, "snapshot_importance", sizes, epoch - 1, importance.float().numpy())
+    return write_snapshot(trial, layout, epoch, importance.float().numpy())

@@ -71,8 +71,7 @@ class Trial(tune.Trainable):
 
     def _start(self, config: Mapping[str, Any]) -> None:
         trial = self._plan.trials()[config["position"]]
-        info = self._plan.datasets[trial.dataset]
-        training = self._plan.training
+        training, layout = self._plan.training, self._plan.layout(trial.dataset)
         if self._data is None or self._data[0] != trial.dataset:
             self._data = None  # before the next one is made: two may not fit
             source = ray.get(self._sources[trial.dataset])
@@ -80,9 +79,9 @@ class Trial(tune.Trainable):
         difficulty = None
         if config["reference_id"]:
             reference = self._folder / "trials" / config["reference_id"]
-            difficulty = read_difficulty(reference, SORT_KEY[trial.strategy])
+            difficulty = read_difficulty(reference, SORT_KEY[trial.strategy], layout)
         schedule = make_schedule(
-            trial.strategy, info.sample_count, training.batch_size, trial.order_seed, difficulty
+            trial.strategy, layout.sample, training.batch_size, trial.order_seed, difficulty
         )
         self._run = TrainingRun(trial, self._data[1], schedule)
         identity = {
@@ -98,14 +97,7 @@ class Trial(tune.Trainable):
             "trial.json",
             {**identity, "plan": self._plan.to_json()["training"], **describe_machine()},
         )
-        states = training.stored_states()
-        sizes = {
-            "epoch": training.epochs,
-            "layer": len(info.layer_names),
-            "sample": info.sample_count,
-            "parameter": info.parameter_count,
-        }
-        self._record = TrialRecord(folder, identity, sizes, states)
+        self._record = TrialRecord(folder, identity, layout)
         checkpoint = self._record.newest_checkpoint()
         if checkpoint is not None:
             epoch, state = checkpoint

@@ -157,18 +157,6 @@ def identity_of(planned):
     }
 
 
-def sizes_of(plan, key):
-    """Return the sizes of a record's dimensions."""
-    info = plan.datasets[key]
-    return {
-        "epoch": plan.training.epochs,
-        "layer": len(info.layer_names),
-        "sample": info.sample_count,
-        "state": len(plan.training.stored_states()),
-        "parameter": info.parameter_count,
-    }
-
-
 def start_study(out, plan, sources):
     """Write the plan and its data sets, and no trial."""
     folder = Folder.of(out)
@@ -192,7 +180,8 @@ def run_trials(folder, plan, sources, *, commit=lambda trial: True):
             difficulty = None
             if planned.reference_id:
                 reference = folder / "trials" / planned.reference_id
-                difficulty = read_difficulty(reference, SORT_KEY[config.strategy])
+                kind = SORT_KEY[config.strategy]
+                difficulty = read_difficulty(reference, kind, plan.layout(key))
             data = scale_inputs(sources[key], plan.training.input_scaling)
             schedule = make_schedule(
                 config.strategy,
@@ -204,8 +193,7 @@ def run_trials(folder, plan, sources, *, commit=lambda trial: True):
             record = TrialRecord(
                 folder / "trials" / planned.trial_id,
                 identity_of(planned),
-                sizes_of(plan, key),
-                plan.training.stored_states(),
+                plan.layout(key),
             )
             records = list(TrainingRun(config, data, schedule).records())
             for epoch_record in records:

@@ -12,11 +12,11 @@ import zarr
 
 import sampimp
 from sampimp.data import scale_inputs
-from sampimp.errors import StoreError
+from sampimp.errors import RecordError, StoreError
 from sampimp.folder import Folder
 from sampimp.plan import read_commits
 from sampimp.schema import CURVES, REFERENCES, STRATEGIES, VARIABLES
-from sampimp.store import write_array
+from sampimp.store import write_snapshot
 
 _spec = importlib.util.spec_from_file_location("oracles", Path(__file__).with_name("oracles.py"))
 oracles = importlib.util.module_from_spec(_spec)
@@ -252,9 +252,9 @@ def test_snapshots_are_there_where_they_were_asked_for(tmp_path):
     scored = next(t for t in plan.resolve(read_commits(folder)) if t.config.seed == 2)
     values = np.random.default_rng(0).random((3, 24), dtype=np.float32)
     trial = folder / "trials" / scored.trial_id
-    write_array(trial, "snapshot_importance", oracles.sizes_of(plan, "one"), 1, values)
+    digests = write_snapshot(trial, plan.layout("one"), 2, values)
     assert "snapshot_importance" not in sampimp.open_cube(tmp_path)["one"]
-    folder.write_json("snapshots.json", {scored.trial_id: [2]})
+    folder.write_json("snapshots.json", {scored.trial_id: {"2": digests}})
     snapshot = sampimp.open_cube(tmp_path)["one"]["snapshot_importance"]
     assert snapshot.dims == (*DIMS, "epoch", "layer", "sample")
     assert snapshot.dtype == np.float32
@@ -277,6 +277,58 @@ def test_samples_split_over_several_chunks(tmp_path, monkeypatch):
     )
 
 
+@pytest.fixture
+def small_study(tmp_path):
+    """One committed trial: its folder and its cube's node."""
+    sources = {"one": oracles.make_source()}
+    plan = oracles.make_plan(sources, {"shuffle": (1,)})
+    folder = oracles.start_study(tmp_path, plan, sources)
+    oracles.run_trials(folder, plan, sources)
+    (trial,) = (tmp_path / "trials").iterdir()
+    return trial, sampimp.open_cube(tmp_path)["one"]
+
+
+DAMAGES = {
+    "deleted": lambda chunk: chunk.unlink(),
+    "truncated": lambda chunk: chunk.write_bytes(chunk.read_bytes()[:-3]),
+    "empty": lambda chunk: chunk.write_bytes(b""),
+    "of another epoch": lambda chunk: chunk.write_bytes(
+        (chunk.parents[chunk.parts[::-1].index("c") - 1] / "0" / "0" / chunk.name).read_bytes()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_chunk_is_an_error_and_never_a_number(small_study, name):
+    trial, node = small_study
+    (chunk,) = (trial / "record.zarr" / "importance" / "c" / "1").rglob("0/0")
+    whole = node["importance"].compute()
+    DAMAGES[name](chunk)
+    for part in (node["importance"], node["importance"].sel(epoch=2, layer="L1", sample=[3, 5])):
+        with pytest.raises(RecordError, match=r"importance, epoch 2\n +To do run sweeps/status.py"):
+            part.compute()
+    rest = node["importance"].sel(epoch=[1, 3])  # the other chunks are as they were
+    np.testing.assert_array_equal(rest, whole.sel(epoch=[1, 3]))
+
+
+@pytest.mark.parametrize("offset", [0, 7, 40])
+def test_no_flipped_bit_is_read(small_study, offset):
+    trial, node = small_study
+    (chunk,) = (trial / "record.zarr" / "parameters" / "c").glob("3/0")
+    content = bytearray(chunk.read_bytes())
+    content[offset] ^= 1
+    chunk.write_bytes(content)
+    with pytest.raises(RecordError, match="parameters, state 3"):
+        node["parameters"].compute()
+
+
+def test_a_part_with_steps_is_what_it_is_in_the_whole(small_study):
+    node = small_study[1]
+    whole = node["importance"].values
+    for region in (np.s_[..., ::2], np.s_[..., 20:3:-4], np.s_[..., 1::2, 5:6], np.s_[..., 4:4]):
+        np.testing.assert_array_equal(node["importance"][region], whole[region])
+
+
 def test_three_hundred_trials(tmp_path, reads):
     sources = {"one": oracles.make_source()}
     seeds = tuple(range(1, 41))
@@ -286,14 +338,16 @@ def test_three_hundred_trials(tmp_path, reads):
     for _ in range(2):  # the reference, then those that sort by it
         for trial in plan.resolve(read_commits(folder)):
             if trial.trial_id and trial.commit is None:
-                digests = {name: ["0" * 64] * 50 for name in ("importance", "nll", "batch")}
+                digests = {name: [["0" * 64]] * 50 for name in ("importance", "nll", "batch")}
                 (folder / "trials" / trial.trial_id).write_json(
                     "COMMIT.json",
                     {
                         **oracles.identity_of(trial),
                         "epochs": 50,
                         "diverged_epoch": 7 if trial.label == "one-sim-seed9" else None,
+                        "parts": [[0, "record.zarr"]],
                         "digests": digests,
+                        "curves": {"test_error": [0.5] * 50},
                     },
                 )
     start = time.perf_counter()

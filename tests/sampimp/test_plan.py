@@ -222,5 +222,5 @@ def test_read_plan_and_commits(tmp_path):
 def test_a_study_of_another_schema_is_refused(tmp_path):
     folder = Folder.of(tmp_path)
     folder.write_json("study.json", make_plan().to_json() | {"schema_version": 99, "code": "7.1"})
-    with pytest.raises(StoreError, match=r"schema version 1(.|\n)*version 99(.|\n)*7\.1"):
+    with pytest.raises(StoreError, match=r"schema version 2(.|\n)*version 99(.|\n)*7\.1"):
         read_plan(folder)

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +20,20 @@ from sampimp import schema
 from sampimp.errors import RecordError
 from sampimp.folder import Folder
 from sampimp.plan import read_commits
-from sampimp.schema import CURVES, VARIABLES, EpochRecord, chunk_shape, digest
+from sampimp.schema import CURVES, VARIABLES, EpochRecord, Layout, chunk_shape, digest
 from sampimp.store import (
+    StoredVariable,
+    SupersededError,
     TrialRecord,
+    claim_attempt,
+    find_damage,
     open_array,
     read_difficulty,
     read_source,
     record_digest,
-    write_array,
+    stored_snapshots,
+    withdraw,
+    write_snapshot,
     write_source,
 )
 
@@ -33,39 +41,38 @@ _spec = importlib.util.spec_from_file_location("oracles", Path(__file__).with_na
 oracles = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(oracles)
 
-SIZES = {"epoch": 3, "layer": 2, "sample": 10, "state": 4, "parameter": 7}
+LAYOUT = Layout(epoch=3, layer=2, sample=10, parameter=7, states=(0, 1, 2, 3))
 IDENTITY = {"strategy": "rand", "seed": 1, "fingerprint": "f" * 64}
 AT_EPOCH = ("importance", "nll", "batch")
 
 
-def make_records(sizes=SIZES, states=range(4), seed=0):
+def make_records(layout=LAYOUT, seed=0):
     """Random values, epoch by epoch."""
     rng = np.random.default_rng(seed)
     records = []
-    for epoch in range(sizes["epoch"] + 1):
+    for epoch in range(layout.epoch + 1):
         arrays = {}
         if epoch:
             for name in AT_EPOCH:
-                shape = tuple(sizes[dim] for dim in VARIABLES[name].dims[1:])
-                arrays[name] = rng.random(shape, dtype=np.float32)
+                arrays[name] = rng.random(layout.shape(name)[1:], dtype=np.float32)
             arrays |= {name: np.float64(rng.random()) for name in CURVES}
-        if epoch in states:
-            arrays["parameters"] = rng.random(sizes["parameter"], dtype=np.float32)
+        if epoch in layout.states:
+            arrays["parameters"] = rng.random(layout.parameter, dtype=np.float32)
         records.append(EpochRecord(epoch=epoch, arrays=arrays, seconds=0.5 * epoch))
     return records
 
 
-def make_record(folder, sizes=SIZES, states=range(4), identity=IDENTITY):
-    return TrialRecord(Folder.of(folder), identity, sizes, list(states))
+def make_record(folder, layout=LAYOUT, identity=IDENTITY):
+    return TrialRecord(Folder.of(folder), identity, layout)
 
 
-def read_raw(folder):
+def read_raw(folder, record="record.zarr"):
     """Read every array with Zarr alone."""
-    group = zarr.open_group(str(folder / "record.zarr"), mode="r")
+    group = zarr.open_group(str(folder / record), mode="r")
     return dict(group.arrays())
 
 
-def check_equal(folder, records, sizes=SIZES):
+def check_equal(folder, records):
     raw = {name: array[:] for name, array in read_raw(folder).items()}
     for name in AT_EPOCH:
         np.testing.assert_array_equal(raw[name], [r.arrays[name] for r in records[1:]])
@@ -102,7 +109,8 @@ def test_what_is_not_written_yet_is_nan(tmp_path):
 
 
 def test_only_some_states_may_be_stored(tmp_path):
-    record, records = make_record(tmp_path, states=[0, 2, 3]), make_records(states=[0, 2, 3])
+    layout = replace(LAYOUT, states=(0, 2, 3))
+    record, records = make_record(tmp_path, layout), make_records(layout)
     for epoch_record in records:
         record.write(epoch_record)
     check_equal(tmp_path, records)
@@ -110,23 +118,29 @@ def test_only_some_states_may_be_stored(tmp_path):
 
 
 def test_without_states_there_are_no_parameters(tmp_path):
-    record = make_record(tmp_path, states=[])
-    for epoch_record in make_records(states=[]):
+    layout = replace(LAYOUT, states=())
+    record = make_record(tmp_path, layout)
+    for epoch_record in make_records(layout):
         record.write(epoch_record)
     assert set(read_raw(tmp_path)) == {*AT_EPOCH, *CURVES}
 
 
-def test_a_later_variable_is_added_to_a_finished_record(tmp_path):
+def test_snapshots_are_written_beside_a_finished_record(tmp_path):
     record, records = make_record(tmp_path), make_records()
     for epoch_record in records:
         record.write(epoch_record)
     values = np.random.default_rng(1).random((2, 10), dtype=np.float32)
-    returned = write_array(Folder.of(tmp_path), "snapshot_importance", SIZES, 1, values)
-    assert returned == digest(values)
-    snapshot = read_raw(tmp_path)["snapshot_importance"][:]
+    digests = write_snapshot(Folder.of(tmp_path), LAYOUT, 2, values)
+    assert digests == [digest(values)]
+    snapshot = read_raw(tmp_path, "snapshots.zarr")["snapshot_importance"][:]
     np.testing.assert_array_equal(snapshot[1], values)
     assert np.isnan(snapshot[[0, 2]]).all()
     check_equal(tmp_path, records)
+    stored = stored_snapshots(Folder.of(tmp_path), LAYOUT, {"2": digests})
+    np.testing.assert_array_equal(stored.read(1), values)
+    assert np.isnan(stored.read(0)).all()
+    with pytest.raises(RecordError, match="snapshot_importance, epoch 1"):
+        stored_snapshots(Folder.of(tmp_path), LAYOUT, {"1": digests}).read(0)
 
 
 # Alignment: one write is whole chunks that no other write touches.
@@ -179,34 +193,37 @@ def chunk_files(folder):
 def test_one_write_touches_whole_chunks_of_its_own(
     tmp_path_factory, epochs, layers, samples, parameters, most_values
 ):
-    sizes = {
-        "epoch": epochs,
-        "layer": layers,
-        "sample": samples,
-        "state": epochs + 1,
-        "parameter": parameters,
-    }
+    states = tuple(range(epochs + 1))
+    layout = Layout(epoch=epochs, layer=layers, sample=samples, parameter=parameters, states=states)
     folder = tmp_path_factory.mktemp("trial")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schema, "CHUNK_VALUES", most_values)
-        record = make_record(folder, sizes, range(epochs + 1))
+        record = make_record(folder, layout)
         before = chunk_files(folder)
         assert before == {}
-        for epoch_record in make_records(sizes, range(epochs + 1)):
+        for epoch_record in make_records(layout):
             record.write(epoch_record)
             after, expected = chunk_files(folder), set()
             for name in epoch_record.arrays:
                 if name in CURVES:
                     expected.add((name, (0,)))
                     continue
-                dims = VARIABLES[name].dims
+                shape = layout.shape(name)
                 first = epoch_record.epoch - (name != "parameters")
-                count = -(-sizes[dims[-1]] // chunk_shape(name, sizes)[-1])
-                middle = (0,) * (len(dims) - 2)
+                count = -(-shape[-1] // layout.chunk(name)[-1])
+                middle = (0,) * (len(shape) - 2)
                 expected |= {(name, (first, *middle, last)) for last in range(count)}
             assert {key for key in after if after[key] != before.get(key)} == expected
             before = after
-    check_equal(folder, make_records(sizes, range(epochs + 1)), sizes)
+        check_equal(folder, make_records(layout))
+        record.commit(None)
+        commit = json.loads((folder / "COMMIT.json").read_text())
+        for name in (*AT_EPOCH, "parameters"):  # as a reader has it, whole and in part
+            stored = StoredVariable.of(Folder.of(folder), name, layout, commit)
+            for position, epoch_record in enumerate(make_records(layout)[name != "parameters" :]):
+                values, columns = epoch_record.arrays[name], slice(samples // 3, parameters)
+                np.testing.assert_array_equal(stored.read(position), values)
+                np.testing.assert_array_equal(stored.read(position, columns), values[..., columns])
 
 
 WRITER = """
@@ -214,12 +231,14 @@ WRITER = """
     from pathlib import Path
     import numpy as np
     from sampimp.schema import EpochRecord
-    from sampimp.store import Folder, TrialRecord
+    from sampimp.folder import Folder
+    from sampimp.schema import Layout
+    from sampimp.store import TrialRecord
 
     out, seed = Path(sys.argv[1]), int(sys.argv[2])
-    sizes = {"epoch": 3, "layer": 2, "sample": 10, "state": 0, "parameter": 7}
+    layout = Layout(epoch=3, layer=2, sample=10, parameter=7, states=())
     identity = {"seed": seed, "fingerprint": "f"}
-    record = TrialRecord(Folder.of(out / "trials" / f"trial-{seed}"), identity, sizes, [])
+    record = TrialRecord(Folder.of(out / "trials" / f"trial-{seed}"), identity, layout)
     (out / f"ready-{seed}").touch()
     while len(list(out.glob("ready-*"))) < 2:
         time.sleep(0.005)
@@ -249,7 +268,7 @@ def test_two_processes_write_two_trials_at_once(tmp_path):
         np.testing.assert_array_equal(raw["importance"][:], np.stack([nll, -nll], axis=1))
         np.testing.assert_array_equal(raw["test_nll"][:], nll.mean(1))
         assert commit["seed"] == seed
-        assert commit["digests"]["nll"] == [digest(values) for values in nll]
+        assert commit["digests"]["nll"] == [[digest(values)] for values in nll]
 
 
 # Checkpoints.
@@ -268,7 +287,7 @@ def checkpointed(folder, epochs=3):
 def test_the_newest_two_checkpoints_are_kept(tmp_path):
     checkpointed(tmp_path)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == ["epoch-000002", "epoch-000003"]
+    assert kept == ["epoch-000002-attempt-0001", "epoch-000003-attempt-0001"]
     assert make_record(tmp_path).newest_checkpoint() == (3, b"state 3")
 
 
@@ -304,30 +323,166 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_checkpoint_that_does_not_verify_falls_back_to_the_one_before(tmp_path, name):
     checkpointed(tmp_path)
-    DAMAGES[name](tmp_path / "checkpoints" / "epoch-000003")
+    DAMAGES[name](tmp_path / "checkpoints" / "epoch-000003-attempt-0001")
     again = make_record(tmp_path)
     assert again.newest_checkpoint() == (2, b"state 2")
     assert len(again.history.seconds) == 2  # the history is that of the same checkpoint
-    DAMAGES[name](tmp_path / "checkpoints" / "epoch-000002")
+    DAMAGES[name](tmp_path / "checkpoints" / "epoch-000002-attempt-0001")
     assert make_record(tmp_path).newest_checkpoint() is None
 
 
-def test_a_trial_that_goes_on_from_a_checkpoint_commits_the_same(tmp_path):
+def go_on(folder):
+    """Begin another attempt, and train to the end from the newest checkpoint that verifies."""
+    record = make_record(folder)
+    epoch, _ = record.newest_checkpoint() or (-1, None)
+    for epoch_record in make_records()[epoch + 1 :]:
+        record.write(epoch_record)
+    return epoch, record
+
+
+def read_whole(folder, layout=LAYOUT):
+    """Read every array as its commit says."""
+    trial = Folder.of(folder)
+    commit = trial.read_json("COMMIT.json")
+    return {
+        name: np.stack(
+            [
+                StoredVariable.of(trial, name, layout, commit).read(position)
+                for position in range(layout.shape(name)[0])
+            ]
+        )
+        for name in (*AT_EPOCH, "parameters")
+    }
+
+
+def test_a_trial_that_goes_on_from_a_checkpoint_commits_the_same_values(tmp_path):
     whole = checkpointed(tmp_path / "whole")
     whole.commit(None)
     # Killed after epoch 3 was written, and before its checkpoint.
     cut = checkpointed(tmp_path / "cut", epochs=2)
     cut.write(make_records()[3])
-    again = make_record(tmp_path / "cut")
-    epoch, _ = again.newest_checkpoint()
-    for epoch_record in make_records()[epoch + 1 :]:
-        again.write(epoch_record)
+    epoch, again = go_on(tmp_path / "cut")
+    assert epoch == 2
     again.commit(None)
-    check_equal(tmp_path / "cut", make_records())
     one, other = (
         json.loads((tmp_path / name / "COMMIT.json").read_text()) for name in ("whole", "cut")
     )
+    assert (one.pop("parts"), one.pop("attempt")) == ([[0, "record.zarr"]], 1)
+    parts = [[0, "record.zarr"], [3, "record-2.zarr"]]
+    assert (other.pop("parts"), other.pop("attempt")) == (parts, 2)
     assert one == other
+    for name, values in read_whole(tmp_path / "whole").items():
+        np.testing.assert_array_equal(read_whole(tmp_path / "cut")[name], values)
+        first = 3 if name == "parameters" else 2  # state 3 and epoch 3 are the second attempt's
+        second = read_raw(tmp_path / "cut", "record-2.zarr")[name]
+        assert np.isnan(second[:first]).all()
+        np.testing.assert_array_equal(second[first:], values[first:])
+
+
+# Two attempts at one trial.
+
+
+def test_every_attempt_has_a_number_of_its_own(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        numbers = list(pool.map(lambda _: claim_attempt(Folder.of(tmp_path)), range(24)))
+    assert sorted(numbers) == list(range(1, 25))
+
+
+def test_a_worker_that_comes_back_does_not_touch_what_the_second_one_writes(tmp_path):
+    cut_off = checkpointed(tmp_path, epochs=1)
+    _, second = go_on(tmp_path)  # at epochs 2 and 3, with values of its own
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for late in (
+        lambda: cut_off.write(make_records(seed=9)[2]),
+        lambda: cut_off.commit(None),
+    ):
+        with pytest.raises(SupersededError, match="attempt 1 to be the newest"):
+            late()
+    # What was on its way when it was cut off arrives: epoch 2 as it had computed it, with others.
+    cut_off._require_newest = lambda: None
+    cut_off.write(make_records(seed=9)[2])
+    cut_off.checkpoint(2, b"another state")
+    assert all(
+        path.read_bytes() == content
+        for path, content in before.items()
+        if "record.zarr" not in path.parts
+    )
+    second.commit(None)
+    check_whole = read_whole(tmp_path)
+    for name in AT_EPOCH:
+        np.testing.assert_array_equal(
+            check_whole[name], [r.arrays[name] for r in make_records()[1:]]
+        )
+
+
+def test_one_of_two_attempts_commits(tmp_path):
+    first = checkpointed(tmp_path)
+    first._require_newest = lambda: None  # it asked just before the second one began
+    _, second = go_on(tmp_path)
+    first.commit(None)
+    with pytest.raises(SupersededError, match="of another attempt"):
+        second.commit(None)
+    assert json.loads((tmp_path / "COMMIT.json").read_text())["attempt"] == 1
+    np.testing.assert_array_equal(
+        read_whole(tmp_path)["nll"], [r.arrays["nll"] for r in make_records()[1:]]
+    )
+
+
+def test_records_that_no_epoch_is_in_go_with_the_commit(tmp_path):
+    make_record(tmp_path)  # died before it had a checkpoint
+    _, second = go_on(tmp_path)
+    second.commit(None)
+    assert sorted(path.name for path in tmp_path.glob("record*")) == ["record-2.zarr"]
+
+
+# Damage.
+
+
+def chunk_of(folder, name, position):
+    (chunk,) = [
+        p for p in (folder / "record.zarr" / name / "c" / str(position)).rglob("0") if p.is_file()
+    ]
+    return chunk
+
+
+@pytest.mark.parametrize("name", [*AT_EPOCH, "parameters"])
+def test_damage_before_a_checkpoint_is_found_and_trained_again(tmp_path, name):
+    checkpointed(tmp_path, epochs=3)
+    chunk_of(tmp_path, name, 2).unlink()  # epoch 3, or state 2
+    epoch, record = go_on(tmp_path)
+    assert epoch == (-1 if name == "parameters" else 2)  # state 2 is in both checkpoints
+    record.commit(None)
+    for variable in AT_EPOCH:
+        np.testing.assert_array_equal(
+            read_whole(tmp_path)[variable], [r.arrays[variable] for r in make_records()[1:]]
+        )
+
+
+def test_damage_after_the_commit_is_named_and_can_be_withdrawn(tmp_path):
+    trial = Folder.of(tmp_path)
+    checkpointed(tmp_path).commit(None)
+    commit = trial.read_json("COMMIT.json")
+    assert list(find_damage(trial, commit, LAYOUT)) == []
+    chunk_of(tmp_path, "nll", 1).unlink()
+    chunk = chunk_of(tmp_path, "importance", 0)
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    first, second = find_damage(trial, commit, LAYOUT)
+    assert first.startswith("importance, epoch 1: ")
+    assert second.startswith("nll, epoch 2: ")
+    with pytest.raises(RecordError, match="nll, epoch 2"):
+        StoredVariable.of(trial, "nll", LAYOUT, commit).read(1)
+
+    withdraw(trial)
+    assert trial.read_json("COMMIT.json") is None
+    assert trial.read_json("withdrawn/0001.json") == commit
+    epoch, record = go_on(tmp_path)  # no checkpoint is left that all of the record agrees with
+    assert epoch == -1
+    record.commit(None)
+    assert list(find_damage(trial, trial.read_json("COMMIT.json"), LAYOUT)) == []
+    np.testing.assert_array_equal(
+        read_whole(tmp_path)["nll"], [r.arrays["nll"] for r in make_records()[1:]]
+    )
+    assert not (tmp_path / "record.zarr").exists()
 
 
 # Commits.
@@ -349,7 +504,7 @@ def test_a_trial_counts_once_it_is_committed(tmp_path):
     assert commit["seconds"] == [0.5, 1.0, 1.5]
     raw = {name: array[:] for name, array in read_raw(trial).items()}
     for name in (*AT_EPOCH, "parameters"):
-        assert commit["digests"][name] == [digest(values) for values in raw[name]]
+        assert commit["digests"][name] == [[digest(values)] for values in raw[name]]
     for name in CURVES:
         assert commit["curves"][name] == raw[name].tolist()
 
@@ -376,12 +531,11 @@ def test_the_records_digest_follows_its_samples_alone():
 
 
 def test_difficulty_is_the_final_nll_or_tau(tmp_path):
-    record, records = make_record(tmp_path), make_records()
-    for epoch_record in records:
-        record.write(epoch_record)
-    nll = read_difficulty(Folder.of(tmp_path), "final_nll")
+    records = make_records()
+    checkpointed(tmp_path).commit(None)
+    nll = read_difficulty(Folder.of(tmp_path), "final_nll", LAYOUT)
     np.testing.assert_array_equal(nll, records[-1].arrays["nll"].astype(np.float64))
-    tau = read_difficulty(Folder.of(tmp_path), "overall_importance")
+    tau = read_difficulty(Folder.of(tmp_path), "overall_importance", LAYOUT)
     # tau: over layers and over epochs
     beta = np.array([r.arrays["importance"] for r in records[1:]], np.float64)
     np.testing.assert_allclose(tau, beta.sum((0, 1)), rtol=1e-12)

@@ -104,7 +104,7 @@ def test_a_study_scores_with_its_own_option(finished, run_study, tmp_path):
     assert code == 0
     scored_epochs = Folder.of(out).read_json(SNAPSHOTS)
     assert len(scored_epochs) == 5
-    assert set(map(tuple, scored_epochs.values())) == {(3,)}
+    assert set(map(tuple, scored_epochs.values())) == {("3",)}
 
 
 def test_the_door(scored, cluster, monkeypatch, capfd, tmp_path):
