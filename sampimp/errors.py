@@ -18,6 +18,10 @@ class UserError(Exception):
         super().__init__(expected, got, where, todo)
         self.expected, self.got, self.where, self.todo = expected, got, where, todo
 
+    def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:
+        """Keep all four parts on the way from a worker: an OSError keeps two of its arguments."""
+        return type(self), (self.expected, self.got, self.where, self.todo)
+
     def __str__(self) -> str:
         return (
             f"Expected {self.expected}\n"

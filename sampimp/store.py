@@ -33,6 +33,7 @@ import os
 import secrets
 import socket
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +54,10 @@ KEPT_CHECKPOINTS = 2
 
 SNAPSHOTS = "snapshots.json"
 """Which epochs of which trials have `snapshot_importance`, with digests; at the study's top."""
+
+
+ATTEMPTS, CHECKPOINTS, ERRORS = "attempts", "checkpoints", "errors"
+"""Folders of a trial."""
 
 
 class SupersededError(RecordError):
@@ -119,7 +124,7 @@ class TrialRecord:
 
     def checkpoint(self, epoch: int, state: bytes) -> None:
         """Store a state to go on from, its manifest last, and drop all but the newest two."""
-        checkpoints = self.folder / "checkpoints"
+        checkpoints = self.folder / CHECKPOINTS
         folder = checkpoints / f"epoch-{epoch:06d}-attempt-{self.attempt:04d}"
         folder.write_bytes("state.pt", state)
         folder.write_json(
@@ -140,8 +145,8 @@ class TrialRecord:
 
         It verifies if the state and every epoch of the record until then have their digests.
         """
-        for name in reversed((self.folder / "checkpoints").folders()):
-            folder = self.folder / "checkpoints" / name
+        for name in reversed((self.folder / CHECKPOINTS).folders()):
+            folder = self.folder / CHECKPOINTS / name
             try:
                 manifest = folder.read_json("MANIFEST.json")
             except RecordError:
@@ -158,6 +163,19 @@ class TrialRecord:
                 self.history.parts.append((manifest["epoch"] + 1, self._name))
                 return manifest["epoch"], state
         return None
+
+    def fail(self, error: BaseException) -> None:
+        """Leave a word of how this attempt failed."""
+        self.folder.write_json(
+            f"{ERRORS}/{self.attempt:04d}.json",
+            {
+                "host": socket.gethostname(),
+                "time": time.time(),
+                "epoch": len(self.history.seconds),
+                "error": "".join(traceback.format_exception_only(error)).strip(),
+                "traceback": "".join(traceback.format_exception(error)),
+            },
+        )
 
     def commit(self, diverged_epoch: int | None) -> None:
         """Declare the record complete; from now on readers see it.
@@ -206,7 +224,7 @@ class TrialRecord:
 
 def claim_attempt(trial: Folder) -> int:
     """Return the number of a new attempt at a trial, which nobody else has."""
-    numbers = [int(name.partition(".")[0]) for name in (trial / "attempts").files()]
+    numbers = [int(name.partition(".")[0]) for name in (trial / ATTEMPTS).files()]
     number = max(numbers, default=0) + 1
     claim = {
         "host": socket.gethostname(),
@@ -220,7 +238,7 @@ def claim_attempt(trial: Folder) -> int:
 
 
 def _attempt_name(number: int) -> str:
-    return f"attempts/{number:04d}.json"
+    return f"{ATTEMPTS}/{number:04d}.json"
 
 
 def chunk_digests(values: np.ndarray, width: int) -> list[str]:

@@ -2,9 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
+from ray import cloudpickle
+from ray.exceptions import RayActorError
 from ray.tune import Callback
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sampimp.errors import UserError
 from sampimp.plan import PlannedTrial
 
 LINE_EVERY = 30.0
@@ -30,13 +34,21 @@ class Progress(Callback):
         Epochs of a trial.
     slots
         Trials that run at a time.
+    given_up
+        The labels of the trials that are not tried again; the searcher adds to them.
     console
         Where to show it.
     """
 
     def __init__(
-        self, trials: Sequence[PlannedTrial], epochs: int, slots: int, console: Console
+        self,
+        trials: Sequence[PlannedTrial],
+        epochs: int,
+        slots: int,
+        given_up: Collection[str],
+        console: Console,
     ) -> None:
+        self._given_up = given_up
         self._epochs, self._slots, self._console = epochs, slots, console
         self._total = len(trials)
         self._state = {
@@ -76,7 +88,9 @@ class Progress(Callback):
         """Note that a trial finished an epoch."""
         label = trial.config["label"]
         self._epoch[label] = result["epoch"]
-        if result["done"]:
+        if result.get("superseded"):
+            self._set(label, "waiting")
+        elif result["done"]:
             self._epoch[label] = self._epochs
             self._set(label, "diverged" if result["diverged"] else "done")
         elif self._state[label] != "running":
@@ -84,11 +98,12 @@ class Progress(Callback):
         self._print_now_and_then()
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """Say that a trial failed for good, and why."""
+        """Say that a trial failed and why, and whether it is tried again."""
         label = trial.config["label"]
-        self._set(label, "failed")
-        reason = trial.get_pickled_error() or trial.get_error() or "unknown"
-        self._console.print(f"[bold]{label} failed[/]: {escape(_last_line(str(reason)))}")
+        given_up = label in self._given_up
+        self._set(label, "failed" if given_up else "waiting")
+        fate = "failed" if given_up else "is tried again"
+        self._console.print(f"[bold]{label} {fate}[/]: {escape(_reason(trial))}", highlight=False)
 
     def _set(self, label: str, state: str) -> None:
         self._state[label] = state
@@ -162,6 +177,18 @@ def _waiting_state(trial: PlannedTrial) -> str:
     return "waiting" if trial.trial_id is not None else "blocked"
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    return lines[-1] if lines else "unknown"
+def _reason(trial: Any) -> str:
+    """Return in one line why a trial failed.
+
+    Tune's own `get_error` and `get_pickled_error` look where the error is copied to later.
+    """
+    if trial.pickled_error_file is None:
+        return "its process did not start"
+    error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    if isinstance(error, RayActorError):
+        return "its process or its machine died"
+    cause = getattr(error, "cause", error)
+    if isinstance(cause, UserError):
+        return f"expected {cause.expected}, got {cause.got}"
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1] if lines else 'without a word'}"

@@ -3,8 +3,13 @@
 Ray Tune asks a `Searcher` whenever a machine is free. The trials that wait for no reference are
 handed out first, so that the machines are busy while the reference runs train, and the sorted
 strategies follow when the store says that theirs is committed. One `fit` does the whole study.
+
+A trial that came to nothing is handed out again, and a new attempt goes on from its newest
+checkpoint. One that failed left a word in the store, and may do so a few times; machines that go
+leave none, and may do so often.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +17,13 @@ from ray.tune.search import Searcher
 
 from sampimp.folder import Folder
 from sampimp.plan import Plan, PlannedTrial, read_commits
+from sampimp.store import ERRORS
+
+RETRIES = 2
+"""How often a trial that failed of itself is started again in one run of the study (arbitrary)."""
+
+RESTARTS = 20
+"""The same for one whose process or machine died: a weekend on spot machines (arbitrary)."""
 
 
 class PlanSearcher(Searcher):
@@ -33,6 +45,13 @@ class PlanSearcher(Searcher):
         self._trials = list(trials)
         self._waiting = [i for i, trial in enumerate(trials) if trial.commit is None]
         self._running: dict[str, int] = {}
+        self._errors: dict[int, int] = {}  # words of failure in the store when it was handed out
+        self._failures: Counter[int] = Counter()
+        self._deaths: Counter[int] = Counter()
+        self.failed: set[str] = set()
+        """Labels of the trials that are given up."""
+        self.superseded_by: str | None = None
+        """A trial that another run of the study has begun as well."""
 
     def suggest(self, trial_id: str) -> Any:
         """Return a trial's configuration, None to be asked again, or FINISHED."""
@@ -41,6 +60,7 @@ class PlanSearcher(Searcher):
             if trial.trial_id is not None:
                 self._waiting.remove(position)
                 self._running[trial_id] = position
+                self._errors[position] = self._count_errors(position)
                 return {
                     "position": position,
                     "label": trial.label,
@@ -57,10 +77,34 @@ class PlanSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Look which trials a finished reference run has set free."""
+        """Look which trials a finished run has set free, or what becomes of a failed one."""
         position = self._running.pop(trial_id, None)
-        if position is not None and self._plan.is_reference(self._trials[position].config):
+        if position is None:
+            return
+        if error:
+            self._note_failure(position)
+        elif result and result.get("superseded"):
+            # Two runs of one study would go on taking each other's trials: the later one has them.
+            self.superseded_by = self._trials[position].label
+            self._waiting.clear()
+        elif self._plan.is_reference(self._trials[position].config):
             self._trials = self._plan.resolve(read_commits(self._folder))
+
+    def _note_failure(self, position: int) -> None:
+        """Hand the trial out again, unless it has had its chances."""
+        if self._count_errors(position) > self._errors[position]:
+            self._failures[position] += 1
+        else:
+            self._deaths[position] += 1
+        if self._failures[position] <= RETRIES and self._deaths[position] <= RESTARTS:
+            self._waiting.append(position)
+        else:
+            self.failed.add(self._trials[position].label)
+
+    def _count_errors(self, position: int) -> int:
+        return len(
+            (self._folder / "trials" / str(self._trials[position].trial_id) / ERRORS).files()
+        )
 
     def save(self, checkpoint_path: str) -> None:
         """Keep nothing: the store is the truth."""

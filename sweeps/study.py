@@ -43,9 +43,6 @@ from sweeps.searcher import PlanSearcher
 from sweeps.snapshots import score_snapshots
 from sweeps.trial import Trial
 
-RETRIES = 2
-"""How often a trial that failed is started again in one run of the study (arbitrary)."""
-
 _Derived = Annotated[Any, tyro.conf.Suppress]
 
 
@@ -327,8 +324,8 @@ def train(
 ) -> None:
     """Train the trials that the store lacks, in one `fit`."""
     trials = plan.resolve(read_commits(folder))
-    missing = sum(trial.commit is None for trial in trials)
     slots = concurrent_trials(config, cluster)
+    searcher = PlanSearcher(plan, folder, trials)
     trainable = tune.with_parameters(
         Trial,
         out=str(folder),
@@ -338,13 +335,13 @@ def train(
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
     with (
         tempfile.TemporaryDirectory(prefix="sampimp-tune-") as scratch,
-        Progress(trials, plan.training.epochs, slots, console) as progress,
+        Progress(trials, plan.training.epochs, slots, searcher.failed, console) as progress,
     ):
         tuner = tune.Tuner(
             tune.with_resources(trainable, resources),
             tune_config=tune.TuneConfig(
-                search_alg=PlanSearcher(plan, folder, trials),
-                num_samples=missing,
+                search_alg=searcher,
+                num_samples=-1,  # until the searcher says that it is done
                 max_concurrent_trials=slots,
                 reuse_actors=True,
             ),
@@ -352,13 +349,20 @@ def train(
                 name="study",
                 storage_path=scratch,
                 callbacks=[progress],
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                # Tune does not start a trial again whose machine goes before it reports, and
+                # counts machines that go as failures of the trial: the searcher does it instead.
+                failure_config=tune.FailureConfig(max_failures=0),
                 # A trial checkpoints into the study's store; Tune is to keep nothing.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
             ),
         )
         tuner.fit()
+    if searcher.superseded_by:
+        console.print(
+            f"[bold]{searcher.superseded_by} was begun by another run of this study[/], which has "
+            "all that is left; this one stops."
+        )
 
 
 def concurrent_trials(config: StudyConfig, cluster: Cluster) -> int:
@@ -385,7 +389,7 @@ def conclude(trials: list[PlannedTrial], console: Console) -> int:
         console.print(f"{len(diverged)} diverged: {', '.join(diverged)}.")
     if failed:
         console.print(f"[bold]{len(failed)} are missing[/]: {', '.join(failed)}.")
-        console.print("The same command again retries them.")
+        console.print("status.py says why; the same command again retries them.")
     if blocked:
         console.print(f"[bold]{len(blocked)} are blocked[/]: {', '.join(blocked)}.")
         console.print(

@@ -1,20 +1,24 @@
 """One training run as Ray Tune sees it: thin, and resumed from the store alone.
 
 Tune starts, stops and retries it; it never holds its state. Wherever a trial starts, it looks for
-its own newest checkpoint in the study's store and goes on from there.
+its own newest checkpoint in the study's store and goes on from there; where it fails, it says so
+in the store; and it stops where a newer attempt at the same trial has begun.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 from ray import tune
 
+from sampimp.config import TrialConfig
 from sampimp.data import Dataset, Source, scale_inputs
 from sampimp.folder import Folder
 from sampimp.plan import Plan
-from sampimp.store import TrialRecord, read_difficulty
-from sampimp.strategies import SORT_KEY, make_schedule
+from sampimp.schema import Layout
+from sampimp.store import SupersededError, TrialRecord, read_difficulty
+from sampimp.strategies import SORT_KEY, Schedule, make_schedule
 from sampimp.training import TrainingRun
 from sweeps.provenance import describe_machine
 
@@ -48,6 +52,13 @@ class Trial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Train one epoch and return what the progress display shows."""
+        with self._reporting():
+            try:
+                return self._train_epoch()
+            except SupersededError:
+                return {"epoch": self._run.epoch, "superseded": True, "done": True}
+
+    def _train_epoch(self) -> dict[str, Any]:
         record = next(self._records, None)
         if record is not None and record.epoch == 0:
             self._record.write(record)
@@ -61,29 +72,11 @@ class Trial(tune.Trainable):
         done = diverged or self._run.epoch == self._plan.training.epochs
         if done:
             self._record.commit(self._run.epoch if diverged else None)
-        curves = self._record.history.curves
-        return {
-            "epoch": self._run.epoch,
-            "test_error": curves["test_error"][-1],
-            "diverged": diverged,
-            "done": done,
-        }
+        return {"epoch": self._run.epoch, "diverged": diverged, "done": done}
 
     def _start(self, config: Mapping[str, Any]) -> None:
         trial = self._plan.trials()[config["position"]]
-        training, layout = self._plan.training, self._plan.layout(trial.dataset)
-        if self._data is None or self._data[0] != trial.dataset:
-            self._data = None  # before the next one is made: two may not fit
-            source = ray.get(self._sources[trial.dataset])
-            self._data = trial.dataset, scale_inputs(source, training.input_scaling)
-        difficulty = None
-        if config["reference_id"]:
-            reference = self._folder / "trials" / config["reference_id"]
-            difficulty = read_difficulty(reference, SORT_KEY[trial.strategy], layout)
-        schedule = make_schedule(
-            trial.strategy, layout.sample, training.batch_size, trial.order_seed, difficulty
-        )
-        self._run = TrainingRun(trial, self._data[1], schedule)
+        layout = self._plan.layout(trial.dataset)
         identity = {
             "dataset": trial.dataset,
             "strategy": trial.strategy,
@@ -93,13 +86,45 @@ class Trial(tune.Trainable):
             "reference": config["reference_id"],
         }
         folder = self._folder / "trials" / config["trial_id"]
-        folder.write_json(
-            "trial.json",
-            {**identity, "plan": self._plan.to_json()["training"], **describe_machine()},
-        )
+        # First of all: from here on an older attempt stops, and a failure has a place to be told.
         self._record = TrialRecord(folder, identity, layout)
-        checkpoint = self._record.newest_checkpoint()
-        if checkpoint is not None:
-            epoch, state = checkpoint
-            self._run.restore(state, epoch)
-        self._records = self._run.records()
+        with self._reporting():
+            folder.write_json(
+                "trial.json",
+                {**identity, "plan": self._plan.to_json()["training"], **describe_machine()},
+            )
+            self._run = TrainingRun(trial, self._read_data(trial), self._schedule(config, layout))
+            checkpoint = self._record.newest_checkpoint()
+            if checkpoint is not None:
+                epoch, state = checkpoint
+                self._run.restore(state, epoch)
+            self._records = self._run.records()
+
+    def _read_data(self, trial: TrialConfig) -> Dataset:
+        if self._data is None or self._data[0] != trial.dataset:
+            self._data = None  # before the next one is made: two may not fit
+            source = ray.get(self._sources[trial.dataset])
+            scaling = self._plan.training.input_scaling
+            self._data = trial.dataset, scale_inputs(source, scaling)
+        return self._data[1]
+
+    def _schedule(self, config: Mapping[str, Any], layout: Layout) -> Schedule:
+        trial = self._plan.trials()[config["position"]]
+        difficulty = None
+        if config["reference_id"]:
+            reference = self._folder / "trials" / config["reference_id"]
+            difficulty = read_difficulty(reference, SORT_KEY[trial.strategy], layout)
+        batch_size = self._plan.training.batch_size
+        return make_schedule(
+            trial.strategy, layout.sample, batch_size, trial.order_seed, difficulty
+        )
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Leave a word in the store of what goes wrong, and let Tune hear of it as well."""
+        try:
+            yield
+        except Exception as error:
+            with suppress(Exception):  # the store may be what went wrong
+                self._record.fail(error)
+            raise

@@ -1,5 +1,6 @@
 """One command from nothing to the report, whatever happens on the way."""
 
+import json
 import shutil
 from io import StringIO
 from pathlib import Path
@@ -13,7 +14,7 @@ import sampimp
 from sampimp.data import load_source
 from sampimp.folder import Folder
 from sampimp.plan import PlannedTrial, read_commits, read_plan
-from sweeps import study
+from sweeps import searcher
 from sweeps.study import conclude, make_plan, parse
 
 NOISE = ("warning", "traceback", "ray::", "(pid=", "raylet", "tune", "deprecat", "trial name")
@@ -173,7 +174,7 @@ def test_killed_and_interrupted_it_ends_with_the_same_numbers(finished, drive, r
 def test_a_trial_that_fails_stops_only_those_that_wait_for_it(
     tiny, run_study, tmp_path, capfd, monkeypatch
 ):
-    monkeypatch.setattr(study, "RETRIES", 1)  # each takes a new process, so seconds
+    monkeypatch.setattr(searcher, "RETRIES", 1)  # each takes a new process, so seconds
     arguments = (*tiny, "--strategies", "nlo", "rand", "--seeds", "1")
     out = tmp_path / "study"
     plan = make_plan(parse(list(arguments)), {"digits": load_source("digits")})
@@ -185,11 +186,18 @@ def test_a_trial_that_fails_stops_only_those_that_wait_for_it(
 
     code, text = run_study(out, *arguments)
     assert code == 1
-    assert "digits-shuffle-seed1 failed: " in text
     lines = text.splitlines()
+    reasons = [line for line in lines if line.startswith("digits-shuffle-seed1 ")]
+    assert [line.partition(":")[0] for line in reasons] == [
+        "digits-shuffle-seed1 is tried again",
+        "digits-shuffle-seed1 failed",
+    ]
+    assert all("checkpoints" in line or "expected" in line for line in reasons), reasons
+    words = in_the_way.parent / "errors" / "0002.json"
+    assert "Traceback" in json.loads(words.read_text())["traceback"]
     assert "1 of 3 trials are committed." in lines
     assert "1 are missing: digits-shuffle-seed1." in lines
-    assert "The same command again retries them." in lines
+    assert "status.py says why; the same command again retries them." in lines
     assert "1 are blocked: digits-nlo-seed1." in lines
     assert_quiet(text)
     assert_quiet("".join(capfd.readouterr()))

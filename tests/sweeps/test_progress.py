@@ -3,12 +3,16 @@
 import pickle
 import re
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ray import cloudpickle
+from ray.exceptions import ActorDiedError, RayTaskError
 from rich.console import Console
 
 from sampimp.config import TrainingConfig, TrialConfig
+from sampimp.errors import StoreError
 from sampimp.plan import PlannedTrial
 from sweeps import progress as module
 from sweeps.progress import LINE_EVERY, Progress
@@ -47,15 +51,14 @@ def planned(strategy, seed, commit=None, blocked=False, dataset="digits"):
     return PlannedTrial(trial, None if blocked else f"{strategy}{seed}", None, None, commit)
 
 
-def make(trials, terminal=False):
+def make(trials, terminal=False, given_up=()):
     console = Console(file=StringIO(), force_terminal=terminal, width=80, soft_wrap=True)
-    return Progress(trials, epochs=10, slots=2, console=console), console.file
+    progress = Progress(trials, epochs=10, slots=2, given_up=given_up, console=console)
+    return progress, console.file
 
 
-def tune_trial(label, error="unknown"):
-    return SimpleNamespace(
-        config={"label": label}, get_error=lambda: error, get_pickled_error=lambda: None
-    )
+def tune_trial(label, error_file=None):
+    return SimpleNamespace(config={"label": label}, pickled_error_file=error_file)
 
 
 def report(progress, label, epoch, done=False, diverged=False):
@@ -71,7 +74,7 @@ def test_counts_and_time_left(clock):
         planned("rand", 2),
         planned("nlo", 1, blocked=True),
     ]
-    progress, file = make(trials)
+    progress, file = make(trials, given_up={"digits-nlo-seed1"})
     with progress:
         for label in ("digits-shuffle-seed1", "digits-rand-seed2"):
             progress.on_trial_start(0, [], tune_trial(label))
@@ -84,8 +87,10 @@ def test_counts_and_time_left(clock):
         )
         report(progress, "digits-shuffle-seed1", 10, done=True)
         report(progress, "digits-rand-seed2", 3, done=True, diverged=True)
-        progress.on_trial_error(0, [], tune_trial("digits-nlo-seed1", "Traceback\nOSError: full\n"))
-        assert file.getvalue().splitlines()[1:] == ["digits-nlo-seed1 failed: OSError: full"]
+        progress.on_trial_error(0, [], tune_trial("digits-nlo-seed1"))
+        assert file.getvalue().splitlines()[1:] == [
+            "digits-nlo-seed1 failed: its process did not start"
+        ]
     assert (
         file.getvalue()
         .splitlines()[-1]
@@ -144,11 +149,48 @@ def test_a_terminal_of_80_columns(clock):
     assert text.endswith("and 96 more")
 
 
-def test_a_failure_says_its_last_line_even_with_brackets(clock):
-    progress, file = make([planned("rand", 1)])
-    reason = "OSError: [Errno 28] no space [left] on [/dev/vda]"
-    progress.on_trial_error(0, [], tune_trial("digits-rand-seed1", f"Traceback\n{reason}"))
-    assert file.getvalue() == f"digits-rand-seed1 failed: {reason}\n"
+def raised(error):
+    """Return the error as Ray hands it on from a worker."""
+    return RayTaskError("step", "Traceback ...\n" + str(error), error)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            raised(OSError(28, "no space [left] on [/dev/vda]")),
+            "OSError: [Errno 28] no space [left] on [/dev/vda]",
+        ),
+        (raised(ValueError("much\nto say\n")), "ValueError: to say"),
+        (raised(KeyError()), "KeyError: without a word"),
+        (
+            raised(StoreError("a bucket", "none", "s3://b", "make it")),
+            "expected a bucket, got none",
+        ),
+        (ActorDiedError(), "its process or its machine died"),
+        (None, "its process did not start"),
+    ],
+)
+@pytest.mark.parametrize("given_up", [True, False])
+def test_a_failure_says_why_in_one_line_and_what_becomes_of_it(
+    clock, tmp_path, error, reason, given_up
+):
+    progress, file = make([planned("rand", 1)], given_up={"digits-rand-seed1"} if given_up else ())
+    error_file = None
+    if error is not None:
+        error_file = str(tmp_path / "error.pkl")
+        Path(error_file).write_bytes(cloudpickle.dumps(error))
+    progress.on_trial_error(0, [], tune_trial("digits-rand-seed1", error_file))
+    fate = "failed" if given_up else "is tried again"
+    assert file.getvalue() == f"digits-rand-seed1 {fate}: {reason}\n"
+    assert ("1 failed" if given_up else "1 waiting") in progress._line()
+
+
+def test_a_trial_that_somebody_else_has_begun_waits(clock):
+    progress, _ = make([planned("rand", 1)])
+    result = {"epoch": 4, "done": True, "superseded": True}
+    progress.on_trial_result(0, [], tune_trial("digits-rand-seed1"), result)
+    assert "0 done, 1 waiting; 4 of 10 epochs" in progress._line()
 
 
 def test_tune_may_pickle_it(clock):

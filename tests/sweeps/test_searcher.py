@@ -1,8 +1,8 @@
 """Every missing trial is handed out once, and none before the reference that it sorts by."""
 
 import random
+from collections import Counter
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +11,7 @@ from sampimp.config import TrainingConfig
 from sampimp.folder import Folder
 from sampimp.plan import DatasetInfo, Plan, read_commits
 from sampimp.schema import SORTED_STRATEGIES
-from sweeps.searcher import PlanSearcher
+from sweeps.searcher import RESTARTS, RETRIES, PlanSearcher
 
 FINISHED = PlanSearcher.FINISHED
 
@@ -37,6 +37,11 @@ class Store:
 
     def searcher(self):
         return PlanSearcher(self.plan, self.folder, self.plan.resolve(read_commits(self.folder)))
+
+    def fail(self, config):
+        """Leave the word that an attempt leaves which failed of itself."""
+        errors = self.folder / "trials" / config["trial_id"] / "errors"
+        errors.write_json(f"{len(errors.files()) + 1:04d}.json", {"error": "broken"})
 
     def commit(self, config, diverged_epoch=None):
         (self.folder / "trials" / config["trial_id"]).write_json(
@@ -97,27 +102,74 @@ def test_what_is_committed_is_not_handed_out(tmp_path):
     assert again.suggest("tune-2") == FINISHED
 
 
-@pytest.mark.parametrize("outcome", ["failed", "diverged"])
-def test_no_reference_no_dependents(tmp_path, outcome):
-    store = Store(tmp_path, make_plan({"shuffle": (1,), "nlm": (1,), "rand": (1,)}))
+def run_down(searcher, store=None):
+    """Let a trial come to nothing until it is not handed out again; return how often it was."""
+    times = 0
+    while (config := searcher.suggest(f"again-{times}")) not in (None, FINISHED):
+        times += 1
+        if store is not None:
+            store.fail(config)
+        searcher.on_trial_complete(f"again-{times - 1}", error=True)
+    return times
+
+
+@pytest.mark.parametrize(
+    ("fails_itself", "times"), [(True, 1 + RETRIES), (False, 1 + RESTARTS)], ids=["fails", "dies"]
+)
+def test_a_trial_is_tried_again_a_stated_number_of_times(tmp_path, fails_itself, times):
+    store = Store(tmp_path, make_plan({"shuffle": (1,), "nlm": (1,)}))
     searcher = store.searcher()
-    reference, other = (searcher.suggest(f"tune-{i}") for i in range(2))
-    assert searcher.suggest("tune-2") is None
-    if outcome == "diverged":
-        store.commit(reference, diverged_epoch=1)
-    searcher.on_trial_complete("tune-0", error=outcome == "failed")
-    # rand still runs, and nobody waits for it: there is nothing more to hand out.
-    assert other["label"] == "a-rand-seed1"
-    assert searcher.suggest("tune-2") == FINISHED
+    assert run_down(searcher, store if fails_itself else None) == times
+    assert searcher.failed == {"a-shuffle-seed1"}
+    assert searcher.suggest("last") == FINISHED  # nlm waits for it in vain
+    # The next command tries again, whatever failures the store has kept.
+    assert run_down(store.searcher(), store if fails_itself else None) == times
 
 
-def test_a_reference_that_failed_is_tried_by_the_next_command(tmp_path):
+def test_a_death_does_not_count_as_a_failure_of_its_own(tmp_path):
+    store = Store(tmp_path, make_plan({"rand": (1,)}))
+    searcher = store.searcher()
+    for number in range(2 * RETRIES):
+        config = searcher.suggest(f"tune-{number}")
+        if number % 2:
+            store.fail(config)
+        searcher.on_trial_complete(f"tune-{number}", error=True)
+        assert searcher.failed == set()
+    assert searcher.suggest("tune-last")["label"] == "a-rand-seed1"
+
+
+def test_a_reference_that_is_tried_again_still_sets_others_free(tmp_path):
     store = Store(tmp_path, make_plan({"shuffle": (1,), "nlm": (1,)}))
     searcher = store.searcher()
     searcher.suggest("tune-0")
     searcher.on_trial_complete("tune-0", error=True)
+    reference = searcher.suggest("tune-1")
+    assert searcher.suggest("tune-2") is None
+    store.commit(reference)
+    searcher.on_trial_complete("tune-1", {"done": True})
+    assert searcher.suggest("tune-2")["label"] == "a-nlm-seed1"
+
+
+def test_a_trial_that_another_run_has_begun_ends_this_one(tmp_path):
+    store = Store(tmp_path, make_plan({"rand": (1, 2, 3)}))
+    searcher = store.searcher()
+    searcher.suggest("tune-0")
+    searcher.on_trial_complete("tune-0", {"epoch": 1, "superseded": True, "done": True})
+    assert searcher.superseded_by == "a-rand-seed1"
+    assert searcher.failed == set()
     assert searcher.suggest("tune-1") == FINISHED
-    assert store.searcher().suggest("tune-0")["label"] == "a-shuffle-seed1"
+
+
+def test_no_reference_no_dependents(tmp_path):
+    store = Store(tmp_path, make_plan({"shuffle": (1,), "nlm": (1,), "rand": (1,)}))
+    searcher = store.searcher()
+    reference, other = (searcher.suggest(f"tune-{i}") for i in range(2))
+    assert searcher.suggest("tune-2") is None
+    store.commit(reference, diverged_epoch=1)
+    searcher.on_trial_complete("tune-0", {"done": True})
+    # rand still runs, and nobody waits for it: there is nothing more to hand out.
+    assert other["label"] == "a-rand-seed1"
+    assert searcher.suggest("tune-2") == FINISHED
 
 
 @settings(max_examples=40, deadline=None)
@@ -132,7 +184,7 @@ def test_a_reference_that_failed_is_tried_by_the_next_command(tmp_path):
         [("done",), ("done", "done", "failed"), ("done", "failed", "diverged")]
     ),
 )
-def test_any_schedule_hands_out_every_trial_once(
+def test_any_schedule_hands_out_every_trial_until_it_is_through(
     tmp_path_factory, seed, slots, keys, strategies, outcomes
 ):
     """Simulate Tune: `slots` trials at a time that end in any order, and in any way."""
@@ -140,7 +192,8 @@ def test_any_schedule_hands_out_every_trial_once(
     plan = make_plan({"shuffle": (1, 2), **dict.fromkeys(sorted(strategies), (1, 2))}, keys)
     store = Store(tmp_path_factory.mktemp("store"), plan)
     searcher = store.searcher()
-    running, handed, usable, number = {}, [], set(), 0
+    running, handed, usable, number = {}, Counter(), set(), 0
+    ended, given_up = set(), set()
     while True:
         while len(running) < slots:
             config = searcher.suggest(f"tune-{number}")
@@ -149,18 +202,23 @@ def test_any_schedule_hands_out_every_trial_once(
             if config is None or config == FINISHED:
                 break
             trial = plan.trials()[config["position"]]
-            assert config["position"] not in handed
+            assert config["position"] not in ended | given_up
             if trial.strategy in SORTED_STRATEGIES:
                 assert config["reference_id"] in usable
                 assert config["reference_id"].startswith(f"{trial.dataset}-shuffle-seed1-")
-            handed.append(config["position"])
+            handed[config["position"]] += 1
             running[f"tune-{number}"] = config
             number += 1
         if not running:
             break
         name = chance.choice(sorted(running))
         config, outcome = running.pop(name), chance.choice(outcomes)
-        if outcome != "failed":
+        if outcome == "failed":
+            store.fail(config)
+            if handed[config["position"]] > RETRIES:
+                given_up.add(config["position"])
+        else:
+            ended.add(config["position"])
             store.commit(config, diverged_epoch=2 if outcome == "diverged" else None)
         if outcome == "done" and "-shuffle-seed1-" in config["trial_id"]:
             usable.add(config["trial_id"])
@@ -171,5 +229,6 @@ def test_any_schedule_hands_out_every_trial_once(
         for position, trial in enumerate(plan.trials())
         if trial.strategy not in SORTED_STRATEGIES or free[trial.dataset]
     ]
-    assert sorted(handed) == expected
-    assert len(np.unique(handed)) == len(handed)
+    assert sorted(handed) == sorted(ended | given_up) == expected
+    labels = [trial.label for trial in plan.resolve({})]
+    assert searcher.failed == {labels[position] for position in given_up}
