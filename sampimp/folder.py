@@ -166,6 +166,13 @@ class Folder:
         """Return the names of the objects in it, sorted."""
         return self._list()[1]
 
+    def size(self) -> int:
+        """Return the bytes of all that is in it."""
+        if self._is_absent:
+            return 0
+        pages = self._ask(lambda store: list(obstore.list(store, self._prefix)))
+        return sum(item["size"] for page in pages for item in page)
+
     def delete(self, name: str) -> None:
         """Delete one object; nothing happens where there is none."""
         with contextlib.suppress(FileNotFoundError):

@@ -22,10 +22,11 @@ stops when it finds a higher number; the commit is put by one of them, and names
 its epochs are in.
 
 Map: `TrialRecord` (one attempt's writer), `StoredVariable` (a reader, which compares every chunk
-with its digest), `find_damage` and `withdraw`, `write_snapshot` and `stored_snapshots`,
-`read_difficulty`, `write_source` and `read_source` (data sets).
+with its digest), `find_damage` and `withdraw`, `last_sign`, `write_snapshot` and
+`stored_snapshots`, `read_difficulty`, `write_source` and `read_source` (data sets).
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -347,6 +348,46 @@ def find_damage(trial: Folder, history: Mapping[str, Any], layout: Layout) -> It
     """Yield in words what is not as a trial's COMMIT.json, or a checkpoint's history, says."""
     for name in history["digests"]:
         yield from StoredVariable.of(trial, name, layout, history).damage()
+
+
+@dataclass(frozen=True)
+class LastSign:
+    """The last that a trial's attempts have left in the store."""
+
+    attempt: int
+    host: str
+    epoch: int
+    """Of the newest checkpoint; 0 if there is none."""
+    time: float
+    """Of the newest checkpoint or, if that is later, of the attempt's beginning or failure."""
+    epoch_seconds: float
+    """How long an epoch takes; 0 if none is known."""
+    error: str | None
+    """How the newest attempt failed; None if it did not."""
+
+
+def last_sign(trial: Folder) -> LastSign | None:
+    """Return what is known of a trial that is not committed, or None if nobody has begun it."""
+    attempts = (trial / ATTEMPTS).files()
+    if not attempts:
+        return None
+    begun = trial.read_json(f"{ATTEMPTS}/{attempts[-1]}")
+    failure = trial.read_json(f"{ERRORS}/{attempts[-1]}")
+    manifest = None
+    for name in reversed((trial / CHECKPOINTS).folders()):
+        with contextlib.suppress(RecordError):
+            manifest = trial.read_json(f"{CHECKPOINTS}/{name}/MANIFEST.json")
+        if manifest is not None:
+            break
+    seconds = manifest["history"]["seconds"] if manifest else []
+    return LastSign(
+        attempt=int(attempts[-1].partition(".")[0]),
+        host=begun["host"],
+        epoch=manifest["epoch"] if manifest else 0,
+        time=max(entry["time"] for entry in (begun, failure, manifest) if entry),
+        epoch_seconds=sum(seconds) / len(seconds) if seconds else 0.0,
+        error=failure["error"] if failure else None,
+    )
 
 
 def withdraw(trial: Folder) -> None:
