@@ -19,7 +19,7 @@ define install
 @touch $@
 endef
 
-.PHONY: help study test check bench clean
+.PHONY: help study test check bench chaos clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # Two installs into one environment at once would break it (make -j).
@@ -29,6 +29,7 @@ help:
 	@echo "make study   the whole study on scikit-learn's digits, into results/digits (minutes)"
 	@echo "make test    the tests"
 	@echo "make check   format, lint, types, doctests, tests: what CI runs"
+	@echo "make chaos   a study that is killed again and again, against one that is left alone (minutes)"
 	@echo "make bench   one training step with and without recording, against BackPACK and Opacus"
 	@echo "make clean   remove the environment and the caches; results/ stays"
 
@@ -43,6 +44,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	@$(MAKE) --no-print-directory test
+
+chaos: $(VENV)/.installed-test
+	@$(BIN)/python tests/chaos.py
 
 bench: $(VENV)/.installed-bench
 	@$(BIN)/python benchmarks/step.py

@@ -18,6 +18,11 @@ class UserError(Exception):
         super().__init__(expected, got, where, todo)
         self.expected, self.got, self.where, self.todo = expected, got, where, todo
 
+    @property
+    def summary(self) -> str:
+        """What was expected and what came, in one line."""
+        return f"expected {self.expected}, got {self.got}"
+
     def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:
         """Keep all four parts on the way from a worker: an OSError keeps two of its arguments."""
         return type(self), (self.expected, self.got, self.where, self.todo)

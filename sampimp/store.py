@@ -46,7 +46,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
 from sampimp.data import Source
-from sampimp.errors import RecordError, StoreError
+from sampimp.errors import RecordError, StoreError, UserError
 from sampimp.folder import Folder, open_store, put_whole, reaching
 from sampimp.schema import CURVES, VARIABLES, EpochRecord, Layout, digest
 
@@ -173,7 +173,7 @@ class TrialRecord:
                 "host": socket.gethostname(),
                 "time": time.time(),
                 "epoch": len(self.history.seconds),
-                "error": "".join(traceback.format_exception_only(error)).strip(),
+                "error": error.summary if isinstance(error, UserError) else f"{error!r}",
                 "traceback": "".join(traceback.format_exception(error)),
             },
         )

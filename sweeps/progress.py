@@ -189,6 +189,6 @@ def _reason(trial: Any) -> str:
         return "its process or its machine died"
     cause = getattr(error, "cause", error)
     if isinstance(cause, UserError):
-        return f"expected {cause.expected}, got {cause.got}"
+        return cause.summary
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[-1] if lines else 'without a word'}"

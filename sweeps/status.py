@@ -81,7 +81,7 @@ def _judge(trial: PlannedTrial, seen: LastSign | None, epochs: int) -> Status:
         return Status(trial, "waiting")
     where = f"epoch {seen.epoch} of {epochs}, attempt {seen.attempt} on {seen.host}"
     if seen.error is not None:
-        return Status(trial, "failed", f"{where}: {seen.error.splitlines()[-1].strip()}")
+        return Status(trial, "failed", f"{where}: {seen.error}")
     ago = max(0.0, time.time() - seen.time)  # clocks differ from machine to machine
     state = "running" if ago < QUIET + 3 * seen.epoch_seconds else "stopped"
     return Status(trial, state, f"{where}, last sign {format_clock(ago)} ago")

@@ -4,14 +4,9 @@ A cluster is started here and never looked for, so that a study which runs on th
 nothing to do with the tests; and it listens on the loopback alone.
 """
 
-import contextlib
 import logging
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
@@ -23,13 +18,12 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import pytest
 import ray
+from processes import Driver
 from rich.console import Console
 
 from sweeps import study
 from sweeps.cluster import Cluster
 from sweeps.study import parse
-
-DOOR = Path(study.__file__).with_name("full_study.py")
 
 TINY = (
     *("--preset", "digits", "--hidden", "16", "--epochs", "3", "--batch-size", "25"),
@@ -41,83 +35,6 @@ FIVE_TRIALS = (*TINY, "--strategies", "nlo", "rand", "--seeds", "1", "2")
 """The reference run, two that wait for it, and two that do not."""
 
 RunStudy = Callable[..., tuple[int, str]]
-
-
-class Driver:
-    """`full_study.py` in a process of its own, with a Ray of its own, that may be killed."""
-
-    def __init__(self, out: Path, arguments: Sequence[str]) -> None:
-        command = [sys.executable, str(DOOR), *arguments, "--out", str(out), "--address", "local"]
-        self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,  # so that Ctrl-C can be sent to it and not to the tests
-        )
-        self._family: set[tuple[int, str]] = set()
-
-    def communicate(self) -> tuple[int, str]:
-        """Return its exit code and all that it printed, once it has ended."""
-        text, _ = self.process.communicate()  # pytest-timeout ends a test that waits for ever
-        return self.process.returncode, text
-
-    def wait_until(self, happened: Callable[[], bool]) -> None:
-        """Wait for something in the store, noting which processes the driver has by then."""
-        while not happened():
-            assert self.process.poll() is None, self.process.communicate()[0]
-            time.sleep(0.002)
-        self._family |= descendants(self.process.pid)
-
-    def kill(self) -> None:
-        """Kill the driver at once, as `kill -9` does; its Ray is left to itself."""
-        self.process.kill()
-        self.process.wait()
-
-    def interrupt(self) -> None:
-        """Press Ctrl-C: the terminal sends it to the driver and all that it started."""
-        os.killpg(self.process.pid, signal.SIGINT)
-
-    def close(self) -> None:
-        """End what is left of it: its own processes, by their ids."""
-        if self.process.poll() is None:
-            self._family |= descendants(self.process.pid)
-            self.kill()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        deadline = time.monotonic() + 4  # workers notice and go; Ray's agents need a minute
-        while (left := {one for one in self._family if _is_alive(*one)}) and (
-            time.monotonic() < deadline
-        ):
-            time.sleep(0.05)
-        for pid, _ in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def descendants(root: int) -> set[tuple[int, str]]:
-    """Return the processes below one, each with its start time, which its id alone may outlive."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
-        if entry.name.isdigit() and (fields := _stat(int(entry.name))):
-            parents[int(entry.name)] = int(fields[1])
-    found, fresh = set(), {root}
-    while fresh:
-        fresh = {pid for pid, parent in parents.items() if parent in fresh}
-        found |= fresh
-    return {(pid, fields[19]) for pid in found if (fields := _stat(pid))}
-
-
-def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat after the name; none if there is no such process."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return []
-
-
-def _is_alive(pid: int, started: str) -> bool:
-    fields = _stat(pid)
-    return bool(fields) and fields[19] == started and fields[0] != "Z"
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_where_each_trial_is(tmp_path, monkeypatch, capsys):
         "one-rand-seed2": (
             "failed",
             f"epoch 0 of 3, attempt 2 on {os.uname().nodename}: "
-            "OSError: [Errno 28] No space left on device",
+            "OSError(28, 'No space left on device')",
         ),
         "one-rand-seed3": ("waiting", ""),
     }

@@ -1,0 +1,457 @@
+"""Kill a study again and again, and compare what it comes to with one that was left alone.
+
+python tests/chaos.py --deaths 20 --seed 1
+
+A schedule drawn from the seed says after how many epochs something dies, and what: the driver, a
+trial's worker, the raylet or the whole head (`kill -9`, by process id). Where the driver is dead,
+its store is hurt as well: a checkpoint torn, a manifest truncated, a chunk deleted or changed. The
+same command is then run again until the study is done. Three scenes follow, of a disk that is full
+and then enlarged, a store that is read-only for a while (both need root, for a tmpfs), and a
+machine that is cut off while its worker trains on, so that two attempts are at one trial.
+
+What has to come of it: every array of every trial bit-identical with the study that nothing
+happened to, and at most one epoch trained again for each death and running trial.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tyro
+from processes import Driver, Family, command_of, kill
+from rich.console import Console
+from rich.table import Table
+
+import sampimp
+from sampimp.folder import Folder
+from sampimp.plan import read_commits, require_plan
+from sweeps import status
+
+TRIALS, EPOCHS = 10, 24
+STUDY = (
+    *("--preset", "digits", "--hidden", "64", "64", "--epochs", str(EPOCHS), "--batch-size", "25"),
+    *("--strategies", "shuffle", "rand", "nlo", "sim", "--reference-seeds", "1"),
+    *("--seeds", "1", "2", "3"),
+)
+"""The reference run, three that wait for nothing, and six that sort by it."""
+
+KINDS = ("driver", "worker", "raylet", "head")
+HURTS = ("torn checkpoint", "truncated manifest", "deleted chunk", "changed chunk")
+QUIET = Console(quiet=True)
+
+
+@dataclass
+class Tally:
+    """What happened to a study."""
+
+    commands: int = 0
+    deaths: Counter[str] = field(default_factory=Counter)
+    hurts: Counter[str] = field(default_factory=Counter)
+    lost: list[int] = field(default_factory=list)
+    """Epochs to be trained again, of each trial that ran at a death."""
+    waits: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds from a death to the next checkpoint, by kind."""
+    text: str = ""
+    """What the last command printed."""
+
+
+# What the store says.
+
+
+def trials_of(out: Path) -> list[Path]:
+    """Return the trials that somebody has begun."""
+    return sorted((out / "trials").glob("*-seed*"))
+
+
+def is_committed(trial: Path) -> bool:
+    """Return whether a trial is done."""
+    return (trial / "COMMIT.json").exists()
+
+
+def checkpoints_of(trial: Path) -> list[tuple[int, Path]]:
+    """Return epoch and folder of a trial's checkpoints that have a manifest, oldest first."""
+    folders = sorted(manifest.parent for manifest in trial.glob("checkpoints/*/MANIFEST.json"))
+    return [(int(folder.name.split("-")[1]), folder) for folder in folders]
+
+
+def progress(out: Path) -> int:
+    """Return how many epochs of the study are checkpointed or committed."""
+    return sum(
+        EPOCHS if is_committed(trial) else max([0, *(epoch for epoch, _ in checkpoints_of(trial))])
+        for trial in trials_of(out)
+    )
+
+
+def lost_epochs(out: Path) -> list[int]:
+    """Return the epochs that each trial under way has written and not checkpointed."""
+    lost = []
+    for trial in trials_of(out):
+        attempts = len(list(trial.glob("attempts/*.json")))
+        record = trial / ("record.zarr" if attempts == 1 else f"record-{attempts}.zarr")
+        if not is_committed(trial) and record.exists():
+            newest = max([0, *(epoch for epoch, _ in checkpoints_of(trial))])
+            chunks = [*record.glob("importance/c/*"), *record.glob("batch/c/*")]
+            epochs = {1 + int(chunk.name) for chunk in chunks}
+            lost.append(sum(epoch > newest for epoch in epochs))
+    return lost
+
+
+# What happens to it.
+
+
+def victims(driver: Driver, kind: str) -> list[int]:
+    """Return the processes that are to die; none if there is no such process now."""
+    if kind == "driver":
+        return [driver.process.pid]
+    found = {pid: command_of(pid) for pid in driver.family.alive()}
+    workers = [pid for pid, command in found.items() if command.startswith("ray::Trial")]
+    raylets = [pid for pid, command in found.items() if "/raylet/raylet " in command]
+    servers = [pid for pid, command in found.items() if "/gcs/gcs_server " in command]
+    if not workers:
+        return []
+    return {"worker": workers[:1], "raylet": raylets, "head": raylets + servers}[kind]
+
+
+def hurt(out: Path, kind: str, chance: random.Random) -> bool:
+    """Damage the store as a dying machine does; return whether there was what to damage."""
+    under_way = [trial for trial in trials_of(out) if not is_committed(trial)]
+    if kind in ("torn checkpoint", "truncated manifest"):
+        newest = [checkpoints_of(trial)[-1][1] for trial in under_way if checkpoints_of(trial)]
+        name = "state.pt" if kind == "torn checkpoint" else "MANIFEST.json"
+        files = [folder / name for folder in newest]
+    else:
+        trials = under_way if kind == "deleted chunk" else filter(is_committed, trials_of(out))
+        files = [
+            file
+            for trial in trials
+            for name in ("importance", "nll", "batch", "parameters")
+            for file in sorted(trial.glob(f"record*.zarr/{name}/c/**/*"))
+            if file.is_file()
+        ]
+    if not files:
+        return False
+    file = chance.choice(files)
+    content = bytearray(file.read_bytes())
+    if kind == "deleted chunk":
+        file.unlink()
+    elif kind == "changed chunk":
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        file.write_bytes(content)
+    else:
+        file.write_bytes(content[: len(content) // 2])
+    return True
+
+
+def torment(out: Path, deaths: int, seed: int, say: Console) -> Tally:
+    """Run a study with deaths and damage at random times until it is done."""
+    chance, tally = random.Random(seed), Tally()
+    moments = sorted(chance.uniform(0.01, 0.97) * TRIALS * EPOCHS for _ in range(deaths))
+    kinds = [KINDS[number % len(KINDS)] for number in range(deaths)]
+    hurts = [HURTS[number % len(HURTS)] for number in range(deaths)]
+    chance.shuffle(kinds)
+    chance.shuffle(hurts)
+    driver = start(out, tally)
+    try:
+        for moment, kind in zip(moments, kinds, strict=True):
+            while progress(out) < moment or not (dying := victims(driver, kind)):
+                if driver.process.poll() is not None:  # given up, or done before its time
+                    driver.close(0)
+                    if take_out_damage(out) == 0 and progress(out) == TRIALS * EPOCHS:
+                        finish(out, tally)
+                        return tally
+                    driver = start(out, tally)
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 0.2))  # at any time of an epoch
+            for pid in dying:
+                kill(pid)
+            died, before = time.monotonic(), progress(out)
+            tally.deaths[kind] += 1
+            say.print(f"{before:>4} of {TRIALS * EPOCHS} epochs: {kind} killed", highlight=False)
+            if kind != "worker":  # the driver of a head or a raylet that is gone goes as well
+                driver.family.alive()
+                driver.close(0)
+            tally.lost += lost_epochs(out)
+            if kind != "worker":
+                if hurts and hurt(out, hurts[-1], chance):
+                    say.print(f"     and a {hurts[-1]}")
+                    tally.hurts[hurts.pop()] += 1
+                before = progress(out)
+                driver = start(out, tally)
+            while progress(out) <= before and driver.process.poll() is None:
+                time.sleep(0.01)
+            tally.waits.setdefault(kind, []).append(time.monotonic() - died)
+        tally.text = driver.communicate()[1]
+    finally:
+        driver.close()
+    finish(out, tally)
+    return tally
+
+
+def start(out: Path, tally: Tally) -> Driver:
+    """Run the command once more."""
+    tally.commands += 1
+    return Driver(out, STUDY)
+
+
+def finish(out: Path, tally: Tally) -> None:
+    """Take out what is damaged and run the command, until all is there and nothing is damaged."""
+    for _ in range(4):  # arbitrary: once is enough, unless a damaged chunk is found while it runs
+        if take_out_damage(out) == 0 and len(read_commits(Folder.of(out))) == TRIALS:
+            return
+        driver = start(out, tally)
+        try:
+            tally.text = driver.communicate()[1]
+        finally:
+            driver.close()
+    raise AssertionError(f"the study does not come to an end:\n{tally.text}")
+
+
+def take_out_damage(out: Path) -> int:
+    """Withdraw the trials that are damaged, as `status.py OUT --withdraw` does; return how many."""
+    folder = Folder.of(out)
+    plan = require_plan(folder)
+    damaged = status.verify(folder, plan, status.inspect(folder, plan), QUIET)
+    if damaged:
+        status.withdraw_all(folder, list(damaged), QUIET)
+    return len(damaged)
+
+
+# What came of it.
+
+
+def differing_bytes(out: Path, expected: Path) -> int:
+    """Return how many bytes of the two studies' arrays differ; raise where a trial is missing."""
+    assert set(read_commits(Folder.of(out))) == set(read_commits(Folder.of(expected)))
+    cube, wanted = (sampimp.open_cube(folder)["digits"].to_dataset() for folder in (out, expected))
+    differing = 0
+    for name in ("importance", "nll", "batch", "parameters", "train_nll", "test_error"):
+        got, want = cube[name].values, wanted[name].values
+        assert not np.isnan(want).all()
+        assert got.shape == want.shape
+        differing += int((got.view(np.uint8) != want.view(np.uint8)).sum())
+    return differing
+
+
+# The scenes.
+
+
+@contextlib.contextmanager
+def small_disk(where: Path) -> Iterator[None]:
+    """Mount a disk of 100 MB."""
+    where.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(where)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+def remount(disk: Path, option: str) -> None:
+    """Change a mount; a file that is open for writing puts it off for a moment."""
+    for _ in range(2000):
+        command = ["mount", "-o", f"remount,{option}", str(disk)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+        time.sleep(0.005)
+    raise AssertionError(done.stderr)
+
+
+def meet_a_disk(folder: Path, expected: Path, spoil: Callable, mend: Callable, word: str) -> str:
+    """Spoil a study's disk in its middle, mend it once the command has given up, and finish."""
+    disk, tally = folder / "disk", Tally()
+    with small_disk(disk):
+        out = disk / "study"
+        driver = start(out, tally)
+        try:
+            driver.wait_until(lambda: progress(out) >= 20)
+            spoil(disk)
+            code, text = driver.communicate()
+        finally:
+            driver.close()
+            mend(disk)
+        assert code != 0, text
+        assert word in text, text
+        assert "Traceback" not in text, text
+        finish(out, tally)
+        differing = differing_bytes(out, expected)
+        assert differing == 0
+    disk.rmdir()
+    return f"exit code {code} and a word of it, then done: {differing} differing bytes"
+
+
+def fill(disk: Path) -> None:
+    """Write until nothing more fits."""
+    with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def a_full_disk(folder: Path, expected: Path) -> str:
+    """Fill the disk, and enlarge it later."""
+    enlarge = "size=200m"
+    return meet_a_disk(
+        folder, expected, fill, lambda disk: remount(disk, enlarge), "No space left on device"
+    )
+
+
+def a_read_only_store(folder: Path, expected: Path) -> str:
+    """Let nothing be written for a while."""
+    return meet_a_disk(
+        folder,
+        expected,
+        lambda disk: remount(disk, "ro"),
+        lambda disk: remount(disk, "rw"),
+        "Read-only file system",
+    )
+
+
+def a_machine_cut_off(folder: Path, expected: Path, seconds: float = 60) -> str:
+    """Stop the raylet of a second machine while its worker trains on, and let it come back."""
+    out, tally = folder / "cut-off", Tally()
+    environment = {
+        **os.environ,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 127.0.0.1, whatever the machine's address is
+        # A machine is given up after 3 s without an answer.
+        "RAY_health_check_initial_delay_ms": "1000",
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "1000",
+        "RAY_health_check_failure_threshold": "3",
+    }
+    address = f"127.0.0.1:{free_port()}"
+    with (
+        machine(environment, "--head", f"--port={address.partition(':')[2]}"),
+        machine(environment, f"--address={address}") as second,
+    ):
+        driver = Driver(out, (*STUDY, "--address", address), environment)
+        raylets: list[int] = []
+        try:
+            driver.wait_until(lambda: progress(out) >= 20)
+            raylets = [pid for pid in second.alive() if "/raylet/raylet " in command_of(pid)]
+            before = attempts(out)
+            for pid in raylets:
+                kill(pid, signal.SIGSTOP)
+            end = time.monotonic() + seconds
+            while time.monotonic() < end and driver.process.poll() is None:
+                time.sleep(0.05)
+        finally:
+            for pid in raylets:
+                kill(pid, signal.SIGCONT)
+            if driver.process.poll() is None:
+                driver.communicate()
+            driver.close()
+    overlapping = sum(count > before.get(trial, 0) > 0 for trial, count in attempts(out).items())
+    assert overlapping, "no trial had a second attempt"
+    finish(out, tally)
+    differing = differing_bytes(out, expected)
+    assert differing == 0
+    return f"{overlapping} trial had two attempts at once: {differing} differing bytes"
+
+
+def attempts(out: Path) -> dict[str, int]:
+    """Return how many attempts at each trial were begun."""
+    return {trial.name: len(list(trial.glob("attempts/*.json"))) for trial in trials_of(out)}
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def machine(environment: dict[str, str], *options: str) -> Iterator[Family]:
+    """Run Ray as a machine of one CPU on the loopback."""
+    node = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options),
+            *("--num-cpus=1", "--node-ip-address=127.0.0.1", "--object-store-memory=100000000"),
+            *("--disable-usage-stats", "--include-dashboard=false"),
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    family = Family(node.pid)
+    try:
+        while not any("/raylet/raylet " in command_of(pid) for pid in family.alive()):
+            assert node.poll() is None, "Ray did not start"
+            time.sleep(0.1)
+        yield family
+    finally:
+        family.alive()
+        node.terminate()
+        node.wait(30)
+        family.end(4)
+
+
+SCENES: dict[str, tuple[Callable[[Path, Path], str], bool]] = {
+    "disk full, then enlarged": (a_full_disk, True),
+    "store read-only for a while": (a_read_only_store, True),
+    "machine cut off, and back": (a_machine_cut_off, False),
+}
+"""What is met, and whether it takes root."""
+
+
+def main(deaths: int = 20, seed: int = 1, scenes: bool = True) -> int:
+    """Torment a study, and compare it with one that was left alone.
+
+    Parameters
+    ----------
+    deaths
+        How often something is killed.
+    seed
+        Of the schedule.
+    scenes
+        Also meet a full disk, a read-only store, and a machine that is cut off.
+    """
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="sampimp-chaos-") as name:
+        folder = Path(name)
+        begun = time.monotonic()
+        undisturbed = Tally()
+        start(folder / "alone", undisturbed).communicate()
+        finish(folder / "alone", undisturbed)
+        alone = time.monotonic() - begun
+        tally = torment(folder / "study", deaths, seed, console)
+        differing = differing_bytes(folder / "study", folder / "alone")
+        table = Table("fault", "times", "median s until it went on")
+        for kind in KINDS:
+            waits = sorted(tally.waits.get(kind, [0.0]))
+            table.add_row(
+                f"kill -9: {kind}", str(tally.deaths[kind]), f"{waits[len(waits) // 2]:.1f}"
+            )
+        for kind in HURTS:
+            table.add_row(kind, str(tally.hurts[kind]), "")
+        console.print(table)
+        console.print(
+            f"{sum(tally.deaths.values())} deaths, {tally.commands} commands; "
+            f"{differing} differing bytes; of {len(tally.lost)} running trials, "
+            f"{sum(tally.lost)} lost an epoch and {sum(n > 1 for n in tally.lost)} more than one; "
+            f"{time.monotonic() - begun - alone:.0f} s, {alone:.0f} s undisturbed",
+            highlight=False,
+        )
+        ok = differing == 0 and max(tally.lost, default=0) <= 1
+        for words, (scene, needs_root) in SCENES.items() if scenes else ():
+            if needs_root and os.geteuid() != 0:
+                console.print(f"[bold]{words}: SKIPPED, a tmpfs can be mounted by root only[/]")
+                continue
+            console.print(f"{words}: {scene(folder, folder / 'alone')}", highlight=False)
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
