@@ -906,7 +906,8 @@ def _render_snippet(sections: Sequence[Section], out: str) -> str:
     node = sections[0].name if sections else "mnist"
     code = f"""import sampimp
 import xarray as xr
-from sampimp.store import Folder
+from sampimp.folder import Folder
+from sampimp.store import zarr_store
 
 tree = sampimp.open_cube({str(out)!r})   # lazy: nothing is read yet
 cube = tree[{node!r}]

