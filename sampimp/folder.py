@@ -353,7 +353,7 @@ _REASONS = (
 def _store_error(text: str, where: str) -> StoreError:
     """Return the error for obstore's, of whose text only what is known to be harmless is kept."""
     line = text.split("\n")[0]
-    if "Error performing" not in line:  # a disk, or what obstore refuses to ask
+    if not re.search("Error performing|HTTP error", line):  # a disk, or obstore does not ask
         return StoreError(
             expected="a folder or bucket that can be read and written",
             got=line or "an error without a text",

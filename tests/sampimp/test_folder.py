@@ -1,17 +1,25 @@
 """A folder holds bytes and JSON, on a disk or in a bucket, and says what is in the way."""
 
+import http.server
 import os
+import pickle
+import socket
 import subprocess
 import sys
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sampimp import folder as folder_module
+from sampimp.data import Source
 from sampimp.errors import RecordError, StoreError
-from sampimp.folder import Folder
+from sampimp.folder import Folder, ServerAwayError, open_store
+from sampimp.store import write_source
 
 
 def test_a_folder_holds_bytes_and_json(tmp_path):
@@ -155,59 +163,249 @@ def test_other_urls_are_refused(url):
         Folder.of(url).check_writable()
 
 
+# -------------------------------------------------- a bucket; on a real server in test_s3.py
+
+
+class Bucket:
+    """An HTTP server on loopback that says what it is told to, and notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str, dict[str, str]]] = []
+        self.answers: list[tuple[int | None, str]] = []
+        """Status and body, in turn, the last for all that follow; None breaks the connection."""
+        bucket = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                bucket.asked.append((self.command, self.path, dict(self.headers)))
+                status, body = bucket.answers[0]
+                del bucket.answers[: len(bucket.answers) > 1]
+                if status is None:
+                    self.wfile.write(body.encode())
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    self.close_connection = True
+                    return
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("ETag", '"1"')
+                self.send_header("Last-Modified", "Sun, 06 Nov 1994 08:49:37 GMT")
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+            do_GET = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
 @pytest.fixture
 def not_on_aws(monkeypatch, tmp_path):
-    """No credentials in the environment or the home, no AWS below, and nothing to connect with."""
+    """No credentials in the environment or the home, and no AWS below."""
     for name in list(os.environ):
         if name.startswith("AWS_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".aws").mkdir()
     is_file = Path.is_file
     monkeypatch.setattr(
         Path, "is_file", lambda path: "sys_vendor" not in str(path) and is_file(path)
     )
-    made = []
+    folder_module.open_store.cache_clear()
+    yield
+    folder_module.open_store.cache_clear()
 
-    class NoNetwork:
-        @staticmethod
-        def from_url(url, **options):
-            made.append((url, options))
-            raise ConnectionRefusedError
 
-    monkeypatch.setattr(folder_module, "S3Store", NoNetwork)
-    return made
+@pytest.fixture
+def bucket(not_on_aws, monkeypatch):
+    """A server that every bucket is on, and credentials for it."""
+    bucket = Bucket()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "KEY")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-tests")
+    yield bucket
+    bucket.close()
+
+
+NONE_THERE = (404, "<Error><Code>NoSuchKey</Code></Error>")
+EMPTY = (200, "<ListBucketResult></ListBucketResult>")
+
+
+def signed(request) -> tuple[str, str, str | None]:
+    """Return whose key a request is signed with, for which region, and its session token."""
+    headers = {name.lower(): value for name, value in request[2].items()}
+    key, _, region, *_ = headers["authorization"].partition("Credential=")[2].split("/")
+    return key, region, headers.get("x-amz-security-token")
 
 
 def test_s3_without_credentials_is_refused_before_any_connection(not_on_aws, tmp_path):
     folder = Folder.of("s3://bucket/without-credentials")
-    for use in (Folder.check_writable, Folder.is_empty, lambda f: f.read_json("study.json")):
+    uses = (Folder.check_writable, Folder.check_reachable, Folder.is_empty, Folder.folders)
+    for use in (*uses, lambda folder: folder.read_json("study.json")):
         with pytest.raises(
             StoreError, match=rf"credentials(.|\n)*{tmp_path}(.|\n)*AWS_ACCESS_KEY_ID"
         ):
             use(folder)
-    assert not_on_aws == []
 
 
-def test_s3_credentials_come_from_the_profile_file(not_on_aws, tmp_path, monkeypatch):
-    (tmp_path / ".aws").mkdir()
-    (tmp_path / ".aws" / "credentials").write_text(
-        "[default]\naws_access_key_id = A\naws_secret_access_key = B\n"
+def test_s3_settings_come_from_the_profile(bucket, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    bucket.answers = [NONE_THERE]
+    credentials = tmp_path / ".aws" / "credentials"
+    credentials.write_text(
+        "[default]\naws_access_key_id = A\naws_secret_access_key = s%3cret\n"
         "[other]\naws_access_key_id = C\naws_secret_access_key = D\naws_session_token = E\n"
     )
-    default = {"aws_access_key_id": "A", "aws_secret_access_key": "B"}
-    other = {"aws_access_key_id": "C", "aws_secret_access_key": "D", "aws_session_token": "E"}
-    for number, expected in enumerate((default, other)):
-        with pytest.raises(ConnectionRefusedError):
-            Folder.of(f"s3://bucket/profile-{number}").read_bytes("x")
-        assert not_on_aws[-1] == (f"s3://bucket/profile-{number}", {"config": expected})
-        monkeypatch.setenv("AWS_PROFILE", "other")
+    (tmp_path / ".aws" / "config").write_text(
+        f"[default]\nregion = eu-north-1\nendpoint_url = {bucket.endpoint}\n"
+        f"[profile other]\nregion = sa-east-1\nendpoint_url = {bucket.endpoint}\n"
+    )
+    assert Folder.of("s3://bucket/default").read_bytes("x") is None
+    monkeypatch.setenv("AWS_PROFILE", "other")
+    assert Folder.of("s3://bucket/other").read_bytes("x") is None
+    monkeypatch.setenv("AWS_REGION", "us-west-2")
+    assert Folder.of("s3://bucket/region").read_bytes("x") is None
+    assert [signed(request) for request in bucket.asked] == [
+        ("A", "eu-north-1", None),
+        ("C", "sa-east-1", "E"),
+        ("C", "us-west-2", "E"),
+    ]
+    sent = pickle.dumps(open_store("s3://bucket/default"))  # as dask sends it to other machines
+    assert b"s%3cret" not in sent
     monkeypatch.setenv("AWS_PROFILE", "absent")
     with pytest.raises(StoreError, match="profile 'absent'"):
-        Folder.of("s3://bucket/profile-absent").read_bytes("x")
+        Folder.of("s3://bucket/absent").read_bytes("x")
 
 
-def test_s3_credentials_in_the_environment_are_left_to_obstore(not_on_aws, monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "A")
-    with pytest.raises(ConnectionRefusedError):
-        Folder.of("s3://bucket/environment").read_bytes("x")
-    assert not_on_aws == [("s3://bucket/environment", {"config": {}})]
+def test_s3_settings_of_the_environment_go_first(bucket, tmp_path, monkeypatch):
+    (tmp_path / ".aws" / "credentials").write_text(
+        "[default]\naws_access_key_id = A\naws_secret_access_key = B\n"
+    )
+    (tmp_path / ".aws" / "config").write_text(
+        "[default]\nregion = eu-north-1\nendpoint_url = http://127.0.0.1:9\n"
+    )
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "T")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-1")
+    bucket.answers = [NONE_THERE]
+    assert Folder.of("s3://bucket/environment").read_bytes("x") is None
+    assert signed(bucket.asked[0]) == ("KEY", "us-west-1", "T")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "word"),
+    [("http://192.0.2.1", "in clear"), ("https://user:hidden@192.0.2.1", "credentials in it")],
+)
+def test_an_endpoint_that_gives_secrets_away_is_refused(bucket, monkeypatch, endpoint, word):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    with pytest.raises(StoreError, match=word) as caught:
+        Folder.of("s3://bucket/x").check_reachable()
+    assert "hidden" not in str(caught.value)
+    assert bucket.asked == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://KEY:hid/den@bucket/study", "s3://KEY:hidden/x", "s3://b/x?Signature=hidden", "s3://"],
+)
+def test_a_secret_in_the_url_is_not_repeated(url):
+    with pytest.raises(StoreError, match="s3://bucket/prefix") as caught:
+        Folder.of(url)
+    assert "hid" not in str(caught.value)
+
+
+# What AWS answers to a wrong secret key holds the request, its session token included.
+REFUSAL = (
+    "<Error><Code>SignatureDoesNotMatch</Code><Message>They differ.</Message>"
+    "<CanonicalRequest>x-amz-security-token:token-of-the-tests</CanonicalRequest></Error>"
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (403, REFUSAL, ("credentials that may", "SignatureDoesNotMatch: They differ.")),
+        (400, "<Error><Code>ExpiredToken</Code></Error>", ("credentials that may", "Expired")),
+        (404, "<Error><Code>NoSuchBucket</Code></Error>", ("a bucket that is there", "create")),
+        (301, "", ("the region of the bucket", "AWS_REGION")),
+        (405, "token-of-the-tests", ("a request that the server accepts", "status 405")),
+    ],
+)
+def test_an_answer_is_told_without_its_secrets(bucket, monkeypatch, status, body, words):
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "token-of-the-tests")
+    bucket.answers = [(status, body)]
+    folder = Folder.of("s3://bucket/study")
+    values = np.zeros((2, 3), np.uint8)
+    source = Source(
+        name="x",
+        train_values=values,
+        train_labels=np.zeros(2, np.int64),
+        test_values=values,
+        test_labels=np.zeros(2, np.int64),
+        full_scale=1.0,
+        class_names=("a",),
+    )
+    uses = (Folder.check_reachable, Folder.check_writable, Folder.is_empty, Folder.remove)
+    for use in (
+        *uses,
+        lambda folder: folder.create_bytes("x", b"1"),
+        lambda folder: folder.read_json("x"),
+        lambda folder: write_source(folder, source),  # by Zarr
+    ):
+        with pytest.raises(StoreError) as caught:
+            use(folder)
+        text = "".join(traceback.format_exception(caught.value))
+        assert all(word in text for word in words), text
+        assert "bucket" in caught.value.where
+        for secret in ("token-of-the-tests", "secret-of-the-tests"):
+            assert secret not in text
+
+
+def test_a_server_that_is_away_for_a_while_is_waited_for(bucket):
+    bucket.answers = [(503, ""), (None, ""), NONE_THERE]
+    assert Folder.of("s3://bucket/study").read_bytes("x") is None
+    assert [method for method, _, _ in bucket.asked] == ["GET"] * 3
+    cut = "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n<ListBucketResult>"
+    bucket.answers = [(None, cut), EMPTY]
+    assert Folder.of("s3://bucket/study").folders() == []
+
+
+def test_a_server_that_stays_away_or_hangs_is_given_up(bucket, monkeypatch):
+    monkeypatch.setattr(folder_module, "FIRST_PATIENCE", timedelta(seconds=0.2))
+    monkeypatch.setattr(folder_module, "PATIENCE", timedelta(seconds=0.5))
+    monkeypatch.setattr(folder_module, "TIMEOUT", timedelta(seconds=0.3))
+    bucket.answers = [(500, "")]
+    folder = Folder.of("s3://bucket/study")
+    for use in (Folder.check_reachable, Folder.check_writable, Folder.folders):
+        with pytest.raises(ServerAwayError, match="status 500"):
+            use(folder)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        for use in (Folder.check_reachable, lambda folder: folder.read_bytes("x")):
+            with pytest.raises(ServerAwayError, match="answers"):
+                use(Folder.of("s3://bucket/silent"))
+
+
+def test_an_object_is_created_once_though_the_answer_is_lost(bucket):
+    folder = Folder.of("s3://bucket/study")
+    there = (412, "<Error><Code>PreconditionFailed</Code></Error>")
+    bucket.answers = [(None, ""), there, (200, "mine")]
+    assert folder.create_bytes("owner", b"mine")
+    bucket.answers = [(None, ""), there, (200, "another's")]
+    assert not folder.create_bytes("owner", b"mine")
+    # Two at the same time: S3 says 409 to one, and may have put neither.
+    conflict = (409, "<Error><Code>ConditionalRequestConflict</Code></Error>")
+    bucket.answers = [conflict, NONE_THERE, (200, "")]
+    bucket.asked.clear()
+    assert folder.create_bytes("owner", b"mine")
+    assert [method for method, _, _ in bucket.asked] == ["PUT", "GET", "PUT"]
+    headers = {name.lower(): value for name, value in bucket.asked[0][2].items()}
+    assert headers["if-none-match"] == "*"
