@@ -43,6 +43,7 @@ import numpy as np
 import zarr
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.errors import ContainsArrayError, ContainsGroupError
 from zarr.storage import ObjectStore
 
 from sampimp.data import Source
@@ -410,17 +411,18 @@ def record_digest(commit: Mapping[str, Any]) -> str:
 def _require_array(group: zarr.Group, name: str, layout: Layout) -> zarr.Array:
     variable = VARIABLES[name]
     if name not in group:
-        group.create_array(
-            name,
-            shape=layout.shape(name),
-            chunks=layout.chunk(name),
-            dtype=variable.dtype,
-            fill_value=np.nan,
-            dimension_names=variable.dims,
-            attributes={"units": variable.units, "long_name": variable.long_name},
-            # Parameters are noise to a compressor: zstd saved 8 % and took four times as long.
-            compressors=None if name == "parameters" else "auto",
-        )
+        with contextlib.suppress(ContainsArrayError):  # made since, see `write_snapshot`
+            group.create_array(
+                name,
+                shape=layout.shape(name),
+                chunks=layout.chunk(name),
+                dtype=variable.dtype,
+                fill_value=np.nan,
+                dimension_names=variable.dims,
+                attributes={"units": variable.units, "long_name": variable.long_name},
+                # Parameters are noise to a compressor: zstd saved 8 % and took four times as long.
+                compressors=None if name == "parameters" else "auto",
+            )
     array = group[name]
     assert isinstance(array, zarr.Array)
     # By default Zarr leaves out a chunk that is all NaN, as that of a diverged epoch: it could not
@@ -443,7 +445,12 @@ def write_snapshot(trial: Folder, layout: Layout, epoch: int, values: np.ndarray
         Shape (layer, sample).
     """
     name = "snapshot_importance"
-    group = zarr.open_group(zarr_store(trial / "snapshots.zarr"), mode="a", zarr_format=3)
+    store = zarr_store(trial / "snapshots.zarr")
+    # Several workers score the epochs of one trial, and may all find the group or array missing.
+    try:
+        group = zarr.open_group(store, mode="a", zarr_format=3)
+    except ContainsGroupError:
+        group = zarr.open_group(store, mode="r+", zarr_format=3)
     array = _require_array(group, name, layout)
     array[layout.positions(name).index(epoch)] = values
     return chunk_digests(values, array.chunks[-1])

@@ -15,6 +15,7 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.errors import ContainsGroupError
 
 from sampimp import schema
 from sampimp.errors import RecordError
@@ -141,6 +142,29 @@ def test_snapshots_are_written_beside_a_finished_record(tmp_path):
     assert np.isnan(stored.read(0)).all()
     with pytest.raises(RecordError, match="snapshot_importance, epoch 1"):
         stored_snapshots(Folder.of(tmp_path), LAYOUT, {"1": digests}).read(0)
+
+
+def test_two_workers_may_begin_the_snapshots_of_a_trial(tmp_path, monkeypatch):
+    values = np.random.default_rng(1).random((2, 2, 10), dtype=np.float32)
+    write_snapshot(Folder.of(tmp_path), LAYOUT, 1, values[0])
+    # The second one looked for the array before the first had made it.
+    monkeypatch.setattr(zarr.Group, "__contains__", lambda group, name: False)
+    write_snapshot(Folder.of(tmp_path), LAYOUT, 3, values[1])
+    # And the third one for the group.
+    open_group, modes = zarr.open_group, []
+
+    def too_late(store, *, mode, **options):
+        modes.append(mode)
+        if mode == "a":
+            raise ContainsGroupError("there is one")
+        return open_group(store, mode=mode, **options)
+
+    monkeypatch.setattr(zarr, "open_group", too_late)
+    write_snapshot(Folder.of(tmp_path), LAYOUT, 2, values[0])
+    assert modes == ["a", "r+"]
+    monkeypatch.undo()
+    snapshot = read_raw(tmp_path, "snapshots.zarr")["snapshot_importance"][:]
+    np.testing.assert_array_equal(snapshot, values[[0, 0, 1]])
 
 
 # Alignment: one write is whole chunks that no other write touches.
