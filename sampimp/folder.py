@@ -43,6 +43,8 @@ FIRST_PATIENCE = timedelta(seconds=10)
 TIMEOUT = timedelta(seconds=60)
 """Longest that one request may take: 8 MB, the largest object of the paper's study, at 140 kB/s."""
 
+_ATTEMPT = timedelta(seconds=2)
+"""How long obstore asks again by itself for a `Folder`: Ctrl-C is not heard meanwhile."""
 _WRITE_TEST = ".sampimp-write-test"
 _T = TypeVar("_T")
 
@@ -200,9 +202,7 @@ class Folder:
         likely that the endpoint is wrong.
         """
         if not self.is_local:
-            with reaching(self):
-                store = _open_s3(self.root, FIRST_PATIENCE)
-                obstore.list_with_delimiter(store, self._prefix)
+            self._ask(lambda store: obstore.list_with_delimiter(store, self._prefix), first=True)
 
     def check_writable(self) -> None:
         """Raise StoreError unless an object can be put here, and delete it again."""
@@ -218,21 +218,22 @@ class Folder:
         objects = (PurePosixPath(item["path"]).name for item in found["objects"])
         return sorted(folders), sorted(objects)
 
-    def _ask(self, call: Callable[[LocalStore | S3Store], _T]) -> _T:
+    def _ask(self, call: Callable[[LocalStore | S3Store], _T], first: bool = False) -> _T:
         """Call with the store, and again while its server is away; the call may run twice.
 
         obstore asks again by itself, but not where a connection breaks in the middle of a list, a
         delete or a conditional put.
         """
-        store, start = open_store(self.root), time.monotonic()
+        store, start = open_store(self.root, _ATTEMPT), time.monotonic()
+        patience = FIRST_PATIENCE if first else PATIENCE
         while True:
             try:
                 with reaching(self):
                     return call(store)
             except ServerAwayError:
-                if time.monotonic() - start > PATIENCE.total_seconds():
+                if time.monotonic() - start > patience.total_seconds():
                     raise
-                time.sleep(1)
+                time.sleep(0.5)
 
     @property
     def _is_absent(self) -> bool:
@@ -252,8 +253,15 @@ def _json_bytes(value: Any) -> bytes:
 
 
 @functools.lru_cache(maxsize=512)
-def open_store(url: str) -> LocalStore | S3Store:
+def open_store(url: str, patience: timedelta = PATIENCE) -> LocalStore | S3Store:
     """Return obstore's view of an absolute path, which is made, or of an s3:// URL.
+
+    Parameters
+    ----------
+    url
+        The path or the URL.
+    patience
+        How long what is asked of S3 is asked again before it fails.
 
     Raises
     ------
@@ -262,7 +270,7 @@ def open_store(url: str) -> LocalStore | S3Store:
     """
     if "://" in url:
         _check_url(url)
-        return _open_s3(url, PATIENCE)
+        return _open_s3(url, patience)
     try:
         return LocalStore(url, mkdir=True)
     except Exception as error:  # obstore raises its GenericError for a file in the way

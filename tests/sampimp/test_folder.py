@@ -3,10 +3,12 @@
 import http.server
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -381,6 +383,7 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(bucket):
 def test_a_server_that_stays_away_or_hangs_is_given_up(bucket, monkeypatch):
     monkeypatch.setattr(folder_module, "FIRST_PATIENCE", timedelta(seconds=0.2))
     monkeypatch.setattr(folder_module, "PATIENCE", timedelta(seconds=0.5))
+    monkeypatch.setattr(folder_module, "_ATTEMPT", timedelta(seconds=0.1))
     monkeypatch.setattr(folder_module, "TIMEOUT", timedelta(seconds=0.3))
     bucket.answers = [(500, "")]
     folder = Folder.of("s3://bucket/study")
@@ -392,6 +395,15 @@ def test_a_server_that_stays_away_or_hangs_is_given_up(bucket, monkeypatch):
         for use in (Folder.check_reachable, lambda folder: folder.read_bytes("x")):
             with pytest.raises(ServerAwayError, match="answers"):
                 use(Folder.of("s3://bucket/silent"))
+
+
+def test_ctrl_c_is_heard_while_a_server_is_waited_for(bucket):
+    bucket.answers = [(503, "")]
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Folder.of("s3://bucket/study").read_bytes("x")
+    assert time.monotonic() - start < 60  # of 180 s
 
 
 def test_an_object_is_created_once_though_the_answer_is_lost(bucket):

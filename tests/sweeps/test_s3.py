@@ -33,7 +33,7 @@ import sampimp
 from sampimp import folder as folder_module
 from sampimp.folder import Folder
 from sampimp.plan import read_commits
-from sampimp.store import zarr_store
+from sampimp.store import open_array, zarr_store
 from sweeps import full_study
 from sweeps import study as study_module
 from sweeps.snapshots import score_snapshots
@@ -184,6 +184,7 @@ def name_server(endpoint: str) -> None:
         f"[default]\nregion = us-east-1\nendpoint_url = {endpoint}\n"
     )
     folder_module.open_store.cache_clear()
+    open_array.cache_clear()
 
 
 @pytest.fixture
