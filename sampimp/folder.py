@@ -4,9 +4,9 @@ Every object is put whole or not at all: obstore renames a finished file, and a 
 by itself. What is read as missing is None; what cannot be reached at all is a `StoreError`, whose
 message is made here: the text of S3's own errors can hold a session token.
 
-A bucket is asked again for `PATIENCE` while its server does not answer; a server that hangs is
-given up after a request's `TIMEOUT`. Credentials, region and endpoint come from the AWS_* variables
-or from a profile in ~/.aws, and stay in obstore.
+A bucket is asked again for `PATIENCE` while its server does not answer. A request that hangs is
+ended after `TIMEOUT` and asked again, so that nobody waits for more than four minutes. Credentials,
+region and endpoint come from the AWS_* variables or from a profile in ~/.aws, and stay in obstore.
 
 Map: `Folder`; `open_store`, `put_whole` and `reaching` for who reads and writes the same place in
 another format (`sampimp.store`).
@@ -382,6 +382,8 @@ def _store_error(text: str, where: str) -> StoreError:
         got = f"{code}: {message}"
     elif status or redirect:
         got = f"status {status}" if status else redirect
+    elif "kind: Timeout" in text:
+        got = "no answer in time"
     else:  # without an answer, the text holds only what this side knows
         got = (re.findall(r'(?:message|error): "([^"]+)"', text) or [line.rpartition(" - ")[2]])[-1]
     expected, todo = next(

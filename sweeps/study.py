@@ -17,6 +17,8 @@ import ray
 import torch
 import tyro
 from ray import tune
+from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.markup import escape
 
@@ -261,6 +263,35 @@ def check_cluster(config: StudyConfig, cluster: Cluster) -> None:
         )
 
 
+def check_workers(folder: Folder) -> None:
+    """Raise StoreError unless every node of the cluster can use the bucket, as this process can.
+
+    A worker has the environment that its node's Ray was started with, and the node's ~/.aws.
+    """
+    if folder.is_local:
+        return
+    check = ray.remote(num_cpus=0)(Folder.check_writable)
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    try:
+        ray.get(
+            [
+                check.options(
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                ).remote(folder)
+                for node in nodes
+            ]
+        )
+    except RayTaskError as error:
+        if not isinstance(error.cause, StoreError):
+            raise
+        raise StoreError(
+            expected=f"{error.cause.expected}, on every node of the cluster",
+            got=error.cause.got,
+            where=f"{error.cause.where}, asked from a worker",
+            todo=f"{error.cause.todo}; on each node, before its Ray is started",
+        ) from None
+
+
 def read_sources(config: StudyConfig, folder: Folder, console: Console) -> dict[str, Source]:
     """Return the data sets by key: from the store if it has them, else from where they lie."""
     sources: dict[str, Source] = {}
@@ -323,6 +354,7 @@ def train(
     console: Console,
 ) -> None:
     """Train the trials that the store lacks, in one `fit`."""
+    check_workers(folder)
     trials = plan.resolve(read_commits(folder))
     slots = concurrent_trials(config, cluster)
     searcher = PlanSearcher(plan, folder, trials)
