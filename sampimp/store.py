@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.abc.store import ByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.errors import ContainsArrayError, ContainsGroupError
 from zarr.storage import ObjectStore
 
@@ -478,6 +478,13 @@ class _Store(ObjectStore):
         self._check_writable()
         with reaching(f"{key} of {self.store}"):
             await put_whole(self.store, key, value.as_buffer_like())
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        # Zarr asks this for the groups above an array, which are there. A get is asked again where
+        # a server dies, a conditional put is not.
+        if await self.get(key, default_buffer_prototype()) is None:
+            with reaching(f"{key} of {self.store}"):
+                await super().set_if_not_exists(key, value)
 
     async def delete_dir(self, prefix: str) -> None:
         with reaching(f"{prefix} of {self.store}"):
