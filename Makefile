@@ -46,7 +46,7 @@ check: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory test
 
 chaos: $(VENV)/.installed-test
-	@$(BIN)/python tests/chaos.py
+	@$(BIN)/python tests/chaos/chaos.py
 
 bench: $(VENV)/.installed-bench
 	@$(BIN)/python benchmarks/step.py
