@@ -94,8 +94,7 @@ CHUNK_VALUES = 2**20
 def chunk_shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Return the chunk of a variable: one epoch (or state), split along its last dimension.
 
-    Curves are a single chunk, written whole each time: 50 files of 8 bytes would cost a reader
-    more than they tell.
+    Curves are a single chunk, written once: 50 files of 8 bytes would cost more than they tell.
 
     Parameters
     ----------

@@ -175,7 +175,7 @@ def torment(out: Path, deaths: int, seed: int, say: Console) -> Tally:
             time.sleep(chance.uniform(0, 0.2))  # at any time of an epoch
             for pid in dying:
                 kill(pid)
-            died, before = time.monotonic(), progress(out)
+            died, before, begun = time.monotonic(), progress(out), sum(attempts(out).values())
             tally.deaths[kind] += 1
             say.print(f"{before:>4} of {TRIALS * EPOCHS} epochs: {kind} killed", highlight=False)
             if kind != "worker":  # the driver of a head or a raylet that is gone goes as well
@@ -188,9 +188,11 @@ def torment(out: Path, deaths: int, seed: int, say: Console) -> Tally:
                     tally.hurts[hurts.pop()] += 1
                 before = progress(out)
                 driver = start(out, tally)
-            while progress(out) <= before and driver.process.poll() is None:
+            while driver.process.poll() is None:
+                if sum(attempts(out).values()) > begun and progress(out) > before:
+                    tally.waits.setdefault(kind, []).append(time.monotonic() - died)
+                    break
                 time.sleep(0.01)
-            tally.waits.setdefault(kind, []).append(time.monotonic() - died)
         tally.text = driver.communicate()[1]
     finally:
         driver.close()
