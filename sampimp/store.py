@@ -35,7 +35,7 @@ import secrets
 import socket
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -285,7 +285,7 @@ class StoredVariable:
     name: str
     layout: Layout
     parts: tuple[tuple[int, str], ...]
-    digests: tuple[tuple[str, ...], ...]
+    digests: Sequence[Sequence[str]]
 
     @classmethod
     def of(
@@ -293,7 +293,7 @@ class StoredVariable:
     ) -> "StoredVariable":
         """Return a variable of a trial from its COMMIT.json or a checkpoint's history."""
         parts = tuple((first, record) for first, record in history["parts"])
-        return cls(trial, name, layout, parts, tuple(map(tuple, history["digests"].get(name, ()))))
+        return cls(trial, name, layout, parts, history["digests"].get(name, ()))
 
     def read(self, position: int, columns: slice = slice(None)) -> np.ndarray:
         """Return the values at one position, and in a range of columns of the last dimension.
@@ -533,6 +533,19 @@ def write_source(folder: Folder, source: Source) -> None:
     )
 
 
+def open_for_writing(folder: Folder, name: str) -> zarr.Array:
+    """Open an array of a store that is there, to write into it and to read it back."""
+    return zarr.open_array(zarr_store(folder), path=name, mode="r+", zarr_format=3)
+
+
+def open_source(folder: Folder) -> zarr.Group | None:
+    """Return a stored data set as its arrays, or None if it is not there or not complete."""
+    if folder.read_bytes("zarr.json") is None:
+        return None
+    group = zarr.open_group(zarr_store(folder), mode="r", zarr_format=3)
+    return group if "digest" in group.attrs else None
+
+
 def read_source(folder: Folder) -> Source | None:
     """Return a stored data set, or None if it is not there or not complete.
 
@@ -541,12 +554,10 @@ def read_source(folder: Folder) -> Source | None:
     RecordError
         Its values are not those that were stored.
     """
-    if folder.read_bytes("zarr.json") is None:
+    group = open_source(folder)
+    if group is None:
         return None
-    group = zarr.open_group(zarr_store(folder), mode="r", zarr_format=3)
     attrs = dict(group.attrs)
-    if "digest" not in attrs:
-        return None
     source = Source(
         name=str(attrs["name"]),
         full_scale=float(group["train_values"].attrs["full_scale"]),  # type: ignore[arg-type]
