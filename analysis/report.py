@@ -6,7 +6,7 @@ PDF), and last `OUT/analysis/report.html`. What cannot be computed (parameters n
 seeds, a study still running) is said in its place. `OUT` is a folder or an `s3://` URL: `_Writer`
 is the one place that writes.
 
-    python -m analysis.report OUT
+    python -m analysis.report OUT [--scheduler threads|distributed|ray]
 
 Map: `write_report` (all of it), `Report` and `Section` (what it found), `FIGURES` and
 `draw_figures` (which figure from which result), `render_page` (the HTML), `summary_table` and
@@ -37,6 +37,7 @@ from rich.text import Text
 
 from analysis import figures
 from analysis.runs import short_name
+from analysis.schedulers import Scheduler, use_scheduler
 from analysis.study import analyse
 from sampimp.cube import open_cube
 from sampimp.errors import RecordError, UserError
@@ -992,20 +993,29 @@ def print_summary(report: Report, console: Console | None = None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 for a mistake that can be mended."""
 
-    def report(out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]) -> str:
+    def report(
+        out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+        /,
+        scheduler: Scheduler = "threads",
+        scheduler_address: str | None = None,
+    ) -> tuple[str, Scheduler, str | None]:
         """Analyse a study and write its results, figures and report.html.
 
         Parameters
         ----------
         out
             The study's folder or s3:// URL; all is written into its folder `analysis`.
+        scheduler
+            Where dask computes; its results are the same.
+        scheduler_address
+            Of a cluster that runs; else DASK_SCHEDULER_ADDRESS or RAY_ADDRESS, else one is started.
         """
-        return out
+        return out, scheduler, scheduler_address
 
-    out = tyro.cli(report, prog="python -m analysis.report", args=arguments)
+    out, *computing = tyro.cli(report, prog="python -m analysis.report", args=arguments)
     notes = Console(stderr=True)
     try:
-        with notes.status("") as status:
+        with use_scheduler(*computing), notes.status("") as status:
             found = write_report(out, progress=status.update)
     except UserError as error:
         notes.print(Text(str(error)), soft_wrap=True)
