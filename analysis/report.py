@@ -1012,10 +1012,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         """
         return out, scheduler, scheduler_address
 
-    out, *computing = tyro.cli(report, prog="python -m analysis.report", args=arguments)
+    out, scheduler, address = tyro.cli(report, prog="python -m analysis.report", args=arguments)
     notes = Console(stderr=True)
     try:
-        with use_scheduler(*computing), notes.status("") as status:
+        with use_scheduler(scheduler, address), notes.status("") as status:
             found = write_report(out, progress=status.update)
     except UserError as error:
         notes.print(Text(str(error)), soft_wrap=True)

@@ -8,6 +8,7 @@ Map: `Scheduler` and `use_scheduler`.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from typing import Literal
@@ -92,9 +93,14 @@ def _ray(address: str | None) -> Iterator[None]:
 
     started = not ray.is_initialized()
     if started:
-        local = {} if address or os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        own = not (address or os.environ.get("RAY_ADDRESS")) or address == "local"
         try:
-            ray.init(address, log_to_driver=False, logging_level="error", **local)
+            ray.init(
+                address,
+                include_dashboard=False if own else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = address or os.environ.get("RAY_ADDRESS")
             raise _unreachable("a Ray cluster", where, error) from None

@@ -86,7 +86,7 @@ def consolidate(
     for key in plan.datasets:
         named = {t.trial_id: t.commit for t in trials if t.config.dataset == key and t.commit}
         records = digest_json(
-            [[n, c["digests"], c["curves"], snapshots.get(n)] for n, c in named.items()]  # type: ignore[index]
+            [[n, c["digests"], c["curves"], snapshots.get(n)] for n, c in named.items()]
         )
         cube = tree[key].to_dataset().assign_attrs({**study, **tree[key].attrs, "records": records})
         store = target / f"{key}.zarr"
@@ -162,7 +162,7 @@ def _write(store: Folder, cube: xr.Dataset, progress: Callable[[str], None]) -> 
     for name in map(str, cube.variables):
         progress(f"comparing {name}")
         array = open_for_writing(store, name)
-        for region in blocks(cube, name) if name in lazy else [...]:
+        for region in blocks(cube, name):
             _compare(
                 np.asarray(array[region]), cube[name][region].values, f"{store}/{name}", region
             )

@@ -122,9 +122,9 @@ def _open_node(
     stored = folder / "datasets" / f"{key}.zarr"
     source = open_source(stored)
     if source is not None:
-        labels = np.asarray(source["train_labels"][:])  # type: ignore[index]
+        labels = np.asarray(open_array(folder.root, f"{stored.path}/train_labels")[:])
         coords["label"] = ("sample", labels, {"long_name": "class of the sample"})
-        values = source["train_values"]
+        values: Any = source["train_values"]
         if values.ndim == 4 and values.dtype == np.uint8:
             variables["image"] = (("sample", "row", "column", "channel"), _images(stored, values))
     if layout.states:
