@@ -142,7 +142,7 @@ def train_random(out: Path, trials: int, samples: int, epochs: int) -> None:
                 "nll": draw(samples) * spread,
                 "batch": np.floor(draw(samples) * samples / 100),
                 "parameters": draw(layout.parameter),
-                **{name: np.float64(generator.random()) for name in CURVES},
+                **{name: np.asarray(generator.random()) for name in CURVES},
             }
             record.write(EpochRecord(epoch=epoch, arrays=arrays))
         record.commit(None)
