@@ -37,7 +37,7 @@ study: $(VENV)/.installed
 	@$(BIN)/python sweeps/full_study.py --preset digits --out results/digits
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
