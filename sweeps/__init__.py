@@ -6,7 +6,16 @@ study.py             what a study is, and how it runs from plan to exit code
 trial.py             one training run as Ray Tune sees it
 searcher.py          which trial is next: what is missing, and whose reference is there
 cluster.py           which machines
+jobs.py              a study sent to a cluster from a laptop
 progress.py          what a person sees meanwhile
 ingest.py            image folders through Ray Data, once
 snapshots.py         snapshot importance through Ray Data
 """
+
+import os
+from pathlib import Path
+
+# Here, because Ray reads it when it is imported: `ray start` asks for the secret wherever there is
+# one, and a driver shows it only when told to. A cluster that asks for none does not mind.
+if (Path.home() / ".ray" / "auth_token").exists():
+    os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -68,11 +68,8 @@ class PlanSearcher(Searcher):
                     "fingerprint": trial.fingerprint,
                     "reference_id": trial.reference_id,
                 }
-        awaited = any(
-            self._plan.is_reference(self._trials[position].config)
-            for position in self._running.values()
-        )
-        return None if self._waiting and awaited else Searcher.FINISHED
+        # Any that runs may set others free, or fail and be handed out again.
+        return None if self._running else Searcher.FINISHED
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

@@ -8,7 +8,7 @@ Every start goes this way, the first as the tenth: it is the store that says wha
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,12 +38,15 @@ from sampimp.schema import (
 from sampimp.store import read_source, write_source
 from sampimp.strategies import make_schedule
 from sampimp.training import TrainingRun
-from sweeps.cluster import Cluster, connect
+from sweeps.cluster import Cluster, check_shared, connect
 from sweeps.ingest import ingest
 from sweeps.progress import Progress
 from sweeps.searcher import PlanSearcher
 from sweeps.snapshots import score_snapshots
 from sweeps.trial import Trial
+
+LONG = 3600.0
+"""Seconds from which a study on one machine is told of the cluster (arbitrary)."""
 
 _Derived = Annotated[Any, tyro.conf.Suppress]
 
@@ -75,6 +78,8 @@ class StudyConfig(TrainingConfig):
     """Where MNIST and CIFAR-10 lie; else SAMPIMP_DATA, else they are fetched."""
     address: str | None = None
     """Ray cluster; else RAY_ADDRESS, else one that runs here, else one is started."""
+    cluster: str | None = None
+    """Run as a job on the cluster that `ray up` made of this YAML file, or attach to that job."""
     cpus_per_trial: int = 1
     """CPU threads of a trial."""
     gpus_per_trial: float = 0.0
@@ -210,7 +215,10 @@ def run(config: StudyConfig, console: Console) -> int:
     for key, source in sources.items():
         if read_source(folder / "datasets" / f"{key}.zarr") is None:
             write_source(folder / "datasets" / f"{key}.zarr", source)
+    if folder.is_local:
+        check_shared(Path(str(folder)) / "study.json")
     if missing:
+        say_cluster(config, plan, missing, sources, cluster, console)
         train(config, plan, folder, sources, cluster, console)
     if config.snapshot_every:
         score_snapshots(
@@ -246,20 +254,17 @@ def check_out(folder: Folder) -> Plan | None:
 
 
 def check_cluster(config: StudyConfig, cluster: Cluster) -> None:
-    """Raise ResourceError if no node of the cluster can ever run a trial."""
-    if cluster.gpus < config.gpus_per_trial or (config.gpus_per_trial and not cluster.gpus):
+    """Raise ResourceError if no node of the cluster, now or to come, has room for a trial."""
+    cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
+    if not cluster.room(cpus, gpus) and (cluster.started_here or not config.max_concurrent):
         raise ResourceError(
-            expected=f"{config.gpus_per_trial:g} GPU a trial",
-            got=f"{cluster.gpus:g} GPUs",
+            expected=f"a node with {cpus} CPUs"
+            + (f" and {gpus:g} GPU a trial" if gpus else " a trial"),
+            got="none",
             where=str(cluster),
-            todo="leave --gpus-per-trial out to train on CPUs, or give a cluster with GPUs",
-        )
-    if cluster.cpus < config.cpus_per_trial:
-        raise ResourceError(
-            expected=f"{config.cpus_per_trial} CPUs a trial",
-            got=f"{cluster.cpus:g}",
-            where=str(cluster),
-            todo="lower --cpus-per-trial",
+            todo="lower --cpus-per-trial, leave --gpus-per-trial out to train on CPUs, or give a "
+            "cluster that has them; if this one grows when trials wait, say how far: "
+            "--max-concurrent",
         )
 
 
@@ -356,6 +361,7 @@ def train(
     """Train the trials that the store lacks, in one `fit`."""
     check_workers(folder)
     trials = plan.resolve(read_commits(folder))
+    missing = sum(trial.commit is None for trial in trials)
     slots = concurrent_trials(config, cluster)
     searcher = PlanSearcher(plan, folder, trials)
     trainable = tune.with_parameters(
@@ -374,7 +380,9 @@ def train(
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=-1,  # until the searcher says that it is done
-                max_concurrent_trials=slots,
+                # All that wait, not those that have room: it is what the autoscaler sees, and what
+                # a machine that joins later takes over.
+                max_concurrent_trials=config.max_concurrent or missing,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
@@ -398,11 +406,9 @@ def train(
 
 
 def concurrent_trials(config: StudyConfig, cluster: Cluster) -> int:
-    """Return how many trials run at a time."""
-    slots = int(cluster.cpus // config.cpus_per_trial)
-    if config.gpus_per_trial:
-        slots = min(slots, int(cluster.gpus / config.gpus_per_trial))
-    return max(1, min(slots, config.max_concurrent or slots))
+    """Return how many trials run at a time once all machines have come."""
+    slots = cluster.room(config.cpus_per_trial, config.gpus_per_trial)
+    return min(slots, config.max_concurrent or slots) or config.max_concurrent or 1
 
 
 def conclude(trials: list[PlannedTrial], console: Console) -> int:
@@ -463,7 +469,7 @@ def describe_plan(
 ) -> None:
     """Print what would be trained, how long it would take and what it would store."""
     trials = plan.resolve(read_commits(folder))
-    missing = [trial.config for trial in trials if trial.commit is None]
+    missing = [trial for trial in trials if trial.commit is None]
     console.print(f"Store     {folder}", markup=False)
     for key, info in plan.datasets.items():
         console.print(
@@ -473,18 +479,51 @@ def describe_plan(
     for strategy, seeds in plan.grid.items():
         console.print(f"Trials    {strategy:<16} seeds {', '.join(map(str, seeds))}")
     console.print(f"          {len(trials)} in all, {len(missing)} of them missing")
-    seconds = 0.0
-    for key in plan.datasets:
-        count = sum(trial.dataset == key for trial in missing)
-        if count and key in sources:
-            with console.status(f"Measuring an epoch of {key}"):
-                epoch = measure_epoch(plan, key, sources[key])
-            console.print(f"Epoch     {key}: about {epoch:.2g} s")
-            seconds += epoch * count * plan.training.epochs
+    with console.status("Measuring an epoch"):
+        epochs = measure_epochs(plan, missing, sources)
+    for key, seconds in epochs.items():
+        console.print(f"Epoch     {key}: about {seconds:.2g} s")
     slots = concurrent_trials(config, cluster)
-    storage = sum(trial_bytes(plan, trial) for trial in missing)
-    console.print(f"Time      about {format_duration(seconds / slots)}, {slots} trials at a time")
+    seconds = total_seconds(plan, missing, epochs) / slots
+    storage = sum(trial_bytes(plan, trial.config) for trial in missing)
+    console.print(f"Time      about {format_duration(seconds)}, {slots} trials at a time")
     console.print(f"Storage   at most {storage / 1e9:.2f} GB")
+
+
+def say_cluster(
+    config: StudyConfig,
+    plan: Plan,
+    missing: Sequence[PlannedTrial],
+    sources: Mapping[str, Source],
+    cluster: Cluster,
+    console: Console,
+) -> None:
+    """Say, where a long study would train on this machine alone, how a cluster takes it."""
+    if not cluster.started_here:
+        return
+    seconds = total_seconds(plan, missing, measure_epochs(plan, missing, sources))
+    seconds /= concurrent_trials(config, cluster)
+    if seconds > LONG:
+        console.print(
+            f"This trains on this machine, for about {format_duration(seconds)}. To send it to a "
+            "cluster: ray up cluster.yaml, then this command with --cluster cluster.yaml and "
+            "--out s3://BUCKET/NAME (docs/clusters.md)."
+        )
+
+
+def measure_epochs(
+    plan: Plan, missing: Sequence[PlannedTrial], sources: Mapping[str, Source]
+) -> dict[str, float]:
+    """Return the seconds of one epoch on each data set that trials are missing for."""
+    keys = {trial.config.dataset for trial in missing}
+    return {key: measure_epoch(plan, key, sources[key]) for key in sources if key in keys}
+
+
+def total_seconds(
+    plan: Plan, missing: Sequence[PlannedTrial], epochs: Mapping[str, float]
+) -> float:
+    """Return the time of all missing trials, one after the other."""
+    return plan.training.epochs * sum(epochs.get(trial.config.dataset, 0) for trial in missing)
 
 
 def measure_epoch(plan: Plan, key: str, source: Source, steps: int = 30) -> float:

@@ -20,7 +20,7 @@ from rich.console import Console
 import sampimp
 from sampimp.schema import REFERENCES, STRATEGIES
 from sweeps import study
-from sweeps.cluster import Cluster
+from sweeps.cluster import Cluster, Machines
 
 EPOCHS = 3
 BATCH_SIZE = 60
@@ -48,7 +48,9 @@ def cube(tmp_path_factory):
             logging_level=logging.ERROR,
         )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "connect", lambda address: Cluster("tests", nodes=1, cpus=2, gpus=0))
+        patch.setattr(
+            study, "connect", lambda address: Cluster("tests", (Machines(1, cpus=2, gpus=0),))
+        )
         config = study.parse([*ARGUMENTS, "--out", str(out)])
         assert study.run(config, Console(file=StringIO())) == 0
     if mine:

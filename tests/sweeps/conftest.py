@@ -28,7 +28,7 @@ from processes import Driver
 from rich.console import Console
 
 from sweeps import study
-from sweeps.cluster import Cluster
+from sweeps.cluster import Cluster, Machines
 from sweeps.study import parse
 
 TINY = (
@@ -98,7 +98,7 @@ def cluster() -> Iterator[Cluster]:
             logging_level=logging.ERROR,
         )
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # as `connect` does
-    yield Cluster("Ray of the tests", nodes=1, cpus=2, gpus=0)
+    yield Cluster("Ray of the tests", (Machines(1, cpus=2, gpus=0),))
     if mine:
         ray.shutdown()
 
@@ -117,7 +117,7 @@ def run_untrained(monkeypatch: pytest.MonkeyPatch) -> RunStudy:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("this study was to train nothing")
 
-    machines = Cluster("no cluster", nodes=1, cpus=2, gpus=0)
+    machines = Cluster("no cluster", (Machines(1, cpus=2, gpus=0),))
     monkeypatch.setattr(study, "connect", lambda address: machines)
     monkeypatch.setattr(study, "train", refuse)
     return _run

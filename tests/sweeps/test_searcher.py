@@ -73,6 +73,10 @@ def test_those_that_wait_for_nothing_come_first(tmp_path):
     later = [searcher.suggest(f"tune-{i}") for i in (3, 4)]
     assert [config["label"] for config in later] == ["a-nlo-seed1", "a-nlo-seed2"]
     assert {config["reference_id"] for config in later} == {first[0]["trial_id"]}
+    assert searcher.suggest("tune-5") is None  # one that runs may fail and be handed out again
+    for trial_id in ("tune-2", "tune-3", "tune-4"):
+        assert searcher.suggest("tune-5") is None
+        searcher.on_trial_complete(trial_id, {"done": True})
     assert searcher.suggest("tune-5") == FINISHED
 
 
@@ -99,6 +103,9 @@ def test_what_is_committed_is_not_handed_out(tmp_path):
     again = store.searcher()
     labels = [again.suggest(f"tune-{i}")["label"] for i in range(2)]
     assert labels == ["a-sim-seed1", "a-rand-seed1"]  # its reference is there: the plan's order
+    assert again.suggest("tune-2") is None
+    for trial_id in ("tune-0", "tune-1"):
+        again.on_trial_complete(trial_id, {"done": True})
     assert again.suggest("tune-2") == FINISHED
 
 
@@ -167,8 +174,9 @@ def test_no_reference_no_dependents(tmp_path):
     assert searcher.suggest("tune-2") is None
     store.commit(reference, diverged_epoch=1)
     searcher.on_trial_complete("tune-0", {"done": True})
-    # rand still runs, and nobody waits for it: there is nothing more to hand out.
     assert other["label"] == "a-rand-seed1"
+    assert searcher.suggest("tune-2") is None  # rand may fail and be handed out again
+    searcher.on_trial_complete("tune-1", {"done": True})
     assert searcher.suggest("tune-2") == FINISHED
 
 

@@ -15,7 +15,7 @@ from sampimp.folder import Folder
 from sampimp.schema import REFERENCES, STRATEGIES
 from sweeps import cluster as cluster_module
 from sweeps import full_study, study
-from sweeps.cluster import Cluster, connect
+from sweeps.cluster import Cluster, Machines, connect
 from sweeps.study import StudyConfig, check_cluster, make_plan, parse, trial_bytes
 
 DIGITS = ("--preset", "digits", "--hidden", "16", "--epochs", "3")
@@ -232,19 +232,19 @@ def test_more_seeds_strategies_and_data_sets_are_accepted(run_untrained, tmp_pat
 def test_no_gpu(run_untrained, tmp_path, gpus):
     with pytest.raises(ResourceError, match="GPU") as caught:
         run_untrained(tmp_path, *DIGITS, "--gpus-per-trial", gpus)
-    assert f"{gpus} GPU a trial" in four_parts(caught.value)
+    assert f"a node with 1 CPUs and {gpus} GPU a trial" in four_parts(caught.value)
     assert "0 GPUs" in str(caught.value)
 
 
 def test_more_cpus_than_there_are(run_untrained, tmp_path):
-    with pytest.raises(ResourceError, match="4 CPUs a trial") as caught:
+    with pytest.raises(ResourceError, match="a node with 4 CPUs a trial") as caught:
         run_untrained(tmp_path, *DIGITS, "--cpus-per-trial", "4")
     four_parts(caught.value)
 
 
 def test_a_fraction_of_a_gpu_puts_several_trials_on_one():
     config = parse(["--gpus-per-trial", "0.25", "--cpus-per-trial", "2"])
-    machines = Cluster("four nodes", nodes=4, cpus=64, gpus=4)
+    machines = Cluster("four nodes", (Machines(4, cpus=16, gpus=1),))
     check_cluster(config, machines)
     assert study.concurrent_trials(config, machines) == 16
     assert study.concurrent_trials(parse(["--max-concurrent", "3"]), machines) == 3

@@ -1,0 +1,158 @@
+"""Which machines a study counts on, and what it says where they do not do."""
+
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config
+from rich.console import Console
+
+from sampimp.data import load_source
+from sampimp.errors import ResourceError, StoreError
+from sweeps import cluster as cluster_module
+from sweeps import study
+from sweeps.cluster import (
+    Cluster,
+    Machines,
+    autoscaling_config,
+    check_shared,
+    machines_to_come,
+)
+from sweeps.study import check_cluster, concurrent_trials, make_plan, parse
+
+ROOT = Path(__file__).parents[2]
+HEAD = Machines(1, cpus=0, gpus=0)
+
+
+@pytest.mark.parametrize(
+    ("machines", "cpus", "gpus", "trials"),
+    [
+        (Machines(1, cpus=8, gpus=0), 3, 0, 2),
+        (Machines(3, cpus=8, gpus=0), 3, 0, 6),  # not 24 // 3: a trial lies on one machine
+        (Machines(1, cpus=8, gpus=1), 1, 0.25, 4),
+        (Machines(1, cpus=3, gpus=1), 1, 0.25, 3),
+        (Machines(1, cpus=32, gpus=4), 1, 0.4, 8),  # not 10: a trial lies on one GPU
+        (Machines(1, cpus=32, gpus=2), 1, 0.1, 20),
+        (Machines(2, cpus=8, gpus=3), 1, 2, 2),
+        (Machines(2, cpus=8, gpus=0), 1, 0.5, 0),
+        (Machines(2, cpus=float("inf"), gpus=0), 4, 1, 2),  # not known: at least one trial each
+    ],
+)
+def test_the_room_of_machines(machines, cpus, gpus, trials):
+    assert machines.room(cpus, gpus) == trials
+
+
+def test_what_is_on_aws_is_what_cluster_yaml_says():
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    assert machines_to_come(config, [HEAD]) == (Machines(16, cpus=4, gpus=1),)
+    two = [HEAD, Machines(1, cpus=4, gpus=1), Machines(1, cpus=4, gpus=1)]
+    assert machines_to_come(config, two) == (Machines(14, cpus=4, gpus=1),)
+    cluster = Cluster("Ray cluster", (HEAD,), machines_to_come(config, [HEAD]))
+    assert str(cluster) == (
+        "Ray cluster: 1 node, 0 CPUs, 0 GPUs; up to 16 more with 64 CPUs, 16 GPUs"
+    )
+    options = parse(["--gpus-per-trial", "0.25"])
+    check_cluster(options, cluster)
+    assert concurrent_trials(options, cluster) == 64
+
+
+def test_all_kinds_together_stay_below_the_clusters_own_limit():
+    config = {
+        "max_workers": 5,
+        "available_node_types": {
+            "big": {"resources": {"CPU": 64}, "max_workers": 3},
+            "small": {"resources": {"CPU": 2}, "max_workers": 9},
+        },
+    }
+    expected = (Machines(3, 64, 0), Machines(2, 2, 0))
+    assert machines_to_come(config, [HEAD]) == expected
+    assert machines_to_come(config, [HEAD, *[Machines(1, 2, 0)] * 5]) == ()
+    assert machines_to_come({}, [HEAD]) == ()
+
+
+def test_own_machines_that_have_not_joined_yet():
+    config = yaml.safe_load((ROOT / "cluster-local.yaml").read_text())
+    to_come = machines_to_come(prepare_config(config), [HEAD])
+    assert [kind.count for kind in to_come] == [2]
+    cluster = Cluster("Ray cluster", (HEAD,), to_come)
+    assert str(cluster) == "Ray cluster: 1 node, 0 CPUs, 0 GPUs; up to 2 more"
+    check_cluster(parse(["--gpus-per-trial", "1"]), cluster)
+
+
+def test_the_autoscalers_process_names_its_file(tmp_path):
+    path = tmp_path / "bootstrap.yaml"
+    path.write_text("max_workers: 7\n")
+    command = [sys.executable, "-c", "input()", "--gcs-address=10.0.0.1:6379"]
+    process = subprocess.Popen([*command, f"--autoscaling-config={path}"], stdin=subprocess.PIPE)
+    try:
+        assert autoscaling_config("10.0.0.1:6379") == {"max_workers": 7}
+        assert autoscaling_config("10.0.0.1:637") == {}
+        path.unlink()
+        assert autoscaling_config("10.0.0.1:6379") == {}
+    finally:
+        process.communicate(b"\n")
+
+
+# ------------------------------------------------------------------------------ preflight
+
+
+def test_no_single_node_has_room():
+    # 8 GPUs in all, and no trial of 2 fits.
+    cluster = Cluster("eight nodes", (Machines(8, cpus=4, gpus=1),))
+    with pytest.raises(ResourceError, match="a node with 1 CPUs and 2 GPU a trial") as caught:
+        check_cluster(parse(["--gpus-per-trial", "2"]), cluster)
+    assert "eight nodes: 8 nodes, 32 CPUs, 8 GPUs" in str(caught.value)
+
+
+def test_a_cluster_that_grows_unseen_is_waited_for_where_a_person_says_so():
+    options = ["--gpus-per-trial", "1"]
+    cluster = Cluster("Ray cluster", (HEAD,))
+    with pytest.raises(ResourceError, match="--max-concurrent"):
+        check_cluster(parse(options), cluster)
+    more = parse([*options, "--max-concurrent", "12"])
+    check_cluster(more, cluster)
+    assert concurrent_trials(more, cluster) == 12
+    # This machine does not grow.
+    with pytest.raises(ResourceError):
+        check_cluster(more, Cluster("Ray started here", (HEAD,), started_here=True))
+
+
+def test_a_folder_that_other_nodes_do_not_see(monkeypatch, tmp_path, cluster):
+    (tmp_path / "study.json").write_text("{}")
+    check_shared(tmp_path / "study.json")  # one node
+    node = next(node for node in cluster_module.ray.nodes() if node["Alive"])
+    elsewhere = {"Alive": True, "NodeID": "0" * 56, "NodeManagerAddress": "10.0.0.2"}
+    monkeypatch.setattr(cluster_module.ray, "nodes", lambda: [node, elsewhere])
+    check_shared(tmp_path / "study.json")  # the other one has gone: nothing is known of it
+
+    # Each process reads another text there, as from a disk of its own.
+    own = Path("/proc/self/stat")
+    with pytest.raises(StoreError, match="a folder that every node of the cluster sees") as caught:
+        check_shared(own)
+    assert f"one that {node['NodeManagerAddress']} cannot read" in str(caught.value)
+    assert "/proc/self" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("here", "seconds", "says"),
+    [
+        (True, 1.0, "for about 12 min"),
+        (True, 0.9, ""),
+        (False, 1.0, ""),
+    ],
+)
+def test_a_long_study_on_this_machine_is_told_of_the_cluster(monkeypatch, here, seconds, says):
+    monkeypatch.setattr(study, "measure_epoch", lambda *_: seconds)
+    monkeypatch.setattr(study, "LONG", 700)
+    config = parse(["--preset", "digits", "--strategies", "rand", "--epochs", "288"])
+    sources = {"digits": load_source("digits")}
+    plan = make_plan(config, sources)
+    cluster = Cluster("x", (Machines(1, cpus=2, gpus=0),), started_here=here)
+    console = Console(file=StringIO(), width=200)
+    # 5 seeds x 288 epochs x 1 s / 2 at a time = 720 s
+    study.say_cluster(config, plan, plan.resolve({}), sources, cluster, console)
+    text = console.file.getvalue()
+    assert (says in text) if says else not text
