@@ -2,6 +2,7 @@
 
 python sweeps/full_study.py                       the paper's study
 python sweeps/full_study.py --preset digits       the same on 1,797 digits, in minutes
+python sweeps/full_study.py --cluster YAML ...    on the cluster that `ray up YAML` started
 python sweeps/full_study.py --help                all options
 """
 
@@ -16,6 +17,7 @@ from sampimp.folder import Folder
 from sampimp.plan import read_commits
 from sampimp.schema import __version__, digest_json
 from sampimp.store import SNAPSHOTS
+from sweeps.jobs import send
 from sweeps.study import parse, run
 
 
@@ -25,6 +27,8 @@ def main(arguments: list[str]) -> int:
     errors = Console(stderr=True, soft_wrap=True)
     try:
         config = parse(arguments)
+        if config.cluster:
+            return send(config, arguments, console)
         code = run(config, console)
         if not config.dry_run:
             report(config.out, console)

@@ -1,0 +1,142 @@
+"""What goes to a cluster as a job, what is found there, and what comes back.
+
+The cluster itself is in tests/cluster; here a script stands in for `ray exec`.
+"""
+
+import sys
+from io import StringIO
+from types import SimpleNamespace
+
+import pytest
+from ray.job_submission import JobStatus
+from rich.console import Console
+
+from sampimp.errors import ConfigError, ResourceError
+from sweeps import full_study, jobs
+from sweeps.study import parse
+
+SENT = ["--preset", "digits", "--out", "s3://bucket/study"]
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("cluster_name: none\n")
+    return str(path)
+
+
+@pytest.fixture
+def send(cluster, monkeypatch):
+    """Send a study with this in place of `ray exec`; return the exit code and the output."""
+
+    def send(script):
+        popen = jobs.subprocess.Popen
+        monkeypatch.setattr(
+            jobs.subprocess,
+            "Popen",
+            lambda command, **options: popen([sys.executable, "-c", script, *command], **options),
+        )
+        console = Console(file=StringIO(), width=200)
+        arguments = [*SENT, "--cluster", cluster]
+        return jobs.send(parse(arguments), arguments, console), console.file.getvalue()
+
+    return send
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ("results/paper, which is in this folder", "option --out", "s3://BUCKET/NAME")),
+        (["--out", "../study"], ("../study", "option --out")),
+        (["--out", "/srv/study", "--data-dir", "data"], ("data, which", "option --data-dir")),
+        (
+            ["--out", "/srv/study", "--datasets", "folder:cats"],
+            ("cats, which", "option --datasets folder:cats"),
+        ),
+        (["--out", "/srv/study", "--address", "auto"], ("one cluster", "--address auto")),
+    ],
+)
+def test_what_the_cluster_cannot_see_is_refused(cluster, capsys, arguments, words):
+    assert full_study.main([*arguments, "--cluster", cluster]) == 2
+    text = capsys.readouterr().err
+    assert [line[:8] for line in text.splitlines()] == [
+        "Expected",
+        "     Got",
+        "   Where",
+        "   To do",
+    ]
+    assert all(word in text for word in words), text
+
+
+def test_no_such_yaml():
+    with pytest.raises(ConfigError, match=r"option --cluster nowhere\.yaml"):
+        jobs.check_sendable(parse([*SENT, "--cluster", "nowhere.yaml"]))
+
+
+def test_places_that_all_nodes_see_may_be_sent(cluster):
+    options = "--out /srv/study --data-dir /srv/data --datasets npz:/srv/a.npz digits"
+    jobs.check_sendable(parse([*options.split(), "--cluster", cluster]))
+
+
+def test_the_log_is_shown_and_the_exit_code_is_the_studys(send, cluster):
+    code, text = send(
+        "import sys\n"
+        "print('Fetched IP: 10.0.0.1')\n"
+        "print('sampimp-job sent sampimp-1f0c-1\\r')\n"
+        "print('[bold]5 trials[/]\\r')\n"
+        "print(sys.argv[-2:])\n"
+        "print('sampimp-job ended 3\\r')\n"
+        "print('Shared connection to 10.0.0.1 closed.')\n"
+    )
+    assert code == 3
+    head, *log = text.splitlines()
+    assert head == (f"The study runs as job sampimp-1f0c-1 on {cluster}. Ctrl-C leaves it running.")
+    command = "python -m sweeps.jobs --preset digits --out s3://bucket/study"
+    assert log == ["[bold]5 trials[/]", str([cluster, command])]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"), [("found", "runs already"), ("differs", "with OTHER OPTIONS")]
+)
+def test_a_study_that_runs_is_attached_to(send, word, said):
+    code, text = send(f"print('sampimp-job {word} a-2')\nprint('sampimp-job ended 0')")
+    assert code == 0
+    assert said in text
+    assert "as job a-2" in text
+
+
+def test_a_lost_connection_says_how_to_come_back(send, cluster):
+    code, text = send("print('sampimp-job sent a-1')\nprint('0:30  5 trials')")
+    assert code == 130
+    assert "The connection is lost; the study goes on as job a-1." in text
+    assert f"Stop it: ray exec {cluster} 'ray job stop a-1'" in text
+
+
+def test_a_cluster_that_is_not_up(send):
+    with pytest.raises(ResourceError, match="Head node of cluster none not found") as caught:
+        send(
+            "print('Head node of cluster none not found!')\n"
+            "print('Error: Command failed:\\n\\n  ssh -tt ...')"
+        )
+    assert "ray up" in str(caught.value)
+
+
+# ------------------------------------------------------------------------------ on the head
+
+
+def job(submission_id, status, entrypoint="python"):
+    return SimpleNamespace(submission_id=submission_id, status=status, entrypoint=entrypoint)
+
+
+def test_one_study_is_one_job_at_a_time():
+    _, _, first = jobs.choose([], "s3://b/study")
+    assert first.endswith("-1")
+    name = first[:-2]
+    assert jobs.choose([], "s3://b/other")[2][:-2] != name
+    ended = [job(f"{name}-1", JobStatus.FAILED), job(f"{name}-2", JobStatus.STOPPED)]
+    others = [job(None, JobStatus.RUNNING), job("raysubmit_x", JobStatus.RUNNING)]
+    assert jobs.choose([*ended, *others], "s3://b/study") == (None, None, f"{name}-3")
+    for status in (JobStatus.PENDING, JobStatus.RUNNING):
+        running = job(f"{name}-3", status, "python -m x")
+        found = jobs.choose([running, *ended, *others], "s3://b/study")
+        assert found == (f"{name}-3", "python -m x", f"{name}-4")
