@@ -1,34 +1,79 @@
-"""cluster.yaml says what Ray understands and what the project promises; nothing is contacted."""
+"""cluster.yaml and cluster-local.yaml: what Ray understands, what the project promises.
+
+Nothing is contacted, and what tries to is refused; that cluster-local.yaml works is what
+`make cluster-test` shows.
+"""
 
 import copy
 import json
+import os
 import re
+import socket
+import subprocess
 from pathlib import Path
 
+import botocore.session
 import jsonschema
 import pytest
 import ray.autoscaler
 import yaml
+from botocore.validate import ParamValidator
+from ray.autoscaler._private.aws import config as aws
+from ray.autoscaler._private.local.config import bootstrap_local
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "cluster.yaml").read_text()
+TEXTS = {name: (ROOT / name).read_text() for name in ("cluster.yaml", "cluster-local.yaml")}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(self, address):
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(params=TEXTS)
+def text(request):
+    return TEXTS[request.param]
 
 
 @pytest.fixture
-def written():
-    return yaml.safe_load(TEXT)
+def written(text):
+    return yaml.safe_load(text)
 
 
 @pytest.fixture
 def prepared(written):
-    """Return the configuration as `ray up` has it before it first asks the cloud for anything."""
+    """Return the configuration as `ray up` has it before it first asks anybody for anything."""
     return prepare_config(copy.deepcopy(written))
+
+
+@pytest.fixture
+def on_aws():
+    return prepare_config(yaml.safe_load(TEXTS["cluster.yaml"]))
+
+
+@pytest.fixture
+def on_own_machines():
+    return prepare_config(yaml.safe_load(TEXTS["cluster-local.yaml"]))
 
 
 def node_types(config):
     types = dict(config["available_node_types"])
     return types.pop(config["head_node_type"]), list(types.values())
+
+
+def starts(config):
+    """Return the commands that start Ray: on the head, on a worker."""
+    kinds = ("head_start_ray_commands", "worker_start_ray_commands")
+    found = [command for kind in kinds for command in config[kind] if " start " in command]
+    assert len(found) == 2
+    return found
+
+
+# ---------------------------------------------------------------------------------- both
 
 
 def test_ray_accepts_it(written, prepared):
@@ -43,48 +88,22 @@ def test_ray_refuses_a_misspelt_key(prepared):
         validate_config(prepared)
 
 
-def test_the_head_is_on_demand_and_runs_no_trial(prepared):
-    head, _ = node_types(prepared)
-    assert head["resources"] == {"CPU": 0, "GPU": 0}
-    assert "InstanceMarketOptions" not in head["node_config"]
-    (start,) = [c for c in prepared["head_start_ray_commands"] if " start " in c]
-    assert "--num-cpus=0" in start
-    assert "--num-gpus=0" in start
+def test_every_key_has_its_comment(text):
+    lines = text.splitlines()
+    bare = [
+        f"{number}: {line.strip()}"
+        for number, line in enumerate(lines, start=1)
+        if re.match(r" *(- )?[A-Za-z_-]+:", line) and "#" not in lines[number - 2]
+    ]
+    assert not bare
 
 
-def test_workers_are_spot_gpus_that_come_and_go(prepared):
-    _, workers = node_types(prepared)
-    assert workers
-    for worker in workers:
-        assert worker["min_workers"] == 0
-        assert 0 < worker["max_workers"] <= prepared["max_workers"]
-        assert worker["resources"]["GPU"] >= 1
-        assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-        assert worker["node_config"]["IamInstanceProfile"]["Name"]
-    assert 0 < prepared["idle_timeout_minutes"] <= 30
-    zones = prepared["provider"]["availability_zone"].split(",")
-    assert len(set(zones)) >= 2
-    assert all(re.fullmatch(prepared["provider"]["region"] + "[a-z]", zone) for zone in zones)
-    assert prepared["provider"]["cache_stopped_nodes"] is False
-
-
-def test_one_image_is_pinned_for_all_nodes(prepared):
-    head, workers = node_types(prepared)
-    images = {kind["node_config"]["ImageId"] for kind in [head, *workers]}
-    assert len(images) == 1
-    assert re.fullmatch(r"ami-[0-9a-f]{17}", images.pop())
-
-
-def test_the_world_sees_ssh_alone(prepared):
-    # Ray adds ssh and the group's own members to what is listed here.
-    assert prepared["provider"]["security_group"]["IpPermissions"] == []
-    starts = prepared["head_start_ray_commands"] + prepared["worker_start_ray_commands"]
-    for start in (command for command in starts if " start " in command):
+def test_strangers_stay_out(prepared):
+    for start in starts(prepared):
         assert "RAY_AUTH_MODE=token" in start
         assert "0.0.0.0" not in start
-    (head,) = [c for c in prepared["head_start_ray_commands"] if " start " in c]
-    assert "--dashboard-host=127.0.0.1" in head
-    assert "~/.ray/auth_token" in prepared["file_mounts"]
+    assert "--dashboard-host=127.0.0.1" in starts(prepared)[0]
+    assert prepared["file_mounts"]["~/.ray/auth_token"].endswith("/.ray/auth_token")
 
 
 def test_nodes_install_this_project_with_its_pins(prepared):
@@ -98,14 +117,110 @@ def test_nodes_install_this_project_with_its_pins(prepared):
 def test_what_is_mounted_exists(written):
     local = [path for path in written["file_mounts"].values() if not path.startswith("~")]
     missing = [path for path in local if not (ROOT / path).exists() and path != ".git"]
-    assert not missing, f"cluster.yaml mounts {missing}, which the checkout lacks"
+    assert not missing, f"the checkout lacks {missing}"
 
 
-def test_every_key_has_its_comment():
-    lines = TEXT.splitlines()
-    bare = [
-        f"{number}: {line.strip()}"
-        for number, line in enumerate(lines, start=1)
-        if re.match(r"(?! )[a-z_]+:", line) and not lines[number - 2].startswith("#")
-    ]
-    assert not bare
+def test_bash_understands_every_command(prepared):
+    kinds = [kind for kind in prepared if kind.endswith("_commands")]
+    commands = [command for kind in kinds for command in prepared[kind]]
+    assert len(commands) >= 7
+    for command in commands:
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
+def test_a_second_ray_up_leaves_the_profile_alone(prepared, tmp_path):
+    (profile,) = [command for command in prepared["setup_commands"] if ".bashrc" in command]
+    home = {**os.environ, "HOME": str(tmp_path)}
+    (tmp_path / ".bashrc").write_text("# mine\n")
+    for _ in range(2):
+        subprocess.run(["bash", "-c", profile], env=home, check=True)
+    assert (tmp_path / ".bashrc").read_text().count("\n") == 2
+    show = "source ~/.bashrc; echo $RAY_AUTH_MODE ${PATH%%:*}"
+    shown = subprocess.run(["bash", "-c", show], env=home, check=True, capture_output=True)
+    assert shown.stdout.decode().split() == ["token", f"{tmp_path}/venv/bin"]
+
+
+# ----------------------------------------------------------------------------------- AWS
+
+
+def test_the_head_is_on_demand_and_runs_no_trial(on_aws):
+    head, _ = node_types(on_aws)
+    assert head["resources"] == {"CPU": 0, "GPU": 0}
+    assert "InstanceMarketOptions" not in head["node_config"]
+    assert "--num-cpus=0 --num-gpus=0" in starts(on_aws)[0]
+
+
+def test_workers_are_spot_gpus_that_come_and_go(on_aws):
+    _, workers = node_types(on_aws)
+    assert workers
+    for worker in workers:
+        assert worker["min_workers"] == 0
+        assert 0 < worker["max_workers"] <= on_aws["max_workers"]
+        assert worker["resources"]["GPU"] >= 1
+        assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+        assert worker["node_config"]["IamInstanceProfile"]["Name"]
+    assert 0 < on_aws["idle_timeout_minutes"] <= 30
+    zones = on_aws["provider"]["availability_zone"].split(",")
+    assert len(set(zones)) >= 2
+    assert all(re.fullmatch(on_aws["provider"]["region"] + "[a-z]", zone) for zone in zones)
+    assert on_aws["provider"]["cache_stopped_nodes"] is False
+
+
+def test_one_image_is_pinned_for_all_nodes(on_aws):
+    head, workers = node_types(on_aws)
+    images = {kind["node_config"]["ImageId"] for kind in [head, *workers]}
+    assert len(images) == 1
+    assert re.fullmatch(r"ami-[0-9a-f]{17}", images.pop())
+
+
+def test_the_bootstrap_replaces_neither_image_nor_profile(on_aws):
+    """Its steps that ask AWS nothing; the others find subnets, and make key and group."""
+    before = copy.deepcopy(on_aws)
+    aws.check_legacy_fields(on_aws)
+    config = aws._configure_from_launch_template(on_aws)
+    config = aws._configure_from_network_interfaces(config)
+    config = aws._configure_iam_role(config)
+    aws._check_ami(config)
+    assert config["available_node_types"] == before["available_node_types"]
+
+
+def test_ec2_knows_every_key_of_the_nodes(on_aws):
+    ec2 = botocore.session.get_session().get_service_model("ec2")
+    shape = ec2.operation_model("RunInstances").input_shape
+    for kind in on_aws["available_node_types"].values():
+        request = {**kind["node_config"], "MinCount": 1, "MaxCount": 1}
+        assert not request.keys() - shape.members.keys()
+        report = ParamValidator().validate(request, shape)
+        assert not report.has_errors(), report.generate_report()
+
+
+def test_the_world_sees_ssh_alone(on_aws):
+    # Ray adds these two to what is listed: ssh, and the group's own members.
+    assert on_aws["provider"]["security_group"]["IpPermissions"] == []
+    rules = aws._create_default_inbound_rules(["sg-own"], [])
+    open_to_all = [rule for rule in rules if rule.get("IpRanges")]
+    assert [(rule["FromPort"], rule["ToPort"]) for rule in open_to_all] == [(22, 22)]
+
+
+# -------------------------------------------------------------------- one's own machines
+
+
+def test_all_machines_are_wanted_and_kept(on_own_machines):
+    config = bootstrap_local(on_own_machines)
+    (kind,) = config["available_node_types"].values()
+    count = len(config["provider"]["worker_ips"])
+    assert kind["min_workers"] == kind["max_workers"] == config["max_workers"] == count >= 2
+
+
+def test_the_workers_are_started(on_own_machines):
+    # `ray up` exports RAY_enable_autoscaler_v2=1 before the command, and the second version does
+    # not start the workers of this provider.
+    head, _ = starts(on_own_machines)
+    assert re.search(r"RAY_enable_autoscaler_v2=0 .*ray start --head", head)
+    assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in head
+
+
+def test_the_examples_are_addresses_of_nobody(on_own_machines):
+    provider = on_own_machines["provider"]
+    for address in (provider["head_ip"], *provider["worker_ips"]):
+        assert address.startswith("192.0.2."), "RFC 5737, for documentation"
