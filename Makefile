@@ -19,7 +19,7 @@ define install
 @touch $@
 endef
 
-.PHONY: help study test check bench chaos clean
+.PHONY: help study test check bench chaos cluster-test clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # Two installs into one environment at once would break it (make -j).
@@ -30,6 +30,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make check   format, lint, types, doctests, tests: what CI runs"
 	@echo "make chaos   a study that is killed again and again, against one that is left alone (minutes)"
+	@echo "make cluster-test   ray up on hosts in namespaces, one of which dies (root; 3 minutes)"
 	@echo "make bench   one training step with and without recording, against BackPACK and Opacus"
 	@echo "make clean   remove the environment and the caches; results/ stays"
 
@@ -38,6 +39,9 @@ study: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+cluster-test: $(VENV)/.installed-test
+	@tests/cluster/run.sh $(BIN)/python
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -65,10 +69,10 @@ $(VENV)/.installed: $(PINS) | $(VENV)/.created
 	$(call install,,sampimp,$(FIRST))
 
 $(VENV)/.installed-test: $(PINS) | $(VENV)/.created
-	$(call install,[test],sampimp and its tests' tools,$(FIRST))
+	$(call install,[test$(comma)cluster],sampimp and its tests' tools,$(FIRST))
 
 $(VENV)/.installed-dev: $(PINS) | $(VENV)/.created
-	$(call install,[test$(comma)dev],sampimp and its developers' tools,$(FIRST))
+	$(call install,[test$(comma)cluster$(comma)dev],sampimp and its developers' tools,$(FIRST))
 	@touch $(VENV)/.installed-test
 
 $(VENV)/.installed-bench: $(PINS) | $(VENV)/.created

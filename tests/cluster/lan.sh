@@ -1,0 +1,26 @@
+#!/bin/bash
+# The machine room of the cluster test, as process 1 of namespaces of its own: a bridge that leads
+# nowhere, a shared disk in memory at /srv, a private /tmp, and then the command that is given. When it
+# ends, the kernel ends every process that is left in here, and nothing remains outside.
+#
+# lan.sh KEEP... -- COMMAND...   KEEP: folders to be seen even if they lie in /tmp
+set -eu
+mount -t tmpfs tmpfs /srv
+mkdir -p /srv/laptop/tmp
+while [ "$1" != -- ]; do
+    case $1 in /tmp/*)
+        mkdir -p "/srv/laptop/tmp/${1#/tmp/}"
+        mount --rbind "$1" "/srv/laptop/tmp/${1#/tmp/}" ;;
+    esac
+    shift
+done
+shift
+mount --rbind /srv/laptop/tmp /tmp
+chmod 1777 /tmp
+mount -t tmpfs tmpfs /dev/shm
+
+ip link set lo up
+ip link add lan type bridge
+ip address add 10.83.0.1/24 dev lan
+ip link set lan up
+"$@"

@@ -1,0 +1,122 @@
+"""Hosts in namespaces: each has its own processes, network, /tmp and ssh server; all share /srv."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+UNSHARE = ("unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child")
+GATEWAY = "10.83.0.1"
+"""The laptop's own address, on the bridge that lan.sh made."""
+
+
+class Host:
+    """A machine that is on from its construction until it is killed."""
+
+    def __init__(self, name: str, number: int, public_key: str) -> None:
+        self.name, self.address = name, f"10.83.0.{number}"
+        self.folder = Path("/srv") / name
+        self.home = self.folder / "home"
+        (self.home / ".ssh").mkdir(parents=True)
+        (self.home / ".ssh" / "authorized_keys").write_text(public_key)
+        # Where cluster-local.yaml makes an environment, there is one that is made.
+        (self.home / "venv").symlink_to(sys.prefix)
+        keep = (str(ROOT), sys.prefix, sys.base_prefix)
+        script = str(Path(__file__).with_name("host.sh"))
+        self._unshare = subprocess.Popen(
+            [*UNSHARE, script, name, self.address, GATEWAY, str(self.folder), *keep],
+            stdin=subprocess.DEVNULL,
+            stderr=(self.folder / "host.log").open("w"),
+        )
+        wait_until(lambda: bool(self._init()), f"{name} to start", 20)
+        link = f"to-{name}"
+        run(
+            "ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", self._init()
+        )
+        run("ip", "link", "set", link, "master", "lan", "up")
+        self._namespace = os.readlink(f"/proc/{self._init()}/ns/pid")
+        wait_until(self._answers, f"{name}'s ssh server", 20)
+
+    def processes(self) -> dict[int, str]:
+        """Return what runs on it now, but for its first process and its ssh server."""
+        found = {}
+        for pid in _pids():
+            with contextlib.suppress(OSError):
+                if (
+                    os.readlink(f"/proc/{pid}/ns/pid") != self._namespace
+                    or str(pid) == self._init()
+                ):
+                    continue
+                command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+                if command and not command.startswith(("sshd:", "/usr/sbin/sshd")):
+                    found[pid] = command  # a zombie has no command line
+        return found
+
+    def kill(self) -> None:
+        """Cut the power."""
+        if self._unshare.poll() is None:
+            os.kill(int(self._init()), signal.SIGKILL)
+            self._unshare.wait()
+
+    def _init(self) -> str:
+        """Return the process that is number 1 on the host."""
+        children = f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children"
+        return Path(children).read_text().strip()
+
+    def _answers(self) -> bool:
+        assert self._unshare.poll() is None, f"{self.name} did not start"
+        probe = ["bash", "-c", f"exec 3<>/dev/tcp/{self.address}/22"]
+        return not subprocess.run(probe, capture_output=True, timeout=10, check=False).returncode
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def everything() -> dict[int, str]:
+    """Return all processes in these namespaces but this one, its parents and zombies."""
+    mine, pid = set(), os.getpid()
+    while pid:
+        mine.add(pid)
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    found = {}
+    for pid in set(_pids()) - mine:
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+            if command:
+                found[pid] = command
+    return found
+
+
+def wait_until(happened: Callable[[], bool], what: str, seconds: float) -> float:
+    """Wait for something; return how long it took."""
+    start = time.monotonic()
+    while not happened():
+        assert time.monotonic() - start < seconds, f"waited {seconds:g} s in vain for {what}"
+        time.sleep(0.1)
+    return time.monotonic() - start
+
+
+def start(*command: str, **options) -> subprocess.Popen[str]:
+    """Start a command that reads nothing, and whose output is one."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def run(*command: str, **options) -> str:
+    """Run a command to its end and return its output, which an error says too."""
+    process = start(*command, **options)
+    text, _ = process.communicate()
+    assert not process.returncode, f"{command} ended with {process.returncode}:\n{text}"
+    return text

@@ -1,0 +1,26 @@
+#!/bin/bash
+# make cluster-test: `ray up`, a study, a host that dies, `ray down`, in namespaces that the kernel clears
+# away. run.sh PYTHON [PYTEST OPTIONS]
+set -eu
+cd "$(dirname "$0")/../.."
+python=$1
+shift
+
+skip() {
+    echo "SKIPPED make cluster-test, NOTHING WAS TESTED: $1"
+    exit 0
+}
+[ "$(uname)" = Linux ] || skip "it needs Linux, and this is $(uname)"
+[ "$(id -u)" = 0 ] || skip "it needs root, for network namespaces; this is $(id -un)"
+new=(--net --mount --pid --uts --ipc --fork --kill-child)
+unshare "${new[@]}" true || skip "unshare is missing or not permitted here"
+tests/cluster/install.sh || skip "its system packages are missing"
+unshare "${new[@]}" ip link add lan type bridge || skip "this kernel has no network bridges"
+
+prefixes=$("$python" -c 'import sys; print(sys.prefix, sys.base_prefix)')
+export SAMPIMP_LAN=1
+# It took 190 s on two cores that were shared.
+# shellcheck disable=SC2086  # two folders
+exec timeout --foreground --kill-after=5 240 \
+    unshare "${new[@]}" --mount-proc tests/cluster/lan.sh "$PWD" $prefixes -- \
+    "$python" -m pytest -m cluster -p no:cacheprovider tests/cluster "$@"
