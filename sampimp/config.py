@@ -37,10 +37,12 @@ class TrainingConfig:
     """CPU threads of a trial; fixed, since threads change the order of sums."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where a trial computes."""
+    workers: int = 1
+    """Workers that share each batch of a trial; fixed, since they change the order of sums."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value that cannot be trained with."""
-        for name in ("epochs", "batch_size", "threads"):
+        for name in ("epochs", "batch_size", "threads", "workers"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("weight_decay", "parameters_every"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))

@@ -9,6 +9,9 @@ For layers d = 1 .. D, x_1 the batch, W_d and b_d the weights and biases:
         delta_{d-1} = (delta_d W_d) where x_d > 0
         W_d -= rate (delta_d^T x_d + decay W_d), b_d likewise
 
+Where several workers share a batch, delta_d^T x_d is summed over them before the update; the mean
+of the loss is over the whole batch in any case.
+
 These are the very operations that autograd and `torch.optim.SGD` carry out on such a network, in
 the same order, so that the parameters are theirs bit for bit (a test says so). What is saved is
 autograd's own work, and the memory: gradients and activations stay where they are from step to
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from sampimp.capture import NormBuffer
 from sampimp.errors import UnsupportedError
 from sampimp.importance import row_norm
+from sampimp.workers import ALONE, Workers
 
 aten = torch.ops.aten
 
@@ -39,6 +43,8 @@ class FusedStep:
         Of `torch.optim.SGD`.
     record
         False leaves the norms out, and with them importance; the parameters are the same.
+    workers
+        Who else computes a share of each batch, from the same parameters.
 
     Raises
     ------
@@ -47,9 +53,16 @@ class FusedStep:
     """
 
     def __init__(
-        self, model: nn.Sequential, *, learning_rate: float, weight_decay: float, record: bool
+        self,
+        model: nn.Sequential,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        record: bool,
+        workers: Workers = ALONE,
     ) -> None:
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self._workers = workers
         layers = _require_stack(model)
         self._weights = [layer.weight.detach() for layer in layers]
         self._biases = [layer.bias.detach() for layer in layers]
@@ -61,18 +74,20 @@ class FusedStep:
         self._norms = NormBuffer(len(layers)) if record else None
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor, labels: Tensor) -> None:
-        """Train on one batch: inputs [N, ...], labels [N]."""
+    def __call__(self, inputs: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
+        """Train on one batch: inputs [N, ...], labels [N].
+
+        `batch_size` is that of the whole batch where these samples are this worker's share of it,
+        which may be none.
+        """
         activations = self._forward(inputs.flatten(1))
         logits_NC = activations.pop()
-        self._backward(activations, loss_gradient(logits_NC, labels))
+        self._backward(activations, loss_gradient(logits_NC, labels, batch_size))
         if self._norms is not None:
             self._norms.accept(len(labels), [self.learning_rate] * (2 * len(self._weights)))
-        for parameter, gradient in zip(
-            [*self._weights, *self._biases],
-            [*self._weight_gradients, *self._bias_gradients],
-            strict=True,
-        ):
+        gradients = [*self._weight_gradients, *self._bias_gradients]
+        self._workers.sum(gradients)
+        for parameter, gradient in zip([*self._weights, *self._biases], gradients, strict=True):
             if self.weight_decay:  # as torch.optim.SGD: to add nothing can turn a -0.0 into 0.0
                 gradient.add_(parameter, alpha=self.weight_decay)
             parameter.add_(gradient, alpha=-self.learning_rate)
@@ -112,8 +127,10 @@ class FusedStep:
                 delta_NO = aten.threshold_backward(delta_NI, activation_NI, 0)
 
 
-def loss_gradient(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
+def loss_gradient(logits_NC: Tensor, labels_N: Tensor, batch_size: int | None = None) -> Tensor:
     """Return the gradient of the batch's mean cross-entropy at the logits, shape (N, C).
+
+    The mean is over `batch_size` samples, by default over these.
 
     The softmax is taken in float64: its gradient p - 1 of a confident sample cancels in float32,
     and by epoch 40 of MNIST the importance of half the samples was rounding (replayed in float64:
@@ -126,7 +143,7 @@ def loss_gradient(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
     """
     log_softmax_NC = torch.log_softmax(logits_NC.double(), 1)
     mean = 1  # ATen's number for the reduction
-    _, count = aten.nll_loss_forward(log_softmax_NC, labels_N, None, mean, -100)
+    count = log_softmax_NC.new_full((), len(labels_N) if batch_size is None else batch_size)
     one = log_softmax_NC.new_ones(())
     gradient_NC = aten.nll_loss_backward(one, log_softmax_NC, labels_N, None, mean, -100, count)
     delta_NC = aten._log_softmax_backward_data(gradient_NC, log_softmax_NC, 1, torch.float64)

@@ -8,11 +8,15 @@
         NLL of every training sample and the errors, at the end of the epoch
         yield the record of epoch t
 
+Where several workers share a run, each is in a process of its own with all of this; the update is
+that of the whole batch, and every worker yields the records of all samples (`sampimp.workers`).
+
 It knows neither Ray nor Zarr: who consumes the records decides where they go, and may stop and go
 on from `state` in another process, with the same bytes.
 """
 
 import io
+import os
 import time
 from collections.abc import Iterator
 from typing import Protocol
@@ -30,6 +34,7 @@ from sampimp.fused import FusedStep
 from sampimp.models import build_mlp, flatten_parameters, parameter_layers
 from sampimp.schema import EpochRecord
 from sampimp.strategies import Schedule, batch_positions
+from sampimp.workers import ALONE, Workers
 
 EVALUATION_CHUNK = 1000
 """Samples evaluated at once; larger ones were no faster on a CPU (0.9 to 1.1 s for 50,000)."""
@@ -38,8 +43,8 @@ EVALUATION_CHUNK = 1000
 class Step(Protocol):
     """One training step, which may leave importance behind."""
 
-    def __call__(self, inputs: Tensor, labels: Tensor) -> None:
-        """Train on one batch."""
+    def __call__(self, inputs: Tensor, labels: Tensor, batch_size: int) -> None:
+        """Train on one batch, or on this worker's share of a batch of `batch_size`."""
 
     def take(self) -> Tensor | None:
         """Return beta (layer, samples) of the steps since the last call; None if not recorded."""
@@ -58,27 +63,38 @@ class TrainingRun:
         The batches of each epoch.
     record
         False trains the very same parameters without measuring importance.
+    workers
+        Who else computes a share of each batch.
     """
 
     def __init__(
-        self, config: TrialConfig, data: Dataset, schedule: Schedule, *, record: bool = True
+        self,
+        config: TrialConfig,
+        data: Dataset,
+        schedule: Schedule,
+        *,
+        record: bool = True,
+        workers: Workers = ALONE,
     ) -> None:
         training = config.training
-        self.config, self.schedule = config, schedule
+        self.config, self.schedule, self.workers = config, schedule, workers
         self.epoch = 0
         device = torch.device(training.device)
+        if device.type == "cuda":
+            use_deterministic_algorithms()
+        self._train = tuple(torch.from_numpy(a).to(device) for a in data[:2])
+        self._test = tuple(torch.from_numpy(a).to(device) for a in data[2:])
         class_count = int(max(data.train_labels.max(), data.test_labels.max())) + 1
         self.model = build_mlp(
             data.train_inputs.shape[1:], training.hidden, class_count, config.seed
-        ).to(device)
+        ).to(self._train[0])  # its precision as well
         self.step: Step = FusedStep(
             self.model,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
             record=record,
+            workers=workers,
         )
-        self._train = tuple(torch.from_numpy(a).to(device) for a in data[:2])
-        self._test = tuple(torch.from_numpy(a).to(device) for a in data[2:])
 
     @property
     def layers(self) -> list[tuple[str, int]]:
@@ -114,19 +130,25 @@ class TrainingRun:
     def _train_epoch(self) -> dict[str, np.ndarray]:
         inputs, labels = self._train
         batches = self.schedule(self.epoch)
+        own: list[np.ndarray] = []  # this worker's samples, by their place in the epoch
+        start = 0
         for batch in batches:
-            index = torch.from_numpy(batch)
-            self.step(inputs[index], labels[index])
+            share = self.workers.share(len(batch))
+            index = torch.from_numpy(batch[share])
+            self.step(inputs[index], labels[index], len(batch))
+            own.append(np.arange(start, start + len(batch))[share])
+            start += len(batch)
         arrays = {"batch": batch_positions(batches, len(labels))}
         beta_LN = self.step.take()
         if beta_LN is not None:
+            beta_LN = self.workers.gather(beta_LN, np.concatenate(own), start)
             index = torch.from_numpy(np.concatenate(batches))
             arrays["importance"] = sum_by_sample(index, beta_LN, len(labels)).float().numpy()
         return arrays
 
     def _evaluate(self) -> dict[str, np.ndarray]:
-        train_nll, train_error = evaluate(self.model, *self._train)
-        test_nll, test_error = evaluate(self.model, *self._test)
+        train_nll, train_error = evaluate(self.model, *self._train, workers=self.workers)
+        test_nll, test_error = evaluate(self.model, *self._test, workers=self.workers)
         return {
             "nll": train_nll.astype(np.float32),
             "train_nll": train_nll.mean(),
@@ -166,18 +188,32 @@ class TrainingRun:
         self.epoch = epoch
 
 
+def use_deterministic_algorithms() -> None:
+    """Let this process compute the same bytes on the same GPU each time.
+
+    The cost has not been measured. cuBLAS reads its variable when it is first used.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
 @torch.inference_mode()
-def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[np.ndarray, float]:
+def evaluate(
+    model: nn.Module, inputs: Tensor, labels: Tensor, *, workers: Workers = ALONE
+) -> tuple[np.ndarray, float]:
     """Return the NLL of every sample, shape (N,) in nats, and the fraction misclassified.
 
-    The logarithm of the softmax is taken in float64: in float32 a confident sample's NLL is a
-    multiple of 6e-8 and often 0, and the strategies sort by it.
+    Each worker evaluates its share, and has the result of all. The logarithm of the softmax is
+    taken in float64: in float32 a confident sample's NLL is a multiple of 6e-8 and often 0, and the
+    strategies sort by it.
     """
-    nll, wrong = [], 0
+    nll, wrong = [], torch.zeros((), dtype=torch.int64, device=labels.device)
+    own = workers.share(len(labels))
     for inputs_N, labels_N in zip(
-        inputs.split(EVALUATION_CHUNK), labels.split(EVALUATION_CHUNK), strict=True
+        inputs[own].split(EVALUATION_CHUNK), labels[own].split(EVALUATION_CHUNK), strict=True
     ):
         logits = model(inputs_N).double()
         nll.append(functional.cross_entropy(logits, labels_N, reduction="none"))
         wrong += (logits.argmax(1) != labels_N).sum()
-    return torch.cat(nll).cpu().numpy(), int(wrong) / len(labels)
+    workers.sum([wrong])
+    return workers.gather(torch.cat(nll), own, len(labels)).cpu().numpy(), int(wrong) / len(labels)
