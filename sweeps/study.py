@@ -81,9 +81,11 @@ class StudyConfig(TrainingConfig):
     cluster: str | None = None
     """Run as a job on the cluster that `ray up` made of this YAML file, or attach to that job."""
     cpus_per_trial: int = 1
-    """CPU threads of a trial."""
+    """CPU threads of a trial; of each of its workers, where it has several."""
     gpus_per_trial: float = 0.0
-    """GPUs of a trial; a fraction puts several trials on one."""
+    """GPUs of a trial, or of each of its workers; a fraction puts several trials on one."""
+    workers_per_trial: int = 1
+    """Workers that share each batch of a trial; each takes the CPUs and GPUs given above."""
     max_concurrent: int | None = None
     """Most trials at a time; by default as many as the cluster has CPUs and GPUs for."""
     snapshot_every: int = 0
@@ -92,6 +94,7 @@ class StudyConfig(TrainingConfig):
     """Print the plan with the time and storage it takes, and train nothing."""
     threads: _Derived = 1
     device: _Derived = "cpu"
+    workers: _Derived = 1
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a contradiction, before anything is read."""
@@ -117,6 +120,14 @@ class StudyConfig(TrainingConfig):
                 where="options --cpus-per-trial and --gpus-per-trial",
                 todo="change the value",
             )
+        if self.workers_per_trial < 1 or (self.workers_per_trial > 1 and self.gpus_per_trial % 1):
+            raise ConfigError(
+                expected="at least 1 worker a trial, and whole GPUs for each of several",
+                got=f"{self.workers_per_trial} workers with {self.gpus_per_trial:g} GPUs each",
+                where="options --workers-per-trial and --gpus-per-trial",
+                todo="NCCL puts no two workers on one GPU: give each one of its own, or train with "
+                "one worker",
+            )
         if self.snapshot_every and (
             not self.parameters_every
             or self.snapshot_every % self.parameters_every
@@ -134,6 +145,7 @@ class StudyConfig(TrainingConfig):
         values = {field.name: getattr(self, field.name) for field in fields(TrainingConfig)}
         values |= {
             "threads": self.cpus_per_trial,
+            "workers": self.workers_per_trial,
             "device": "cuda" if self.gpus_per_trial else "cpu",
         }
         return TrainingConfig(**values)
@@ -254,13 +266,16 @@ def check_out(folder: Folder) -> Plan | None:
 
 
 def check_cluster(config: StudyConfig, cluster: Cluster) -> None:
-    """Raise ResourceError if no node of the cluster, now or to come, has room for a trial."""
+    """Raise ResourceError if the cluster, now or to come, has no room for a trial."""
     cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
-    if not cluster.room(cpus, gpus) and (cluster.started_here or not config.max_concurrent):
+    workers = config.workers_per_trial
+    grows = not cluster.started_here and config.max_concurrent
+    if cluster.room(cpus, gpus) < workers and not grows:
         raise ResourceError(
             expected=f"a node with {cpus} CPUs"
-            + (f" and {gpus:g} GPU a trial" if gpus else " a trial"),
-            got="none",
+            + (f" and {gpus:g} GPU" if gpus else "")
+            + (f", {workers} times a trial" if workers > 1 else " a trial"),
+            got=f"{cluster.room(cpus, gpus)} times" if workers > 1 else "none",
             where=str(cluster),
             todo="lower --cpus-per-trial, leave --gpus-per-trial out to train on CPUs, or give a "
             "cluster that has them; if this one grows when trials wait, say how far: "
@@ -370,7 +385,8 @@ def train(
         plan=plan.to_json(),
         sources={key: ray.put(source) for key, source in sources.items()},
     )
-    resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
+    worker = {"CPU": float(config.cpus_per_trial), "GPU": config.gpus_per_trial}
+    resources = tune.PlacementGroupFactory([worker] * config.workers_per_trial)
     with (
         tempfile.TemporaryDirectory(prefix="sampimp-tune-") as scratch,
         Progress(trials, plan.training.epochs, slots, searcher.failed, console) as progress,
@@ -407,7 +423,8 @@ def train(
 
 def concurrent_trials(config: StudyConfig, cluster: Cluster) -> int:
     """Return how many trials run at a time once all machines have come."""
-    slots = cluster.room(config.cpus_per_trial, config.gpus_per_trial)
+    room = cluster.room(config.cpus_per_trial, config.gpus_per_trial)
+    slots = room // config.workers_per_trial
     return min(slots, config.max_concurrent or slots) or config.max_concurrent or 1
 
 
@@ -481,8 +498,9 @@ def describe_plan(
     console.print(f"          {len(trials)} in all, {len(missing)} of them missing")
     with console.status("Measuring an epoch"):
         epochs = measure_epochs(plan, missing, sources)
+    alone = " on one worker" if config.workers_per_trial > 1 else ""
     for key, seconds in epochs.items():
-        console.print(f"Epoch     {key}: about {seconds:.2g} s")
+        console.print(f"Epoch     {key}: about {seconds:.2g} s{alone}")
     slots = concurrent_trials(config, cluster)
     seconds = total_seconds(plan, missing, epochs) / slots
     storage = sum(trial_bytes(plan, trial.config) for trial in missing)

@@ -9,18 +9,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import ray
 from ray import tune
+from ray.exceptions import RayActorError
 
-from sampimp.config import TrialConfig
-from sampimp.data import Dataset, Source, scale_inputs
 from sampimp.folder import Folder
 from sampimp.plan import Plan
-from sampimp.schema import Layout
-from sampimp.store import SupersededError, TrialRecord, read_difficulty
-from sampimp.strategies import SORT_KEY, Schedule, make_schedule
-from sampimp.training import TrainingRun
+from sampimp.store import SupersededError, TrialRecord
 from sweeps.provenance import describe_machine
+from sweeps.workers import Sources, Team
 
 
 class Trial(tune.Trainable):
@@ -36,13 +32,12 @@ class Trial(tune.Trainable):
         *,
         out: str,
         plan: Mapping[str, Any],
-        sources: Mapping[str, "ray.ObjectRef[Source]"],
+        sources: Sources,
     ) -> None:
         """Get ready for the trial whose position in the plan is config["position"]."""
         self._folder = Folder.of(out)
         self._plan = Plan.from_json(plan)
-        self._sources = sources
-        self._data: tuple[str, Dataset] | None = None
+        self._team = Team(out, self._plan, sources)
         self._start(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -69,10 +64,13 @@ class Trial(tune.Trainable):
             # A diverged state is no state to go on from: after a crash here the epoch before is.
             if not diverged:
                 self._record.checkpoint(self._run.epoch, self._run.state())
-        done = diverged or self._run.epoch == self._plan.training.epochs
+        epoch = self._run.epoch
+        done = diverged or epoch == self._plan.training.epochs
         if done:
-            self._record.commit(self._run.epoch if diverged else None)
-        return {"epoch": self._run.epoch, "diverged": diverged, "done": done}
+            self._record.commit(epoch if diverged else None)
+            del self._run, self._records
+            self._team.release()
+        return {"epoch": epoch, "diverged": diverged, "done": done}
 
     def _start(self, config: Mapping[str, Any]) -> None:
         trial = self._plan.trials()[config["position"]]
@@ -93,37 +91,16 @@ class Trial(tune.Trainable):
                 "trial.json",
                 {**identity, "plan": self._plan.to_json()["training"], **describe_machine()},
             )
-            self._run = TrainingRun(trial, self._read_data(trial), self._schedule(config, layout))
-            checkpoint = self._record.newest_checkpoint()
-            if checkpoint is not None:
-                epoch, state = checkpoint
-                self._run.restore(state, epoch)
-            self._records = self._run.records()
-
-    def _read_data(self, trial: TrialConfig) -> Dataset:
-        if self._data is None or self._data[0] != trial.dataset:
-            self._data = None  # before the next one is made: two may not fit
-            source = ray.get(self._sources[trial.dataset])
-            scaling = self._plan.training.input_scaling
-            self._data = trial.dataset, scale_inputs(source, scaling)
-        return self._data[1]
-
-    def _schedule(self, config: Mapping[str, Any], layout: Layout) -> Schedule:
-        trial = self._plan.trials()[config["position"]]
-        difficulty = None
-        if config["reference_id"]:
-            reference = self._folder / "trials" / config["reference_id"]
-            difficulty = read_difficulty(reference, SORT_KEY[trial.strategy], layout)
-        batch_size = self._plan.training.batch_size
-        return make_schedule(
-            trial.strategy, layout.sample, batch_size, trial.order_seed, difficulty
-        )
+            self._run = self._team.start(config, self._record.newest_checkpoint())
+            self._records = self._team.records(self._run)
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
         """Leave a word in the store of what goes wrong, and let Tune hear of it as well."""
         try:
             yield
+        except RayActorError:
+            raise  # another worker of the trial died: no failure of its own, as when this one does
         except Exception as error:
             with suppress(Exception):  # the store may be what went wrong
                 self._record.fail(error)

@@ -1,0 +1,165 @@
+"""Trials of two workers: the record of one worker to rounding, and the death of one of them."""
+
+import json
+import os
+import signal
+import threading
+import time
+from io import StringIO
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray
+from ray._private.state import actors
+from rich.console import Console
+
+import sampimp
+from sampimp.data import load_source
+from sampimp.errors import ConfigError, RecordError, ResourceError
+from sampimp.folder import Folder
+from sampimp.plan import read_commits
+from sweeps import study
+from sweeps.cluster import Cluster
+from sweeps.study import check_cluster, concurrent_trials, make_plan, parse
+from sweeps.workers import Team
+
+TWO = ("--workers-per-trial", "2", "--strategies", "nlo", "--seeds", "1")
+"""The reference run, and one that sorts by it, for which the processes are kept."""
+
+
+def helpers() -> list[int]:
+    """Return the processes that help a trial in the tests' Ray."""
+    return [
+        actor["Pid"]
+        for actor in actors().values()
+        if actor["ActorClassName"] == "Helper" and actor["State"] == "ALIVE"
+    ]
+
+
+@pytest.fixture(scope="module")
+def together(cluster, tiny, tmp_path_factory):
+    """The store of a study of two workers a trial, undisturbed."""
+    out = tmp_path_factory.mktemp("workers") / "study"
+    console = Console(file=StringIO(), width=200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "connect", lambda address: cluster)
+        code = study.run(parse([*tiny, *TWO, "--out", str(out)]), console)
+    assert code == 0, console.file.getvalue()
+    return out
+
+
+def test_two_workers_record_what_one_does(together, finished):
+    cube, expected = (sampimp.open_cube(out)["digits"] for out in (together, finished.out))
+    one = {"strategy": "shuffle", "seed": 1}
+    cube, expected = cube.sel(one).compute(), expected.sel(one).compute()
+    np.testing.assert_array_equal(cube.batch, expected.batch)
+    np.testing.assert_array_equal(cube.parameters[0], expected.parameters[0])
+    assert not np.array_equal(cube.parameters[-1], expected.parameters[-1])  # there were two
+    # Every sample of every epoch, whoever computed it. In float32 rounding grows with each step;
+    # tests/sampimp/test_workers.py has the same in float64.
+    for name in ("importance", "nll", "train_nll", "test_nll", "parameters"):
+        got, want = cube[name].values, expected[name].values
+        print(name, np.nanmax(abs(got / want - 1)), np.nanmedian(abs(got / want - 1)))
+        assert np.median(np.abs(got - want) / (np.abs(want) + 1e-30)) < 1e-4, name
+
+
+def test_a_strategy_that_sorts_is_complete_too(together):
+    commits = read_commits(Folder.of(together))
+    assert {commit["strategy"] for commit in commits.values()} == {"shuffle", "nlo"}
+    cube = sampimp.open_cube(together)["digits"].sel(seed=1).compute()
+    for name in ("importance", "nll", "batch", "train_error", "test_nll", "parameters"):
+        assert not np.isnan(cube[name]).any(), name
+
+
+def test_the_death_of_a_worker_costs_an_attempt_and_changes_nothing(
+    together, tiny, run_study, tmp_path
+):
+    out = tmp_path / "study"
+    killed = []
+
+    def kill_one() -> None:
+        while not list(out.glob("trials/*/checkpoints/*/MANIFEST.json")):
+            time.sleep(0.002)
+        killed.extend(helpers())
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    code, text = run_study(out, *tiny, *TWO)
+    assert code == 0, text
+    killer.join()
+    assert len(killed) == 1
+    # In the trial itself or, if that was over by then, when the process was to help the next one.
+    assert len(list(out.glob("trials/*/attempts/0002.json"))) == 1, text
+    # It is counted as a death, of which there may be many, and not as the trial's own failure.
+    assert not list(out.glob("trials/*/errors/*")), text
+    cube, wanted = (sampimp.open_cube(folder)["digits"].to_dataset() for folder in (out, together))
+    for name in set(wanted.variables) - {"trial"}:
+        np.testing.assert_array_equal(cube[name].values, wanted[name].values, name)
+
+
+def test_workers_that_come_apart_are_an_error(cluster, tmp_path):
+    config = parse(["--preset", "digits", "--hidden", "4", "--epochs", "1"])
+    source = load_source("digits")
+    plan = make_plan(config, {"digits": source})
+    team = Team(str(tmp_path), plan, {"digits": ray.put(source)})
+    run = team.start({"position": 0, "reference_id": None}, None)
+    another = SimpleNamespace(remote=lambda: ray.put("another digest"))
+    team._helpers = [SimpleNamespace(advance=another)]
+    with pytest.raises(RecordError, match="the same parameters on every worker"):
+        next(team.records(run))
+
+
+def test_the_number_of_workers_is_part_of_a_trials_identity():
+    source = load_source("digits")
+    one, two = (
+        make_plan(parse(["--preset", "digits", "--workers-per-trial", k]), {"digits": source})
+        for k in ("1", "2")
+    )
+    assert (one.training.workers, two.training.workers) == (1, 2)
+    ids = [{trial.trial_id for trial in plan.resolve({}) if trial.trial_id} for plan in (one, two)]
+    assert not ids[0] & ids[1]
+    assert json.loads(json.dumps(two.to_json()))["training"]["workers"] == 2
+    with pytest.raises(ConfigError, match=r"workers 1 \(asked for: 2\)"):
+        one.joined(two, "here")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cpus", "gpus", "slots"),
+    [
+        (("--workers-per-trial", "4"), 9, 0, 2),
+        (("--workers-per-trial", "2", "--cpus-per-trial", "3"), 13, 0, 2),
+        (("--workers-per-trial", "2", "--gpus-per-trial", "1"), 64, 7, 3),
+        (("--gpus-per-trial", "0.25"), 64, 2, 8),
+    ],
+)
+def test_trials_at_a_time_count_all_workers(arguments, cpus, gpus, slots):
+    config, machines = parse([*arguments]), Cluster("made", nodes=2, cpus=cpus, gpus=gpus)
+    check_cluster(config, machines)
+    assert concurrent_trials(config, machines) == slots
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--workers-per-trial", "3"), "3 CPUs a trial"),
+        (("--workers-per-trial", "2", "--gpus-per-trial", "1"), "2 GPU a trial"),
+    ],
+)
+def test_a_cluster_too_small_for_all_workers_is_refused(arguments, expected):
+    with pytest.raises(ResourceError, match=expected):
+        check_cluster(parse([*arguments]), Cluster("made", nodes=1, cpus=2, gpus=1))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--workers-per-trial", "0"),
+        ("--workers-per-trial", "2", "--gpus-per-trial", "0.5"),
+        ("--workers-per-trial", "2", "--gpus-per-trial", "1.5"),
+    ],
+)
+def test_workers_share_no_gpu(arguments):
+    with pytest.raises(ConfigError, match="whole GPUs for each of several"):
+        parse([*arguments])
