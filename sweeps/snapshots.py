@@ -22,6 +22,7 @@ from sampimp.folder import Folder
 from sampimp.models import build_mlp, load_parameters
 from sampimp.plan import Plan, read_commits, require_plan
 from sampimp.store import SNAPSHOTS, StoredVariable, read_source, write_snapshot
+from sampimp.training import use_deterministic_algorithms
 from sweeps.ingest import quiet_ray_data
 
 
@@ -153,6 +154,8 @@ def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> li
     model = build_mlp(info.input_shape, training.hidden, len(info.class_names), seed=0)
     load_parameters(model, torch.from_numpy(flat_P))
     device = torch.device(training.device)
+    if device.type == "cuda":
+        use_deterministic_algorithms()
     importance = snapshot_importance(
         model.to(device),
         torch.from_numpy(data.train_inputs).to(device),

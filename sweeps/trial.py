@@ -10,13 +10,12 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from ray import tune
-from ray.exceptions import RayActorError
 
 from sampimp.folder import Folder
 from sampimp.plan import Plan
 from sampimp.store import SupersededError, TrialRecord
 from sweeps.provenance import describe_machine
-from sweeps.workers import Sources, Team
+from sweeps.workers import Sources, Team, WorkerDiedError
 
 
 class Trial(tune.Trainable):
@@ -99,8 +98,8 @@ class Trial(tune.Trainable):
         """Leave a word in the store of what goes wrong, and let Tune hear of it as well."""
         try:
             yield
-        except RayActorError:
-            raise  # another worker of the trial died: no failure of its own, as when this one does
+        except WorkerDiedError:
+            raise  # no failure of the trial's own, as little as the death of this process
         except Exception as error:
             with suppress(Exception):  # the store may be what went wrong
                 self._record.fail(error)

@@ -19,13 +19,13 @@ from typing import Any, NoReturn
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import RayActorError
 from ray.util import get_current_placement_group, get_node_ip_address
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sampimp.config import TrialConfig
 from sampimp.data import Dataset, Source, scale_inputs
-from sampimp.errors import RecordError
+from sampimp.errors import RecordError, ResourceError
 from sampimp.folder import Folder
 from sampimp.models import flatten_parameters
 from sampimp.plan import Plan
@@ -40,6 +40,10 @@ Sources = Mapping[str, "ray.ObjectRef[Source]"]
 PATIENCE = 60.0
 """Seconds to wait for the reason why a worker is gone: Ray takes up to half a minute to miss a
 machine, where its peers see a closed connection at once."""
+
+
+class WorkerDiedError(ResourceError):
+    """A worker beside the first is gone, and the trial with it."""
 
 
 class RunMaker:
@@ -137,6 +141,7 @@ class Team:
         if size == 1:
             return
         group = get_current_placement_group()
+        assert group is not None  # Tune's
         for rank, bundle in list(enumerate(group.bundle_specs))[1:]:
             self._helpers.append(
                 ray.remote(Helper)
@@ -149,7 +154,7 @@ class Team:
                 )
                 .remote(out, plan, sources)
             )
-        ray.get([helper.__ray_ready__.remote() for helper in self._helpers])
+        _results([helper.__ray_ready__.remote() for helper in self._helpers])
         host = get_node_ip_address()
         store = TorchWorkers.open(host, size)
         others = [
@@ -157,13 +162,13 @@ class Team:
             for rank, helper in enumerate(self._helpers, start=1)
         ]
         self._workers = TorchWorkers.join(store, host, 0, size, self._device)
-        ray.get(others)
+        _results(others)
 
     def start(self, config: Mapping[str, Any], checkpoint: tuple[int, bytes] | None) -> TrainingRun:
         """Get every worker ready for a trial; return the run of this one."""
         others = [helper.start.remote(config, checkpoint) for helper in self._helpers]
         run = self._maker.make(config, checkpoint, self._workers)
-        ray.get(others)
+        _results(others)
         return run
 
     def records(self, run: TrainingRun) -> Iterator[EpochRecord]:
@@ -171,8 +176,8 @@ class Team:
 
         Raises
         ------
-        RayActorError
-            A worker died.
+        WorkerDiedError
+            One of them died.
         RecordError
             The workers' parameters have come apart.
         """
@@ -187,7 +192,7 @@ class Team:
                 raise
             if record is None:
                 return
-            digests = ray.get(others)
+            digests = _results(others)
             if digests and set(digests) != {parameter_digest(run)}:
                 raise RecordError(
                     expected="the same parameters on every worker",
@@ -200,7 +205,7 @@ class Team:
 
     def release(self) -> None:
         """Let every worker go of the trial and of its memory; the caller drops its run before."""
-        ray.get([helper.release.remote() for helper in self._helpers])
+        _results([helper.release.remote() for helper in self._helpers])
         release_memory(self._device)
 
 
@@ -215,16 +220,27 @@ def release_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def _results(others: list[Any]) -> list[Any]:
+    try:
+        return ray.get(others)
+    except RayActorError as error:
+        # Not as it is: Tune would take it for the death of the trial's own process.
+        raise WorkerDiedError(
+            expected="every worker of the trial to live",
+            got=" ".join(str(error).split()),
+            where="a worker beside the first",
+            todo="nothing: the trial goes on from its newest checkpoint",
+        ) from error
+
+
 def _raise_cause(others: list[Any], error: Exception) -> NoReturn:
     """Raise the death of a worker if that is behind an error, else what a worker says, else it."""
-    ray.wait(others, num_returns=len(others), timeout=PATIENCE)
+    ended, _ = ray.wait(others, num_returns=len(others), timeout=PATIENCE)
     causes: list[Exception] = []
-    for other in others:
+    for other in ended:
         try:
-            ray.get(other, timeout=0)
-        except GetTimeoutError:
-            continue
-        except RayError as cause:
+            _results([other])
+        except Exception as cause:
             causes.append(cause)
-    deaths = [cause for cause in causes if isinstance(cause, RayActorError)]
+    deaths = [cause for cause in causes if isinstance(cause, WorkerDiedError)]
     raise [*deaths, *causes, error][0] from error

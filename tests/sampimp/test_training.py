@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,12 @@ from sampimp.errors import RecordError
 from sampimp.models import build_mlp, flatten_parameters
 from sampimp.schema import CURVES
 from sampimp.strategies import batch_positions, make_schedule
-from sampimp.training import EVALUATION_CHUNK, TrainingRun, evaluate
+from sampimp.training import (
+    EVALUATION_CHUNK,
+    TrainingRun,
+    evaluate,
+    use_deterministic_algorithms,
+)
 
 _spec = importlib.util.spec_from_file_location("oracles", Path(__file__).with_name("oracles.py"))
 oracles = importlib.util.module_from_spec(_spec)
@@ -291,3 +297,29 @@ def test_nll_and_error_are_those_of_numpy():
     np.testing.assert_allclose(nll, expected, rtol=1e-5, atol=1e-14)
     assert error == (logits.argmax(1) != labels).mean()
     assert 0 < error < 0.5
+
+
+@pytest.fixture
+def determinism_is_restored(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_no_operation_of_a_run_refuses_deterministic_algorithms(determinism_is_restored):
+    before = list(make_run().records())
+    use_deterministic_algorithms()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert all(map(same, make_run().records(), before))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu_a_run_has_the_same_bytes_each_time(determinism_is_restored):
+    first, again = (list(make_run(device="cuda").records()) for _ in range(2))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert all(map(same, first, again))
+    for gpu, cpu in zip(first[1:], list(make_run().records())[1:], strict=True):
+        np.testing.assert_array_equal(gpu.arrays["batch"], cpu.arrays["batch"])
+        np.testing.assert_allclose(gpu.arrays["nll"], cpu.arrays["nll"], rtol=1e-2)
