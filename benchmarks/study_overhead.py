@@ -36,8 +36,8 @@ class PlainStep:
             model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
         )
 
-    def __call__(self, inputs: Tensor, labels: Tensor) -> None:
-        """Train on one batch."""
+    def __call__(self, inputs: Tensor, labels: Tensor, batch_size: int) -> None:
+        """Train on one batch of that size."""
         self.optimizer.zero_grad()
         cross_entropy(self.model(inputs).double(), labels).backward()
         self.optimizer.step()

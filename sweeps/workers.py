@@ -227,8 +227,8 @@ def _results(others: list[Any]) -> list[Any]:
         # Not as it is: Tune would take it for the death of the trial's own process.
         raise WorkerDiedError(
             expected="every worker of the trial to live",
-            got=" ".join(str(error).split()),
-            where="a worker beside the first",
+            got="one whose process or machine died",
+            where="the workers beside the first",
             todo="nothing: the trial goes on from its newest checkpoint",
         ) from error
 

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,12 +57,13 @@ def test_two_workers_record_what_one_does(together, finished):
     np.testing.assert_array_equal(cube.batch, expected.batch)
     np.testing.assert_array_equal(cube.parameters[0], expected.parameters[0])
     assert not np.array_equal(cube.parameters[-1], expected.parameters[-1])  # there were two
-    # Every sample of every epoch, whoever computed it. In float32 rounding grows with each step;
-    # tests/sampimp/test_workers.py has the same in float64.
-    for name in ("importance", "nll", "train_nll", "test_nll", "parameters"):
-        got, want = cube[name].values, expected[name].values
-        print(name, np.nanmax(abs(got / want - 1)), np.nanmedian(abs(got / want - 1)))
-        assert np.median(np.abs(got - want) / (np.abs(want) + 1e-30)) < 1e-4, name
+    # Every sample of every epoch, whoever computed it; tests/sampimp/test_workers.py has the same
+    # in float64. In float32 rounding grows with each step: the largest difference was 3e-6.
+    for name in ("importance", "nll"):
+        np.testing.assert_allclose(cube[name], expected[name], rtol=1e-3, err_msg=name)
+    for name in ("train_nll", "test_nll"):
+        np.testing.assert_allclose(cube[name], expected[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(cube.parameters, expected.parameters, atol=1e-5)
 
 
 def test_a_strategy_that_sorts_is_complete_too(together):
@@ -72,31 +74,44 @@ def test_a_strategy_that_sorts_is_complete_too(together):
         assert not np.isnan(cube[name]).any(), name
 
 
-def test_the_death_of_a_worker_costs_an_attempt_and_changes_nothing(
+def test_whichever_worker_dies_the_trial_goes_on_to_the_same_numbers(
     together, tiny, run_study, tmp_path
 ):
     out = tmp_path / "study"
-    killed = []
+    died = []
 
-    def kill_one() -> None:
-        while not list(out.glob("trials/*/checkpoints/*/MANIFEST.json")):
+    def wait_for(pattern: str) -> Path:
+        while not (found := list(out.glob(pattern))):
             time.sleep(0.002)
-        killed.extend(helpers())
-        os.kill(killed[0], signal.SIGKILL)
+        return found[0]
 
-    killer = threading.Thread(target=kill_one, daemon=True)
+    def kill_both() -> None:
+        wait_for("trials/*/checkpoints/*/MANIFEST.json")
+        died.extend(helpers())
+        os.kill(died[0], signal.SIGKILL)
+        # The trial itself, by the process of its second attempt; it owns the helper.
+        died.append(json.loads(wait_for("trials/*/attempts/0002.json").read_text())["pid"])
+        os.kill(died[1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_both, daemon=True)
     killer.start()
     code, text = run_study(out, *tiny, *TWO)
     assert code == 0, text
     killer.join()
-    assert len(killed) == 1
-    # In the trial itself or, if that was over by then, when the process was to help the next one.
-    assert len(list(out.glob("trials/*/attempts/0002.json"))) == 1, text
-    # It is counted as a death, of which there may be many, and not as the trial's own failure.
+    again = [line.partition(" is tried again: ")[2] for line in text.splitlines()]
+    assert [reason for reason in again if reason] == [
+        "expected every worker of the trial to live, got one whose process or machine died",
+        "its process or its machine died",
+    ]
+    # Deaths, of which there may be many, and no failures of the trial's own.
     assert not list(out.glob("trials/*/errors/*")), text
     cube, wanted = (sampimp.open_cube(folder)["digits"].to_dataset() for folder in (out, together))
-    for name in set(wanted.variables) - {"trial"}:
+    for name in wanted.variables:
         np.testing.assert_array_equal(cube[name].values, wanted[name].values, name)
+    deadline = time.monotonic() + 30
+    while helpers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not helpers()  # none outlives its trial
 
 
 def test_workers_that_come_apart_are_an_error(cluster, tmp_path):
