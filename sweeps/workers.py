@@ -204,8 +204,13 @@ class Team:
             yield record
 
     def release(self) -> None:
-        """Let every worker go of the trial and of its memory; the caller drops its run before."""
-        _results([helper.release.remote() for helper in self._helpers])
+        """Let every worker go of the trial and of its memory; the caller drops its run before.
+
+        Nobody waits for it: the trial is committed, and a worker that is gone is missed by the
+        next one.
+        """
+        for helper in self._helpers:
+            helper.release.remote()
         release_memory(self._device)
 
 
