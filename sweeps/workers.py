@@ -193,10 +193,11 @@ class Team:
             if record is None:
                 return
             digests = _results(others)
-            if digests and set(digests) != {parameter_digest(run)}:
+            own = parameter_digest(run) if digests else None
+            if apart := [rank for rank, other in enumerate(digests, start=1) if other != own]:
                 raise RecordError(
                     expected="the same parameters on every worker",
-                    got=f"other ones on {len(digests)} beside the first, or on some of them",
+                    got=f"other ones than the first's on worker {', '.join(map(str, apart))}",
                     where=f"{run.config.strategy}, seed {run.config.seed}, epoch {record.epoch}",
                     todo="give all workers of a trial one kind of machine, or train with "
                     "--workers-per-trial 1",
