@@ -78,7 +78,7 @@ class PlanSearcher(Searcher):
         position = self._running.pop(trial_id, None)
         if position is None:
             return
-        if error:
+        if error and not self._is_committed(position):
             self._note_failure(position)
         elif result and result.get("superseded"):
             # Two runs of one study would go on taking each other's trials: the later one has them.
@@ -98,10 +98,15 @@ class PlanSearcher(Searcher):
         else:
             self.failed.add(self._trials[position].label)
 
+    def _is_committed(self, position: int) -> bool:
+        """Return whether a trial is done, which its process may not have lived to say."""
+        return self._folder_of(position).read_bytes("COMMIT.json") is not None
+
     def _count_errors(self, position: int) -> int:
-        return len(
-            (self._folder / "trials" / str(self._trials[position].trial_id) / ERRORS).files()
-        )
+        return len((self._folder_of(position) / ERRORS).files())
+
+    def _folder_of(self, position: int) -> Folder:
+        return self._folder / "trials" / str(self._trials[position].trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """Keep nothing: the store is the truth."""

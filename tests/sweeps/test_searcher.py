@@ -145,6 +145,17 @@ def test_a_death_does_not_count_as_a_failure_of_its_own(tmp_path):
     assert searcher.suggest("tune-last")["label"] == "a-rand-seed1"
 
 
+def test_a_process_that_dies_after_its_commit_leaves_nothing_to_do(tmp_path):
+    store = Store(tmp_path, make_plan({"shuffle": (1,), "nlm": (1,)}))
+    searcher = store.searcher()
+    store.commit(searcher.suggest("tune-0"))
+    searcher.on_trial_complete("tune-0", error=True)
+    assert searcher.suggest("tune-1")["label"] == "a-nlm-seed1"  # it was set free
+    assert searcher.suggest("tune-2") is None
+    searcher.on_trial_complete("tune-1", {"done": True})
+    assert searcher.suggest("tune-2") == FINISHED
+
+
 def test_a_reference_that_is_tried_again_still_sets_others_free(tmp_path):
     store = Store(tmp_path, make_plan({"shuffle": (1,), "nlm": (1,)}))
     searcher = store.searcher()
