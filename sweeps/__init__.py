@@ -13,9 +13,10 @@ snapshots.py         snapshot importance through Ray Data
 """
 
 import os
+import sys
 from pathlib import Path
 
 # Here, because Ray reads it when it is imported: `ray start` asks for the secret wherever there is
 # one, and a driver shows it only when told to. A cluster that asks for none does not mind.
-if (Path.home() / ".ray" / "auth_token").exists():
+if "ray" not in sys.modules and (Path.home() / ".ray" / "auth_token").exists():
     os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -37,43 +37,49 @@ class Trial(tune.Trainable):
         self._folder = Folder.of(out)
         self._plan = Plan.from_json(plan)
         self._team = Team(out, self._plan, sources)
-        self._start(config)
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Get ready for another trial in the same process."""
-        self._start(new_config)
+        """Take another trial in the same process, and do not begin it.
+
+        Tune makes a process for a trial, gives the trial to one that has become free meanwhile, and
+        never asks the first for a step: an attempt begun here would end the one that counts.
+        """
+        self._next = new_config
+        self._record: TrialRecord | None = None
         return True
 
     def step(self) -> dict[str, Any]:
         """Train one epoch and return what the progress display shows."""
         with self._reporting():
+            stored = self._record or self._begin(self._next)
             try:
-                return self._train_epoch()
+                return self._train_epoch(stored)
             except SupersededError:
                 return {"epoch": self._run.epoch, "superseded": True, "done": True}
 
-    def _train_epoch(self) -> dict[str, Any]:
+    def _train_epoch(self, stored: TrialRecord) -> dict[str, Any]:
         record = next(self._records, None)
         if record is not None and record.epoch == 0:
-            self._record.write(record)
+            stored.write(record)
             record = next(self._records, None)
         diverged = record is not None and record.diverged
         if record is not None:
-            self._record.write(record)
+            stored.write(record)
             # A diverged state is no state to go on from: after a crash here the epoch before is.
             if not diverged:
-                self._record.checkpoint(self._run.epoch, self._run.state())
+                stored.checkpoint(self._run.epoch, self._run.state())
         epoch = self._run.epoch
         done = diverged or epoch == self._plan.training.epochs
         if done:
-            self._record.commit(epoch if diverged else None)
+            stored.commit(epoch if diverged else None)
             del self._run, self._records
             self._team.release()
         return {"epoch": epoch, "diverged": diverged, "done": done}
 
-    def _start(self, config: Mapping[str, Any]) -> None:
+    def _begin(self, config: Mapping[str, Any]) -> TrialRecord:
+        """Begin an attempt: from here on an older one stops."""
         trial = self._plan.trials()[config["position"]]
-        layout = self._plan.layout(trial.dataset)
         identity = {
             "dataset": trial.dataset,
             "strategy": trial.strategy,
@@ -83,15 +89,15 @@ class Trial(tune.Trainable):
             "reference": config["reference_id"],
         }
         folder = self._folder / "trials" / config["trial_id"]
-        # First of all: from here on an older attempt stops, and a failure has a place to be told.
-        self._record = TrialRecord(folder, identity, layout)
-        with self._reporting():
-            folder.write_json(
-                "trial.json",
-                {**identity, "plan": self._plan.to_json()["training"], **describe_machine()},
-            )
-            self._run = self._team.start(config, self._record.newest_checkpoint())
-            self._records = self._team.records(self._run)
+        stored = TrialRecord(folder, identity, self._plan.layout(trial.dataset))
+        self._record = stored  # a failure has a place to be told now
+        folder.write_json(
+            "trial.json",
+            {**identity, "plan": self._plan.to_json()["training"], **describe_machine()},
+        )
+        self._run = self._team.start(config, stored.newest_checkpoint())
+        self._records = self._team.records(self._run)
+        return stored
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -101,6 +107,7 @@ class Trial(tune.Trainable):
         except WorkerDiedError:
             raise  # no failure of the trial's own, as little as the death of this process
         except Exception as error:
-            with suppress(Exception):  # the store may be what went wrong
-                self._record.fail(error)
+            if self._record is not None:
+                with suppress(Exception):  # the store may be what went wrong
+                    self._record.fail(error)
             raise

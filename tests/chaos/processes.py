@@ -39,12 +39,16 @@ class Driver:
     """`full_study.py` in a process of its own, with a Ray of its own, that may be killed."""
 
     def __init__(
-        self, out: str | Path, arguments: Sequence[str], env: Mapping[str, str] | None = None
+        self,
+        out: str | Path,
+        arguments: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        door: str = DOOR,
     ) -> None:
         if "--address" not in arguments:
             arguments = (*arguments, "--address", "local")
         self.process = subprocess.Popen(
-            [sys.executable, str(DOOR), *arguments, "--out", str(out)],
+            [sys.executable, door, *arguments, "--out", str(out)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

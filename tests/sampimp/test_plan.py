@@ -117,6 +117,7 @@ CHANGES = {
     "weight_decay": 1e-4,
     "parameters_every": 2,
     "threads": 2,
+    "workers": 2,
     "device": "cuda",
 }
 

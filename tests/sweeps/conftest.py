@@ -5,22 +5,10 @@ nothing to do with the tests; and it listens on the loopback alone.
 """
 
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
-
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# Read by Ray when it is imported: without clusters of many machines it takes 127.0.0.1, whatever
-# the machine's own address is.
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-
-# Ray's workers have the environment that Ray was started with. So the tests of a bucket tell them
-# its server and credentials by these files, which are there while `test_s3.py` runs.
-os.environ["AWS_CONFIG_FILE"] = f"{tempfile.gettempdir()}/sampimp-tests-{os.getpid()}/config"
-os.environ["AWS_SHARED_CREDENTIALS_FILE"] = f"{os.environ['AWS_CONFIG_FILE']}-credentials"
 
 import pytest
 import ray

@@ -179,6 +179,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
         shutil.rmtree(credentials.parent)
     finally:
+        forget_server()
         server.close()
 
 
@@ -187,6 +188,11 @@ def name_server(endpoint: str) -> None:
     Path(os.environ["AWS_CONFIG_FILE"]).write_text(
         f"[default]\nregion = us-east-1\nendpoint_url = {endpoint}\n"
     )
+    forget_server()
+
+
+def forget_server() -> None:
+    """Let what was opened so far be opened anew."""
     folder_module.open_store.cache_clear()
     open_array.cache_clear()
 

@@ -21,7 +21,7 @@ from sampimp.errors import ConfigError, RecordError, ResourceError
 from sampimp.folder import Folder
 from sampimp.plan import read_commits
 from sweeps import study
-from sweeps.cluster import Cluster
+from sweeps.cluster import Cluster, Machines
 from sweeps.study import check_cluster, concurrent_trials, make_plan, parse
 from sweeps.workers import Team
 
@@ -140,17 +140,21 @@ def test_the_number_of_workers_is_part_of_a_trials_identity():
         one.joined(two, "here")
 
 
+def made(count, cpus, gpus):
+    return Cluster("made", (Machines(count, cpus=cpus, gpus=gpus),), started_here=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "cpus", "gpus", "slots"),
     [
-        (("--workers-per-trial", "4"), 9, 0, 2),
-        (("--workers-per-trial", "2", "--cpus-per-trial", "3"), 13, 0, 2),
-        (("--workers-per-trial", "2", "--gpus-per-trial", "1"), 64, 7, 3),
-        (("--gpus-per-trial", "0.25"), 64, 2, 8),
+        (("--workers-per-trial", "4"), 9, 0, 4),  # 18 workers on two machines
+        (("--workers-per-trial", "2", "--cpus-per-trial", "3"), 13, 0, 4),  # 8 workers of 3 CPUs
+        (("--workers-per-trial", "2", "--gpus-per-trial", "1"), 64, 7, 7),
+        (("--gpus-per-trial", "0.25"), 64, 2, 16),
     ],
 )
 def test_trials_at_a_time_count_all_workers(arguments, cpus, gpus, slots):
-    config, machines = parse([*arguments]), Cluster("made", nodes=2, cpus=cpus, gpus=gpus)
+    config, machines = parse([*arguments]), made(2, cpus, gpus)
     check_cluster(config, machines)
     assert concurrent_trials(config, machines) == slots
 
@@ -158,13 +162,16 @@ def test_trials_at_a_time_count_all_workers(arguments, cpus, gpus, slots):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--workers-per-trial", "3"), "3 CPUs a trial"),
-        (("--workers-per-trial", "2", "--gpus-per-trial", "1"), "2 GPU a trial"),
+        (("--workers-per-trial", "3"), "1 CPUs, 3 times a trial\n +Got 2 times"),
+        (
+            ("--workers-per-trial", "2", "--gpus-per-trial", "1"),
+            "1 CPUs and 1 GPU, 2 times a trial\n +Got 1 times",
+        ),
     ],
 )
 def test_a_cluster_too_small_for_all_workers_is_refused(arguments, expected):
     with pytest.raises(ResourceError, match=expected):
-        check_cluster(parse([*arguments]), Cluster("made", nodes=1, cpus=2, gpus=1))
+        check_cluster(parse([*arguments]), made(1, 2, 1))
 
 
 @pytest.mark.parametrize(
