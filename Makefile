@@ -38,7 +38,7 @@ study: $(VENV)/.installed
 	@$(BIN)/python sweeps/full_study.py --preset digits --out results/digits
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2 --dist loadscope
 
 cluster-test: $(VENV)/.installed-test
 	@tests/cluster/run.sh $(BIN)/python

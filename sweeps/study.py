@@ -227,8 +227,6 @@ def run(config: StudyConfig, console: Console) -> int:
     for key, source in sources.items():
         if read_source(folder / "datasets" / f"{key}.zarr") is None:
             write_source(folder / "datasets" / f"{key}.zarr", source)
-    if folder.is_local:
-        check_shared(Path(str(folder)) / "study.json")
     if missing:
         say_cluster(config, plan, missing, sources, cluster, console)
         train(config, plan, folder, sources, cluster, console)
@@ -288,8 +286,6 @@ def check_workers(folder: Folder) -> None:
 
     A worker has the environment that its node's Ray was started with, and the node's ~/.aws.
     """
-    if folder.is_local:
-        return
     check = ray.remote(num_cpus=0)(Folder.check_writable)
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     try:
@@ -374,7 +370,10 @@ def train(
     console: Console,
 ) -> None:
     """Train the trials that the store lacks, in one `fit`."""
-    check_workers(folder)
+    if folder.is_local:
+        check_shared(Path(str(folder)) / "study.json")
+    else:
+        check_workers(folder)
     trials = plan.resolve(read_commits(folder))
     missing = sum(trial.commit is None for trial in trials)
     slots = concurrent_trials(config, cluster)

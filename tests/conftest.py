@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from pathlib import Path
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Read by Ray when it is imported: without clusters of many machines it takes 127.0.0.1, whatever
@@ -15,12 +14,30 @@ os.environ["AWS_CONFIG_FILE"] = f"{tempfile.gettempdir()}/sampimp-tests-{os.getp
 os.environ["AWS_SHARED_CREDENTIALS_FILE"] = f"{os.environ['AWS_CONFIG_FILE']}-credentials"
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
-HERE = Path(__file__).parent
+FINISHED = tuple(
+    f"tests/sweeps/test_{name}.py"
+    for name in ("full_study", "consolidate", "snapshots", "s3", "schedulers", "workers")
+)
+"""Where one finished study is looked at by many tests."""
+
+RAY = ("tests/sweeps/", "tests/test_replay.py")
+"""Where one Ray cluster is shared by many tests."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a folder that starts Ray in one process, beside all others in a second."""
-    for item in items:
-        if item.path.is_relative_to(HERE / "sweeps") or item.path == HERE / "test_replay.py":
-            item.add_marker(pytest.mark.xdist_group("ray"))
+class Halves(LoadScopeScheduling):
+    """Give the tests that share what is dear to one process each, and all others to who is free.
+
+    xdist's own groups are marks that it writes into a test's id, which pytest 9.2 does not heed.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith(FINISHED):
+            return "finished"
+        return "ray" if nodeid.startswith(RAY) else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Halves:
+    """Called by xdist."""
+    return Halves(config, log)

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import time
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import yaml
+from processes import command_of
 from ray.autoscaler._private.util import prepare_config
 from rich.console import Console
 
@@ -88,6 +90,8 @@ def test_the_autoscalers_process_names_its_file(tmp_path):
     command = [sys.executable, "-c", "input()", "--gcs-address=10.0.0.1:6379"]
     process = subprocess.Popen([*command, f"--autoscaling-config={path}"], stdin=subprocess.PIPE)
     try:
+        while str(path) not in command_of(process.pid):
+            time.sleep(0.01)  # it has not become itself yet
         assert autoscaling_config("10.0.0.1:6379") == {"max_workers": 7}
         assert autoscaling_config("10.0.0.1:637") == {}
         path.unlink()
