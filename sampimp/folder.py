@@ -206,7 +206,7 @@ class Folder:
 
     def check_writable(self) -> None:
         """Raise StoreError unless an object can be put here, and delete it again."""
-        self.write_bytes(_WRITE_TEST, b"")
+        self.write_bytes(_WRITE_TEST, bytes(2**16))  # an empty one finds room on a full disk
         self.delete(_WRITE_TEST)
 
     def _list(self) -> tuple[list[str], list[str]]:

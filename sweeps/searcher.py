@@ -15,6 +15,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from sampimp.errors import StoreError
 from sampimp.folder import Folder
 from sampimp.plan import Plan, PlannedTrial, read_commits
 from sampimp.store import ERRORS
@@ -89,7 +90,7 @@ class PlanSearcher(Searcher):
 
     def _note_failure(self, position: int) -> None:
         """Hand the trial out again, unless it has had its chances."""
-        if self._count_errors(position) > self._errors[position]:
+        if self._count_errors(position) > self._errors[position] or not self._is_writable():
             self._failures[position] += 1
         else:
             self._deaths[position] += 1
@@ -97,6 +98,14 @@ class PlanSearcher(Searcher):
             self._waiting.append(position)
         else:
             self.failed.add(self._trials[position].label)
+
+    def _is_writable(self) -> bool:
+        """Return whether a trial that failed could leave a word: not so on a full disk."""
+        try:
+            self._folder.check_writable()
+        except StoreError:
+            return False
+        return True
 
     def _is_committed(self, position: int) -> bool:
         """Return whether a trial is done, which its process may not have lived to say."""

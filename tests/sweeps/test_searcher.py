@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sampimp.config import TrainingConfig
+from sampimp.errors import StoreError
 from sampimp.folder import Folder
 from sampimp.plan import DatasetInfo, Plan, read_commits
 from sampimp.schema import SORTED_STRATEGIES
@@ -143,6 +144,16 @@ def test_a_death_does_not_count_as_a_failure_of_its_own(tmp_path):
         searcher.on_trial_complete(f"tune-{number}", error=True)
         assert searcher.failed == set()
     assert searcher.suggest("tune-last")["label"] == "a-rand-seed1"
+
+
+def test_where_no_word_can_be_left_a_trial_is_soon_given_up(tmp_path, monkeypatch):
+    searcher = Store(tmp_path, make_plan({"rand": (1,)})).searcher()
+
+    def refuse(folder):
+        raise StoreError("a disk with room", "none", str(folder), "free some")
+
+    monkeypatch.setattr(Folder, "check_writable", refuse)
+    assert run_down(searcher) == 1 + RETRIES
 
 
 def test_a_process_that_dies_after_its_commit_leaves_nothing_to_do(tmp_path):
