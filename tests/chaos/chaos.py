@@ -338,7 +338,7 @@ def a_machine_cut_off(folder: Path, expected: Path, seconds: float = 60) -> str:
     out, tally = folder / "cut-off", Tally()
     environment = {
         **os.environ,
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 127.0.0.1, whatever the machine's address is
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # else no second machine may join on 127.0.0.1
         # A machine is given up after 3 s without an answer.
         "RAY_health_check_initial_delay_ms": "1000",
         "RAY_health_check_period_ms": "1000",
