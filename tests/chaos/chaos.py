@@ -5,9 +5,8 @@ python tests/chaos/chaos.py --deaths 20 --seed 1
 A schedule drawn from the seed says after how many epochs something dies, and what: the driver, a
 trial's worker, the raylet or the whole head (`kill -9`, by process id). Where the driver is dead,
 its store is hurt as well: a checkpoint torn, a manifest truncated, a chunk deleted or changed. The
-same command is then run again until the study is done. Three scenes follow, of a disk that is full
-and then enlarged, a store that is read-only for a while (both need root, for a tmpfs), and a
-machine that is cut off while its worker trains on, so that two attempts are at one trial.
+same command is then run again until the study is done. Two scenes follow, of a disk that is full
+and then enlarged, and of a store that is read-only for a while (both need root, for a tmpfs).
 
 What has to come of it: every array of every trial bit-identical with the study that nothing
 happened to, and at most one epoch trained again for each death and running trial.
@@ -16,8 +15,6 @@ happened to, and at most one epoch trained again for each death and running tria
 import contextlib
 import os
 import random
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from processes import Driver, Family, command_of, kill
+from processes import Driver, command_of, kill
 from rich.console import Console
 from rich.table import Table
 
@@ -333,91 +330,14 @@ def a_read_only_store(folder: Path, expected: Path) -> str:
     )
 
 
-def a_machine_cut_off(folder: Path, expected: Path, seconds: float = 60) -> str:
-    """Stop the raylet of a second machine while its worker trains on, and let it come back."""
-    out, tally = folder / "cut-off", Tally()
-    environment = {
-        **os.environ,
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # else no second machine may join on 127.0.0.1
-        # A machine is given up after 3 s without an answer.
-        "RAY_health_check_initial_delay_ms": "1000",
-        "RAY_health_check_period_ms": "1000",
-        "RAY_health_check_timeout_ms": "1000",
-        "RAY_health_check_failure_threshold": "3",
-    }
-    address = f"127.0.0.1:{free_port()}"
-    with (
-        machine(environment, "--head", f"--port={address.partition(':')[2]}"),
-        machine(environment, f"--address={address}") as second,
-    ):
-        driver = Driver(out, (*STUDY, "--address", address), environment, TRAIN)
-        raylets: list[int] = []
-        try:
-            driver.wait_until(lambda: progress(out) >= 20)
-            raylets = [pid for pid in second.alive() if "/raylet/raylet " in command_of(pid)]
-            before = attempts(out)
-            for pid in raylets:
-                kill(pid, signal.SIGSTOP)
-            end = time.monotonic() + seconds
-            while time.monotonic() < end and driver.process.poll() is None:
-                time.sleep(0.05)
-        finally:
-            for pid in raylets:
-                kill(pid, signal.SIGCONT)
-            if driver.process.poll() is None:
-                driver.communicate()
-            driver.close()
-    overlapping = sum(count > before.get(trial, 0) > 0 for trial, count in attempts(out).items())
-    assert overlapping, "no trial had a second attempt"
-    finish(out, tally)
-    differing = differing_bytes(out, expected)
-    assert differing == 0
-    return f"{overlapping} trial had two attempts at once: {differing} differing bytes"
-
-
 def attempts(out: Path) -> dict[str, int]:
     """Return how many attempts at each trial were begun."""
     return {trial.name: len(list(trial.glob("attempts/*.json"))) for trial in trials_of(out)}
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextlib.contextmanager
-def machine(environment: dict[str, str], *options: str) -> Iterator[Family]:
-    """Run Ray as a machine of one CPU on the loopback."""
-    node = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options),
-            *("--num-cpus=1", "--node-ip-address=127.0.0.1", "--object-store-memory=100000000"),
-            *("--disable-usage-stats", "--include-dashboard=false"),
-        ],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    family = Family(node.pid)
-    try:
-        while not any("/raylet/raylet " in command_of(pid) for pid in family.alive()):
-            assert node.poll() is None, "Ray did not start"
-            time.sleep(0.1)
-        yield family
-    finally:
-        family.alive()
-        node.terminate()
-        node.wait(30)
-        family.end(4)
-
-
 SCENES: dict[str, tuple[Callable[[Path, Path], str], bool]] = {
     "disk full, then enlarged": (a_full_disk, True),
     "store read-only for a while": (a_read_only_store, True),
-    "machine cut off, and back": (a_machine_cut_off, False),
 }
 """What is met, and whether it takes root."""
 
@@ -432,7 +352,7 @@ def main(deaths: int = 20, seed: int = 1, scenes: bool = True) -> int:
     seed
         Of the schedule.
     scenes
-        Also meet a full disk, a read-only store, and a machine that is cut off.
+        Also meet a full disk and a read-only store.
     """
     console = Console()
     with tempfile.TemporaryDirectory(prefix="sampimp-chaos-") as name:
