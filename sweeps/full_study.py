@@ -11,7 +11,6 @@ import sys
 
 from rich.console import Console
 
-from analysis.report import print_summary, write_report
 from sampimp.errors import UserError
 from sampimp.folder import Folder
 from sampimp.plan import read_commits
@@ -43,6 +42,9 @@ def main(arguments: list[str]) -> int:
 
 def report(out: str, console: Console) -> None:
     """Analyse the study unless its report is of these very records, and print what came of it."""
+    # Here: the trials need not wait for the analyses' packages, nor does a mistake to be told.
+    from analysis.report import print_summary, write_report
+
     folder = Folder.of(out)
     records = digest_json([sorted(read_commits(folder)), folder.read_json(SNAPSHOTS), __version__])
     summary = folder.read_json("analysis/summary.json")

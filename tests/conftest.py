@@ -22,12 +22,12 @@ FINISHED = tuple(
 )
 """Where one finished study is looked at by many tests."""
 
-RAY = ("tests/sweeps/", "tests/test_replay.py")
-"""Where one Ray cluster is shared by many tests."""
+RAY = ("tests/sweeps/", "tests/test_replay.py", "tests/chaos/")
+"""Where one Ray cluster is shared by many tests, and the longest test: the large comes first."""
 
 
 class Halves(LoadScopeScheduling):
-    """Give the tests that share what is dear to one process each, and all others to who is free.
+    """Give the tests that share what is dear to one process, and all others to who is free.
 
     xdist's own groups are marks that it writes into a test's id, which pytest 9.2 does not heed.
     """
@@ -35,7 +35,10 @@ class Halves(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         if nodeid.startswith(FINISHED):
             return "finished"
-        return "ray" if nodeid.startswith(RAY) else nodeid
+        if nodeid.startswith(RAY):
+            return "ray"
+        # Results and reports are made once for all tests of a file.
+        return nodeid.partition("::")[0] if nodeid.startswith("tests/analysis/") else nodeid
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Halves:

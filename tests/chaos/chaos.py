@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from processes import Driver, command_of, kill
+from processes import TRAIN, Driver, command_of, kill
 from rich.console import Console
 from rich.table import Table
 
@@ -42,9 +42,6 @@ STUDY = (
     *("--seeds", "1", "2", "3"),
 )
 """The reference run, three that wait for nothing, and six that sort by it."""
-
-TRAIN = str(Path(__file__).with_name("train.py"))
-"""The door without its report, which is no matter of what is lost and takes as long as the rest."""
 
 KINDS = ("driver", "worker", "raylet", "head")
 HURTS = ("torn checkpoint", "truncated manifest", "deleted chunk", "changed chunk")

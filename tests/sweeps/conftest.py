@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import ray
-from processes import Driver
+from processes import DOOR, Driver
 from rich.console import Console
 
 from sweeps import study
@@ -36,8 +36,8 @@ def drive() -> Iterator[Callable[..., Driver]]:
     """Start drivers that end with the test."""
     drivers: list[Driver] = []
 
-    def start(out: Path, *arguments: str) -> Driver:
-        drivers.append(Driver(out, arguments))
+    def start(out: Path, *arguments: str, door: str = DOOR) -> Driver:
+        drivers.append(Driver(out, arguments, door=door))
         return drivers[-1]
 
     yield start

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from processes import TRAIN
 from rich.console import Console
 
 import sampimp
@@ -136,7 +137,7 @@ def test_a_dry_run_of_a_study_that_is_there_leaves_it_as_it_is(tiny, finished, r
 def test_interrupted_it_ends_with_the_same_numbers(finished, drive, run_study, tmp_path):
     """Press Ctrl-C; for all that may be killed, see tests/chaos."""
     out = tmp_path / "study"
-    driver = drive(out, *finished.arguments)
+    driver = drive(out, *finished.arguments, door=TRAIN)
     driver.wait_until(lambda: any(out.glob("trials/*/COMMIT.json")))
     driver.interrupt()
     code, text = driver.communicate()

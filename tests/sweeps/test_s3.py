@@ -355,7 +355,7 @@ def test_what_is_removed_is_gone_and_its_neighbours_stay(server):
 
 
 def test_a_slow_server_changes_nothing_but_the_time(proxy, tiny, finished, run_study):
-    proxy.delay = 0.05
+    proxy.delay = 0.02
     url = "s3://studies/slow"
     code, text = run_study(url, *tiny, "--strategies", "rand", "--seeds", "1")
     assert code == 0, text
