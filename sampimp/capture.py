@@ -1,16 +1,21 @@
-"""Capture importance inside a training step, with hooks, and leave the training as it is.
+"""Capture importance inside a training step of any network, and leave the training as it is.
 
-At each linear layer a forward hook notes the layer's input and a hook on its output receives the
-gradient there; `sampimp.importance` needs nothing else. The hooks exist only inside the step, read
-and never write what autograd computes, and so leave the trained parameters bit-identical. A layer
-or an optimizer without an exact formula here is refused when the recorder is made.
+Every operation of a pass is seen as it is called (`torch.overrides.TorchFunctionMode`): where a
+parameter is among its arguments, a hook on its output receives the gradient there, and a rule
+(`sampimp.rules`) makes factors of the parameter's per-sample gradients of the two. Tensors that
+depend on no sample are followed from the parameters and buffers on, so that a parameter may be
+reshaped, tied, normalised or added before it meets the samples. What is watched is read and never
+written, and nothing is left behind: trained parameters are bit-identical.
 
-Map: `NormBuffer` (what a pass leaves behind), `LayerCapture` (the hooks), `ImportanceRecorder`
-(in-step, for anybody's loop), `snapshot_importance` (every sample at fixed parameters).
+Map: `NormBuffer` (what steps leave behind), `Capture` (one step: uses, factors, squares),
+`ImportanceRecorder` (in-step, for anybody's loop), `snapshot_importance` (every sample at fixed
+parameters).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,258 +24,619 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
+import sampimp.recurrent  # noqa: F401  (registers its rules)
 from sampimp.errors import ConfigError, UnsupportedError
-from sampimp.importance import linear_importance, row_norm
+from sampimp.factors import Explicit, Factor, total
+from sampimp.optimizers import Derivative, UpdateDerivative
+from sampimp.rules import RULES, SUMS, Batch, generic
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
 
 if TYPE_CHECKING:
     import xarray as xr
 
+Index = Tensor | np.ndarray | Sequence[int]
+"""Positions in the training set of the samples of a batch, shape (N,)."""
+
 
 class NormBuffer:
-    """What passes leave until importance is formed: each sample's two norms in every layer.
+    """What steps leave until importance is formed: a few numbers of each sample.
 
     One buffer is kept and grows: thousands of small tensors between the large ones of autograd
     scattered its memory, and page faults then took up to 10 % of a step.
 
     Parameters
     ----------
-    layer_count
-        Number of layers, L.
+    row_count
+        How many numbers there are of each sample, R.
     """
 
-    def __init__(self, layer_count: int) -> None:
-        self._buffer = torch.empty(2, layer_count, 0)  # activation and delta, layer, sample
+    def __init__(self, row_count: int) -> None:
+        self._buffer = torch.empty(row_count, 0)
         self._filled = 0
-        self._rates: list[tuple[int, list[float]]] = []  # batch size; rates of weights and biases
+        self._rates: list[tuple[int, list[float]]] = []  # batch size; rates
 
-    def rows(self, size: int, like: Tensor) -> tuple[Tensor, ...]:
-        """Return where a pass over `size` samples writes: L activation norms, then L of delta."""
-        end, room = self._filled + size, self._buffer.shape[2]
+    def rows(self, size: int, like: Tensor) -> Tensor:
+        """Return where a step over `size` samples writes: shape (R, size)."""
+        end, room = self._filled + size, self._buffer.shape[1]
         if end > room or like.dtype != self._buffer.dtype or like.device != self._buffer.device:
-            larger = like.new_empty(*self._buffer.shape[:2], max(2 * room, end))
-            larger[:, :, :room] = self._buffer
+            larger = like.new_empty(len(self._buffer), max(2 * room, end))
+            larger[:, :room] = self._buffer
             self._buffer = larger
-        # All at once: eight slices taken one by one cost 20 microseconds more.
-        return self._buffer[:, :, self._filled : end].flatten(0, 1).unbind()
+        return self._buffer[:, self._filled : end]
 
     def accept(self, size: int, rates: list[float]) -> None:
-        """Keep the pass that was written, whose update had these rates: weights', then biases'."""
+        """Keep the step that was written, with any numbers that it had in common."""
         self._rates.append((size, rates))
         self._filled += size
 
-    def take(self) -> Tensor:
-        """Return beta of all passes since the last call, one after the other; forget them.
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Return the rows (R, samples) of all steps since the last call, and forget them.
 
         Returns
         -------
-        Tensor of shape (layer, samples)
-            On the CPU.
+        rows, rates
+            On the CPU; the rates of each sample's step, of shape (rates, samples).
         """
-        activation_norm_LN, delta_norm_LN = self._buffer[:, :, : self._filled].cpu()
+        rows = self._buffer[:, : self._filled].cpu()
         sizes = torch.tensor([size for size, _ in self._rates])
-        rates = torch.tensor([rates for _, rates in self._rates], dtype=self._buffer.dtype)
-        weight_rate_LN, bias_rate_LN = rates.repeat_interleave(sizes, 0).T.chunk(2)
+        rates = torch.tensor([rates for _, rates in self._rates], dtype=rows.dtype)
         self._filled = 0
         self._rates = []
-        return linear_importance(delta_norm_LN, activation_norm_LN, weight_rate_LN, bias_rate_LN)
+        return rows, rates.repeat_interleave(sizes, 0).T
 
 
-class LayerCapture:
-    """The importance of batches in every layer, from one forward and backward pass each.
+@dataclass
+class _Use:
+    """An operation of a pass with parameters, or with what is made of them, among its arguments."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    batch: Batch
+    seen: bool = False
+    """Whether its gradient has come."""
+
+
+class Capture(TorchFunctionMode):
+    """The squared norms of per-sample gradients, of every parameter in one step.
 
     Parameters
     ----------
     model
-        Its parameters must all belong to `nn.Linear` layers, each called once in a pass.
-    rate_of
-        The learning rate of a parameter; 0 where it is not trained, or None.
+        Any network that treats each sample of a batch on its own.
+    batch_dim
+        Axis of the samples in tensors that have positions too: 0, or 1 where positions come first.
+    batch_norm
+        What a BatchNorm in training mode means, which mixes the samples: an error ("refuse"), or
+        that it and what is called before it have no importance (NaN, "undefined").
     after_backward
         Called when a backward pass is over.
 
     Raises
     ------
     UnsupportedError
-        A module with parameters is not linear, shares them, or mixes the samples of a batch.
+        The model is compiled, or is to refuse a BatchNorm that it has.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        rate_of: Callable[[Tensor | None], float],
-        after_backward: Callable[[], None] | None = None,
+        *,
+        batch_dim: int = 0,
+        batch_norm: str = "refuse",
     ) -> None:
-        self._after_backward = after_backward
-        self._modules = find_layers(model)
-        self._rate_of = rate_of
-        self._norms = NormBuffer(len(self._modules))
-        self._size = 0
-        self._views: tuple[Tensor, ...] = ()
-        self._announced = False  # whether `after_backward` is to be called in this pass
-        self._forward: dict[str, None] = {}  # layers seen in this pass, in the order of the pass
-        self._backward: set[str] = set()
-        self._order: tuple[str, ...] = tuple(self._modules)
+        super().__init__()
+        self._batch_dim, self._batch_norm = batch_dim, batch_norm
+        _require_watchable(model, batch_norm)
+        named = list(model.named_parameters())
+        self.parameters = [parameter for _, parameter in named]
+        self._rows = {id(parameter): row for row, parameter in enumerate(self.parameters)}
+        self._free = set(self._rows) | {id(buffer) for buffer in model.buffers()}
+        owners = [name.rpartition(".")[0] or "model" for name, _ in named]
+        self.layers = tuple(dict.fromkeys(owners))
+        """Names of the layers, in the order in which they were registered."""
+        self._layer_of_row = torch.tensor([self.layers.index(owner) for owner in owners])
+        self._called: dict[str, None] = {}
+        self._owners = owners
+        self._norms = NormBuffer(len(named))
+        self._undefined: set[int] = set()  # rows without importance, in this step
+        self._watching = False
+
+    # A step.
 
     @contextmanager
-    def batch(self, size: int) -> Iterator[None]:
-        """Watch the pass over `size` samples that is run inside."""
-        self._size = size
-        self._views = ()
-        self._announced = False
-        self._forward = {}
-        self._backward = set()
-        handles = [
-            layer.register_forward_hook(partial(self._on_forward, position, name), with_kwargs=True)
-            for position, (name, layer) in enumerate(self._modules.items())
-        ]
+    def step(
+        self, sizes: Sequence[int], *, elementwise: bool = False, accumulates: bool = True
+    ) -> Iterator[None]:
+        """Watch the passes that are run inside, over so many samples each.
+
+        Parameters
+        ----------
+        sizes
+            Samples of each backward pass.
+        elementwise
+            Keep what was seen until `finish`, since how much each entry of a gradient counts is
+            known only then.
+        accumulates
+            Whether the passes put their gradients where the optimizer takes them.
+        """
+        self._sizes, self._elementwise, self._accumulates = sizes, elementwise, accumulates
+        self._squares: Tensor | None = None
+        self._done = 0  # passes
+        self._kept: list[tuple[int, slice, Factor]] = []
+        self._used: set[int] = set()
+        self._undefined = set()
+        self._gradients: dict[int, tuple[int, int]] = {}  # by id: row, version
+        self._scales: dict[int, Tensor | float] = {}  # by row
+        self._begin_pass()
+        self.resume()
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            self.pause()
 
-    def rates(self) -> list[float]:
-        """Return the present learning rates of the layers' weights, then of their biases."""
-        layers = self._modules.values()
-        weights = [self._rate_of(layer.weight) for layer in layers]
-        return weights + [self._rate_of(layer.bias) for layer in layers]
+    def resume(self) -> None:
+        """Watch what is called from here on."""
+        if not self._watching:
+            self._watching = True
+            self.__enter__()
 
-    def accept(self, rates: list[float]) -> None:
-        """Keep the pass that was watched, whose update had these rates.
+    def pause(self) -> None:
+        """Watch no longer, as in an optimizer's own arithmetic."""
+        if self._watching:
+            self._watching = False
+            self.__exit__(None, None, None)
 
-        Raises
-        ------
-        UnsupportedError
-            A layer saw no gradient in it.
+    def _begin_pass(self) -> None:
+        start = sum(self._sizes[: self._done])
+        size = self._sizes[self._done] if self._done < len(self._sizes) else 0
+        self._batch = Batch(size, self._batch_dim, self._varies)
+        self._samples = slice(start, start + size)
+        self._counts: dict[int, int] = {}  # by row: uses in this pass
+        self._pending: dict[int, list[Factor]] = {}  # by row
+        self._announced = False
+
+    def check(self) -> None:
+        """Raise UnsupportedError unless this step's gradients are what its passes have made.
+
+        To be called before the update.
         """
-        missing = [name for name in self._modules if name not in self._backward]
-        if missing:
+        if self._done != len(self._sizes):
             raise UnsupportedError(
-                expected="a forward and a backward pass through every layer in the step",
-                got=f"no gradient at {', '.join(missing)}",
-                where=f"layer {missing[0]}",
-                todo="put the whole step (forward, backward, update) inside the block, and train "
-                "without layers that a pass leaves out",
+                expected=f"{len(self._sizes)} backward passes before the update",
+                got=f"{self._done}",
+                where="the step",
+                todo="put forward, backward and update into the block, and name the samples of "
+                "each backward pass: step([index_1, index_2], ...)",
             )
-        self._order = tuple(self._forward)
-        self._norms.accept(self._size, rates)
+        for row, parameter in enumerate(self.parameters):
+            gradient = parameter.grad
+            if gradient is None or not parameter.requires_grad:
+                continue
+            if self._gradients.get(id(gradient)) != (row, gradient._version):
+                raise UnsupportedError(
+                    expected="the gradients of this step's backward passes",
+                    got="a gradient that was changed otherwise than by a factor",
+                    where=self._place(row),
+                    todo="clip by norm, not by value, and change no gradient between backward() "
+                    "and optimizer.step()",
+                )
+            if row not in self._used and bool(gradient.any()):
+                raise UnsupportedError(
+                    expected="operations that PyTorch calls by name",
+                    got="a gradient, and no operation that made it",
+                    where=self._place(row),
+                    todo="leave out what hides operations: torch.compile, scripted modules, "
+                    "autograd.Functions, checkpoint(use_reentrant=True), loss terms of parameters",
+                )
 
-    def take(self) -> tuple[tuple[str, ...], Tensor]:
-        """Return the layers in forward order, and beta as `NormBuffer.take` in that order."""
-        beta_LN = self._norms.take()
-        registered = list(self._modules)
-        return self._order, beta_LN[[registered.index(name) for name in self._order]]
+    def overflowed(self) -> bool:
+        """Return whether a gradient of this step is not finite."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
-    def _on_forward(
+    def finish(self, derivatives: Mapping[int, Derivative]) -> None:
+        """Take the step in, whose update had these derivatives; without any, there was none.
+
+        Parameters
+        ----------
+        derivatives
+            By id of the parameter: d(update)/d(gradient).
+        """
+        count = sum(self._sizes)
+        rates = [0.0] * len(self.parameters)
+        for row, parameter in enumerate(self.parameters):
+            derivative = derivatives.get(id(parameter), 0.0)
+            rates[row] = derivative if isinstance(derivative, float) else 1.0
+        for row, samples, factor in self._kept:
+            derivative = derivatives.get(id(self.parameters[row]), 0.0)
+            if isinstance(derivative, Tensor):
+                values = factor.weighted(derivative.square())
+            else:
+                values = factor.square()
+            self._write(row, samples, values)
+        squares = self._require_squares(self.parameters[0])
+        for row, scale in self._scales.items():
+            squares[row] *= scale**2
+        for row in self._undefined:
+            rates[row] = torch.nan
+        self._kept = []
+        self._norms.accept(count, rates)
+
+    def take(self) -> Tensor:
+        """Return beta (layer, samples) of the steps since the last call; forget them.
+
+        On the CPU; the layers as in `layers`.
+        """
+        rows, rates = self._norms.take()
+        beta = rows.new_zeros(len(self.layers), rows.shape[1])
+        return beta.index_add_(0, self._layer_of_row, rows * rates.square())
+
+    @property
+    def forward_order(self) -> list[int]:
+        """Positions of the layers in the order of their first call; those never called last."""
+        called = list(self._called)
+        rank = {name: number for number, name in enumerate(called)}
+        positions = range(len(self.layers))
+        return sorted(positions, key=lambda i: rank.get(self.layers[i], len(called)))
+
+    # What is called.
+
+    def __torch_function__(
         self,
-        position: int,
-        name: str,
-        layer: nn.Linear,
-        inputs: tuple[Tensor, ...],
-        keywords: dict[str, Tensor],
-        output: Tensor,
-    ) -> None:
-        if not torch.is_grad_enabled():
-            return  # an evaluation inside the step
-        activation = inputs[0] if inputs else keywords["input"]
-        if activation.dim() != 2 or len(activation) != self._size:
-            raise UnsupportedError(
-                expected=f"an input of shape ({self._size}, inputs), one row a sample",
-                got=f"an input of shape {tuple(activation.shape)}",
-                where=f"layer {name}",
-                todo="name as many samples as the batch has rows; sequences are not supported",
-            )
-        if name in self._forward:
-            raise UnsupportedError(
-                expected="every layer to be used once in a step",
-                got="a second use",
-                where=f"layer {name}",
-                todo="give every use a layer of its own, and every backward pass a step",
-            )
-        self._forward[name] = None
-        # At once, and not with the gradient: to hold the input until then cost 1 % of a step.
-        row_norm(activation.detach(), out=self._rows(activation)[position])
-        if output.requires_grad:
-            output.register_hook(partial(self._on_gradient, position, name))
-        else:  # frozen, and all below it too
-            self._backward.add(name)
-            self._rows(activation)[len(self._modules) + position].zero_()
+        function: Callable[..., Any],
+        kinds: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Carry an operation out and note it if it has to do with parameters."""
+        kwargs = kwargs or {}
+        if function in _SCALINGS:
+            return self._scale(function, args, kwargs)
+        if not torch.is_grad_enabled():  # an evaluation
+            return function(*args, **kwargs)
+        if function is functional.multi_head_attention_forward:
+            return self._open(function, args, kwargs)
+        output = function(*args, **kwargs)
+        if not isinstance(output, Tensor | tuple | list):
+            if function is Tensor.__setitem__ and self._varies(args[2]):
+                args[0]._sampimp_roots = None
+            return output
+        roots: set[int] = set()
+        varies = False
+        for tensor in _tensors(args, kwargs):
+            if id(tensor) in self._rows:
+                self._called.setdefault(self._owners[self._rows[id(tensor)]])
+            own = self._roots(tensor)
+            if own is None:
+                varies = True
+            else:
+                roots |= own
+        if function in RULES or roots:
+            varies = varies or self._expands(function, args, output)
+        if varies:
+            if roots and not isinstance(output, Tensor):
+                # As views: where one output was made of another (an LSTM cell's of its c), the
+                # gradient of that one would have both parts in it.
+                output = tuple(t.view_as(t) if isinstance(t, Tensor) else t for t in output)
+            self._meet(function, args, kwargs, output, roots)
+        else:
+            for tensor in (output,) if isinstance(output, Tensor) else output:
+                if isinstance(tensor, Tensor) and id(tensor) not in self._free:
+                    tensor._sampimp_roots = frozenset(roots)  # type: ignore[attr-defined]
+        return output
 
-    def _on_gradient(self, position: int, name: str, delta_NO: Tensor) -> None:
-        if name in self._backward:
+    def _roots(self, tensor: Tensor) -> frozenset[int] | None:
+        """Return the rows of the trained parameters that a tensor is made of; None if it varies."""
+        if id(tensor) in self._free:
+            row = self._rows.get(id(tensor))
+            return frozenset() if row is None or not tensor.requires_grad else frozenset((row,))
+        return getattr(tensor, "_sampimp_roots", None)
+
+    def _varies(self, value: Any) -> bool:
+        """Return whether a tensor depends on the samples."""
+        return isinstance(value, Tensor) and self._roots(value) is None
+
+    def _meet(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        roots: set[int],
+    ) -> None:
+        """Note an operation on samples, which may have parameters."""
+        if getattr(output, "_sampimp_roots", None) is not None:  # changed in place
+            output._sampimp_roots = None
+        if function is functional.batch_norm and _argument(args, kwargs, 5, "training", False):
+            self._meet_batch_norm(roots)
+            return
+        if function in _PRODUCTS and len(args) == 2 and args[1].dim() == 2:
+            self._refuse_mixing(function, args)
+        outputs = (output,) if isinstance(output, Tensor) else output
+        hooked = [one for one in outputs if isinstance(one, Tensor) and one.requires_grad]
+        if not roots or not hooked:
+            return
+        if output is hooked[0] and output.dim() == 0 and RULES.get(function) in SUMS:
+            return  # a penalty on parameters beside the loss: no sample is in it
+        for row in roots:
+            self._counts[row] = self._counts.get(row, 0) + 1
+        use = _Use(function, args, kwargs, self._batch)
+        if isinstance(output, Tensor):
+            output.register_hook(partial(self._on_gradient, use))
+        else:
+            torch.autograd.graph.register_multi_grad_hook(
+                hooked, partial(self._on_gradients, use, outputs, hooked)
+            )
+
+    def _open(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Carry attention out as the operations of which PyTorch has composed it.
+
+        Their tensors have positions first. The function would ask again whether a mode is active
+        and come back here: its copy is told that none is.
+        """
+        names = {**function.__globals__, "has_torch_function": lambda _: False}
+        copy = types.FunctionType(
+            function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+        )
+        copy.__kwdefaults__ = function.__kwdefaults__
+        batch = self._batch
+        self._batch = Batch(batch.size, 1, self._varies)
+        try:
+            with self:
+                return copy(*args, **kwargs)
+        finally:
+            self._batch = batch
+
+    def _expands(self, function: Callable[..., Any], args: tuple[Any, ...], output: Any) -> bool:
+        """Return whether the operation makes a copy of a parameter for every sample."""
+        if function not in _EXPANSIONS:
+            return False
+        axis = self._batch.axis(output.dim(), 1)
+        missing = output.dim() - args[0].dim()
+        before = 1 if axis < missing else args[0].shape[axis - missing]
+        return before == 1 and output.shape[axis] == self._batch.size
+
+    def _meet_batch_norm(self, roots: set[int]) -> None:
+        rows = set(self._counts) | roots
+        if self._batch_norm == "refuse":
+            raise _mixes("BatchNorm in training mode", self._place(min(roots)) if roots else "it")
+        self._undefined |= rows
+        self._used |= roots
+
+    def _refuse_mixing(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        if all(self._varies(arg) for arg in args) and self._batch.size > 1:
+            raise _mixes(
+                f"{function.__name__} of samples with samples, as in a contrastive loss", ""
+            )
+
+    def _scale(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Let gradients be scaled, as clipping and a GradScaler do, and note by how much."""
+        given = args[0] if isinstance(args[0], list | tuple) else [args[0]]
+        gradients = [g for g in given if id(g) in self._gradients]
+        before = [self._gradients[id(g)][1] == g._version for g in gradients]
+        output = function(*args, **kwargs)
+        inverse, position = _SCALINGS[function]
+        factor = _argument(args, kwargs, position, "other", 1.0)
+        for gradient, known in zip(gradients, before, strict=True):
+            row, _ = self._gradients[id(gradient)]
+            own = 1 / factor if inverse else factor
+            if isinstance(own, list | tuple):
+                own = own[[g is gradient for g in given].index(True)]
+            if known:
+                self._scales[row] = self._scales.get(row, 1.0) * own
+                self._gradients[id(gradient)] = row, gradient._version
+        return output
+
+    # What comes back.
+
+    def _on_gradients(
+        self,
+        use: _Use,
+        outputs: Sequence[Any],
+        hooked: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        by_id = {id(one): grad for one, grad in zip(hooked, gradients, strict=True)}
+        deltas = [by_id.get(id(one)) for one in outputs]
+        self._on_gradient(
+            use,
+            tuple(
+                torch.zeros_like(one) if delta is None and isinstance(one, Tensor) else delta
+                for one, delta in zip(outputs, deltas, strict=True)
+            ),
+        )
+
+    def _on_gradient(self, use: _Use, delta: Any) -> None:
+        if use.seen:
             raise UnsupportedError(
-                expected="one backward pass in a step",
+                expected="one backward pass for each forward pass",
                 got="a second gradient",
-                where=f"layer {name}",
+                where=f"an operation {use.function.__name__}",
                 todo="add the losses up before backward()",
             )
-        if self._after_backward is not None and not self._announced:
-            self._announced = True
-            # As data-parallel training does: one call instead of a hook on each parameter.
-            Variable._execution_engine.queue_callback(self._after_backward)
-        self._backward.add(name)
-        row_norm(delta_NO, out=self._rows(delta_NO)[len(self._modules) + position])
+        use.seen = True
+        if not self._announced:
+            self._announce()
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            rule = RULES.get(use.function) or partial(generic, function=use.function)
+            try:
+                for tensor, factor in rule(use.batch, delta, *use.args, **use.kwargs):
+                    if tensor is not None:
+                        for row, own in self._back(tensor, factor):
+                            self._add(row, own)
+            except UnsupportedError as error:
+                roots = [self._roots(one) or () for one in _tensors(use.args, use.kwargs)]
+                error.where = self._place(min(row for rows in roots for row in rows))
+                raise
 
-    def _rows(self, like: Tensor) -> tuple[Tensor, ...]:
-        """Return the buffer's rows for this pass."""
-        if not self._views:
-            self._views = self._norms.rows(self._size, like)
-        return self._views
-
-
-def find_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the layers of a model by name, in the order in which they were registered.
-
-    Raises
-    ------
-    UnsupportedError
-        As for `LayerCapture`.
-
-    Examples
-    --------
-    >>> find_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))).keys()
-    dict_keys(['0', '2'])
-    """
-    layers: dict[str, nn.Linear] = {}
-    owner: dict[int, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            raise UnsupportedError(
-                expected="layers that treat each sample of a batch on its own",
-                got=f"{type(module).__name__}, which mixes them",
-                where=f"module {name or '(the model itself)'}",
-                todo="train without it: no importance of a single sample is defined below it",
+    def _back(self, tensor: Tensor, factor: Factor) -> Iterator[tuple[int, Factor]]:
+        """Yield the parameters that a tensor is made of, with factors of their gradients."""
+        row = self._rows.get(id(tensor))
+        roots = self._roots(tensor)
+        if row is not None and roots:
+            yield row, factor
+        elif roots and row is None:
+            rows = sorted(roots)
+            gradients = torch.autograd.grad(
+                tensor,
+                [self.parameters[row] for row in rows],
+                factor.gradient(slice(None)).to(tensor.dtype),
+                is_grads_batched=True,
+                retain_graph=True,
             )
-        own = list(module.parameters(recurse=False))
-        if not own:
-            continue
-        # Weight and spectral norm and pruning put a computed tensor in the weight's place.
-        if type(module) is not nn.Linear or not isinstance(module.weight, nn.Parameter):
+            for row, gradient in zip(rows, gradients, strict=True):
+                yield row, Explicit(gradient)
+
+    def _add(self, row: int, factor: Factor) -> None:
+        self._used.add(row)
+        if self._counts[row] == 1 and not self._elementwise:
+            self._write(row, self._samples, factor.square())
+        else:
+            self._pending.setdefault(row, []).append(factor)
+
+    def _write(self, row: int, samples: slice, values: Tensor) -> None:
+        self._require_squares(values)[row, samples] = values
+
+    def _require_squares(self, like: Tensor) -> Tensor:
+        """Return this step's rows of the buffer, zero where nothing was written yet."""
+        if self._squares is None:
+            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+            self._squares = self._norms.rows(sum(self._sizes), like.new_empty(0, dtype=dtype))
+            self._squares.zero_()
+        return self._squares
+
+    def _announce(self) -> None:
+        """Note that a backward pass has begun, and see to its end."""
+        self._announced = True
+        if self._done == len(self._sizes):
             raise UnsupportedError(
-                expected="layers of type Linear whose weight is a parameter",
-                got=f"{type(module).__name__} with {', '.join(dict(module.named_parameters()))}",
-                where=f"module {name or '(the model itself)'}",
-                todo="only Linear has an exact rule here; replace the module or train without it",
+                expected=f"{self._done} backward passes in the step",
+                got="one more",
+                where="the step",
+                todo="add the losses up before backward(), or name the samples of each backward "
+                "pass: step([index_1, index_2], ...)",
             )
-        for parameter in own:
-            if id(parameter) in owner:
+        for row, parameter in enumerate(self.parameters if self._accumulates else ()):
+            gradient = parameter.grad
+            if gradient is None:
+                stale = id_of_earlier = False
+            else:
+                id_of_earlier = id(gradient) in self._gradients
+                stale = not id_of_earlier and bool(gradient.any())
+            if stale or (self._done and gradient is None and row in self._used):
                 raise UnsupportedError(
-                    expected="every parameter to belong to one layer",
-                    got=f"one shared with {owner[id(parameter)]}",
-                    where=f"module {name}",
-                    todo="untie the weights: their gradients add up before they are squared",
+                    expected="gradients that are empty before the step's first backward pass, and "
+                    "kept until its last",
+                    got="a gradient from elsewhere" if stale else "none",
+                    where=self._place(row),
+                    todo="call optimizer.zero_grad() once in the block, before its backward "
+                    "passes; to accumulate, name each pass: step([index_1, index_2], ...)",
                 )
-            owner[id(parameter)] = name
-        layers[name or "model"] = module
-    if not layers:
-        raise UnsupportedError(
-            expected="a model with at least one Linear layer",
-            got=f"{type(model).__name__} without parameters",
-            where="the model given to the recorder",
-            todo="pass the model that is being trained",
+        # As data-parallel training does: one call instead of a hook on each parameter.
+        Variable._execution_engine.queue_callback(self._end_pass)
+
+    def _end_pass(self) -> None:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for row, factors in self._pending.items():
+                factor = total(factors, self._batch.size, self.parameters[row].shape)
+                if self._elementwise:
+                    self._kept.append((row, self._samples, factor))
+                else:
+                    self._write(row, self._samples, factor.square())
+        self._gradients = {
+            id(parameter.grad): (row, parameter.grad._version)
+            for row, parameter in enumerate(self.parameters)
+            if parameter.grad is not None
+        }
+        self._done += 1
+        self._begin_pass()
+
+    def _place(self, row: int) -> str:
+        return f"layer {self._owners[row]}, parameter of shape {tuple(self.parameters[row].shape)}"
+
+
+_EXPANSIONS = (
+    Tensor.expand,
+    Tensor.expand_as,
+    torch.broadcast_to,
+    Tensor.broadcast_to,
+    Tensor.repeat,
+)
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.cdist)
+
+_SCALINGS: dict[Callable[..., Any], tuple[bool, int]] = {
+    Tensor.mul_: (False, 1),
+    Tensor.__imul__: (False, 1),
+    Tensor.div_: (True, 1),
+    Tensor.__itruediv__: (True, 1),
+    torch._foreach_mul_: (False, 1),
+    torch._foreach_div_: (True, 1),
+    torch._amp_foreach_non_finite_check_and_unscale_: (False, 2),
+}
+"""What scales gradients in place: whether it divides, and which argument is the factor."""
+
+
+def _argument(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str, default: Any
+) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name, default)
+
+
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors among arguments, also those in a list."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            for item in value:
+                if isinstance(item, Tensor):
+                    yield item
+
+
+def _require_watchable(model: nn.Module, batch_norm: str) -> None:
+    if batch_norm not in ("refuse", "undefined"):
+        raise ConfigError(
+            expected='batch_norm "refuse" or "undefined"',
+            got=repr(batch_norm),
+            where="ImportanceRecorder",
+            todo="say what a BatchNorm in training mode means",
         )
-    return layers
+    for name, module in model.named_modules():
+        where = f"module {name}" if name else "the model itself"
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl:
+            raise UnsupportedError(
+                expected="a model whose operations are called one by one",
+                got="a compiled one",
+                where=where,
+                todo="record the model that was given to torch.compile",
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                expected="a model whose operations are called one by one",
+                got="a scripted one",
+                where=where,
+                todo="record the model that was scripted",
+            )
+        mixing = isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or not module.track_running_stats
+        )
+        if mixing and batch_norm == "refuse":
+            raise _mixes(type(module).__name__, where)
+
+
+def _mixes(what: str, where: str) -> UnsupportedError:
+    return UnsupportedError(
+        expected="operations that treat each sample of a batch on its own",
+        got=f"{what}, which mixes them: no single sample has a gradient below it",
+        where=where or "the step",
+        todo="replace it (GroupNorm, LayerNorm), put it into eval mode, or record what is above "
+        'it: batch_norm="undefined"'
+        if "BatchNorm" in what
+        else "train on a loss that is a sum over samples",
+    )
 
 
 class ImportanceRecorder:
@@ -279,22 +645,31 @@ class ImportanceRecorder:
     Parameters
     ----------
     model
-        A network whose parameters all belong to `nn.Linear` layers.
+        A network that treats each sample of a batch on its own.
     optimizer
-        `torch.optim.SGD` without momentum, over any groups of its parameters.
+        One whose update acts on each entry of the gradient by itself, see `sampimp.optimizers`,
+        over any groups of the model's parameters.
     loss_reduction
         How the loss is taken over a batch, "mean" or "sum". The gradients already contain it; it is
         written beside the result, because importance differs by B^2 between the two.
+    batch_dim
+        Axis of the samples in tensors that have positions too: 0, or 1 where positions come first
+        (`batch_first=False`).
+    batch_norm
+        A BatchNorm in training mode mixes the samples. "refuse" raises an error; "undefined"
+        records NaN for it and for all that is called before it, and importance above it.
 
     Raises
     ------
     UnsupportedError
-        On construction for a layer or optimizer without an exact rule; in a step for gradients
-        changed between `backward` and `optimizer.step`, as by clipping.
+        On construction for a model or an optimizer without an exact rule; in a step for gradients
+        that were changed otherwise than by a factor, for an operation that mixes samples, or for
+        parameters whose use cannot be seen.
 
     References
     ----------
-    Gao & Jojic (2017), section 2. See Also: GraNd = sqrt(sum over layers of importance) B / rate.
+    Gao & Jojic (2017), section 2. See Also: GraNd = sqrt(sum over layers of importance) B / rate,
+    under plain SGD.
 
     Examples
     --------
@@ -302,7 +677,7 @@ class ImportanceRecorder:
 
     >>> inputs, labels = torch.randn(6, 4), torch.randint(0, 3, (6,))
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
     >>> recorder = ImportanceRecorder(model, optimizer)                        # 1
     >>> for epoch in (1, 2):
     ...     for index in torch.randperm(6).split(3):
@@ -316,7 +691,13 @@ class ImportanceRecorder:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, loss_reduction: str = "mean"
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss_reduction: str = "mean",
+        batch_dim: int = 0,
+        batch_norm: str = "refuse",
     ) -> None:
         if loss_reduction not in ("mean", "sum"):
             raise ConfigError(
@@ -325,7 +706,8 @@ class ImportanceRecorder:
                 where="ImportanceRecorder",
                 todo="name the reduction of the loss that is trained on",
             )
-        check_optimizer(optimizer)
+        self._derivative = UpdateDerivative(optimizer)
+        self._capture = Capture(model, batch_dim=batch_dim, batch_norm=batch_norm)
         self.optimizer = optimizer
         self.loss_reduction = loss_reduction
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -336,25 +718,25 @@ class ImportanceRecorder:
                 where="ImportanceRecorder",
                 todo="make the optimizer from this model's parameters",
             )
-        self._rates: dict[int, float] = {}  # by the parameter's id, at the last update
-        self._capture = LayerCapture(model, self._rate_of, self._note_gradients)
-        self._parameters = list(model.parameters())
-        self._noted: list[tuple[int, int] | None] = []
         self._epoch: int | None = None
         self._indices: list[Tensor] = []  # of the steps of this epoch since the last flush
         self._parts: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by epoch: indices and beta
         self._largest_batch = 0
-        self.layers: tuple[str, ...] = tuple(find_layers(model))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
         """Names of the layers, in forward order once a step was recorded."""
+        return tuple(self._capture.layers[i] for i in self._capture.forward_order)
 
     @contextmanager
-    def step(self, index: Tensor | np.ndarray | Sequence[int], *, epoch: int) -> Iterator[None]:
+    def step(self, index: Index | Sequence[Index], *, epoch: int) -> Iterator[None]:
         """Record the training step run inside the block.
 
         Parameters
         ----------
         index
-            Permanent index of each sample of the batch, shape (N,), in the order of its rows.
+            Permanent index of each sample of the batch, shape (N,), in the order of its rows. Where
+            gradients of several backward passes are accumulated, a list with the index of each.
         epoch
             The epoch that the step belongs to. A sample used twice in it has its importance summed.
 
@@ -365,38 +747,45 @@ class ImportanceRecorder:
         UnsupportedError
             As for the class, or the block makes no update or more than one.
         """
-        index_N = check_index(index)
-        rates: list[list[float]] = []
+        passes = [check_index(one) for one in split_passes(index)]
+        index_N = check_index(torch.cat(passes))
+        updates = 0
 
-        def before_update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            check_optimizer(optimizer)
-            self._check_gradients(epoch)
-            self._rates = {
-                id(parameter): float(group["lr"])
-                for group in optimizer.param_groups
-                for parameter in group["params"]
-                if parameter.requires_grad
-            }
-            rates.append(self._capture.rates())
+        def before_update(*_: Any) -> None:
+            self._capture.pause()
+            self._capture.check()
+            self._derivative.before()
+
+        def after_update(*_: Any) -> None:
+            nonlocal updates
+            updates += 1
+            if updates == 1:
+                self._capture.finish(self._derivative.after())
+            self._capture.resume()
 
         if epoch != self._epoch:
             self._flush()
             self._epoch = epoch
-        self._noted = []
-        handle = self.optimizer.register_step_pre_hook(before_update)
+        handles = (
+            self.optimizer.register_step_pre_hook(before_update),
+            self.optimizer.register_step_post_hook(after_update),
+        )
+        sizes = [len(one) for one in passes]
         try:
-            with self._capture.batch(len(index_N)):
+            with self._capture.step(sizes, elementwise=self._derivative.elementwise):
                 yield
         finally:
-            handle.remove()
-        if len(rates) != 1:
+            for handle in handles:
+                handle.remove()
+        if updates == 0 and self._capture.overflowed():
+            self._capture.finish({})  # a GradScaler leaves such a step out: nothing was updated
+        elif updates != 1:
             raise UnsupportedError(
                 expected="one optimizer.step() in the block",
-                got=f"{len(rates)}",
+                got=f"{updates}",
                 where=f"epoch {epoch}",
-                todo="put exactly one update into the block; do not accumulate gradients",
+                todo="put exactly one update into the block",
             )
-        self._capture.accept(rates[0])
         self._indices.append(index_N)
         self._largest_batch = max(self._largest_batch, len(index_N))
 
@@ -409,13 +798,13 @@ class ImportanceRecorder:
             NaN for a sample that no step of the epoch used.
         """
         self._flush()
-        return self._summed(self._parts.pop(epoch), sample_count)
+        summed = self._summed(self._parts.pop(epoch), sample_count)
+        return summed[self._capture.forward_order]
 
     def _flush(self) -> None:
         """Turn the norms of the steps so far into importance."""
         if self._indices and self._epoch is not None:
-            self.layers, beta_LN = self._capture.take()
-            part = torch.cat(self._indices), beta_LN
+            part = torch.cat(self._indices), self._capture.take()
             self._parts.setdefault(self._epoch, []).append(part)
             self._indices = []
 
@@ -440,8 +829,10 @@ class ImportanceRecorder:
         if sample_count is None:
             largest = [int(index.max()) for epoch in epochs for index, _ in self._parts[epoch]]
             sample_count = 1 + max(largest, default=-1)
+        order = self._capture.forward_order
         values = [
-            self._summed(self._parts[epoch], sample_count).float().numpy() for epoch in epochs
+            self._summed(self._parts[epoch], sample_count)[order].float().numpy()
+            for epoch in epochs
         ]
         variable = VARIABLES["importance"]
         rates = sorted({group["lr"] for group in self.optimizer.param_groups})
@@ -475,45 +866,8 @@ class ImportanceRecorder:
         indices, betas = zip(*parts, strict=True)
         return sum_by_sample(torch.cat(indices), torch.cat(betas, dim=1), sample_count)
 
-    def _rate_of(self, parameter: Tensor | None) -> float:
-        return self._rates.get(id(parameter), 0.0)
 
-    def _note_gradients(self) -> None:
-        """Note the gradients as backward() leaves them, to know them again at the update."""
-        self._noted = [_identity(parameter) for parameter in self._parameters]
-
-    def _check_gradients(self, epoch: int) -> None:
-        """Raise UnsupportedError unless the gradients are those of this step's backward pass."""
-        for number, parameter in enumerate(self._parameters):
-            if number >= len(self._noted) or _identity(parameter) != self._noted[number]:
-                raise UnsupportedError(
-                    expected="the gradients of this step's backward pass, unchanged",
-                    got="gradients changed between backward() and optimizer.step(), or none",
-                    where=f"epoch {epoch}, parameter {number} of model.parameters()",
-                    todo="train without gradient clipping, scaling, accumulation or a closure: the "
-                    "recorded update would not be the one that is made",
-                )
-
-
-def _identity(parameter: Tensor) -> tuple[int, int] | None:
-    """Return what tells a gradient from another one, and from itself after a change in place."""
-    grad = parameter.grad
-    return None if grad is None else (id(grad), grad._version)
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise UnsupportedError unless the update is -rate (gradient + weight decay)."""
-    momentum = [group.get("momentum", 0) for group in optimizer.param_groups]
-    if type(optimizer) is not torch.optim.SGD or any(momentum):
-        raise UnsupportedError(
-            expected="torch.optim.SGD without momentum",
-            got=f"{type(optimizer).__name__}" + (f", momentum {momentum}" if any(momentum) else ""),
-            where="ImportanceRecorder",
-            todo="use plain SGD: the affectibility of another update has another formula",
-        )
-
-
-def check_index(index: Tensor | np.ndarray | Sequence[int]) -> Tensor:
+def check_index(index: Index) -> Tensor:
     """Return sample indices as an int64 tensor on the CPU, or raise ConfigError."""
     index_N = torch.as_tensor(index, dtype=torch.int64).cpu()
     listed = index_N.flatten().tolist()  # a set of ints takes a quarter of the time of a sort
@@ -528,6 +882,19 @@ def check_index(index: Tensor | np.ndarray | Sequence[int]) -> Tensor:
     return index_N
 
 
+def split_passes(index: Index | Sequence[Index]) -> list[Index]:
+    """Return the indices of each backward pass of a step.
+
+    Examples
+    --------
+    >>> split_passes([4, 5]), split_passes([[4], [5]])
+    ([[4, 5]], [[4], [5]])
+    """
+    several = isinstance(index, list | tuple) and len(index) and not isinstance(index[0], int)
+    several = several and np.ndim(index[0]) > 0
+    return list(index) if several else [index]  # type: ignore[list-item]
+
+
 def snapshot_importance(
     model: nn.Module, inputs: Tensor, labels: Tensor, *, rate: float, chunk: int = 1000
 ) -> Tensor:
@@ -536,7 +903,7 @@ def snapshot_importance(
     Parameters
     ----------
     model
-        As for `LayerCapture`; left as it is, gradients too.
+        As for `Capture`; left as it is, gradients too.
     inputs, labels
         Shapes (N, ...) and (N,).
     rate
@@ -550,14 +917,15 @@ def snapshot_importance(
     Tensor of shape (layer, N)
         On the CPU, in the model's precision.
     """
-    capture = LayerCapture(model, lambda p: rate if p is not None and p.requires_grad else 0.0)
+    capture = Capture(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rates = {id(parameter): float(rate) for parameter in trained}
     for inputs_N, labels_N in zip(inputs.split(chunk), labels.split(chunk), strict=True):
-        with capture.batch(len(labels_N)):
+        with capture.step([len(labels_N)], accumulates=False):
             loss = functional.cross_entropy(model(inputs_N), labels_N, reduction="sum")
             torch.autograd.grad(loss, trained)
-        capture.accept(capture.rates())
-    return capture.take()[1]
+        capture.finish(rates)
+    return capture.take()[capture.forward_order]
 
 
 def sum_by_sample(index_N: Tensor, beta_LN: Tensor, sample_count: int) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sampimp.capture import NormBuffer
 from sampimp.errors import UnsupportedError
-from sampimp.importance import row_norm
+from sampimp.importance import linear_importance, row_norm
 from sampimp.workers import ALONE, Workers
 
 aten = torch.ops.aten
@@ -71,7 +71,7 @@ class FusedStep:
         self._weight_gradients = [torch.empty_like(weight) for weight in self._weights]
         self._bias_gradients = [torch.empty_like(bias) for bias in self._biases]
         self._outputs = [weight.new_empty(0, len(weight)) for weight in self._weights]
-        self._norms = NormBuffer(len(layers)) if record else None
+        self._norms = NormBuffer(2 * len(layers)) if record else None  # of activations, of deltas
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
@@ -84,7 +84,7 @@ class FusedStep:
         logits_NC = activations.pop()
         self._backward(activations, loss_gradient(logits_NC, labels, batch_size))
         if self._norms is not None:
-            self._norms.accept(len(labels), [self.learning_rate] * (2 * len(self._weights)))
+            self._norms.accept(len(labels), [self.learning_rate])
         gradients = [*self._weight_gradients, *self._bias_gradients]
         self._workers.sum(gradients)
         for parameter, gradient in zip([*self._weights, *self._biases], gradients, strict=True):
@@ -94,7 +94,11 @@ class FusedStep:
 
     def take(self) -> Tensor | None:
         """Return beta (layer, samples) of the steps since the last call; None if not recorded."""
-        return None if self._norms is None else self._norms.take()
+        if self._norms is None:
+            return None
+        norms_LN, rates_1N = self._norms.take()
+        activation_norm_LN, delta_norm_LN = norms_LN.chunk(2)
+        return linear_importance(delta_norm_LN, activation_norm_LN, rates_1N, rates_1N)
 
     def _forward(self, inputs_NI: Tensor) -> list[Tensor]:
         """Return each layer's input, and the logits."""
@@ -114,7 +118,7 @@ class FusedStep:
     def _backward(self, activations: list[Tensor], delta_NO: Tensor) -> None:
         """Fill the gradients, from the last layer to the first, and note the norms."""
         depth = len(self._weights)
-        rows = None if self._norms is None else self._norms.rows(len(delta_NO), delta_NO)
+        rows = None if self._norms is None else self._norms.rows(len(delta_NO), delta_NO).unbind()
         for position in reversed(range(depth)):
             activation_NI = activations[position]
             if rows is not None:

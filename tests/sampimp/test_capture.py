@@ -17,8 +17,6 @@ from torch.nn import functional
 
 from sampimp.capture import (
     ImportanceRecorder,
-    check_optimizer,
-    find_layers,
     snapshot_importance,
 )
 from sampimp.errors import ConfigError, UnsupportedError

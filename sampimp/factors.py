@@ -1,0 +1,219 @@
+"""Per-sample gradients of one parameter in a form that is smaller than they are.
+
+A layer seldom needs the gradient of each sample, which is as large as the parameter; it needs the
+sum of its squares, and the two factors of which the gradient is made give that directly. Three
+forms are enough for every layer here:
+
+    Outer      sum over positions of an outer product (linear layers, convolutions, recurrent ones)
+    Rows       vectors that are added to rows of a table (embeddings)
+    Explicit   the gradients themselves (biases, normalisations, what has no better form)
+
+`square` is the squared norm of each sample's gradient; `weighted` the same with each entry scaled
+by the optimizer's derivative D, squared, of the parameter's shape; `gradient` the thing itself, for
+a few samples at a time.
+
+Shape suffixes: N samples, T positions (of a sequence, an image), G groups, O outputs, I inputs, E
+entries of a row, P... the shape of the parameter.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+CHUNK_VALUES = 2**22
+"""Most values of per-sample gradients that are held at once; a matter of memory (arbitrary)."""
+
+
+class Factor(Protocol):
+    """The gradients of a parameter by sample."""
+
+    def square(self) -> Tensor:
+        """Return the squared norm of each sample's gradient, shape (N,)."""
+
+    def weighted(self, scale: Tensor) -> Tensor:
+        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,); `scale` is (P...)."""
+
+    def gradient(self, samples: slice) -> Tensor:
+        """Return the gradients of some samples, shape (n, P...)."""
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """Gradients that are there: values (N, P...)."""
+
+    values: Tensor
+
+    def square(self) -> Tensor:
+        """Return the squared norm of each sample's gradient, shape (N,)."""
+        return square_sum(self.values)
+
+    def weighted(self, scale: Tensor) -> Tensor:
+        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,)."""
+        return precise(self.values).square().flatten(1) @ precise(scale).flatten()
+
+    def gradient(self, samples: slice) -> Tensor:
+        """Return the gradients of some samples, shape (n, P...)."""
+        return precise(self.values[samples])
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Gradients sum_t left_t right_t^T, perhaps in groups: left (N, T, G, O), right (N, T, G, I).
+
+    Examples
+    --------
+    >>> left, right = torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 5)
+    >>> Outer(left, right, (4, 5)).square()  # each of 20 entries is 3
+    tensor([180., 180.])
+    """
+
+    left: Tensor
+    right: Tensor
+    shape: Sequence[int]
+    """Of the parameter: (G O, I) reshaped."""
+
+    def square(self) -> Tensor:
+        """Return the squared norm of each sample's gradient, shape (N,).
+
+        Of one position it is a product of norms. Of several, the two Gram matrices take
+        T^2 (O + I) multiplications a sample and the gradient itself T O I: whichever is less.
+        """
+        left, right = precise(self.left), precise(self.right)
+        positions, outputs, inputs = left.shape[1], left.shape[3], right.shape[3]
+        if positions == 1:
+            by_group = _norm(left).mul_(_norm(right)).square_().flatten(1)
+            return by_group.squeeze(1) if by_group.shape[1] == 1 else by_group.sum(1)
+        if positions * (outputs + inputs) < outputs * inputs:
+            left, right = left.transpose(1, 2), right.transpose(1, 2)  # (N, G, T, K)
+            gram = (left @ left.transpose(2, 3)).mul_(right @ right.transpose(2, 3))
+            return gram.flatten(1).sum(1).clamp_min_(0)
+        return in_chunks(self, len(left), square_sum)
+
+    def weighted(self, scale: Tensor) -> Tensor:
+        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,).
+
+        Of one position, the squares of the two factors in a matrix product.
+        """
+        left, right = precise(self.left), precise(self.right)
+        if left.shape[1] > 1:
+            return in_chunks(self, len(left), partial(_weighted, precise(scale).flatten()))
+        scale_GOI = precise(scale).reshape(*left.shape[2:], -1)
+        product_GNI = left[:, 0].square().transpose(0, 1) @ scale_GOI
+        return product_GNI.mul_(right[:, 0].square().transpose(0, 1)).sum((0, 2))
+
+    def gradient(self, samples: slice) -> Tensor:
+        """Return the gradients of some samples, shape (n, P...)."""
+        left = precise(self.left[samples]).permute(0, 2, 3, 1)  # (N, G, O, T)
+        right = precise(self.right[samples]).transpose(1, 2)  # (N, G, T, I)
+        return (left @ right).reshape(-1, *self.shape)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Gradients that add vectors (N, T, E) to the rows index (N, T) of a table."""
+
+    vectors: Tensor
+    index: Tensor
+    shape: Sequence[int]
+    """Of the table: (rows, E)."""
+
+    def square(self) -> Tensor:
+        """Return the squared norm of each sample's gradient, shape (N,)."""
+        return square_sum(self._merged()[0])
+
+    def weighted(self, scale: Tensor) -> Tensor:
+        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,)."""
+        merged, index = self._merged()
+        return merged.square().mul_(precise(scale)[index]).flatten(1).sum(1)
+
+    def gradient(self, samples: slice) -> Tensor:
+        """Return the gradients of some samples, shape (n, P...)."""
+        vectors, index = precise(self.vectors[samples]), self.index[samples]
+        table = vectors.new_zeros(len(vectors), *self.shape)
+        return table.scatter_add_(1, index[:, :, None].expand_as(vectors), vectors)
+
+    def _merged(self) -> tuple[Tensor, Tensor]:
+        """Return the vectors with those of one row added up at its first position, and the rows."""
+        vectors = precise(self.vectors)
+        first = (self.index[:, :, None] == self.index[:, None, :]).int().argmax(2)
+        merged = torch.zeros_like(vectors)
+        return merged.scatter_add_(1, first[:, :, None].expand_as(vectors), vectors), self.index
+
+
+@dataclass(frozen=True)
+class Total:
+    """The sum of gradients of several uses of one parameter, whatever their forms."""
+
+    parts: Sequence[Factor]
+    count: int
+    """Number of samples, N."""
+    shape: Sequence[int]
+    """Of the parameter."""
+
+    def square(self) -> Tensor:
+        """Return the squared norm of each sample's gradient, shape (N,)."""
+        return in_chunks(self, self.count, square_sum)
+
+    def weighted(self, scale: Tensor) -> Tensor:
+        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,)."""
+        return in_chunks(self, self.count, partial(_weighted, precise(scale).flatten()))
+
+    def gradient(self, samples: slice) -> Tensor:
+        """Return the gradients of some samples, shape (n, P...)."""
+        first, *others = (part.gradient(samples) for part in self.parts)
+        return sum(others, first)
+
+
+def total(parts: Sequence[Factor], count: int, shape: Sequence[int]) -> Factor:
+    """Return the sum of the gradients of several uses of one parameter by `count` samples.
+
+    Its squared norm is not the sum of theirs. Of one form, they are more positions of one use.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    outer = [part for part in parts if isinstance(part, Outer)]
+    rows = [part for part in parts if isinstance(part, Rows)]
+    if len(outer) == len(parts) and len({part.left.shape[2] for part in outer}) == 1:
+        left = torch.cat([part.left for part in outer], 1)
+        return Outer(left, torch.cat([part.right for part in outer], 1), shape)
+    if len(rows) == len(parts):
+        index = torch.cat([part.index for part in rows], 1)
+        return Rows(torch.cat([part.vectors for part in rows], 1), index, shape)
+    return Total(parts, count, shape)
+
+
+def in_chunks(factor: Outer | Total, count: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a function of each sample's gradient, shape (N,), of a few samples at a time."""
+    few = max(1, CHUNK_VALUES // math.prod(factor.shape))
+    starts = range(0, count, few)
+    return torch.cat([reduce(factor.gradient(slice(start, start + few))) for start in starts])
+
+
+def precise(values: Tensor) -> Tensor:
+    """Return half precision as float32, in whose range the squares are, and all else as it is."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def square_sum(values: Tensor) -> Tensor:
+    """Return the sum of squares of each sample's values (N, ...), shape (N,).
+
+    Examples
+    --------
+    >>> square_sum(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    tensor([25.,  1.])
+    """
+    return _norm(precise(values).flatten(1)).square_()
+
+
+def _norm(values: Tensor) -> Tensor:
+    """Return the norm of each last row, in one pass without a temporary."""
+    return torch.linalg.vector_norm(values, dim=-1)
+
+
+def _weighted(scale: Tensor, values: Tensor) -> Tensor:
+    return values.square().flatten(1) @ scale

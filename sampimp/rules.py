@@ -1,0 +1,555 @@
+"""How each operation of a network makes per-sample gradients of its parameters: one rule each.
+
+A rule is given the batch, delta (the gradient of the batch's loss at the operation's output) and
+the operation's arguments, and yields for each parameter among them a factor of its per-sample
+gradients (`sampimp.factors`). It may yield factors of all parameters: what is frozen, absent or no
+parameter is left out by who asks. The rules are of functions (`torch.nn.functional.linear`) and not
+of modules (`nn.Linear`), since modules are many and all come down to a few functions: tied weights,
+modules that are called twice, attention and models with parameters of their own need nothing more.
+
+A rule of one's own, for x -> x * exp(s) as one operation:
+
+>>> from torch.overrides import handle_torch_function, has_torch_function
+>>> def scaled(input, s):
+...     if has_torch_function((input, s)):  # so that a recorder sees it
+...         return handle_torch_function(scaled, (input, s), input, s)
+...     return input * s.exp()
+>>> @layer_rule(scaled)
+... def _scaled(batch, delta, input, s):
+...     yield s, Explicit(batch.reduced(delta * input * s.exp(), s.shape))
+
+What has no rule goes through `generic`: exact as well, slower. Shape suffixes as in
+`sampimp.factors`; S... are the axes of an image, K what is unfolded of it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from sampimp.errors import UnsupportedError
+from sampimp.factors import Explicit, Factor, Outer, Rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Where the samples of a batch are in the tensors of a pass."""
+
+    size: int
+    """Number of samples, N."""
+    dim: int
+    """Axis of the samples where another one, of positions, is beside it: 0, or 1."""
+    varies: Callable[[Tensor], bool]
+    """Whether a tensor depends on the samples: parameters, buffers and what is made of them do not.
+    """
+
+    def axis(self, ndim: int, features: int) -> int:
+        """Return the samples' axis in a tensor whose last `features` axes hold one position."""
+        return self.dim if ndim - features >= 2 else 0
+
+    def first(self, values: Tensor, features: int = 1) -> Tensor:
+        """Return values with the samples on the first axis: (N, ..., features).
+
+        Rows into which samples and positions were flattened are told apart again.
+
+        Raises
+        ------
+        UnsupportedError
+            There is no axis of N samples.
+        """
+        axis = self.axis(values.dim(), features)
+        if values.dim() > axis and values.shape[axis] == self.size:
+            return values.movedim(axis, 0)
+        if values.dim() > features and self.size and values.shape[0] % self.size == 0:
+            sizes = (self.size, -1) if self.dim == 0 else (-1, self.size)
+            return values.unflatten(0, sizes).movedim(self.dim, 0)
+        raise UnsupportedError(
+            expected=f"{self.size} samples on axis {axis}, one for each index of the step",
+            got=f"a tensor of shape {tuple(values.shape)}",
+            where="an operation with parameters",
+            todo="name as many samples as the batch has, and batch_dim=1 where positions come "
+            "before samples",
+        )
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Return values of the last axis by sample and position, (N, T, K)."""
+        values = self.first(values)
+        return values.unsqueeze(1) if values.dim() == 2 else values.flatten(1, -2)
+
+    def reduced(self, values: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return values summed to what was broadcast to them, but for the samples: (N, P...).
+
+        Examples
+        --------
+        >>> batch = Batch(2, 0, lambda _: True)
+        >>> batch.reduced(torch.ones(2, 3, 4), (4,))
+        tensor([[3., 3., 3., 3.],
+                [3., 3., 3., 3.]])
+        """
+        axis = self.axis(values.dim(), 1)
+        if values.dim() <= axis or values.shape[axis] != self.size:
+            values, axis = self.first(values), 0
+        padded = [1] * (values.dim() - len(shape)) + list(shape)
+        summed = [
+            d for d, size in enumerate(padded) if d != axis and size == 1 and values.shape[d] > 1
+        ]
+        values = values.sum(summed, keepdim=True) if summed else values
+        return values.movedim(axis, 0).reshape(self.size, *shape)
+
+
+Factors = Iterable[tuple[Tensor | None, Factor]]
+Rule = Callable[..., Factors]
+
+RULES: dict[Callable[..., Any], Rule] = {}
+"""The rule of each operation."""
+
+
+def layer_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Register a rule for operations, by whatever name they are called.
+
+    The rule is called as `rule(batch, delta, *args, **kwargs)`, with the arguments of the
+    operation, and yields pairs of a parameter and a factor of its per-sample gradients.
+    """
+
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(functions, rule))
+        return rule
+
+    return register
+
+
+# Products.
+
+
+@layer_rule(functional.linear)
+def _linear(
+    batch: Batch, delta: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Factors:
+    delta_NTO, input_NTI = batch.rows(delta), batch.rows(input)
+    yield weight, Outer(delta_NTO.unsqueeze(2), input_NTI.unsqueeze(2), weight.shape)
+    yield bias, Explicit(_sum_positions(delta_NTO))
+
+
+@layer_rule(torch.addmm, Tensor.addmm)
+def _addmm(
+    batch: Batch,
+    delta: Tensor,
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> Factors:
+    yield from _matmul(batch, delta if alpha == 1 else alpha * delta, mat1, mat2)
+    yield from _add(batch, delta, None, input, alpha=beta)
+
+
+@layer_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def _matmul(batch: Batch, delta: Tensor, input: Tensor, other: Tensor) -> Factors:
+    if batch.varies(other) or other.dim() != 2 or input.dim() < 2:
+        yield from generic(batch, delta, input, other, function=torch.matmul)
+        return
+    delta_NTO, input_NTI = batch.rows(delta), batch.rows(input)
+    yield other, Outer(input_NTI.unsqueeze(2), delta_NTO.unsqueeze(2), other.shape)
+
+
+@layer_rule(functional.conv1d, functional.conv2d, functional.conv3d)
+def _conv(
+    batch: Batch,
+    delta: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Factors:
+    kernel = weight.shape[2:]
+    stride, dilation = _each(stride, len(kernel)), _each(dilation, len(kernel))
+    if padding == "same":
+        whole = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+        sides = [(size // 2, size - size // 2) for size in whole]
+    else:
+        sides = [(size, size) for size in _each(0 if padding == "valid" else padding, len(kernel))]
+    positions = delta.shape[2:]
+    input_NTGK = _unfold(
+        _images(batch, input, len(kernel)), sides, kernel, stride, dilation, positions, groups
+    )
+    delta_NTGO = delta.flatten(2).unflatten(1, (groups, -1)).permute(0, 3, 1, 2)
+    yield weight, Outer(delta_NTGO, input_NTGK, weight.shape)
+    yield bias, Explicit(delta.flatten(2).sum(2))
+
+
+@layer_rule(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+def _conv_transpose(
+    batch: Batch,
+    delta: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Factors:
+    # The convolution the other way: what it scattered of the input is gathered from delta.
+    kernel = weight.shape[2:]
+    stride, dilation = _each(stride, len(kernel)), _each(dilation, len(kernel))
+    sides = [(size, size) for size in _each(padding, len(kernel))]
+    positions = _images(batch, input, len(kernel)).shape[2:]
+    delta_NTGK = _unfold(delta, sides, kernel, stride, dilation, positions, groups)
+    input_NTGI = input.flatten(2).unflatten(1, (groups, -1)).permute(0, 3, 1, 2)
+    yield weight, Outer(input_NTGI, delta_NTGK, weight.shape)
+    yield bias, Explicit(delta.flatten(2).sum(2))
+
+
+def _images(batch: Batch, images: Tensor, axes: int) -> Tensor:
+    """Return images (N, C, S...), or raise UnsupportedError."""
+    if images.dim() != axes + 2 or len(images) != batch.size:
+        raise UnsupportedError(
+            expected=f"{batch.size} samples on the first of {axes + 2} axes",
+            got=f"a tensor of shape {tuple(images.shape)}",
+            where="a convolution",
+            todo="name as many samples as the batch has",
+        )
+    return images
+
+
+def _unfold(
+    images: Tensor,
+    sides: Sequence[tuple[int, int]],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    positions: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return what the kernel meets at each position, (N, T, G, K)."""
+    # The last positions of a transposed convolution with output padding may lie beyond.
+    needed = [
+        stride[d] * (positions[d] - 1) + dilation[d] * (kernel[d] - 1) + 1
+        for d in range(len(kernel))
+    ]
+    padding = [
+        (before, max(after, needed[d] - before - images.shape[2 + d]))
+        for d, (before, after) in enumerate(sides)
+    ]
+    flat = [size for pair in reversed(padding) for size in pair]
+    padded = functional.pad(images, flat) if any(flat) else images.contiguous()
+    outer, inner = padded.stride()[:2], padded.stride()[2:]
+    view = padded.as_strided(
+        (len(images), images.shape[1], *kernel, *positions),
+        (
+            *outer,
+            *(step * size for step, size in zip(dilation, inner, strict=True)),
+            *(step * size for step, size in zip(stride, inner, strict=True)),
+        ),
+    )
+    folded = view.reshape(len(images), groups, -1, math.prod(positions))
+    return folded.permute(0, 3, 1, 2)
+
+
+def _each(value: Any, count: int) -> list[int]:
+    return [value] * count if isinstance(value, int) else list(value) * (count // len(value))
+
+
+# Tables.
+
+
+@layer_rule(functional.embedding)
+def _embedding(
+    batch: Batch,
+    delta: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Factors:
+    _refuse("embedding with scale_grad_by_freq, which mixes the samples,", scale_grad_by_freq)
+    index_NT = batch.first(input, 0).reshape(batch.size, -1)
+    vectors_NTE = batch.rows(delta)
+    if padding_idx is not None:
+        unused = index_NT == padding_idx % len(weight)
+        vectors_NTE = vectors_NTE.masked_fill(unused[:, :, None], 0)
+    yield weight, Rows(vectors_NTE, index_NT, weight.shape)
+
+
+@layer_rule(functional.embedding_bag)
+def _embedding_bag(
+    batch: Batch,
+    delta: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Factors:
+    _refuse("embedding_bag with scale_grad_by_freq, which mixes the samples,", scale_grad_by_freq)
+    _refuse('embedding_bag with mode "max"', mode == "max")
+    share = torch.ones_like(input, dtype=delta.dtype)
+    share = share if per_sample_weights is None else per_sample_weights.detach()
+    if offsets is not None:
+        ends = offsets[1:] if include_last_offset else None
+        starts = offsets[:-1] if include_last_offset else offsets
+        ends = torch.cat([starts[1:], starts.new_tensor([len(input)])]) if ends is None else ends
+        lengths = ends - starts
+        place = starts[:, None] + torch.arange(int(lengths.max()), device=starts.device)
+        inside = place < ends[:, None]
+        place = place.clamp_max(len(input) - 1)
+        input, share = input[place], share[place] * inside
+    else:
+        inside = torch.ones_like(input, dtype=torch.bool)
+    if padding_idx is not None:
+        inside = inside & (input != padding_idx % len(weight))
+        share = share * inside
+    if mode == "mean":
+        share = share / inside.sum(1, keepdim=True).clamp_min(1)
+    if len(input) != batch.size:
+        batch.first(delta)  # says what is wrong
+    yield weight, Rows(delta[:, None, :] * share[:, :, None], input, weight.shape)
+
+
+# Normalisations: the gradient of the scale is delta times what was normalised.
+
+
+@layer_rule(functional.layer_norm)
+def _layer_norm(
+    batch: Batch,
+    delta: Tensor,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Factors:
+    normal = functional.layer_norm(input, normalized_shape, eps=eps)
+    return _scale_and_shift(batch, delta, normal, weight, bias, len(normalized_shape))
+
+
+@layer_rule(functional.rms_norm)
+def _rms_norm(
+    batch: Batch,
+    delta: Tensor,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Factors:
+    normal = functional.rms_norm(input, normalized_shape, eps=eps)
+    return _scale_and_shift(batch, delta, normal, weight, None, len(normalized_shape))
+
+
+def _scale_and_shift(
+    batch: Batch,
+    delta: Tensor,
+    normal: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    features: int,
+) -> Factors:
+    for parameter, values in ((weight, delta * normal), (bias, delta)):
+        values = batch.first(values, features)
+        positions = list(range(1, values.dim() - features))
+        yield parameter, Explicit(values.sum(positions) if positions else values)
+
+
+@layer_rule(functional.group_norm)
+def _group_norm(
+    batch: Batch,
+    delta: Tensor,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Factors:
+    normal = functional.group_norm(input, num_groups, eps=eps)
+    return _by_channel(batch, delta, normal, weight, bias)
+
+
+@layer_rule(functional.instance_norm)
+def _instance_norm(
+    batch: Batch,
+    delta: Tensor,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Factors:
+    if use_input_stats:  # and the running ones are not to be moved again
+        normal = functional.instance_norm(input, eps=eps)
+    else:
+        normal = functional.instance_norm(
+            input, running_mean, running_var, use_input_stats=False, eps=eps
+        )
+    return _by_channel(batch, delta, normal, weight, bias)
+
+
+@layer_rule(functional.batch_norm)
+def _batch_norm(
+    batch: Batch,
+    delta: Tensor,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Factors:
+    # In training it mixes the samples; the capture does not ask for it then.
+    normal = functional.batch_norm(input, running_mean, running_var, eps=eps)
+    return _by_channel(batch, delta, normal, weight, bias)
+
+
+@layer_rule(functional.prelu, torch.prelu, Tensor.prelu)
+def _prelu(batch: Batch, delta: Tensor, input: Tensor, weight: Tensor) -> Factors:
+    values = batch.first(delta * input.clamp_max(0))
+    if len(weight) == 1:
+        yield weight, Explicit(values.flatten(1).sum(1, keepdim=True))
+    else:
+        yield weight, Explicit(_by_channel_sum(values))
+
+
+def _by_channel(
+    batch: Batch, delta: Tensor, normal: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Factors:
+    if len(delta) != batch.size:
+        batch.first(delta)  # says what is wrong
+    for parameter, values in ((weight, delta * normal), (bias, delta)):
+        yield parameter, Explicit(_by_channel_sum(values))
+
+
+def _by_channel_sum(values: Tensor) -> Tensor:
+    return values.flatten(2).sum(2) if values.dim() > 2 else values
+
+
+# Arithmetic with parameters of a module's own.
+
+
+@layer_rule(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+def _add(batch: Batch, delta: Tensor, input: Any, other: Any, *, alpha: float = 1) -> Factors:
+    for tensor, factor in ((input, 1), (other, alpha)):
+        if isinstance(tensor, Tensor) and not batch.varies(tensor):
+            values = batch.reduced(delta, tensor.shape)
+            yield tensor, Explicit(values if factor == 1 else factor * values)
+
+
+@layer_rule(torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__)
+def _sub(batch: Batch, delta: Tensor, input: Any, other: Any, *, alpha: float = 1) -> Factors:
+    return _add(batch, delta, input, other, alpha=-alpha)
+
+
+@layer_rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+def _mul(batch: Batch, delta: Tensor, input: Any, other: Any) -> Factors:
+    for tensor, factor in ((input, other), (other, input)):
+        if isinstance(tensor, Tensor) and not batch.varies(tensor):
+            yield tensor, Explicit(batch.reduced(delta * factor, tensor.shape))
+
+
+@layer_rule(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat)
+def _expand(batch: Batch, delta: Tensor, input: Tensor, *_: Any, **__: Any) -> Factors:
+    # One for every sample, as of a class token; the capture asks only where it is that.
+    yield input, Explicit(batch.reduced(delta, input.shape))
+
+
+SUMS = (_add, _sub)
+"""Where a parameter's part of the result depends on no sample."""
+
+
+def _sum_positions(values_NTK: Tensor) -> Tensor:
+    return values_NTK.squeeze(1) if values_NTK.shape[1] == 1 else values_NTK.sum(1)
+
+
+def _refuse(what: str, holds: bool) -> None:
+    if holds:
+        raise UnsupportedError(
+            expected="an operation that treats each sample on its own",
+            got=what.rstrip(","),
+            where="an operation with parameters",
+            todo="train without it",
+        )
+
+
+# What has no rule.
+
+
+def generic(
+    batch: Batch, delta: Tensor, *args: Any, function: Callable[..., Any], **kwargs: Any
+) -> Factors:
+    """Yield the factors of any operation that treats each sample on its own, by `torch.func`.
+
+    The operation is carried out again for every sample, as a batch of one, and differentiated.
+
+    Raises
+    ------
+    UnsupportedError
+        It cannot be: it changes its arguments, is random, or has no derivative of that kind.
+    """
+    leaves, structure = tree_flatten((args, kwargs))
+    tensors = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    varying = [
+        i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and batch.varies(leaf)
+    ]
+    free = [
+        i
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and not batch.varies(leaf) and leaf.requires_grad
+    ]
+
+    def of_one(parts: Sequence[Tensor], delta_1: Tensor) -> tuple[Tensor, ...]:
+        def function_of(*parameters: Tensor) -> Tensor:
+            values = list(tensors)
+            for i, value in (
+                *zip(varying, parts, strict=True),
+                *zip(free, parameters, strict=True),
+            ):
+                values[i] = value
+            own_args, own_kwargs = tree_unflatten(values, structure)
+            return function(*own_args, **own_kwargs)
+
+        return torch.func.vjp(function_of, *(tensors[i] for i in free))[1](delta_1)
+
+    def apart(values: Tensor) -> Tensor:
+        axis = batch.axis(values.dim(), 1)
+        if values.dim() <= axis or values.shape[axis] != batch.size:
+            batch.first(values, values.dim())
+        return values.unsqueeze(axis).movedim(axis + 1, 0)
+
+    name = getattr(function, "__name__", str(function))
+    try:
+        if name.endswith("_") and not name.endswith("__"):
+            raise RuntimeError("it changes its first argument")
+        with torch.enable_grad():
+            gradients = torch.func.vmap(of_one)([apart(tensors[i]) for i in varying], apart(delta))
+    except (RuntimeError, ValueError) as error:
+        raise UnsupportedError(
+            expected="an operation with a rule, or one that torch.func.vmap can differentiate",
+            got=f"{name}: {str(error).strip().splitlines()[0]}",
+            where="an operation with parameters",
+            todo="register a rule for it, see sampimp.rules.layer_rule",
+        ) from error
+    for i, gradient in zip(free, gradients, strict=True):
+        yield leaves[i], Explicit(gradient)
