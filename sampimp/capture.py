@@ -95,6 +95,8 @@ class _Use:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     batch: Batch
+    order: Tensor | None
+    """Which sample is on each row, where they are in another order than in the batch."""
     seen: bool = False
     """Whether its gradient has come."""
 
@@ -168,6 +170,7 @@ class Capture(TorchFunctionMode):
         self._kept: list[tuple[int, slice, Factor]] = []
         self._used: set[int] = set()
         self._undefined = set()
+        self._refusal: UnsupportedError | None = None
         self._gradients: dict[int, tuple[int, int]] = {}  # by id: row, version
         self._scales: dict[int, Tensor | float] = {}  # by row
         self._begin_pass()
@@ -228,8 +231,7 @@ class Capture(TorchFunctionMode):
                     expected="operations that PyTorch calls by name",
                     got="a gradient, and no operation that made it",
                     where=self._place(row),
-                    todo="leave out what hides operations: torch.compile, scripted modules, "
-                    "autograd.Functions, checkpoint(use_reentrant=True), loss terms of parameters",
+                    todo=_SEEN,
                 )
 
     def overflowed(self) -> bool:
@@ -237,6 +239,7 @@ class Capture(TorchFunctionMode):
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
+    @torch.no_grad()
     def finish(self, derivatives: Mapping[int, Derivative]) -> None:
         """Take the step in, whose update had these derivatives; without any, there was none.
 
@@ -260,6 +263,9 @@ class Capture(TorchFunctionMode):
         squares = self._require_squares(self.parameters[0])
         for row, scale in self._scales.items():
             squares[row] *= scale**2
+        for row in self._used:
+            if id(self.parameters[row]) not in derivatives:
+                squares[row] = 0  # also where it was NaN
         for row in self._undefined:
             rates[row] = torch.nan
         self._kept = []
@@ -350,6 +356,7 @@ class Capture(TorchFunctionMode):
         """Note an operation on samples, which may have parameters."""
         if getattr(output, "_sampimp_roots", None) is not None:  # changed in place
             output._sampimp_roots = None
+        self._follow_order(function, args, kwargs, output)
         if function is functional.batch_norm and _argument(args, kwargs, 5, "training", False):
             self._meet_batch_norm(roots)
             return
@@ -363,7 +370,10 @@ class Capture(TorchFunctionMode):
             return  # a penalty on parameters beside the loss: no sample is in it
         for row in roots:
             self._counts[row] = self._counts.get(row, 0) + 1
-        use = _Use(function, args, kwargs, self._batch)
+        order = next(
+            (order for order in map(_order, _tensors(args, kwargs)) if order is not None), None
+        )
+        use = _Use(function, args, kwargs, self._batch, order)
         if isinstance(output, Tensor):
             output.register_hook(partial(self._on_gradient, use))
         else:
@@ -402,15 +412,64 @@ class Capture(TorchFunctionMode):
     def _meet_batch_norm(self, roots: set[int]) -> None:
         rows = set(self._counts) | roots
         if self._batch_norm == "refuse":
-            raise _mixes("BatchNorm in training mode", self._place(min(roots)) if roots else "it")
+            raise _mixes(
+                "BatchNorm in training mode", self._place(min(roots)) if roots else "the step"
+            )
         self._undefined |= rows
         self._used |= roots
 
+    def _follow_order(
+        self, function: Callable[..., Any], args: Any, kwargs: Any, output: Any
+    ) -> None:
+        """Note in what order the samples are, which packed sequences and shuffling change."""
+        varying = [t for t in _tensors(args, kwargs) if self._roots(t) is None]
+        orders = [_order(tensor) for tensor in varying]
+        order = next((one for one in orders if one is not None), None)
+        index = self._reordering(function, args)
+        if index is not None:
+            order = index if order is None else order[index]
+            if bool((order == torch.arange(len(order), device=order.device)).all()):
+                order = None
+        elif order is None:
+            return
+        elif any(
+            one is not order and (one is None or not torch.equal(one, order))
+            for tensor, one in zip(varying, orders, strict=True)
+            if tensor.is_floating_point()
+        ):
+            self._refuse(
+                _mixes(f"{function.__name__} of samples with samples in another order", "the step")
+            )
+        for tensor in (output,) if isinstance(output, Tensor) else output:
+            if isinstance(tensor, Tensor):
+                tensor._sampimp_order = order  # type: ignore[attr-defined]
+
+    def _reordering(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Tensor | None:
+        """Return the index by which an operation puts all samples into another order."""
+        if function in (torch.index_select, Tensor.index_select):
+            axis, index = args[1], args[2]
+        elif function is Tensor.__getitem__:
+            where = args[1] if isinstance(args[1], tuple) else (args[1],)
+            axis, index = len(where) - 1, where[-1]
+            if any(one != slice(None) for one in where[:-1] if not isinstance(one, Tensor)):
+                return None
+        else:
+            return None
+        values, size = args[0], self._batch.size
+        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.shape != (size,):
+            return None
+        axis %= values.dim()
+        is_samples = axis == self._batch.axis(values.dim(), 1) or _order(values) is not None
+        return index if is_samples and values.shape[axis] == size else None
+
+    def _refuse(self, error: UnsupportedError) -> None:
+        """Raise an error in the backward pass: an operator would take it for one of types."""
+        self._refusal = self._refusal or error
+
     def _refuse_mixing(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         if all(self._varies(arg) for arg in args) and self._batch.size > 1:
-            raise _mixes(
-                f"{function.__name__} of samples with samples, as in a contrastive loss", ""
-            )
+            what = f"{function.__name__} of samples with samples, as in a contrastive loss"
+            self._refuse(_mixes(what, "the step"))
 
     def _scale(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Let gradients be scaled, as clipping and a GradScaler do, and note by how much."""
@@ -465,6 +524,8 @@ class Capture(TorchFunctionMode):
             try:
                 for tensor, factor in rule(use.batch, delta, *use.args, **use.kwargs):
                     if tensor is not None:
+                        if use.order is not None:
+                            factor = factor.reordered(use.order.argsort())
                         for row, own in self._back(tensor, factor):
                             self._add(row, own)
             except UnsupportedError as error:
@@ -511,6 +572,8 @@ class Capture(TorchFunctionMode):
     def _announce(self) -> None:
         """Note that a backward pass has begun, and see to its end."""
         self._announced = True
+        if self._refusal is not None:
+            raise self._refusal
         if self._done == len(self._sizes):
             raise UnsupportedError(
                 expected=f"{self._done} backward passes in the step",
@@ -533,7 +596,8 @@ class Capture(TorchFunctionMode):
                     got="a gradient from elsewhere" if stale else "none",
                     where=self._place(row),
                     todo="call optimizer.zero_grad() once in the block, before its backward "
-                    "passes; to accumulate, name each pass: step([index_1, index_2], ...)",
+                    "passes; to accumulate, name each pass: step([index_1, index_2], ...); "
+                    + _SEEN,
                 )
         # As data-parallel training does: one call instead of a hook on each parameter.
         Variable._execution_engine.queue_callback(self._end_pass)
@@ -577,6 +641,16 @@ _SCALINGS: dict[Callable[..., Any], tuple[bool, int]] = {
     torch._amp_foreach_non_finite_check_and_unscale_: (False, 2),
 }
 """What scales gradients in place: whether it divides, and which argument is the factor."""
+
+
+_SEEN = (
+    "leave out what hides operations: compiled or scripted modules, autograd.Functions, "
+    "checkpoint(use_reentrant=True)"
+)
+
+
+def _order(tensor: Tensor) -> Tensor | None:
+    return getattr(tensor, "_sampimp_order", None)
 
 
 def _argument(
@@ -631,7 +705,7 @@ def _mixes(what: str, where: str) -> UnsupportedError:
     return UnsupportedError(
         expected="operations that treat each sample of a batch on its own",
         got=f"{what}, which mixes them: no single sample has a gradient below it",
-        where=where or "the step",
+        where=where,
         todo="replace it (GroupNorm, LayerNorm), put it into eval mode, or record what is above "
         'it: batch_norm="undefined"'
         if "BatchNorm" in what
@@ -892,7 +966,7 @@ def split_passes(index: Index | Sequence[Index]) -> list[Index]:
     """
     several = isinstance(index, list | tuple) and len(index) and not isinstance(index[0], int)
     several = several and np.ndim(index[0]) > 0
-    return list(index) if several else [index]  # type: ignore[list-item]
+    return list(index) if several else [index]  # type: ignore[arg-type, list-item]
 
 
 def snapshot_importance(

@@ -41,6 +41,9 @@ class Factor(Protocol):
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
 
+    def reordered(self, samples: Tensor) -> "Factor":
+        """Return the same of the samples in another order, or of some of them."""
+
 
 @dataclass(frozen=True)
 class Explicit:
@@ -59,6 +62,10 @@ class Explicit:
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
         return precise(self.values[samples])
+
+    def reordered(self, samples: Tensor) -> "Explicit":
+        """Return the same of the samples in another order, or of some of them."""
+        return Explicit(self.values[samples])
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,10 @@ class Outer:
         right = precise(self.right[samples]).transpose(1, 2)  # (N, G, T, I)
         return (left @ right).reshape(-1, *self.shape)
 
+    def reordered(self, samples: Tensor) -> "Outer":
+        """Return the same of the samples in another order, or of some of them."""
+        return Outer(self.left[samples], self.right[samples], self.shape)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -136,6 +147,10 @@ class Rows:
         vectors, index = precise(self.vectors[samples]), self.index[samples]
         table = vectors.new_zeros(len(vectors), *self.shape)
         return table.scatter_add_(1, index[:, :, None].expand_as(vectors), vectors)
+
+    def reordered(self, samples: Tensor) -> "Rows":
+        """Return the same of the samples in another order, or of some of them."""
+        return Rows(self.vectors[samples], self.index[samples], self.shape)
 
     def _merged(self) -> tuple[Tensor, Tensor]:
         """Return the vectors with those of one row added up at its first position, and the rows."""
@@ -167,6 +182,11 @@ class Total:
         """Return the gradients of some samples, shape (n, P...)."""
         first, *others = (part.gradient(samples) for part in self.parts)
         return sum(others, first)
+
+    def reordered(self, samples: Tensor) -> "Total":
+        """Return the same of the samples in another order, or of some of them."""
+        parts = [part.reordered(samples) for part in self.parts]
+        return Total(parts, len(samples), self.shape)
 
 
 def total(parts: Sequence[Factor], count: int, shape: Sequence[int]) -> Factor:

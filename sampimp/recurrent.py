@@ -81,7 +81,7 @@ class _Direction:
         self._weights, self._inputs_TNI = weights, inputs_TNI.detach()
         shape = (*inputs_TNI.shape[:2], len(weights.input))
         self.zeros = [inputs_TNI.new_zeros(shape, requires_grad=True) for _ in range(2)]
-        weights = Weights(*(None if w is None else w.detach() for w in weights))
+        weights = Weights(*(None if w is None else w.detach() for w in weights))  # type: ignore[arg-type]
         own_TNG = torch.nn.functional.linear(inputs_TNI, weights.input, weights.input_bias)
         own_TNG = own_TNG + self.zeros[0]
         befores: dict[int, Tensor] = {}
@@ -153,7 +153,7 @@ def _rule(cell: Cell, batch: Batch, delta: Sequence[Tensor], *args: Any) -> Fact
     is_packed = isinstance(args[3], list | tuple)
     sizes = args[1].tolist() if is_packed else None
     states, parameters, biases, layers, dropout, train, both, *rest = args[2 if is_packed else 1 :]
-    states = states if isinstance(states, list | tuple) else (states,)
+    states = tuple(states) if isinstance(states, list | tuple) else (states,)
     batch_first = bool(rest and rest[0])
     each = 4 if biases else 2
     if len(parameters) != each * layers * (1 + both) or (dropout and train and layers > 1):

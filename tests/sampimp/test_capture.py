@@ -455,118 +455,317 @@ def test_the_reduction_changes_importance_by_the_square_of_the_batch():
     assert oracles.close(values["sum"], 36 * values["mean"])  # B = 6
 
 
+# What a step may be.
+
+
+class Own(nn.Module):
+    """Whatever a function makes of parts."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.function = function
+
+    def forward(self, inputs):
+        return self.function(self, inputs)
+
+
+def test_a_layer_used_twice_in_a_pass_is_one_sum():
+    model = Own(
+        lambda m, x: m.out(torch.relu(m.inner(torch.relu(m.inner(x))))),
+        inner=nn.Linear(4, 4),
+        out=nn.Linear(4, 3),
+    ).double()
+    optimizer, (inputs, labels) = SGD(model.parameters(), lr=0.2), batch()
+    expected = oracles.importance_by_autograd(model, optimizer, inputs, labels)
+    assert oracles.close(recorded(model, optimizer, inputs, labels), expected)
+
+
+def test_a_layer_that_is_not_called_has_none():
+    model = Own(lambda m, x: m.used(x), idle=nn.Linear(4, 3), used=nn.Linear(4, 3)).double()
+    optimizer, (inputs, labels) = SGD(model.parameters(), lr=0.2, weight_decay=0.1), batch()
+    recorder = ImportanceRecorder(model, optimizer)
+    with recorder.step(range(6), epoch=1):
+        train_step(model, optimizer, inputs, labels)
+    assert recorder.layers == ("used", "idle")
+    used, idle = recorder.pop_epoch(1, 6)
+    assert (used > 0).all()
+    assert (idle == 0).all()
+
+
+def own_losses(model, inputs, labels):
+    return functional.cross_entropy(model(inputs), labels, reduction="none")
+
+
+def test_several_passes_forward_are_one_loss():
+    model, (inputs, labels) = oracles.tiny_mlp(), batch()
+    optimizer = SGD(model.parameters(), lr=0.2)
+
+    def loss_of(rows):
+        model(3 * inputs[rows])  # leads nowhere
+        one = own_losses(model, inputs[rows], labels[rows])
+        return one + own_losses(model, 2 * inputs[rows], labels[rows])
+
+    expected = gradients_squared(model, [loss_of([i]).sum() / 6 for i in range(6)], 0.2)
+    recorder = ImportanceRecorder(model, optimizer)
+    with recorder.step(range(6), epoch=1):
+        loss_of(list(range(6))).mean().backward()
+        optimizer.step()
+    assert oracles.close(recorder.pop_epoch(1, 6), expected)
+
+
+def gradients_squared(model, losses, rate):
+    """Return rate^2 |gradient|^2 of each sample's own loss by layer, (layer, sample)."""
+    parameters = list(model.parameters())
+    columns = []
+    for loss in losses:
+        squares = [(rate * g).square().sum() for g in torch.autograd.grad(loss, parameters)]
+        own = {id(p): square for p, square in zip(parameters, squares, strict=True)}
+        columns.append(
+            torch.stack([sum(own[id(p)] for p in ps) for ps in oracles.layers_of(model).values()])
+        )
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize("make", [SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
+def test_accumulated_gradients_are_those_of_one_batch(make):
+    (inputs, labels), found = batch(samples=7), []
+    for parts in ([7], [3, 4]):
+        model = oracles.tiny_mlp()
+        optimizer = make(model.parameters(), lr=0.2)
+        recorder = ImportanceRecorder(model, optimizer)
+        for epoch in (1, 2):
+            index = torch.arange(7).split(parts)
+            with recorder.step(index, epoch=epoch):
+                optimizer.zero_grad()
+                for rows in index:
+                    (own_losses(model, inputs[rows], labels[rows]).sum() / 7).backward()
+                optimizer.step()
+        found.append(recorder.pop_epoch(2, 7))
+    assert oracles.close(found[1], found[0], scale=1e-6 * found[0].amax())
+
+
+SCALED = {
+    "norm clipped": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1e-3),
+    "last layer clipped": lambda model: nn.utils.clip_grad_norm_(model[2].parameters(), 1e-3),
+    "a bias scaled": lambda model: model[2].bias.grad.mul_(0.5),
+    "all divided": lambda model: [p.grad.div_(3) for p in model.parameters()],
+    "twice": lambda model: [p.grad.mul_(2).mul_(0.3) for p in model.parameters()],
+    "one dropped": lambda model: setattr(model[2].weight, "grad", None),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_factor_on_the_gradients_is_part_of_the_update(name):
+    model, (inputs, labels) = oracles.tiny_mlp(), batch()
+    optimizer = SGD(model.parameters(), lr=0.2)
+    before = {}
+    recorder = ImportanceRecorder(model, optimizer)
+    with recorder.step(range(6), epoch=4):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(inputs), labels).backward()
+        before = {id(p): p.grad.clone() for p in model.parameters()}
+        SCALED[name](model)
+        factors = [
+            0.0 if p.grad is None else float(p.grad.norm() / before[id(p)].norm())
+            for p in model.parameters()
+        ]
+        state = copy.deepcopy(model)
+        optimizer.step()
+    expected = torch.zeros(2, 6, dtype=torch.float64)
+    for i in range(6):
+        loss = functional.cross_entropy(state(inputs[[i]]), labels[[i]]) / 6
+        gradients = torch.autograd.grad(loss, list(state.parameters()))
+        for n, (factor, gradient) in enumerate(zip(factors, gradients, strict=True)):
+            expected[n // 2, i] += (0.2 * factor * gradient).square().sum()
+    assert oracles.close(recorder.pop_epoch(4, 6), expected, relative=1e-9)
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_grad_scaler_changes_nothing_or_leaves_the_step_out(overflows):
+    model, (inputs, labels) = oracles.tiny_mlp().float(), batch(dtype=torch.float32)
+    if overflows:
+        inputs[0, 0] = torch.inf
+    optimizer = SGD(model.parameters(), lr=0.2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    expected = oracles.importance_by_autograd(model, optimizer, inputs, labels)
+    before = flatten_parameters(model)
+    recorder = ImportanceRecorder(model, optimizer)
+    with recorder.step(range(6), epoch=1):
+        scaler.scale(own_losses(model, inputs, labels).mean()).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        scaler.step(optimizer)
+        scaler.update()
+    found = recorder.pop_epoch(1, 6)
+    if overflows:
+        assert torch.equal(flatten_parameters(model), before)
+        assert (found[:, 1:] == 0).all()
+    else:
+        assert oracles.close(found, expected, relative=1e-4)
+
+
+def test_autocast_is_recorded_to_its_precision():
+    model, (inputs, labels) = oracles.tiny_mlp().float(), batch(dtype=torch.float32)
+    optimizer = SGD(model.parameters(), lr=0.2)
+    expected = oracles.importance_by_autograd(model, optimizer, inputs, labels)
+    recorder = ImportanceRecorder(model, optimizer)
+    with recorder.step(range(6), epoch=1):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(inputs)
+        functional.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+    found = recorder.pop_epoch(1, 6)
+    assert found.dtype == torch.float32
+    assert oracles.close(found, expected, relative=0.05, scale=expected.amax())  # 8 bits
+
+
+def test_checkpointed_layers_are_exact():
+    from torch.utils.checkpoint import checkpoint
+
+    inner = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4))
+    model = Own(
+        lambda m, x: m.out(checkpoint(m.inner, x, use_reentrant=False)),
+        inner=inner,
+        out=nn.Linear(4, 3),
+    ).double()
+    optimizer, (inputs, labels) = SGD(model.parameters(), lr=0.2), batch()
+    expected = oracles.importance_by_autograd(model, optimizer, inputs, labels)
+    assert oracles.close(recorded(model, optimizer, inputs, labels), expected)
+    model.function = lambda m, x: m.out(checkpoint(m.inner, x, use_reentrant=True))
+    with pytest.raises(UnsupportedError, match=r"no operation that made it(.|\n)*use_reentrant"):
+        recorded(model, optimizer, inputs.requires_grad_(), labels)
+
+
+def test_gradients_that_are_not_finite_are_recorded_as_such():
+    model, (inputs, labels) = oracles.tiny_mlp(), batch()
+    inputs[2] = torch.nan
+    optimizer = SGD(model.parameters(), lr=0.2)
+    found = recorded(model, optimizer, inputs, labels)
+    assert found[:, 2].isnan().all()
+    assert found[:, [0, 1, 3, 4, 5]].isfinite().all()
+    assert flatten_parameters(model).isnan().any()  # as without the recorder
+
+
+def test_two_recorders_around_one_step_both_record():
+    model, (inputs, labels) = oracles.tiny_mlp(), batch()
+    optimizer = SGD(model.parameters(), lr=0.2)
+    expected = oracles.importance_by_autograd(model, optimizer, inputs, labels)
+    recorders = [ImportanceRecorder(model, optimizer) for _ in range(2)]
+    with recorders[0].step(range(6), epoch=1), recorders[1].step(range(6), epoch=1):
+        train_step(model, optimizer, inputs, labels)
+    for recorder in recorders:
+        assert oracles.close(recorder.pop_epoch(1, 6), expected)
+
+
+def test_unsorted_packed_sequences_go_to_their_samples():
+    lengths = torch.tensor([2, 5, 1, 5, 3, 4])
+
+    def run(m, x):
+        packed = nn.utils.rnn.pack_padded_sequence(
+            x, lengths[: len(x)] if len(x) > 1 else own_length, True, enforce_sorted=False
+        )
+        output, (state, _) = m.rnn(packed)
+        padded, _ = nn.utils.rnn.pad_packed_sequence(output, True)
+        return m.out(padded.sum(1) + state[-1])
+
+    model = Own(run, rnn=nn.LSTM(4, 5, batch_first=True), out=nn.Linear(5, 3)).double()
+    inputs, labels = torch.randn(6, 5, 4, dtype=torch.float64), torch.randint(0, 3, (6,))
+    losses = []
+    for i in range(6):
+        own_length = lengths[[i]]
+        losses.append(own_losses(model, inputs[[i]], labels[[i]]).sum() / 6)
+    expected = gradients_squared(model, losses, 0.2)
+    found = recorded(model, SGD(model.parameters(), lr=0.2), inputs, labels)
+    assert oracles.close(found, expected)
+
+
+def with_batch_norm(affine=True):
+    return nn.Sequential(
+        nn.Linear(4, 5), nn.BatchNorm1d(5, affine=affine), nn.ReLU(), nn.Linear(5, 3)
+    ).double()
+
+
+def test_what_is_below_a_batch_norm_is_not_defined():
+    model, (inputs, labels) = with_batch_norm(), batch()
+    optimizer = SGD(model.parameters(), lr=0.2)
+    with pytest.raises(UnsupportedError, match=r"(?s)BatchNorm1d.*module 1.*batch_norm"):
+        ImportanceRecorder(model, optimizer)
+    recorder = ImportanceRecorder(model, optimizer, batch_norm="undefined")
+    # Above it each sample's gradient is its own, given what the BatchNorm made of all.
+    with torch.no_grad():
+        hidden = copy.deepcopy(model)[:3](inputs)
+    expected = gradients_squared(
+        model[3:], [own_losses(model[3], hidden[[i]], labels[[i]]).sum() / 6 for i in range(6)], 0.2
+    )
+    with recorder.step(range(6), epoch=1):
+        train_step(model, optimizer, inputs, labels)
+    first, norm, last = recorder.pop_epoch(1, 6)
+    assert first.isnan().all()
+    assert norm.isnan().all()
+    assert oracles.close(last[None], expected)
+
+
+def test_a_batch_norm_in_eval_mode_mixes_nothing():
+    model, (inputs, labels) = with_batch_norm().eval(), batch()
+    optimizer = SGD(model.parameters(), lr=0.2)
+    expected = oracles.importance_by_autograd(model, optimizer, inputs, labels)
+    assert oracles.close(recorded(model, optimizer, inputs, labels), expected)
+
+
 # What is refused.
 
 
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, inputs):
-        return self.out(torch.relu(self.inner(torch.relu(self.inner(inputs)))))
+def contrast(m, x):
+    z = m.inner(x)
+    return z @ z.T
 
 
-def tied():
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    model[2].weight = model[0].weight
-    return model
+class Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs, weight):
+        ctx.save_for_backward(inputs, weight)
+        return inputs @ weight
+
+    @staticmethod
+    def backward(ctx, delta):
+        inputs, weight = ctx.saved_tensors
+        return delta @ weight.T, inputs.T @ delta
 
 
-class OwnScale(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(()))
-
-    def forward(self, inputs):
-        return self.inner(inputs) * self.scale
-
-
-class Thinned(nn.Linear):
-    def forward(self, inputs):
-        return super().forward(2 * inputs)
-
-
-def with_first(change):
-    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
-    model[0] = change(model[0])
-    return model
+def shuffled(m, x):
+    z = m.inner(x)
+    return z + z[torch.randperm(len(z))]
 
 
 @pytest.mark.parametrize(
-    ("model", "words"),
+    ("function", "words"),
     [
-        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)), "Conv2d.*module 0"),
-        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "BatchNorm1d.*module 1"),
-        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False)), "BatchNorm1d.*module 1"),
-        (nn.Sequential(nn.Linear(4, 4), nn.SyncBatchNorm(4, affine=False)), "SyncB.*module 1"),
-        (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), "LayerNorm.*module 1"),
-        (nn.Sequential(nn.Linear(4, 4), nn.PReLU()), "PReLU.*module 1"),
-        (nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3)), "Embedding.*module 0"),
-        (nn.Sequential(nn.Linear(4, 4), Thinned(4, 3)), "Thinned.*module 1"),
-        (tied(), "shared with 0.*module 2"),
-        (OwnScale(), "OwnScale.*model itself"),
-        (nn.Sequential(nn.ReLU()), "Sequential without parameters"),
+        (contrast, "contrastive"),
+        (shuffled, "in another order"),
+        (lambda m, x: Hidden.apply(m.inner(x), m.weight), "from elsewhere"),
     ],
 )
-def test_models_without_an_exact_rule_are_refused(model, words):
-    with pytest.raises(UnsupportedError, match="(?s)" + words):
-        find_layers(model)
+def test_what_is_not_a_function_of_single_samples_is_refused(function, words):
+    model = Own(function, inner=nn.Linear(4, 6), weight=nn.Parameter(torch.rand(6, 6))).double()
+    optimizer, (inputs, labels) = SGD(model.parameters(), lr=0.2), batch(classes=6)
+    before = flatten_parameters(model)
+    with pytest.raises(UnsupportedError, match=words):
+        recorded(model, optimizer, inputs, labels)
+    assert torch.equal(flatten_parameters(model), before)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        nn.utils.spectral_norm,
-        nn.utils.parametrizations.spectral_norm,
-        pytest.param(
-            nn.utils.weight_norm,
-            marks=pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated"),
-        ),
-        nn.utils.parametrizations.weight_norm,
-        lambda layer: nn.utils.prune.random_unstructured(layer, "weight", amount=0.5),
-    ],
-    ids=["spectral_norm", "new spectral_norm", "weight_norm", "new weight_norm", "pruned"],
-)
-def test_layers_whose_weight_is_computed_are_refused(change):
-    # The trained parameter is another one: (0.1 delta x)^2 is not the square of its update.
-    import torch.nn.utils.prune  # noqa: F401
-
-    with pytest.raises(UnsupportedError, match=r"module 0"):
-        find_layers(with_first(change))
+def test_a_compiled_model_is_refused():
+    model = torch.compile(oracles.tiny_mlp())
+    with pytest.raises(UnsupportedError, match=r"given to torch\.compile"):
+        ImportanceRecorder(model, SGD(model.parameters(), lr=0.1))
 
 
-def make_optimizers(parameters):
-    return {
-        "Adam": torch.optim.Adam(parameters),
-        "AdamW": torch.optim.AdamW(parameters),
-        "SGD, momentum": SGD(parameters, lr=0.1, momentum=0.9),
-        "SGD, nesterov": SGD(parameters, lr=0.1, momentum=0.9, nesterov=True),
-        "one group with momentum": SGD(
-            [{"params": parameters[:1]}, {"params": parameters[1:], "momentum": 0.5}], lr=0.1
-        ),
-        "subclass": type("MySGD", (SGD,), {})(parameters, lr=0.1),
-    }
-
-
-@pytest.mark.parametrize("name", make_optimizers(list(nn.Linear(1, 1).parameters())))
-def test_other_optimizers_are_refused(name):
+def test_an_unknown_optimizer_is_refused():
     model = oracles.tiny_mlp()
-    optimizer = make_optimizers(list(model.parameters()))[name]
-    for refuse in (check_optimizer, lambda given: ImportanceRecorder(model, given)):
-        with pytest.raises(
-            UnsupportedError, match=f"SGD without momentum(.|\n)*Got {type(optimizer).__name__}"
-        ):
-            refuse(optimizer)
-
-
-def test_momentum_that_is_switched_on_later_is_refused():
-    model, (inputs, labels) = oracles.tiny_mlp(), batch()
-    optimizer = SGD(model.parameters(), lr=0.2)
-    recorder = ImportanceRecorder(model, optimizer)
-    optimizer.param_groups[0]["momentum"] = 0.9
-    with pytest.raises(UnsupportedError, match="momentum"), recorder.step(range(6), epoch=1):
-        train_step(model, optimizer, inputs, labels)
+    with pytest.raises(UnsupportedError, match=r"(?s)Adamax.*derivative_rule"):
+        ImportanceRecorder(model, torch.optim.Adamax(model.parameters()))
 
 
 def test_an_optimizer_of_another_model_is_refused():
@@ -586,13 +785,9 @@ def halve_by_new_tensors(model):
 
 
 CHANGED_GRADIENTS = {
-    "norm clipped": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1e-3),
     "value clipped": lambda model: nn.utils.clip_grad_value_(model.parameters(), 1e-3),
-    "last layer clipped": lambda model: nn.utils.clip_grad_norm_(model[2].parameters(), 1e-3),
-    "first layer clipped": lambda model: nn.utils.clip_grad_norm_(model[0].parameters(), 1e-3),
-    "a bias scaled": lambda model: model[2].bias.grad.mul_(0.5),
     "replaced by other tensors": halve_by_new_tensors,
-    "one dropped": lambda model: setattr(model[2].weight, "grad", None),
+    "noise added": lambda model: model[0].weight.grad.add_(0.1),
 }
 
 
@@ -609,8 +804,10 @@ def test_gradients_changed_between_backward_and_step_are_refused(name):
             CHANGED_GRADIENTS[name](model)
             optimizer.step()
 
-    with pytest.raises(UnsupportedError, match=r"changed between backward(.|\n)*epoch 4"):
+    before = flatten_parameters(model)
+    with pytest.raises(UnsupportedError, match=r"otherwise than by a factor(.|\n)*layer 0"):
         step()
+    assert torch.equal(flatten_parameters(model), before)
     assert hooks(model) == []
 
 
@@ -641,21 +838,16 @@ def backward_outside(model, optimizer, inputs, labels):
     optimizer.step()  # the gradients are those of the step before
 
 
-def two_losses(model, optimizer, inputs, labels):
-    (loss_of(model, inputs, labels) + loss_of(model, 2 * inputs, labels)).backward()
-    optimizer.step()
-
-
 def two_backwards(model, optimizer, inputs, labels):
     loss_of(model, inputs, labels).backward()
     loss_of(model, inputs, labels).backward()
     optimizer.step()
 
 
-def another_pass_after(model, optimizer, inputs, labels):
-    loss = loss_of(model, inputs, labels)
-    model(3 * inputs)  # the activations that the recorder saw last are not those of the loss
-    loss.backward()
+def stale_gradients(model, optimizer, inputs, labels):
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    loss_of(model, inputs, labels).backward()
     optimizer.step()
 
 
@@ -678,9 +870,8 @@ def backward_in_a_closure(model, optimizer, inputs, labels):
     [
         (forward_only, "backward"),
         (backward_outside, "backward"),
-        (two_losses, "used once(.|\n)*layer [02]"),
-        (two_backwards, "used once(.|\n)*layer [02]"),
-        (another_pass_after, "used once(.|\n)*layer [02]"),
+        (two_backwards, "1 backward passes in the step(.|\n)*index_1"),
+        (stale_gradients, "empty before the step's first backward"),
         (no_update, "one optimizer.step.. in the block\n +Got 0\n +Where epoch 7"),
         (two_updates, "one optimizer.step.. in the block\n +Got 2\n +Where epoch 7"),
         (backward_in_a_closure, "."),
@@ -699,47 +890,17 @@ def test_blocks_that_are_not_one_training_step_are_refused(block, words):
     assert recorder.to_dataset()["epoch"].values.tolist() == [6]  # nothing wrong was kept
 
 
-def test_a_layer_used_twice_in_a_pass_is_refused():
-    model, (inputs, labels) = Twice().double(), batch()
-    optimizer = SGD(model.parameters(), lr=0.2)
-    recorder = ImportanceRecorder(model, optimizer)
-    with pytest.raises(UnsupportedError, match="layer inner"), recorder.step(range(6), epoch=1):
-        train_step(model, optimizer, inputs, labels)
-
-
-def test_a_layer_that_is_not_used_is_named():
-    model, (inputs, labels) = (
-        nn.ModuleDict({"used": nn.Linear(4, 3), "idle": nn.Linear(4, 3)}),
-        batch(),
-    )
-    optimizer = SGD(model.double().parameters(), lr=0.2)
-    recorder = ImportanceRecorder(model, optimizer)
-    with pytest.raises(UnsupportedError, match="layer idle"), recorder.step(range(6), epoch=1):
-        train_step(model["used"], optimizer, inputs, labels)
-
-
 def test_a_batch_of_another_length_is_refused():
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     optimizer = SGD(model.parameters(), lr=0.2)
     recorder = ImportanceRecorder(model, optimizer)
     before = flatten_parameters(model)
     with (
-        pytest.raises(UnsupportedError, match=r"\(5, inputs\)(.|\n)*\(6, 4\)(.|\n)*layer 0"),
+        pytest.raises(UnsupportedError, match=r"5 samples(.|\n)*\(6, [345]\)(.|\n)*layer [02]"),
         recorder.step(range(5), epoch=1),
     ):
         train_step(model, optimizer, inputs, labels)
     assert torch.equal(flatten_parameters(model), before)  # refused before the update
-
-
-def test_sequences_are_refused():
-    model = nn.Sequential(nn.Linear(4, 3), nn.Flatten(1)).double()
-    optimizer = SGD(model.parameters(), lr=0.2)
-    recorder = ImportanceRecorder(model, optimizer)
-    with (
-        pytest.raises(UnsupportedError, match=r"\(6, 2, 4\)(.|\n)*layer 0(.|\n)*sequences"),
-        recorder.step(range(6), epoch=1),
-    ):
-        train_step(model, optimizer, torch.rand(6, 2, 4).double(), torch.zeros(6, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
@@ -747,7 +908,7 @@ def test_sequences_are_refused():
     [
         ([0, 1, 2, 3, 4, 4], "1 repeated"),
         ([0, 1, 2, 3, 4, -1], "smallest -1"),
-        ([[0, 1, 2], [3, 4, 5]], r"shape \(2, 3\)"),
+        (torch.arange(6).view(2, 3), r"shape \(2, 3\)"),
         (torch.tensor(3), r"shape \(\)"),
     ],
 )
