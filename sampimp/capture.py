@@ -135,7 +135,8 @@ class Capture(TorchFunctionMode):
         named = list(model.named_parameters())
         self.parameters = [parameter for _, parameter in named]
         self._rows = {id(parameter): row for row, parameter in enumerate(self.parameters)}
-        self._free = set(self._rows) | {id(buffer) for buffer in model.buffers()}
+        self._free = {id(buffer): _NOTHING for buffer in model.buffers()}
+        self._free |= {key: frozenset((row,)) for key, row in self._rows.items()}
         owners = [name.rpartition(".")[0] or "model" for name, _ in named]
         self.layers = tuple(dict.fromkeys(owners))
         """Names of the layers, in the order in which they were registered."""
@@ -171,6 +172,7 @@ class Capture(TorchFunctionMode):
         self._used: set[int] = set()
         self._undefined = set()
         self._refusal: UnsupportedError | None = None
+        self._reordered = False
         self._gradients: dict[int, tuple[int, int]] = {}  # by id: row, version
         self._scales: dict[int, Tensor | float] = {}  # by row
         self._begin_pass()
@@ -200,6 +202,7 @@ class Capture(TorchFunctionMode):
         self._counts: dict[int, int] = {}  # by row: uses in this pass
         self._pending: dict[int, list[Factor]] = {}  # by row
         self._announced = False
+        self._views: tuple[Tensor, ...] | None = None  # of this pass, by row
 
     def check(self) -> None:
         """Raise UnsupportedError unless this step's gradients are what its passes have made.
@@ -259,8 +262,8 @@ class Capture(TorchFunctionMode):
                 values = factor.weighted(derivative.square())
             else:
                 values = factor.square()
-            self._write(row, samples, values)
-        squares = self._require_squares(self.parameters[0])
+            self._squares_like(values)[row, samples] = values
+        squares = self._squares_like(self.parameters[0])
         for row, scale in self._scales.items():
             squares[row] *= scale**2
         for row in self._used:
@@ -299,6 +302,8 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Carry an operation out and note it if it has to do with parameters."""
         kwargs = kwargs or {}
+        if function in _IDLE:
+            return function(*args, **kwargs)
         if function in _SCALINGS:
             return self._scale(function, args, kwargs)
         if not torch.is_grad_enabled():  # an evaluation
@@ -313,16 +318,14 @@ class Capture(TorchFunctionMode):
         roots: set[int] = set()
         varies = False
         for tensor in _tensors(args, kwargs):
-            if id(tensor) in self._rows:
-                self._called.setdefault(self._owners[self._rows[id(tensor)]])
             own = self._roots(tensor)
             if own is None:
                 varies = True
-            else:
+            elif own:
                 roots |= own
-        if function in RULES or roots:
-            varies = varies or self._expands(function, args, output)
-        if varies:
+            if id(tensor) in self._rows:
+                self._called.setdefault(self._owners[self._rows[id(tensor)]])
+        if varies or (function in _EXPANSIONS and roots and self._expands(args, output)):
             if roots and not isinstance(output, Tensor):
                 # As views: where one output was made of another (an LSTM cell's of its c), the
                 # gradient of that one would have both parts in it.
@@ -336,10 +339,10 @@ class Capture(TorchFunctionMode):
 
     def _roots(self, tensor: Tensor) -> frozenset[int] | None:
         """Return the rows of the trained parameters that a tensor is made of; None if it varies."""
-        if id(tensor) in self._free:
-            row = self._rows.get(id(tensor))
-            return frozenset() if row is None or not tensor.requires_grad else frozenset((row,))
-        return getattr(tensor, "_sampimp_roots", None)
+        own = self._free.get(id(tensor))
+        if own is None:
+            return getattr(tensor, "_sampimp_roots", None)
+        return own if tensor.requires_grad else _NOTHING
 
     def _varies(self, value: Any) -> bool:
         """Return whether a tensor depends on the samples."""
@@ -356,7 +359,8 @@ class Capture(TorchFunctionMode):
         """Note an operation on samples, which may have parameters."""
         if getattr(output, "_sampimp_roots", None) is not None:  # changed in place
             output._sampimp_roots = None
-        self._follow_order(function, args, kwargs, output)
+        if self._reordered or function in _SELECTIONS:
+            self._follow_order(function, args, kwargs, output)
         if function is functional.batch_norm and _argument(args, kwargs, 5, "training", False):
             self._meet_batch_norm(roots)
             return
@@ -370,9 +374,10 @@ class Capture(TorchFunctionMode):
             return  # a penalty on parameters beside the loss: no sample is in it
         for row in roots:
             self._counts[row] = self._counts.get(row, 0) + 1
-        order = next(
-            (order for order in map(_order, _tensors(args, kwargs)) if order is not None), None
-        )
+        order = None
+        if self._reordered:
+            orders = map(_order, _tensors(args, kwargs))
+            order = next((one for one in orders if one is not None), None)
         use = _Use(function, args, kwargs, self._batch, order)
         if isinstance(output, Tensor):
             output.register_hook(partial(self._on_gradient, use))
@@ -400,10 +405,8 @@ class Capture(TorchFunctionMode):
         finally:
             self._batch = batch
 
-    def _expands(self, function: Callable[..., Any], args: tuple[Any, ...], output: Any) -> bool:
-        """Return whether the operation makes a copy of a parameter for every sample."""
-        if function not in _EXPANSIONS:
-            return False
+    def _expands(self, args: tuple[Any, ...], output: Any) -> bool:
+        """Return whether an expansion makes a copy of a parameter for every sample."""
         axis = self._batch.axis(output.dim(), 1)
         missing = output.dim() - args[0].dim()
         before = 1 if axis < missing else args[0].shape[axis - missing]
@@ -427,6 +430,7 @@ class Capture(TorchFunctionMode):
         order = next((one for one in orders if one is not None), None)
         index = self._reordering(function, args)
         if index is not None:
+            self._reordered = True
             order = index if order is None else order[index]
             if bool((order == torch.arange(len(order), device=order.device)).all()):
                 order = None
@@ -446,15 +450,15 @@ class Capture(TorchFunctionMode):
 
     def _reordering(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Tensor | None:
         """Return the index by which an operation puts all samples into another order."""
-        if function in (torch.index_select, Tensor.index_select):
+        if function not in _SELECTIONS:
+            return None
+        if function is not Tensor.__getitem__:
             axis, index = args[1], args[2]
-        elif function is Tensor.__getitem__:
+        else:
             where = args[1] if isinstance(args[1], tuple) else (args[1],)
             axis, index = len(where) - 1, where[-1]
             if any(one != slice(None) for one in where[:-1] if not isinstance(one, Tensor)):
                 return None
-        else:
-            return None
         values, size = args[0], self._batch.size
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.shape != (size,):
             return None
@@ -519,28 +523,28 @@ class Capture(TorchFunctionMode):
         use.seen = True
         if not self._announced:
             self._announce()
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch._C.DisableTorchFunction(), torch.set_grad_enabled(False):
             rule = RULES.get(use.function) or partial(generic, function=use.function)
             try:
                 for tensor, factor in rule(use.batch, delta, *use.args, **use.kwargs):
-                    if tensor is not None:
-                        if use.order is not None:
-                            factor = factor.reordered(use.order.argsort())
-                        for row, own in self._back(tensor, factor):
-                            self._add(row, own)
+                    if tensor is None:
+                        continue
+                    if use.order is not None:
+                        factor = factor.reordered(use.order.argsort())
+                    row = self._rows.get(id(tensor))
+                    if row is None:
+                        self._go_back(tensor, factor)
+                    elif tensor.requires_grad:
+                        self._add(row, factor)
             except UnsupportedError as error:
                 roots = [self._roots(one) or () for one in _tensors(use.args, use.kwargs)]
                 error.where = self._place(min(row for rows in roots for row in rows))
                 raise
 
-    def _back(self, tensor: Tensor, factor: Factor) -> Iterator[tuple[int, Factor]]:
-        """Yield the parameters that a tensor is made of, with factors of their gradients."""
-        row = self._rows.get(id(tensor))
-        roots = self._roots(tensor)
-        if row is not None and roots:
-            yield row, factor
-        elif roots and row is None:
-            rows = sorted(roots)
+    def _go_back(self, tensor: Tensor, factor: Factor) -> None:
+        """Add factors of the parameters that a tensor is made of."""
+        rows = sorted(self._roots(tensor) or ())
+        if rows:
             gradients = torch.autograd.grad(
                 tensor,
                 [self.parameters[row] for row in rows],
@@ -549,19 +553,22 @@ class Capture(TorchFunctionMode):
                 retain_graph=True,
             )
             for row, gradient in zip(rows, gradients, strict=True):
-                yield row, Explicit(gradient)
+                self._add(row, Explicit(gradient))
 
     def _add(self, row: int, factor: Factor) -> None:
         self._used.add(row)
         if self._counts[row] == 1 and not self._elementwise:
-            self._write(row, self._samples, factor.square())
+            self._write(row, factor.square())
         else:
             self._pending.setdefault(row, []).append(factor)
 
-    def _write(self, row: int, samples: slice, values: Tensor) -> None:
-        self._require_squares(values)[row, samples] = values
+    def _write(self, row: int, values: Tensor) -> None:
+        """Write a row of this pass."""
+        if self._views is None:
+            self._views = self._squares_like(values)[:, self._samples].unbind()
+        self._views[row].copy_(values)
 
-    def _require_squares(self, like: Tensor) -> Tensor:
+    def _squares_like(self, like: Tensor) -> Tensor:
         """Return this step's rows of the buffer, zero where nothing was written yet."""
         if self._squares is None:
             dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -609,7 +616,7 @@ class Capture(TorchFunctionMode):
                 if self._elementwise:
                     self._kept.append((row, self._samples, factor))
                 else:
-                    self._write(row, self._samples, factor.square())
+                    self._write(row, factor.square())
         self._gradients = {
             id(parameter.grad): (row, parameter.grad._version)
             for row, parameter in enumerate(self.parameters)
@@ -622,14 +629,24 @@ class Capture(TorchFunctionMode):
         return f"layer {self._owners[row]}, parameter of shape {tuple(self.parameters[row].shape)}"
 
 
-_EXPANSIONS = (
-    Tensor.expand,
-    Tensor.expand_as,
-    torch.broadcast_to,
-    Tensor.broadcast_to,
-    Tensor.repeat,
-)
-_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.cdist)
+_NOTHING: frozenset[int] = frozenset()
+
+_IDLE = {
+    Tensor.backward,
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("data", "device", "dtype", "grad", "grad_fn", "is_leaf", "is_nested", "layout")
+    ),
+    *(getattr(Tensor, name).__get__ for name in ("ndim", "requires_grad", "shape")),
+    Tensor.grad.__set__,  # type: ignore[union-attr]
+    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.is_contiguous),
+}
+"""What is called often and concerns no importance."""
+_EXPANSIONS = {
+    *(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat)
+}
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.cdist}
+_SELECTIONS = {torch.index_select, Tensor.index_select, Tensor.__getitem__}
 
 _SCALINGS: dict[Callable[..., Any], tuple[bool, int]] = {
     Tensor.mul_: (False, 1),
@@ -822,7 +839,7 @@ class ImportanceRecorder:
             As for the class, or the block makes no update or more than one.
         """
         passes = [check_index(one) for one in split_passes(index)]
-        index_N = check_index(torch.cat(passes))
+        index_N = passes[0] if len(passes) == 1 else check_index(torch.cat(passes))
         updates = 0
 
         def before_update(*_: Any) -> None:

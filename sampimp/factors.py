@@ -1,10 +1,11 @@
 """Per-sample gradients of one parameter in a form that is smaller than they are.
 
 A layer seldom needs the gradient of each sample, which is as large as the parameter; it needs the
-sum of its squares, and the two factors of which the gradient is made give that directly. Three
+sum of its squares, and the two factors of which the gradient is made give that directly. Four
 forms are enough for every layer here:
 
-    Outer      sum over positions of an outer product (linear layers, convolutions, recurrent ones)
+    Product    an outer product (linear layers)
+    Outer      a sum of them over positions (of sequences, convolutions and recurrent layers)
     Rows       vectors that are added to rows of a table (embeddings)
     Explicit   the gradients themselves (biases, normalisations, what has no better form)
 
@@ -69,6 +70,34 @@ class Explicit:
 
 
 @dataclass(frozen=True)
+class Product:
+    """Gradients left right^T of one position: left (N, O), right (N, I)."""
+
+    left: Tensor
+    right: Tensor
+
+    def square(self) -> Tensor:
+        """Return the squared norm of each sample's gradient, shape (N,): a product of norms."""
+        return _norm(precise(self.left)).mul_(_norm(precise(self.right))).square_()
+
+    def weighted(self, scale: Tensor) -> Tensor:
+        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,).
+
+        A matrix product of the factors' squares, instead of every sample's gradient.
+        """
+        inputs_NI = precise(self.left).square() @ precise(scale)
+        return inputs_NI.mul_(precise(self.right).square()).sum(1)
+
+    def gradient(self, samples: slice) -> Tensor:
+        """Return the gradients of some samples, shape (n, P...)."""
+        return precise(self.left[samples]).unsqueeze(2) * precise(self.right[samples]).unsqueeze(1)
+
+    def reordered(self, samples: Tensor) -> "Product":
+        """Return the same of the samples in another order, or of some of them."""
+        return Product(self.left[samples], self.right[samples])
+
+
+@dataclass(frozen=True)
 class Outer:
     """Gradients sum_t left_t right_t^T, perhaps in groups: left (N, T, G, O), right (N, T, G, I).
 
@@ -87,14 +116,11 @@ class Outer:
     def square(self) -> Tensor:
         """Return the squared norm of each sample's gradient, shape (N,).
 
-        Of one position it is a product of norms. Of several, the two Gram matrices take
-        T^2 (O + I) multiplications a sample and the gradient itself T O I: whichever is less.
+        The two Gram matrices take T^2 (O + I) multiplications a sample, and the gradient itself
+        T O I: whichever is less.
         """
         left, right = precise(self.left), precise(self.right)
         positions, outputs, inputs = left.shape[1], left.shape[3], right.shape[3]
-        if positions == 1:
-            by_group = _norm(left).mul_(_norm(right)).square_().flatten(1)
-            return by_group.squeeze(1) if by_group.shape[1] == 1 else by_group.sum(1)
         if positions * (outputs + inputs) < outputs * inputs:
             left, right = left.transpose(1, 2), right.transpose(1, 2)  # (N, G, T, K)
             gram = (left @ left.transpose(2, 3)).mul_(right @ right.transpose(2, 3))
@@ -102,16 +128,8 @@ class Outer:
         return in_chunks(self, len(left), square_sum)
 
     def weighted(self, scale: Tensor) -> Tensor:
-        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,).
-
-        Of one position, the squares of the two factors in a matrix product.
-        """
-        left, right = precise(self.left), precise(self.right)
-        if left.shape[1] > 1:
-            return in_chunks(self, len(left), partial(_weighted, precise(scale).flatten()))
-        scale_GOI = precise(scale).reshape(*left.shape[2:], -1)
-        product_GNI = left[:, 0].square().transpose(0, 1) @ scale_GOI
-        return product_GNI.mul_(right[:, 0].square().transpose(0, 1)).sum((0, 2))
+        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,)."""
+        return in_chunks(self, len(self.left), partial(_weighted, precise(scale).flatten()))
 
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
@@ -196,7 +214,13 @@ def total(parts: Sequence[Factor], count: int, shape: Sequence[int]) -> Factor:
     """
     if len(parts) == 1:
         return parts[0]
-    outer = [part for part in parts if isinstance(part, Outer)]
+    outer = [
+        Outer(part.left[:, None, None], part.right[:, None, None], shape)
+        if isinstance(part, Product)
+        else part
+        for part in parts
+        if isinstance(part, Product | Outer)
+    ]
     rows = [part for part in parts if isinstance(part, Rows)]
     if len(outer) == len(parts) and len({part.left.shape[2] for part in outer}) == 1:
         left = torch.cat([part.left for part in outer], 1)
@@ -227,7 +251,8 @@ def square_sum(values: Tensor) -> Tensor:
     >>> square_sum(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
     tensor([25.,  1.])
     """
-    return _norm(precise(values).flatten(1)).square_()
+    values = precise(values)
+    return _norm(values if values.dim() == 2 else values.flatten(1)).square_()
 
 
 def _norm(values: Tensor) -> Tensor:

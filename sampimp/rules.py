@@ -33,7 +33,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sampimp.errors import UnsupportedError
-from sampimp.factors import Explicit, Factor, Outer, Rows
+from sampimp.factors import Explicit, Factor, Outer, Product, Rows
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,19 @@ def layer_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
 def _linear(
     batch: Batch, delta: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Factors:
-    delta_NTO, input_NTI = batch.rows(delta), batch.rows(input)
-    yield weight, Outer(delta_NTO.unsqueeze(2), input_NTI.unsqueeze(2), weight.shape)
-    yield bias, Explicit(_sum_positions(delta_NTO))
+    yield weight, _product(batch, delta, input, weight)
+    if bias is not None:
+        yield bias, Explicit(_by_sample(batch, delta))
+
+
+def _product(batch: Batch, left: Tensor, right: Tensor, weight: Tensor) -> Product | Outer:
+    if left.dim() == 2 and len(left) == batch.size:
+        return Product(left, right)
+    return Outer(batch.rows(left).unsqueeze(2), batch.rows(right).unsqueeze(2), weight.shape)
+
+
+def _by_sample(batch: Batch, delta: Tensor) -> Tensor:
+    return delta if delta.dim() == 2 and len(delta) == batch.size else batch.rows(delta).sum(1)
 
 
 @layer_rule(torch.addmm, Tensor.addmm)
@@ -155,8 +165,7 @@ def _matmul(batch: Batch, delta: Tensor, input: Tensor, other: Tensor) -> Factor
     if batch.varies(other) or other.dim() != 2 or input.dim() < 2:
         yield from generic(batch, delta, input, other, function=torch.matmul)
         return
-    delta_NTO, input_NTI = batch.rows(delta), batch.rows(input)
-    yield other, Outer(input_NTI.unsqueeze(2), delta_NTO.unsqueeze(2), other.shape)
+    yield other, _product(batch, input, delta, other)
 
 
 @layer_rule(functional.conv1d, functional.conv2d, functional.conv3d)
@@ -477,10 +486,6 @@ def _expand(batch: Batch, delta: Tensor, input: Tensor, *_: Any, **__: Any) -> F
 
 SUMS = (_add, _sub)
 """Where a parameter's part of the result depends on no sample."""
-
-
-def _sum_positions(values_NTK: Tensor) -> Tensor:
-    return values_NTK.squeeze(1) if values_NTK.shape[1] == 1 else values_NTK.sum(1)
 
 
 def _refuse(what: str, holds: bool) -> None:
