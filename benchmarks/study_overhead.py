@@ -14,36 +14,14 @@ import os
 import tempfile
 import time
 
-import torch
 import tyro
 from rich.console import Console
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import load_dataset
 from sampimp.strategies import make_schedule
-from sampimp.training import TrainingRun
+from sampimp.training import AutogradStep, TrainingRun, make_optimizer
 from sweeps.study import StudyConfig, run
-
-
-class PlainStep:
-    """What `FusedStep` stands for, by autograd and torch.optim.SGD, without recording."""
-
-    def __init__(self, model: nn.Module, training: TrainingConfig) -> None:
-        self.model = model
-        self.optimizer = torch.optim.SGD(
-            model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
-        )
-
-    def __call__(self, inputs: Tensor, labels: Tensor, batch_size: int) -> None:
-        """Train on one batch of that size."""
-        self.optimizer.zero_grad()
-        cross_entropy(self.model(inputs).double(), labels).backward()
-        self.optimizer.step()
-
-    def take(self) -> None:
-        """Return no importance."""
 
 
 def train_bare(dataset: str, seed: int, epochs: int) -> float:
@@ -55,7 +33,7 @@ def train_bare(dataset: str, seed: int, epochs: int) -> float:
     data = load_dataset(dataset)
     schedule = make_schedule("shuffle", len(data.train_labels), training.batch_size, seed)
     run = TrainingRun(trial, data, schedule, record=False)
-    run.step = PlainStep(run.model, training)
+    run.step = AutogradStep(run.model, make_optimizer(run.model, training), record=False)
     return sum(record.seconds for record in run.records())
 
 

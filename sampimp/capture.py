@@ -986,6 +986,21 @@ def split_passes(index: Index | Sequence[Index]) -> list[Index]:
     return list(index) if several else [index]  # type: ignore[arg-type, list-item]
 
 
+def forward_layers(model: nn.Module, inputs: Tensor) -> tuple[str, ...]:
+    """Return the names of a model's layers in the order in which a pass over inputs calls them.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> forward_layers(model, torch.zeros(1, 2))
+    ('0', '2')
+    """
+    capture = Capture(model)
+    with capture.step([len(inputs)]):
+        model(inputs)
+    return tuple(capture.layers[i] for i in capture.forward_order)
+
+
 def snapshot_importance(
     model: nn.Module, inputs: Tensor, labels: Tensor, *, rate: float, chunk: int = 1000
 ) -> Tensor:

@@ -14,21 +14,35 @@ from typing import Any, Literal
 from sampimp.errors import ConfigError
 from sampimp.schema import REFERENCES, STRATEGIES, digest_json
 
+OPTIMIZERS = {"sgd": "SGD", "momentum": "SGD, momentum 0.9", "adam": "Adam", "adamw": "AdamW"}
+"""How results name the optimizers."""
+
+MODELS = ("mlp", "cnn", "resnet18", "lstm", "gru", "transformer")
+"""The networks of `sampimp.models`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How every network of a study is trained."""
 
+    model: str = "mlp"
+    """The network: mlp (the paper's), cnn, resnet18, lstm, gru, transformer, or one's own as
+    package.module:function, called with the shape of a sample and the number of classes."""
     input_scaling: Literal["unit", "standard"] = "unit"
     """Inputs in [0, 1], or standardised over the training set; the paper does not say."""
     hidden: tuple[int, ...] = (512, 512, 512)
-    """Units of each hidden layer."""
+    """Units of each hidden layer of the mlp."""
     epochs: int = 50
     """Passes over the training set."""
     batch_size: int = 100
     """Largest number of samples in a batch."""
+    optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "sgd"
+    """Plain SGD as in the paper, SGD with momentum 0.9, Adam or AdamW with their usual betas."""
     learning_rate: float = 0.1
-    """Rate of plain SGD; constant."""
+    """Rate of the optimizer, in the first epoch."""
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """How the rate goes from epoch to epoch: on, along a cosine towards 0, or down by a factor of
+    ten after one half and after three quarters of the epochs."""
     weight_decay: float = 1e-5
     """Factor of the parameters in the update, beside the gradient of the mean loss."""
     parameters_every: int = 1
@@ -48,9 +62,32 @@ class TrainingConfig:
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         rate = self.learning_rate
         _require(math.isfinite(rate) and rate > 0, "learning_rate", "a positive number", rate)
+        if ":" not in self.model:
+            check_choice(self.model, MODELS, "model")
+        if self.workers > 1 and (self.model, self.optimizer) != ("mlp", "sgd"):
+            _require(False, "workers", "1 for a model or an optimizer other than the paper's", 2)
         _require(
             all(units >= 1 for units in self.hidden), "hidden", "at least 1 unit each", self.hidden
         )
+
+    def rate(self, epoch: int) -> float:
+        """Return the learning rate of an epoch, which is 1-based.
+
+        Examples
+        --------
+        >>> cosine = TrainingConfig(learning_rate=0.4, epochs=4, schedule="cosine")
+        >>> [round(cosine.rate(epoch), 3) for epoch in (1, 2, 3, 4)]
+        [0.4, 0.341, 0.2, 0.059]
+        >>> step = TrainingConfig(learning_rate=0.4, epochs=4, schedule="step")
+        >>> [round(step.rate(epoch), 3) for epoch in (1, 2, 3, 4)]
+        [0.4, 0.4, 0.04, 0.004]
+        """
+        past = (epoch - 1) / self.epochs
+        if self.schedule == "cosine":
+            return self.learning_rate * (1 + math.cos(math.pi * past)) / 2
+        if self.schedule == "step":
+            return self.learning_rate * 0.1 ** ((past >= 0.5) + (past >= 0.75))
+        return self.learning_rate
 
     def stored_states(self) -> list[int]:
         """Return the states whose parameters are stored: 0 is the start, t after epoch t.
@@ -97,9 +134,13 @@ class TrialConfig:
         reference_digest
             Digest of the record that a sorted strategy sorts by; None for the other strategies.
         """
+        trial = asdict(self)
+        for name in ("model", "optimizer", "schedule"):  # they came later: the paper's go unnamed
+            if trial["training"][name] == getattr(TrainingConfig, name):
+                del trial["training"][name]
         return digest_json(
             {
-                "trial": asdict(self),
+                "trial": trial,
                 "data": data_digest,
                 "reference": reference_digest,
                 "code": code,

@@ -93,7 +93,8 @@ def consolidate(
         records = digest_json(
             [[n, c["digests"], c["curves"], snapshots.get(n)] for n, c in named.items()]
         )
-        cube = tree[key].to_dataset().assign_attrs({**study, **tree[key].attrs, "records": records})
+        node = tree[plan.node(key)]
+        cube = node.to_dataset().assign_attrs({**study, **node.attrs, "records": records})
         store = target / f"{key}.zarr"
         written = _begin(store, cube)
         if written:

@@ -21,6 +21,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from sampimp.config import OPTIMIZERS
 from sampimp.folder import Folder
 from sampimp.plan import Plan, PlannedTrial, read_commits, require_plan
 from sampimp.schema import CURVES, REFERENCES, STRATEGIES, VARIABLES, Layout, digest_json
@@ -38,8 +39,9 @@ def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
     Returns
     -------
     xarray.DataTree
-        A node for each data set with the variables of `sampimp.schema.VARIABLES`, dims (strategy,
-        seed, ...) before their own, nothing computed. Missing and unfinished trials are NaN.
+        A node for each data set (`mnist`; `mnist/cnn` for other networks than the paper's) with
+        the variables of `sampimp.schema.VARIABLES`, dims (strategy, seed, ...) before their own,
+        nothing computed. Missing and unfinished trials are NaN.
         `diverged_epoch` (strategy, seed) is NaN where a run did not diverge; `trial` names the
         folder of each committed trial; `image` (sample, row, column, channel) shows the training
         samples where they are images. Its attrs hold the study's configuration.
@@ -54,7 +56,7 @@ def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
     trials = plan.resolve(read_commits(folder))
     snapshots = folder.read_json(SNAPSHOTS) or {}
     nodes = {
-        key: _open_node(
+        plan.node(key): _open_node(
             folder, plan, key, [t for t in trials if t.config.dataset == key], snapshots
         )
         for key in plan.datasets
@@ -147,7 +149,9 @@ def _training_attrs(plan: Plan) -> dict[str, Any]:
         "batch_size": training.batch_size,
         "loss_reduction": "mean",
         "weight_decay": training.weight_decay,
-        "optimizer": "SGD",
+        "schedule": training.schedule,
+        "optimizer": OPTIMIZERS[training.optimizer],
+        "model": training.model,
         "input_scaling": training.input_scaling,
         "hidden": list(training.hidden),
         "epochs": training.epochs,

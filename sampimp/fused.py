@@ -21,6 +21,8 @@ times the plain one at 784 inputs and 0.75 times at 3,072 (`make bench`).
 Shape suffixes: N samples of a batch, I inputs and O outputs of a layer, C classes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -99,6 +101,13 @@ class FusedStep:
         norms_LN, rates_1N = self._norms.take()
         activation_norm_LN, delta_norm_LN = norms_LN.chunk(2)
         return linear_importance(delta_norm_LN, activation_norm_LN, rates_1N, rates_1N)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next step depends on beside the parameters: nothing."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
 
     def _forward(self, inputs_NI: Tensor) -> list[Tensor]:
         """Return each layer's input, and the logits."""

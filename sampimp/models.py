@@ -1,12 +1,198 @@
-"""The paper's network: fully connected layers of ReLU units with a linear output (section 3.1)."""
+"""The networks of a study: the paper's, and small standard ones of other kinds.
 
+The paper's has fully connected layers of ReLU units and a linear output (section 3.1); its last
+section asks for convolutional and recurrent networks. All take images (N, C, H, W) and give logits
+(N, classes). The recurrent ones and the transformer read an image as a sequence of its rows, as is
+usual for MNIST. Layers are registered in the order in which they are called; none mixes samples.
+
+Shape suffixes: N samples, C channels, H rows, W columns, T positions, E entries of an embedding.
+"""
+
+import importlib
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from sampimp.config import MODELS, check_choice
+from sampimp.errors import ConfigError
+
+
+def build_model(
+    name: str, input_shape: Sequence[int], hidden: Sequence[int], class_count: int, seed: int
+) -> nn.Module:
+    """Return a network by its name, whose initialisation depends on nothing but the seed.
+
+    Parameters
+    ----------
+    name
+        One of `sampimp.config.MODELS`, or `package.module:function` of one's own, which is called
+        as `function(input_shape, class_count)` and initialises by PyTorch's global generator.
+    input_shape
+        Shape of one sample: (C, H, W) for all but the mlp.
+    hidden
+        Units of each hidden layer of the mlp.
+    class_count
+        Number of logits.
+    seed
+        Seed of the initialisation.
+
+    Raises
+    ------
+    ConfigError
+        There is no such network, or the samples are no images.
+    """
+    if name == "mlp":
+        return build_mlp(input_shape, hidden, class_count, seed)
+    if ":" in name:
+        make = _import(name)
+    else:
+        make = _BUILDERS[check_choice(name, MODELS, "model")]
+        if len(input_shape) != 3:
+            raise ConfigError(
+                expected="samples of shape (channels, rows, columns)",
+                got=f"shape {tuple(input_shape)}",
+                where=f"option --model {name}",
+                todo="use the mlp, or a model of your own: package.module:function",
+            )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make(tuple(input_shape), class_count)
+
+
+def _import(name: str) -> Callable[[tuple[int, ...], int], nn.Module]:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            expected="package.module:function, importable here and on every worker",
+            got=str(error),
+            where=f"option --model {name}",
+            todo="install the package where the study runs, or set PYTHONPATH",
+        ) from error
+
+
+def build_cnn(input_shape: Sequence[int], class_count: int) -> nn.Module:
+    """Return two convolutions of 3 x 3 with pooling, and two fully connected layers."""
+    channels, rows, columns = input_shape
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, (fan_in, fan_out) in enumerate(((channels, 32), (32, 64)), start=1):
+        modules[f"conv{number}"] = nn.Conv2d(fan_in, fan_out, 3, padding=1)
+        modules[f"relu{number}"] = nn.ReLU()
+        modules[f"pool{number}"] = nn.MaxPool2d(2)
+    modules["flatten"] = nn.Flatten()
+    modules["fc"] = nn.Linear(64 * (rows // 4) * (columns // 4), 128)
+    modules["relu3"] = nn.ReLU()
+    modules["Out"] = nn.Linear(128, class_count)
+    return nn.Sequential(modules)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions beside a shortcut, with GroupNorm where He et al. have BatchNorm."""
+
+    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False)
+        self.norm1 = nn.GroupNorm(32, fan_out)
+        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(32, fan_out)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or fan_in != fan_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), nn.GroupNorm(32, fan_out)
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return (N, fan_out, H / stride, W / stride)."""
+        inner = torch.relu(self.norm1(self.conv1(images)))
+        inner = self.norm2(self.conv2(inner))
+        return torch.relu(inner + self.shortcut(images))
+
+
+def build_resnet18(input_shape: Sequence[int], class_count: int) -> nn.Module:
+    """Return ResNet-18 for small images: a first convolution of 3 x 3 and no pooling after it.
+
+    References
+    ----------
+    He et al. (2016), "Deep residual learning", sections 3 and 4.2; Wu & He (2018), GroupNorm with
+    32 groups.
+    """
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    modules["stem"] = nn.Conv2d(input_shape[0], 64, 3, 1, 1, bias=False)
+    modules["norm"] = nn.GroupNorm(32, 64)
+    modules["relu"] = nn.ReLU()
+    width = 64
+    for number, fan_out in enumerate((64, 128, 256, 512), start=1):
+        stride = 1 if number == 1 else 2
+        modules[f"block{number}a"] = ResidualBlock(width, fan_out, stride)
+        modules[f"block{number}b"] = ResidualBlock(fan_out, fan_out, 1)
+        width = fan_out
+    modules["pool"] = nn.AdaptiveAvgPool2d(1)
+    modules["flatten"] = nn.Flatten()
+    modules["Out"] = nn.Linear(width, class_count)
+    return nn.Sequential(modules)
+
+
+def rows_of(images: Tensor) -> Tensor:
+    """Return images (N, C, H, W) as sequences of rows, (N, H, C W)."""
+    return images.transpose(1, 2).flatten(2)
+
+
+class RowReader(nn.Module):
+    """A recurrent layer of 128 units over the rows of an image, and its last output's logits."""
+
+    def __init__(self, kind: type[nn.LSTM | nn.GRU], shape: Sequence[int], classes: int) -> None:
+        super().__init__()
+        self.recurrent = kind(shape[0] * shape[2], 128, batch_first=True)
+        self.Out = nn.Linear(128, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (N, classes)."""
+        return self.Out(self.recurrent(rows_of(images))[0][:, -1])
+
+
+class RowTransformer(nn.Module):
+    """Two encoder layers over the rows of an image, and the logits of their mean.
+
+    References
+    ----------
+    Vaswani et al. (2017), in the form with LayerNorm first; without dropout, so that a step's
+    gradient is that of the network.
+    """
+
+    def __init__(self, input_shape: Sequence[int], class_count: int) -> None:
+        super().__init__()
+        channels, rows, columns = input_shape
+        self.embedding = nn.Linear(channels * columns, 64)
+        self.position = nn.Parameter(0.02 * torch.randn(1, rows, 64))
+        for number in (1, 2):
+            layer = nn.TransformerEncoderLayer(
+                64, 4, 128, dropout=0.0, batch_first=True, norm_first=True
+            )
+            self.add_module(f"block{number}", layer)
+        self.norm = nn.LayerNorm(64)
+        self.Out = nn.Linear(64, class_count)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (N, classes)."""
+        inner_NTE = self.embedding(rows_of(images)) + self.position
+        for number in (1, 2):
+            inner_NTE = self.get_submodule(f"block{number}")(inner_NTE)
+        return self.Out(self.norm(inner_NTE.mean(1)))
+
+
+_BUILDERS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
+    "cnn": build_cnn,
+    "resnet18": build_resnet18,
+    "lstm": partial(RowReader, nn.LSTM),
+    "gru": partial(RowReader, nn.GRU),
+    "transformer": RowTransformer,
+}
 
 
 def build_mlp(
@@ -61,7 +247,8 @@ def parameter_layers(model: nn.Module) -> list[tuple[str, int]]:
     [('L1', 6), ('L1', 3), ('Out', 12), ('Out', 4)]
     """
     return [
-        (name.rpartition(".")[0], parameter.numel()) for name, parameter in model.named_parameters()
+        (name.rpartition(".")[0] or "model", parameter.numel())
+        for name, parameter in model.named_parameters()
     ]
 
 

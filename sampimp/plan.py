@@ -36,11 +36,13 @@ class DatasetInfo:
     class_names: tuple[str, ...]
     layers: tuple[tuple[str, int], ...]
     """Layer and size of every tensor of the network's parameters, in order."""
+    forward_order: tuple[str, ...] = ()
+    """Names of the layers in the order in which they are called; by default as registered."""
 
     @property
     def layer_names(self) -> tuple[str, ...]:
         """Names of the layers, in forward order."""
-        return tuple(dict.fromkeys(name for name, _ in self.layers))
+        return self.forward_order or tuple(dict.fromkeys(name for name, _ in self.layers))
 
     @property
     def parameter_count(self) -> int:
@@ -111,6 +113,18 @@ class Plan:
         )
         return self.order_seed + seed if own else self.order_seed
 
+    def node(self, key: str) -> str:
+        """Return where the cube has a data set's trials: mnist, or mnist/cnn for other networks.
+
+        Examples
+        --------
+        >>> own = TrainingConfig(model="my.models:small")
+        >>> [Plan(datasets={}, training=t, grid={}).node("mnist") for t in (TrainingConfig(), own)]
+        ['mnist', 'mnist/small']
+        """
+        model = self.training.model.rpartition(":")[2]
+        return key if model == TrainingConfig.model else f"{key}/{model}"
+
     def layout(self, key: str) -> Layout:
         """Return the shape of the records of a data set's trials."""
         info = self.datasets[key]
@@ -170,6 +184,7 @@ class Plan:
                         "input_shape": tuple(info["input_shape"]),
                         "class_names": tuple(info["class_names"]),
                         "layers": tuple((name, size) for name, size in info["layers"]),
+                        "forward_order": tuple(info.get("forward_order", ())),
                     }
                 )
                 for key, info in value["datasets"].items()

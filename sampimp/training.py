@@ -18,20 +18,22 @@ on from `state` in another process, with the same bytes.
 import io
 import os
 import time
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sampimp.capture import sum_by_sample
-from sampimp.config import TrialConfig
+from sampimp.capture import ImportanceRecorder, sum_by_sample
+from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import Dataset
 from sampimp.errors import RecordError
 from sampimp.fused import FusedStep
-from sampimp.models import build_mlp, flatten_parameters, parameter_layers
+from sampimp.models import build_model, flatten_parameters, parameter_layers
 from sampimp.schema import EpochRecord
 from sampimp.strategies import Schedule, batch_positions
 from sampimp.workers import ALONE, Workers
@@ -43,11 +45,77 @@ EVALUATION_CHUNK = 1000
 class Step(Protocol):
     """One training step, which may leave importance behind."""
 
+    learning_rate: float
+
     def __call__(self, inputs: Tensor, labels: Tensor, batch_size: int) -> None:
         """Train on one batch, or on this worker's share of a batch of `batch_size`."""
 
     def take(self) -> Tensor | None:
         """Return beta (layer, samples) of the steps since the last call; None if not recorded."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next step depends on beside the parameters."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+
+
+class AutogradStep:
+    """Train any network by an optimizer on the mean cross-entropy, and record.
+
+    The softmax is in float64, for the reason given in `sampimp.fused.loss_gradient`.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, record: bool) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._recorder = ImportanceRecorder(model, optimizer) if record else None
+        self._count = 0  # samples since the last take
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        return self._optimizer.param_groups[0]["lr"]
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
+    def __call__(self, inputs: Tensor, labels: Tensor, batch_size: int) -> None:
+        """Train on one batch: inputs [N, ...], labels [N]."""
+        index = np.arange(self._count, self._count + len(labels))
+        self._count += len(labels)
+        recording = self._recorder.step(index, epoch=0) if self._recorder else nullcontext()
+        with recording:
+            self._optimizer.zero_grad()
+            functional.cross_entropy(self._model(inputs).double(), labels).backward()
+            self._optimizer.step()
+
+    def take(self) -> Tensor | None:
+        """Return beta (layer, samples) of the steps since the last call; None if not recorded."""
+        count, self._count = self._count, 0
+        return self._recorder.pop_epoch(0, count) if self._recorder else None
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next step depends on beside the parameters."""
+        return self._optimizer.state_dict()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self._optimizer.load_state_dict(state)
+
+
+def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of a configuration over all parameters of a model."""
+    makers: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "sgd": torch.optim.SGD,
+        "momentum": partial(torch.optim.SGD, momentum=0.9),
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+    }
+    return makers[training.optimizer](
+        model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
+    )
 
 
 class TrainingRun:
@@ -85,16 +153,21 @@ class TrainingRun:
         self._train = tuple(torch.from_numpy(a).to(device) for a in data[:2])
         self._test = tuple(torch.from_numpy(a).to(device) for a in data[2:])
         class_count = int(max(data.train_labels.max(), data.test_labels.max())) + 1
-        self.model = build_mlp(
-            data.train_inputs.shape[1:], training.hidden, class_count, config.seed
+        self.model = build_model(
+            training.model, data.train_inputs.shape[1:], training.hidden, class_count, config.seed
         ).to(self._train[0])  # its precision as well
-        self.step: Step = FusedStep(
-            self.model,
-            learning_rate=training.learning_rate,
-            weight_decay=training.weight_decay,
-            record=record,
-            workers=workers,
-        )
+        self.step: Step
+        if (training.model, training.optimizer) == ("mlp", "sgd"):
+            assert isinstance(self.model, nn.Sequential)
+            self.step = FusedStep(
+                self.model,
+                learning_rate=training.learning_rate,
+                weight_decay=training.weight_decay,
+                record=record,
+                workers=workers,
+            )
+        else:
+            self.step = AutogradStep(self.model, make_optimizer(self.model, training), record)
 
     @property
     def layers(self) -> list[tuple[str, int]]:
@@ -130,6 +203,8 @@ class TrainingRun:
     def _train_epoch(self) -> dict[str, np.ndarray]:
         inputs, labels = self._train
         batches = self.schedule(self.epoch)
+        self.step.learning_rate = self.config.training.rate(self.epoch)
+        torch.manual_seed(hash((self.config.seed, self.epoch)))  # of dropout, where there is any
         own: list[np.ndarray] = []  # this worker's samples, by their place in the epoch
         start = 0
         for batch in batches:
@@ -167,6 +242,7 @@ class TrainingRun:
             {
                 "epoch": self.epoch,
                 "model": self.model.state_dict(),
+                "step": self.step.state(),
             },
             buffer,
         )
@@ -185,6 +261,7 @@ class TrainingRun:
                 todo="delete this checkpoint; the one before is used",
             )
         self.model.load_state_dict(restored["model"])
+        self.step.restore(restored["step"])
         self.epoch = epoch
 
 

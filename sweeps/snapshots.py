@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sampimp.capture import snapshot_importance
+from sampimp.config import OPTIMIZERS
 from sampimp.data import Dataset, Scaling, Source, scale_inputs
 from sampimp.errors import ConfigError, StoreError
 from sampimp.folder import Folder
-from sampimp.models import build_mlp, load_parameters
+from sampimp.models import build_model, load_parameters
 from sampimp.plan import Plan, read_commits, require_plan
 from sampimp.store import SNAPSHOTS, StoredVariable, read_source, write_snapshot
 from sampimp.training import use_deterministic_algorithms
@@ -89,6 +90,13 @@ def score_snapshots(
 
 def check_epochs(plan: Plan, every: int) -> list[int]:
     """Return the epochs to score, or raise ConfigError if their parameters are not stored."""
+    if plan.training.optimizer in ("adam", "adamw"):
+        raise ConfigError(
+            expected="SGD, whose rate alone makes a gradient an update",
+            got=OPTIMIZERS[plan.training.optimizer],
+            where="option --every",
+            todo="use the in-step importance, which knows the optimizer's state",
+        )
     epochs = list(range(every, plan.training.epochs + 1, every)) if every > 0 else []
     lacking = sorted(set(epochs) - set(plan.training.stored_states()))
     if not epochs or lacking:
@@ -151,7 +159,9 @@ def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> li
     commit = trial.read_json("COMMIT.json")
     stored = StoredVariable.of(trial, "parameters", layout, commit)
     flat_P = stored.read(layout.states.index(epoch))
-    model = build_mlp(info.input_shape, training.hidden, len(info.class_names), seed=0)
+    model = build_model(
+        training.model, info.input_shape, training.hidden, len(info.class_names), seed=0
+    )
     load_parameters(model, torch.from_numpy(flat_P))
     device = torch.device(training.device)
     if device.type == "cuda":
@@ -160,6 +170,6 @@ def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> li
         model.to(device),
         torch.from_numpy(data.train_inputs).to(device),
         torch.from_numpy(data.train_labels).to(device),
-        rate=training.learning_rate / training.batch_size,
+        rate=training.rate(epoch) / training.batch_size,
     )
     return write_snapshot(trial, layout, epoch, importance.float().numpy())

@@ -22,11 +22,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.markup import escape
 
+from sampimp.capture import forward_layers
 from sampimp.config import TrainingConfig, TrialConfig, check_choice
 from sampimp.data import Source, dataset_key, scale_inputs
 from sampimp.errors import ConfigError, ResourceError, StoreError
 from sampimp.folder import Folder
-from sampimp.models import build_mlp, parameter_layers
+from sampimp.models import build_model, parameter_layers
 from sampimp.plan import DatasetInfo, Plan, PlannedTrial, read_commits, read_plan
 from sampimp.schema import (
     REFERENCE_SEED,
@@ -127,6 +128,14 @@ class StudyConfig(TrainingConfig):
                 where="options --workers-per-trial and --gpus-per-trial",
                 todo="NCCL puts no two workers on one GPU: give each one of its own, or train with "
                 "one worker",
+            )
+        if self.snapshot_every and self.optimizer in ("adam", "adamw"):
+            raise ConfigError(
+                expected="SGD, whose rate alone makes a gradient an update",
+                got=f"--optimizer {self.optimizer}",
+                where="option --snapshot-every",
+                todo="leave it out: in-step importance, which knows the optimizer's state, is "
+                "recorded in any case",
             )
         if self.snapshot_every and (
             not self.parameters_every
@@ -331,7 +340,8 @@ def make_plan(config: StudyConfig, sources: Mapping[str, Source]) -> Plan:
     infos = {}
     for key, source in sources.items():
         shape = source.train_values.shape[1:]
-        network = build_mlp(shape, config.hidden, len(source.class_names), seed=0)
+        classes = len(source.class_names)
+        network = build_model(config.model, shape, config.hidden, classes, seed=0)
         infos[key] = DatasetInfo(
             name=source.name,
             digest=source.digest,
@@ -340,6 +350,7 @@ def make_plan(config: StudyConfig, sources: Mapping[str, Source]) -> Plan:
             input_shape=shape,
             class_names=source.class_names,
             layers=tuple(parameter_layers(network)),
+            forward_order=forward_layers(network, torch.zeros(2, *shape)),
         )
     return Plan(
         datasets=infos,

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from sampimp.models import build_mlp, flatten_parameters, load_parameters, parameter_layers
+from sampimp.capture import forward_layers
+from sampimp.config import MODELS
+from sampimp.errors import ConfigError
+from sampimp.models import (
+    build_mlp,
+    build_model,
+    flatten_parameters,
+    load_parameters,
+    parameter_layers,
+)
 
 
 def test_layers_and_sizes_of_the_papers_network():
@@ -66,3 +75,59 @@ def test_without_hidden_layers_it_is_a_linear_model():
     model = build_mlp((2, 2), (), 3, seed=0)
     inputs = torch.rand(5, 2, 2)
     torch.testing.assert_close(model(inputs), inputs.reshape(5, 4) @ model.Out.weight.T)
+
+
+def own(input_shape, class_count):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(input_shape[-1], class_count))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network_treats_samples_one_by_one_and_starts_from_its_seed(name):
+    shape = (3, 8, 8)
+    model = build_model(name, shape, (6,), 5, seed=3).double()
+    images = torch.rand(4, *shape, dtype=torch.float64)
+    logits = model(images)
+    assert logits.shape == (4, 5)
+    for i in range(4):
+        torch.testing.assert_close(model(images[[i]]), logits[[i]])
+    torch.manual_seed(1)
+    again = build_model(name, shape, (6,), 5, seed=3).double()
+    assert torch.equal(flatten_parameters(again), flatten_parameters(model))
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), after)  # the generator of others is left alone
+    other = build_model(name, shape, (6,), 5, seed=4).double()
+    assert not torch.equal(flatten_parameters(other), flatten_parameters(model))
+
+
+def test_a_resnet18_has_its_parameters():
+    model = build_model("resnet18", (3, 32, 32), (), 10, seed=1)
+    assert sum(size for _, size in parameter_layers(model)) == 11_173_962  # as with BatchNorm
+
+
+def test_layers_are_in_forward_order():
+    model = build_model("transformer", (1, 8, 8), (), 10, seed=1)
+    order = forward_layers(model, torch.zeros(2, 1, 8, 8))
+    assert order[0] == "embedding"
+    assert order[-1] == "Out"
+    assert order.index("block1.norm1") < order.index("block1.self_attn")
+    assert set(order) == {name for name, _ in parameter_layers(model)}
+
+
+def test_a_network_of_ones_own():
+    model = build_model(f"{__name__}:own", (7,), (), 3, seed=1)
+    assert parameter_layers(model) == [("1", 21), ("1", 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("cnnn", (1, 8, 8), "did you mean cnn"),
+        ("no.such.module:f", (1, 8, 8), "No module named(.|\n)*PYTHONPATH"),
+        ("math:no_such", (1, 8, 8), "no_such"),
+        ("cnn", (64,), r"channels, rows, columns(.|\n)*\(64,\)(.|\n)*mlp"),
+    ],
+)
+def test_a_network_that_is_not_there_is_said(name, shape, words):
+    with pytest.raises(ConfigError, match=words):
+        build_model(name, shape, (), 3, seed=1)

@@ -213,6 +213,36 @@ def test_a_run_that_resumes_goes_on_with_the_same_bytes(strategy, epoch):
     assert all(map(same, rest, whole[epoch + 1 :]))
 
 
+OTHERS = [
+    {"model": "cnn", "optimizer": "momentum", "schedule": "cosine"},
+    {"model": "gru", "optimizer": "adam", "schedule": "step"},
+    {"model": "transformer", "optimizer": "adamw"},
+    {"model": "mlp", "optimizer": "adamw"},
+]
+
+
+@pytest.mark.parametrize("changes", OTHERS, ids=lambda changes: "-".join(changes.values()))
+def test_other_networks_and_optimizers_resume_and_record_alike(changes):
+    data = make_data(inputs=16)
+    data = data._replace(
+        train_inputs=data.train_inputs.reshape(-1, 1, 4, 4),
+        test_inputs=data.test_inputs.reshape(-1, 1, 4, 4),
+    )
+    changes = {**changes, "learning_rate": 0.01}
+    whole = list(make_run(data, **changes).records())
+    assert (whole[-1].arrays["importance"].sum(1) > 0).all()
+    first = make_run(data, **changes)
+    for record in first.records():
+        if record.epoch == 2:
+            break
+    second = make_run(data, **changes)
+    second.restore(first.state(), 2)
+    for got, expected in zip(second.records(), whole[3:], strict=True):
+        assert same(got, expected)
+    *_, plain = make_run(data, record=False, **changes).records()
+    np.testing.assert_array_equal(plain.arrays["parameters"], whole[-1].arrays["parameters"])
+
+
 def test_a_run_that_is_finished_yields_nothing_more():
     run = make_run()
     for _ in run.records():
