@@ -30,7 +30,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make check   format, lint, types, doctests, tests: what CI runs"
 	@echo "make chaos   a study that is killed again and again, against one that is left alone (minutes)"
-	@echo "make cluster-test   ray up on hosts in namespaces, one of which dies (root; 3 minutes)"
+	@echo "make cluster-test   ray up on hosts in namespaces: one is cut off, one dies (root; 6 minutes)"
 	@echo "make bench   one training step with and without recording, against BackPACK and Opacus"
 	@echo "make clean   remove the environment and the caches; results/ stays"
 

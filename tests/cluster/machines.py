@@ -34,11 +34,10 @@ class Host:
             stderr=(self.folder / "host.log").open("w"),
         )
         wait_until(lambda: bool(self._init()), f"{name} to start", 20)
-        link = f"to-{name}"
-        run(
-            "ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", self._init()
-        )
-        run("ip", "link", "set", link, "master", "lan", "up")
+        self._link = f"to-{name}"
+        peer = ("type", "veth", "peer", "name", "eth0", "netns", self._init())
+        run("ip", "link", "add", self._link, *peer)
+        run("ip", "link", "set", self._link, "master", "lan", "up")
         self._namespace = os.readlink(f"/proc/{self._init()}/ns/pid")
         wait_until(self._answers, f"{name}'s ssh server", 20)
 
@@ -56,6 +55,14 @@ class Host:
                 if command and not command.startswith(("sshd:", "/usr/sbin/sshd")):
                     found[pid] = command  # a zombie has no command line
         return found
+
+    def cut_off(self) -> None:
+        """Pull the network cable; what runs runs on, and its disk, /srv among it, is there."""
+        run("ip", "link", "set", self._link, "down")
+
+    def reconnect(self) -> None:
+        """Put the network cable back."""
+        run("ip", "link", "set", self._link, "up")
 
     def kill(self) -> None:
         """Cut the power."""
