@@ -1,0 +1,189 @@
+"""What recording costs on other networks and optimizers: steps with and without it, in turn.
+
+python benchmarks/models.py --out benchmarks/models.md
+
+Each network takes one step plain and one recorded within a round, in random order; the result is
+the median over rounds of the ratio, with its quartiles. Peak memory is that of a process which
+makes nothing but these steps, above what it had before the first, times that of the plain ones; it
+is what Linux calls resident, so it counts what the allocator keeps too.
+"""
+
+import multiprocessing
+import random
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from step import describe_machine, note
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sampimp.capture import ImportanceRecorder
+from sampimp.models import build_model
+
+HEADINGS = ("network", "optimizer", "batch", "ms", "times plain", "middle half", "memory")
+
+
+class SmallGPT(nn.Module):
+    """A GPT-2-small-shaped language model: 12 layers of width 768 with tied embeddings."""
+
+    def __init__(self, tokens: int = 256, words: int = 50_257, width: int = 768) -> None:
+        super().__init__()
+        self.word, self.place = nn.Embedding(words, width), nn.Embedding(tokens, width)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, 12, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(12)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Return logits (N, words, T)."""
+        count = words.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(count)
+        inner = self.word(words) + self.place(torch.arange(count))
+        for block in self.blocks:
+            inner = block(inner, mask, is_causal=True)
+        return (self.norm(inner) @ self.word.weight.T).transpose(1, 2)
+
+
+def of_study(name: str, shape: tuple[int, ...], size: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return a network of a study with a batch of random images."""
+    model = build_model(name, shape, (512, 512, 512), 10, seed=1)
+    return model, torch.rand(size, *shape), torch.randint(0, 10, (size,))
+
+
+def language(size: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return the language model with a batch of random words."""
+    words = torch.randint(0, 50_257, (size, 256))
+    return SmallGPT(), words, words.roll(-1, 1)
+
+
+CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], type, int]] = {
+    "mlp, 784 inputs": (partial(of_study, "mlp", (1, 28, 28), 100), torch.optim.AdamW, 100),
+    "mlp, 3,072 inputs": (partial(of_study, "mlp", (3, 32, 32), 100), torch.optim.AdamW, 100),
+    "cnn, 28 x 28": (partial(of_study, "cnn", (1, 28, 28), 100), torch.optim.SGD, 100),
+    "resnet18, 32 x 32": (partial(of_study, "resnet18", (3, 32, 32), 128), torch.optim.SGD, 128),
+    "lstm, 28 rows": (partial(of_study, "lstm", (1, 28, 28), 100), torch.optim.SGD, 100),
+    "gru, 28 rows": (partial(of_study, "gru", (1, 28, 28), 100), torch.optim.SGD, 100),
+    "transformer, 28 rows": (
+        partial(of_study, "transformer", (1, 28, 28), 100),
+        torch.optim.SGD,
+        100,
+    ),
+    "GPT-2 small, 256 tokens": (partial(language, 2), torch.optim.SGD, 2),
+}
+"""By name: network with data, optimizer, samples of a batch."""
+
+
+class Contender:
+    """A network, to be trained step by step."""
+
+    def __init__(self, name: str, records: bool) -> None:
+        make, optimizer, self.size = CASES[name]
+        torch.manual_seed(0)
+        self.model, self.inputs, self.labels = make()
+        self.optimizer = optimizer(self.model.parameters(), lr=1e-3)
+        self.recorder = ImportanceRecorder(self.model, self.optimizer) if records else None
+
+    def step(self) -> None:
+        """Train on the batch."""
+        index = range(self.size)
+        with self.recorder.step(index, epoch=1) if self.recorder else nullcontext():
+            self.optimizer.zero_grad()
+            functional.cross_entropy(self.model(self.inputs), self.labels).backward()
+            self.optimizer.step()
+
+
+def peak(name: str, records: bool, threads: int) -> int:
+    """Return the bytes that steps take at most; to be called in a process of its own."""
+    torch.set_num_threads(threads)
+    contender = Contender(name, records)
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # let the peak begin here
+    for _ in range(3):
+        contender.step()
+    return memory("VmHWM") - before
+
+
+def memory(what: str) -> int:
+    """Return the bytes that Linux says of this process: VmRSS now, VmHWM at most."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(what):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"no {what} in /proc/self/status")
+
+
+def measure(name: str, rounds: int, threads: int) -> tuple[str, ...]:
+    """Return a row of the table."""
+    contenders = {records: Contender(name, records) for records in (False, True)}
+    order, chance = list(contenders), random.Random(1)
+    seconds: dict[bool, list[float]] = {records: [] for records in order}
+    for number in range(-2, rounds):  # the first steps allocate memory
+        chance.shuffle(order)
+        for records in order:
+            start = time.perf_counter()
+            contenders[records].step()
+            if number >= 0:
+                seconds[records].append(time.perf_counter() - start)
+    ratios = [b / a for a, b in zip(seconds[False], seconds[True], strict=True)]
+    lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        plain, recorded = (pool.apply(peak, (name, r, threads)) for r in (False, True))
+    return (
+        name,
+        CASES[name][1].__name__,
+        str(contenders[True].size),
+        f"{1e3 * statistics.median(seconds[False]):.1f}",
+        f"{middle:.2f}",
+        f"{lower:.2f} to {upper:.2f}",
+        f"{recorded / plain:.2f}",
+    )
+
+
+def main(
+    rounds: int = 30, threads: int = 1, only: tuple[str, ...] = (), out: Path | None = None
+) -> None:
+    """Measure and print what recording costs.
+
+    Parameters
+    ----------
+    rounds
+        Of each network; a tenth of it for those whose step takes more than a second.
+    threads
+        CPU threads.
+    only
+        Names of networks, or parts of them; by default all.
+    out
+        Write the table there as well, as Markdown.
+    """
+    console = Console()
+    torch.set_num_threads(threads)
+    names = [name for name in CASES if not only or any(part in name for part in only)]
+    rows = []
+    for name in names:
+        heavy = name.startswith(("GPT", "resnet"))
+        with console.status(name):
+            rows.append(measure(name, max(3, rounds // 10) if heavy else rounds, threads))
+    table = Table(*HEADINGS, title="One training step with recording")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    words = note(describe_machine())
+    console.print(words, highlight=False)
+    if out is not None:
+        lines = ["| " + " | ".join(cells) + " |" for cells in (HEADINGS, *rows)]
+        lines.insert(1, "|:---|:---|---:|---:|---:|---:|---:|")
+        out.write_text("\n".join([*lines, "", words, ""]))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
