@@ -464,6 +464,7 @@ class Capture(TorchFunctionMode):
             return None
         axis %= values.dim()
         is_samples = axis == self._batch.axis(values.dim(), 1) or _order(values) is not None
+        is_samples = is_samples and self._varies(values)  # no table of as many rows
         return index if is_samples and values.shape[axis] == size else None
 
     def _refuse(self, error: UnsupportedError) -> None:
