@@ -304,7 +304,7 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in _IDLE:
             return function(*args, **kwargs)
-        if function in _SCALINGS:
+        if function in _SCALINGS and self._known(args[0]):
             return self._scale(function, args, kwargs)
         if not torch.is_grad_enabled():  # an evaluation
             return function(*args, **kwargs)
@@ -464,6 +464,7 @@ class Capture(TorchFunctionMode):
             return None
         axis %= values.dim()
         is_samples = axis == self._batch.axis(values.dim(), 1) or _order(values) is not None
+        is_samples = is_samples and self._varies(values)  # no table of as many rows
         return index if is_samples and values.shape[axis] == size else None
 
     def _refuse(self, error: UnsupportedError) -> None:
@@ -475,10 +476,13 @@ class Capture(TorchFunctionMode):
             what = f"{function.__name__} of samples with samples, as in a contrastive loss"
             self._refuse(_mixes(what, "the step"))
 
+    def _known(self, value: Any) -> list[Tensor]:
+        """Return the gradients of this step among tensors."""
+        return [one for one in _listed(value) if id(one) in self._gradients]
+
     def _scale(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Let gradients be scaled, as clipping and a GradScaler do, and note by how much."""
-        given = args[0] if isinstance(args[0], list | tuple) else [args[0]]
-        gradients = [g for g in given if id(g) in self._gradients]
+        given, gradients = _listed(args[0]), self._known(args[0])
         before = [self._gradients[id(g)][1] == g._version for g in gradients]
         output = function(*args, **kwargs)
         inverse, position = _SCALINGS[function]
@@ -664,6 +668,10 @@ _SEEN = (
     "leave out what hides operations: compiled or scripted modules, autograd.Functions, "
     "checkpoint(use_reentrant=True)"
 )
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _order(tensor: Tensor) -> Tensor | None:

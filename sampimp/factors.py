@@ -58,7 +58,7 @@ class Explicit:
 
     def weighted(self, scale: Tensor) -> Tensor:
         """Return sum_j scale_j gradient_j^2 of each sample, shape (N,)."""
-        return precise(self.values).square().flatten(1) @ precise(scale).flatten()
+        return _weighted(precise(scale).flatten(), precise(self.values))
 
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
@@ -251,8 +251,7 @@ def square_sum(values: Tensor) -> Tensor:
     >>> square_sum(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
     tensor([25.,  1.])
     """
-    values = precise(values)
-    return _norm(values if values.dim() == 2 else values.flatten(1)).square_()
+    return _norm(_flat(precise(values))).square_()
 
 
 def _norm(values: Tensor) -> Tensor:
@@ -260,5 +259,12 @@ def _norm(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values, dim=-1)
 
 
+def _flat(values: Tensor) -> Tensor:
+    """Return what there is of each sample in a row, also one number of a parameter without axes."""
+    if values.dim() == 2:
+        return values
+    return values.flatten(1) if values.dim() > 2 else values.unsqueeze(1)
+
+
 def _weighted(scale: Tensor, values: Tensor) -> Tensor:
-    return values.square().flatten(1) @ scale
+    return _flat(values).square() @ scale

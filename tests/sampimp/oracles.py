@@ -84,6 +84,57 @@ def importance_by_two_steps(model, optimizer, inputs, labels, reduction="mean", 
     return torch.stack(columns, dim=1)
 
 
+def layer_of(name):
+    """Return the module that owns a parameter, as the recorder names it."""
+    return name.rpartition(".")[0] or "model"
+
+
+def gradients_by_loss(model, losses):
+    """Return {parameter's name: gradients (sample, ...)} of the losses (sample,) of one pass."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows = [
+        torch.autograd.grad(loss, trained.values(), retain_graph=True, materialize_grads=True)
+        for loss in losses
+    ]
+    return {name: torch.stack([row[k] for row in rows]) for k, name in enumerate(trained)}
+
+
+def importance_by_update(model, optimizer, gradients):
+    """Return {layer: beta (sample,)} of the optimizer's own next step, derived by autograd.
+
+    `gradients` are by name those of each sample's loss, so of the derivatives by the weights v of
+    the gradient of sum_i v_i loss_i. The step is carried out on copies, as a function of that.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    copies, groups = {}, []
+    for group in optimizer.param_groups:
+        own = {names[id(p)]: p.detach().clone().requires_grad_().clone() for p in group["params"]}
+        copies |= own
+        groups.append({"params": list(own.values())})
+    twin = type(optimizer)(groups, differentiable=True)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # with all other settings
+    for group in twin.param_groups:
+        group["differentiable"] = True
+    sums = {name: gradients[name].sum(0).requires_grad_() for name in copies if name in gradients}
+    for name, summed in sums.items():
+        copies[name].grad = summed
+    twin.step()
+    # Twice backward is once forward: the product with the transposed derivative is linear in its
+    # vector.
+    vectors = [torch.ones_like(summed, requires_grad=True) for summed in sums.values()]
+    own = [copies[name] for name in sums]
+    products = torch.autograd.grad(own, list(sums.values()), vectors, create_graph=True)
+    moves = torch.autograd.grad(
+        products, vectors, [gradients[name] for name in sums], is_grads_batched=True
+    )
+    betas = {layer_of(name): torch.zeros(len(moves[0])) for name in names.values()}
+    for name, move in zip(sums, moves, strict=True):
+        # Where all second moments are 0, so are the gradients, and the root has no derivative.
+        known = move.where(gradients[name] != 0, 0)
+        betas[layer_of(name)] += known.square().reshape(len(move), -1).sum(1)
+    return betas
+
+
 def make_source(samples=24, tests=9, classes=3, shape=(1, 2, 2), seed=0, name="made"):
     """Return a small data set of 8-bit images in which every class occurs."""
     rng = np.random.default_rng(seed)
