@@ -256,10 +256,14 @@ class Capture(TorchFunctionMode):
         for row, parameter in enumerate(self.parameters):
             derivative = derivatives.get(id(parameter), 0.0)
             rates[row] = derivative if isinstance(derivative, float) else 1.0
+        for row in {row for row, _, _ in self._kept}:
+            derivative = derivatives.get(id(self.parameters[row]), 0.0)
+            if isinstance(derivative, Tensor):
+                derivative.mul_(derivative)  # in place: nobody needs it after this
         for row, samples, factor in self._kept:
             derivative = derivatives.get(id(self.parameters[row]), 0.0)
             if isinstance(derivative, Tensor):
-                values = factor.weighted(derivative.square())
+                values = factor.weighted(derivative)
             else:
                 values = factor.square()
             self._squares_like(values)[row, samples] = values

@@ -1,11 +1,12 @@
 """Per-sample gradients of one parameter in a form that is smaller than they are.
 
 A layer seldom needs the gradient of each sample, which is as large as the parameter; it needs the
-sum of its squares, and the two factors of which the gradient is made give that directly. Four
+sum of its squares, and the two factors of which the gradient is made give that directly. Five
 forms are enough for every layer here:
 
     Product    an outer product (linear layers)
     Outer      a sum of them over positions (of sequences, convolutions and recurrent layers)
+    Pieces     any of them, made of a few samples at a time (convolutions)
     Rows       vectors that are added to rows of a table (embeddings)
     Explicit   the gradients themselves (biases, normalisations, what has no better form)
 
@@ -18,7 +19,7 @@ entries of a row, P... the shape of the parameter.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -140,6 +141,38 @@ class Outer:
     def reordered(self, samples: Tensor) -> "Outer":
         """Return the same of the samples in another order, or of some of them."""
         return Outer(self.left[samples], self.right[samples], self.shape)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Gradients whose factors are large and are made of a few samples at a time."""
+
+    make: Callable[[Tensor | slice], Factor]
+    """From samples to their factor."""
+    count: int
+    """Number of samples, N."""
+    few: int
+    """Samples at a time."""
+
+    def square(self) -> Tensor:
+        """Return the squared norm of each sample's gradient, shape (N,)."""
+        return torch.cat([piece.square() for piece in self._pieces()])
+
+    def weighted(self, scale: Tensor) -> Tensor:
+        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,)."""
+        return torch.cat([piece.weighted(scale) for piece in self._pieces()])
+
+    def gradient(self, samples: slice) -> Tensor:
+        """Return the gradients of some samples, shape (n, P...)."""
+        return self.make(samples).gradient(slice(None))
+
+    def reordered(self, samples: Tensor) -> "Pieces":
+        """Return the same of the samples in another order, or of some of them."""
+        return Pieces(lambda some: self.make(samples[some]), len(samples), self.few)
+
+    def _pieces(self) -> Iterator[Factor]:
+        starts = range(0, self.count, self.few)
+        return (self.make(slice(start, start + self.few)) for start in starts)
 
 
 @dataclass(frozen=True)

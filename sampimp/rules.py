@@ -33,7 +33,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sampimp.errors import UnsupportedError
-from sampimp.factors import Explicit, Factor, Outer, Product, Rows
+from sampimp.factors import CHUNK_VALUES, Explicit, Factor, Outer, Pieces, Product, Rows
 
 
 @dataclass(frozen=True)
@@ -187,13 +187,23 @@ def _conv(
         sides = [(size // 2, size - size // 2) for size in whole]
     else:
         sides = [(size, size) for size in _each(0 if padding == "valid" else padding, len(kernel))]
-    positions = delta.shape[2:]
-    input_NTGK = _unfold(
-        _images(batch, input, len(kernel)), sides, kernel, stride, dilation, positions, groups
-    )
     delta_NTGO = delta.flatten(2).unflatten(1, (groups, -1)).permute(0, 3, 1, 2)
-    yield weight, Outer(delta_NTGO, input_NTGK, weight.shape)
+    input = _images(batch, input, len(kernel))
+
+    def make(some: Tensor | slice) -> Outer:
+        input_NTGK = _unfold(input[some], sides, kernel, stride, dilation, delta.shape[2:], groups)
+        return Outer(delta_NTGO[some], input_NTGK, weight.shape)
+
+    yield weight, _in_pieces(make, delta_NTGO, weight)
     yield bias, Explicit(delta.flatten(2).sum(2))
+
+
+def _in_pieces(
+    make: Callable[[Tensor | slice], Factor], side_NTGK: Tensor, weight: Tensor
+) -> Pieces:
+    """Return the factor of a convolution, of as many samples at a time as unfold to a chunk."""
+    unfolded = side_NTGK.shape[1] * side_NTGK.shape[2] * weight[0].numel()
+    return Pieces(make, len(side_NTGK), max(1, CHUNK_VALUES // unfolded))
 
 
 @layer_rule(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
@@ -214,9 +224,13 @@ def _conv_transpose(
     stride, dilation = _each(stride, len(kernel)), _each(dilation, len(kernel))
     sides = [(size, size) for size in _each(padding, len(kernel))]
     positions = _images(batch, input, len(kernel)).shape[2:]
-    delta_NTGK = _unfold(delta, sides, kernel, stride, dilation, positions, groups)
     input_NTGI = input.flatten(2).unflatten(1, (groups, -1)).permute(0, 3, 1, 2)
-    yield weight, Outer(input_NTGI, delta_NTGK, weight.shape)
+
+    def make(some: Tensor | slice) -> Outer:
+        delta_NTGK = _unfold(delta[some], sides, kernel, stride, dilation, positions, groups)
+        return Outer(input_NTGI[some], delta_NTGK, weight.shape)
+
+    yield weight, _in_pieces(make, input_NTGI, weight)
     yield bias, Explicit(delta.flatten(2).sum(2))
 
 
