@@ -140,54 +140,53 @@ class _Direction:
         self,
         cell: Cell,
         weights: Weights,
-        inputs_TNI: Tensor,
+        inputs_NTI: Tensor,
         active: Sequence[int],
         state: State,
         reverse: bool,
     ) -> None:
-        self._cell, self.weights, self._inputs_TNI = cell, weights, inputs_TNI
+        self._cell, self.weights, self._inputs_NTI = cell, weights, inputs_NTI
         self._active = active  # how many sequences go on, the longest are first
         self._order = range(len(active))[:: -1 if reverse else 1]
         self._steps: dict[int, tuple[State, State, State]] = {}  # what is kept, before and after
-        own_TNG = linear(inputs_TNI, weights.input, weights.input_bias)
+        own_NTG = linear(inputs_NTI, weights.input, weights.input_bias)
         for t in self._order:
             before, rest = _split(state, active[t])
             back = linear(before[0], weights.hidden, weights.hidden_bias)
-            after, kept = cell.step(own_TNG[t, : active[t]], back, before)
+            after, kept = cell.step(own_NTG[: active[t], t], back, before)
             self._steps[t] = kept, before, after
             state = _joined(after, rest)
-        self.outputs_TNH = self._sequence({t: step[2][0] for t, step in self._steps.items()})
+        self.outputs_NTH = self._sequence({t: step[2][0] for t, step in self._steps.items()})
 
-    def deltas(self, delta_TNH: Tensor, delta: State) -> tuple[Tensor, Tensor]:
-        """Return delta of own and back (T, N, G), by delta of the outputs and the last state."""
+    def deltas(self, delta_NTH: Tensor, delta: State) -> tuple[Tensor, Tensor]:
+        """Return delta of own and back (N, T, G), by delta of the outputs and the last state."""
         own, back = {}, {}
         for t in reversed(self._order):
             (h, *others), rest = _split(delta, self._active[t])
             own[t], back[t], through, cells = self._cell.retreat(
-                *self._steps[t], (h + delta_TNH[t, : len(h)], *others)
+                *self._steps[t], (h + delta_NTH[: len(h), t], *others)
             )
             h = back[t] @ self.weights.hidden
             delta = _joined((h if through is None else h.add_(through), *cells), rest)
-        own_TNG = self._sequence(own)
-        return own_TNG, own_TNG if own[0] is back[0] else self._sequence(back)
+        own_NTG = self._sequence(own)
+        return own_NTG, own_NTG if own[0] is back[0] else self._sequence(back)
 
     def _sequence(self, parts: Mapping[int, Tensor]) -> Tensor:
-        """Return what there is of each step as (T, N, ...), zero where a sequence has ended."""
+        """Return what there is of each step as (N, T, ...), zero where a sequence has ended."""
         ordered = [parts[t] for t in range(len(parts))]
         if self._active[0] == self._active[-1]:
-            return torch.stack(ordered)
+            return torch.stack(ordered, 1)
         return _padded(torch.cat(ordered), self._active)
 
-    def factors(self, delta_own_TNG: Tensor, delta_back_TNG: Tensor) -> Factors:
+    def factors(self, delta_own_NTG: Tensor, delta_back_NTG: Tensor) -> Factors:
         """Yield those of the parameters."""
-        own, back = delta_own_TNG.transpose(0, 1), delta_back_TNG.transpose(0, 1)
-        befores = self._sequence({t: step[1][0] for t, step in self._steps.items()})
-        inputs, befores = self._inputs_TNI.transpose(0, 1), befores.transpose(0, 1)
-        weights = self.weights
-        yield weights.input, Outer(own.unsqueeze(2), inputs.unsqueeze(2), weights.input.shape)
-        yield weights.hidden, Outer(back.unsqueeze(2), befores.unsqueeze(2), weights.hidden.shape)
-        yield weights.input_bias, Explicit(own.sum(1))
-        yield weights.hidden_bias, Explicit(back.sum(1))
+        before_NTH = self._sequence({t: step[1][0] for t, step in self._steps.items()})
+        for weight, bias, delta_NTG, values_NTK in (
+            (self.weights.input, self.weights.input_bias, delta_own_NTG, self._inputs_NTI),
+            (self.weights.hidden, self.weights.hidden_bias, delta_back_NTG, before_NTH),
+        ):
+            yield weight, Outer(delta_NTG.unsqueeze(2), values_NTK.unsqueeze(2), weight.shape)
+            yield bias, Explicit(delta_NTG.sum(1))
 
 
 def _split(state: State, count: int) -> tuple[State, State]:
@@ -204,11 +203,11 @@ def _joined(state: State, rest: State) -> State:
 def _factors(
     cell: Cell,
     weights: Sequence[Weights],
-    inputs_TNI: Tensor,
+    inputs_NTI: Tensor,
     active: Sequence[int],
     states: State,
     both: bool,
-    delta_TNK: Tensor,
+    delta_NTK: Tensor,
     delta_ends: State,
 ) -> Factors:
     """Run layers on one another, go back, and yield the factors of all parameters.
@@ -221,23 +220,23 @@ def _factors(
             _Direction(
                 cell,
                 weights[first + reverse],
-                inputs_TNI,
+                inputs_NTI,
                 active,
                 tuple(part[first + reverse] for part in states),
                 bool(reverse),
             )
             for reverse in range(1 + both)
         ]
-        inputs_TNI = torch.cat([direction.outputs_TNH for direction in layer], 2)
+        inputs_NTI = torch.cat([direction.outputs_NTH for direction in layer], 2)
         layers.append(layer)
     for number in reversed(range(len(layers))):
-        parts, delta_TNK = delta_TNK.chunk(1 + both, 2), torch.zeros(())
+        parts, delta_NTK = delta_NTK.chunk(1 + both, 2), torch.zeros(())
         for reverse, direction in enumerate(layers[number]):
             ends = tuple(part[number * (1 + both) + reverse] for part in delta_ends)
-            own_TNG, back_TNG = direction.deltas(parts[reverse], ends)
-            yield from direction.factors(own_TNG, back_TNG)
+            own_NTG, back_NTG = direction.deltas(parts[reverse], ends)
+            yield from direction.factors(own_NTG, back_NTG)
             if number:
-                delta_TNK = delta_TNK + own_TNG @ direction.weights.input
+                delta_NTK = delta_NTK + own_NTG @ direction.weights.input
 
 
 def _rule(cell: Cell, batch: Batch, delta: Sequence[Tensor], *args: Any) -> Factors:
@@ -256,30 +255,30 @@ def _rule(cell: Cell, batch: Batch, delta: Sequence[Tensor], *args: Any) -> Fact
             where="a recurrent layer",
             todo="use one layer after another with a Dropout between them, and no proj_size",
         )
-    inputs_TNI, delta_TNK = args[0], delta[0]
+    inputs_NTI, delta_NTK = args[0], delta[0]
     if is_packed:
         active = args[1].tolist()
-        inputs_TNI, delta_TNK = _padded(inputs_TNI, active), _padded(delta_TNK, active)
-    elif rest and rest[0]:  # batch_first
-        inputs_TNI, delta_TNK = inputs_TNI.transpose(0, 1), delta_TNK.transpose(0, 1)
-    if inputs_TNI.shape[1] != batch.size:
+        inputs_NTI, delta_NTK = _padded(inputs_NTI, active), _padded(delta_NTK, active)
+    elif not (rest and rest[0]):  # batch_first
+        inputs_NTI, delta_NTK = inputs_NTI.transpose(0, 1), delta_NTK.transpose(0, 1)
+    if len(inputs_NTI) != batch.size:
         raise UnsupportedError(
             expected=f"{batch.size} sequences, one for each index of the step",
-            got=f"{inputs_TNI.shape[1]}",
+            got=f"{len(inputs_NTI)}",
             where="a recurrent layer",
             todo="name as many samples as the batch has; mind batch_first",
         )
     if not is_packed:
-        active = [batch.size] * len(inputs_TNI)
+        active = [batch.size] * inputs_NTI.shape[1]
     weights = [Weights(*parameters[i : i + each]) for i in range(0, len(parameters), each)]
-    return _factors(cell, weights, inputs_TNI, active, states, both, delta_TNK, tuple(delta[1:]))
+    return _factors(cell, weights, inputs_NTI, active, states, both, delta_NTK, tuple(delta[1:]))
 
 
 def _padded(data: Tensor, active: Sequence[int]) -> Tensor:
-    """Return a packed sequence's data as (T, N, ...), zero where a sequence has ended."""
-    padded = data.new_zeros(len(active), active[0], *data.shape[1:])
-    for row, part in zip(padded, data.split(list(active)), strict=True):
-        row[: len(part)] = part
+    """Return a packed sequence's data as (N, T, ...), zero where a sequence has ended."""
+    padded = data.new_zeros(active[0], len(active), *data.shape[1:])
+    for t, part in enumerate(data.split(list(active))):
+        padded[: len(part), t] = part
     return padded
 
 
@@ -291,9 +290,9 @@ def _cell_rule(
     delta = (delta,) if isinstance(delta, Tensor) else delta
     batch.first(input)  # says what is wrong
     before, ends = (tuple(part[None] for part in parts) for parts in (states, delta))
-    nothing = torch.zeros_like(ends[0])  # what leaves a step is its state alone
+    nothing = torch.zeros_like(ends[0]).transpose(0, 1)  # what leaves a step is its state alone
     weights = [Weights(*parameters)]
-    return _factors(cell, weights, input[None], [len(input)], before, False, nothing, ends)
+    return _factors(cell, weights, input[:, None], [len(input)], before, False, nothing, ends)
 
 
 for _name, _cell in CELLS.items():
