@@ -214,6 +214,10 @@ def _factors(
 
     The states before and delta of the last ones are (layers * directions, N, H) each.
     """
+    dtype = weights[0].input.dtype  # under autocast, what comes and goes has another one
+    inputs_NTI, delta_NTK = inputs_NTI.to(dtype), delta_NTK.to(dtype)
+    states = tuple(part.to(dtype) for part in states)
+    delta_ends = tuple(part.to(dtype) for part in delta_ends)
     layers: list[list[_Direction]] = []
     for first in range(0, len(weights), 1 + both):
         layer = [

@@ -354,6 +354,25 @@ def test_trained_parameters_are_the_same_bits(family, optimizer):
         assert torch.equal(plain, recorded)
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LSTM, nn.GRU, nn.RNN])
+def test_autocast_is_as_exact_as_its_precision(kind):
+    def beta(enabled):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(4, 4), kind(4, 3)).float()
+        inputs = torch.randn(networks.T, N, 4).float()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1)
+        recorder = ImportanceRecorder(model, optimizer, batch_dim=1)
+        with recorder.step(range(N), epoch=1):
+            with torch.autocast("cpu", enabled=enabled):
+                output = model(inputs)
+            output = output if kind is nn.Linear else output[0]
+            output.square().sum().backward()
+            optimizer.step()
+        return recorder.pop_epoch(1, N)
+
+    torch.testing.assert_close(beta(True), beta(False), rtol=0.05, atol=0)  # bfloat16: 2^-8
+
+
 # Other libraries, where they know the layer.
 
 OTHERS = {
