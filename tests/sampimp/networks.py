@@ -491,6 +491,23 @@ CASES: dict[str, Callable[[], Case]] = {
         Calls(lambda s, x: (x / s.a.exp()).abs() ** s.b, a=parameter(4), b=parameter(4)),
         torch.randn(N, T, 4),
     ),
+    "a token in place of some": lambda: Case(
+        Calls(lambda s, x, m: torch.where(m[..., None], s.token, x), token=parameter(4)),
+        torch.randn(N, T, 4),
+        torch.tensor([[True] * T, [False] * T, [True, False] * 2]),
+    ),
+    "as many positions as samples": lambda: Case(
+        Calls(lambda s, x: s.l(x + s.places), places=parameter(N, 4), l=nn.Linear(4, 3)),
+        torch.randn(N, N, 4),
+    ),
+    "distances and a temperature": lambda: Case(
+        Calls(lambda s, x: torch.cdist(x, s.w) * s.t.exp(), w=parameter(3, 4), t=parameter()),
+        torch.randn(N, 4),
+    ),
+    "an initial state": lambda: Case(
+        Calls(lambda s, x: s.c(x, s.h.expand(len(x), 3)), h=parameter(3), c=nn.GRUCell(4, 3)),
+        torch.randn(N, 4),
+    ),
     "a table that is indexed": lambda: Case(
         Calls(lambda s, x, i: x * s.w[i], w=parameter(6, 4)), torch.randn(N, 4), tokens(N)
     ),
