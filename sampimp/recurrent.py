@@ -13,7 +13,7 @@ states before. Only what hangs on the step before is in the loops; the rest is o
 Shape suffixes: N samples, T steps, I inputs, H units, G gates times units.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -41,14 +41,13 @@ class Weights(NamedTuple):
 class Cell(Protocol):
     """The arithmetic of one kind of layer."""
 
-    def step(self, own: Tensor, back: Tensor, state: State) -> State:
-        """Return the state after a step."""
+    def step(self, own: Tensor, back: Tensor, state: State) -> tuple[State, State]:
+        """Return the state after a step, and what else `retreat` needs."""
 
-    def slopes(self, own: Tensor, back: Tensor, before: State, after: State) -> State:
-        """Return what `retreat` needs, of any number of steps at once."""
-
-    def retreat(self, slopes: State, delta: State) -> tuple[Tensor, Tensor, State]:
-        """Return delta of own and back, and of the state before as far as not through back."""
+    def retreat(
+        self, kept: State, before: State, after: State, delta: State
+    ) -> tuple[Tensor, Tensor, Tensor | None, State]:
+        """Return delta of own, of back, of h before (but for back), and of c before."""
 
 
 class SimpleCell:
@@ -57,85 +56,73 @@ class SimpleCell:
     def __init__(self, squash: str) -> None:
         self._squash = squash
 
-    def step(self, own: Tensor, back: Tensor, state: State) -> State:
+    def step(self, own: Tensor, back: Tensor, state: State) -> tuple[State, State]:
         """Return the state after a step."""
         gates = own + back
-        return (gates.tanh() if self._squash == "tanh" else gates.relu(),)
+        return (gates.tanh_() if self._squash == "tanh" else gates.relu_(),), ()
 
-    def slopes(self, own: Tensor, back: Tensor, before: State, after: State) -> State:
-        """Return dh/dgates."""
+    def retreat(
+        self, kept: State, before: State, after: State, delta: State
+    ) -> tuple[Tensor, Tensor, Tensor | None, State]:
+        """Return the deltas a step before."""
         (h,) = after
-        return (1 - h.square() if self._squash == "tanh" else h.sign(),)
-
-    def retreat(self, slopes: State, delta: State) -> tuple[Tensor, Tensor, State]:
-        """Return the deltas of a step before."""
-        gates = delta[0] * slopes[0]
-        return gates, gates, (torch.zeros_like(gates),)
+        gates = delta[0] * (1 - h.square() if self._squash == "tanh" else h.sign())
+        return gates, gates, None, ()
 
 
 class LstmCell:
     """Of h and c, as above."""
 
-    def step(self, own: Tensor, back: Tensor, state: State) -> State:
-        """Return the state after a step."""
-        admit, forget, content, show = (own + back).chunk(4, -1)
-        cell = (forget.sigmoid() * state[1]).addcmul_(admit.sigmoid(), content.tanh())
-        return show.sigmoid() * cell.tanh(), cell
-
-    def slopes(self, own: Tensor, back: Tensor, before: State, after: State) -> State:
-        """Return dc/d(i, f, g), dh/do, dh/dc and dc/dc_before."""
+    def step(self, own: Tensor, back: Tensor, state: State) -> tuple[State, State]:
+        """Return the state after a step, the gates and tanh(c)."""
         gates = own + back
-        admit, forget, content, show = gates.chunk(4, -1)
-        content = content.tanh()
-        admit, forget, show = admit.sigmoid(), forget.sigmoid(), show.sigmoid()
-        shown = after[1].tanh()
-        gates = torch.stack(
-            [
-                content * admit * (1 - admit),
-                before[1] * forget * (1 - forget),
-                admit * (1 - content.square()),
-            ],
-            -2,
-        )
-        return gates, shown * show * (1 - show), show * (1 - shown.square()), forget
+        content = gates.chunk(4, 1)[2].tanh()
+        admit, forget, place, show = gates.sigmoid_().chunk(4, 1)
+        place.copy_(content)
+        cell = (forget * state[1]).addcmul_(admit, content)
+        shown = cell.tanh()
+        return (show * shown, cell), (gates, shown)
 
-    def retreat(self, slopes: State, delta: State) -> tuple[Tensor, Tensor, State]:
-        """Return the deltas of a step before."""
-        h, cell = delta
-        cell = torch.addcmul(cell, h, slopes[2])
-        gates = torch.cat([(cell.unsqueeze(1) * slopes[0]).flatten(1), h * slopes[1]], 1)
-        return gates, gates, (torch.zeros_like(h), cell * slopes[3])
+    def retreat(
+        self, kept: State, before: State, after: State, delta: State
+    ) -> tuple[Tensor, Tensor, Tensor | None, State]:
+        """Return the deltas a step before."""
+        gates, shown = kept
+        admit, forget, content, show = gates.chunk(4, 1)
+        # dh/dc = s(o) (1 - tanh(c)^2) with h = s(o) tanh(c)
+        cell = delta[1].addcmul(delta[0], torch.addcmul(show, after[0], shown, value=-1))
+        slopes = torch.addcmul(gates, gates, gates, value=-1)  # of the sigmoid, s (1 - s)
+        by_admit, by_forget, by_content, by_show = slopes.chunk(4, 1)
+        by_admit.mul_(content).mul_(cell)
+        by_forget.mul_(before[1]).mul_(cell)
+        torch.mul(admit - admit * content.square(), cell, out=by_content)
+        by_show.mul_(shown).mul_(delta[0])
+        return slopes, slopes, None, (cell.mul_(forget),)
 
 
 class GruCell:
     """Of h, as above."""
 
-    def step(self, own: Tensor, back: Tensor, state: State) -> State:
-        """Return the state after a step."""
-        _, keep, content, _ = self._gates(own, back)
-        return (torch.lerp(content, state[0], keep),)
+    def step(self, own: Tensor, back: Tensor, state: State) -> tuple[State, State]:
+        """Return the state after a step, s(r), s(z), tanh(n) and the part of back in n."""
+        units = state[0].shape[1]
+        both = (own[:, : 2 * units] + back[:, : 2 * units]).sigmoid_()
+        reset, keep = both.chunk(2, 1)
+        back_content = back[:, 2 * units :]
+        content = torch.addcmul(own[:, 2 * units :], reset, back_content).tanh_()
+        return (torch.lerp(content, state[0], keep),), (reset, keep, content, back_content)
 
-    def slopes(self, own: Tensor, back: Tensor, before: State, after: State) -> State:
-        """Return dh/down, dh/dback and dh/dh_before, this but for back."""
-        reset, keep, content, back_content = self._gates(own, back)
-        slope = (1 - keep) * (1 - content.square())
-        by_reset = slope * back_content * reset * (1 - reset)
-        by_keep = (before[0] - content) * keep * (1 - keep)
-        by_own = torch.stack([by_reset, by_keep, slope], -2)
-        return by_own, torch.stack([by_reset, by_keep, slope * reset], -2), keep
-
-    def retreat(self, slopes: State, delta: State) -> tuple[Tensor, Tensor, State]:
-        """Return the deltas of a step before."""
-        (h,) = delta
-        own, back = ((h.unsqueeze(1) * slope).flatten(1) for slope in slopes[:2])
-        return own, back, (h * slopes[2],)
-
-    @staticmethod
-    def _gates(own: Tensor, back: Tensor) -> State:
-        own_reset, own_keep, own_content = own.chunk(3, -1)
-        back_reset, back_keep, back_content = back.chunk(3, -1)
-        reset, keep = (own_reset + back_reset).sigmoid(), (own_keep + back_keep).sigmoid()
-        return reset, keep, torch.addcmul(own_content, reset, back_content).tanh(), back_content
+    def retreat(
+        self, kept: State, before: State, after: State, delta: State
+    ) -> tuple[Tensor, Tensor, Tensor | None, State]:
+        """Return the deltas a step before."""
+        (h,), (reset, keep, content, back_content) = delta, kept
+        through = h * keep
+        by_content = (h - through).mul_(1 - content.square())
+        by_reset = (by_content * back_content).mul_(reset - reset.square())
+        by_keep = (before[0] - content).mul_(through).mul_(1 - keep)
+        own = torch.cat([by_reset, by_keep, by_content], 1)
+        return own, torch.cat([by_reset, by_keep, by_content * reset], 1), through, ()
 
 
 CELLS: dict[str, Cell] = {
@@ -153,94 +140,107 @@ class _Direction:
         self,
         cell: Cell,
         weights: Weights,
-        inputs_TNI: Tensor,
+        inputs_NTI: Tensor,
         active: Sequence[int],
         state: State,
         reverse: bool,
     ) -> None:
-        self._cell, self.weights, self._inputs_TNI = cell, weights, inputs_TNI
-        steps = [(t, slice(count)) for t, count in enumerate(active)]  # the longest are first
-        self._steps = steps[::-1] if reverse else steps
-        own_TNG = linear(inputs_TNI, weights.input, weights.input_bias)
-        back_TNG = torch.zeros_like(own_TNG)
-        self._befores = tuple(part.new_zeros(len(active), *part.shape) for part in state)
-        afters = tuple(map(torch.zeros_like, self._befores))
-        state = tuple(part.clone() for part in state)
-        for t, some in self._steps:
-            before = tuple(part[some] for part in state)
+        self._cell, self.weights, self._inputs_NTI = cell, weights, inputs_NTI
+        self._active = active  # how many sequences go on, the longest are first
+        self._order = range(len(active))[:: -1 if reverse else 1]
+        self._steps: dict[int, tuple[State, State, State]] = {}  # what is kept, before and after
+        own_NTG = linear(inputs_NTI, weights.input, weights.input_bias)
+        for t in self._order:
+            before, rest = _split(state, active[t])
             back = linear(before[0], weights.hidden, weights.hidden_bias)
-            after = cell.step(own_TNG[t, some], back, before)
-            back_TNG[t, some] = back
-            for k, part in enumerate(state):
-                self._befores[k][t, some], afters[k][t, some] = before[k], after[k]
-                part[some] = after[k]
-        self._slopes = cell.slopes(own_TNG, back_TNG, self._befores, afters)
-        self.outputs_TNH = afters[0]
+            after, kept = cell.step(own_NTG[: active[t], t], back, before)
+            self._steps[t] = kept, before, after
+            state = _joined(after, rest)
+        self.outputs_NTH = self._sequence({t: step[2][0] for t, step in self._steps.items()})
 
-    def deltas(self, delta_TNH: Tensor, delta_ends: State) -> tuple[Tensor, Tensor]:
-        """Return delta of own and back (T, N, G), by delta of the outputs and the last states."""
-        shape = *delta_TNH.shape[:2], len(self.weights.input)
-        own_TNG, back_TNG = delta_TNH.new_zeros(shape), delta_TNH.new_zeros(shape)
-        deltas = tuple(part.clone() for part in delta_ends)
-        for t, some in reversed(self._steps):
-            after = deltas[0][some] + delta_TNH[t, some], *(part[some] for part in deltas[1:])
-            own, back, before = self._cell.retreat(
-                tuple(slope[t, some] for slope in self._slopes), after
+    def deltas(self, delta_NTH: Tensor, delta: State) -> tuple[Tensor, Tensor]:
+        """Return delta of own and back (N, T, G), by delta of the outputs and the last state."""
+        own, back = {}, {}
+        for t in reversed(self._order):
+            (h, *others), rest = _split(delta, self._active[t])
+            own[t], back[t], through, cells = self._cell.retreat(
+                *self._steps[t], (h + delta_NTH[: len(h), t], *others)
             )
-            own_TNG[t, some], back_TNG[t, some] = own, back
-            deltas[0][some] = torch.addmm(before[0], back, self.weights.hidden)
-            for part, value in zip(deltas[1:], before[1:], strict=True):
-                part[some] = value
-        return own_TNG, back_TNG
+            h = back[t] @ self.weights.hidden
+            delta = _joined((h if through is None else h.add_(through), *cells), rest)
+        own_NTG = self._sequence(own)
+        return own_NTG, own_NTG if own[0] is back[0] else self._sequence(back)
 
-    def factors(self, delta_own_TNG: Tensor, delta_back_TNG: Tensor) -> Factors:
+    def _sequence(self, parts: Mapping[int, Tensor]) -> Tensor:
+        """Return what there is of each step as (N, T, ...), zero where a sequence has ended."""
+        ordered = [parts[t] for t in range(len(parts))]
+        if self._active[0] == self._active[-1]:
+            return torch.stack(ordered, 1)
+        return _padded(torch.cat(ordered), self._active)
+
+    def factors(self, delta_own_NTG: Tensor, delta_back_NTG: Tensor) -> Factors:
         """Yield those of the parameters."""
-        own, back = delta_own_TNG.transpose(0, 1), delta_back_TNG.transpose(0, 1)
-        inputs, befores = self._inputs_TNI.transpose(0, 1), self._befores[0].transpose(0, 1)
-        weights = self.weights
-        yield weights.input, Outer(own.unsqueeze(2), inputs.unsqueeze(2), weights.input.shape)
-        yield weights.hidden, Outer(back.unsqueeze(2), befores.unsqueeze(2), weights.hidden.shape)
-        yield weights.input_bias, Explicit(own.sum(1))
-        yield weights.hidden_bias, Explicit(back.sum(1))
+        before_NTH = self._sequence({t: step[1][0] for t, step in self._steps.items()})
+        for weight, bias, delta_NTG, values_NTK in (
+            (self.weights.input, self.weights.input_bias, delta_own_NTG, self._inputs_NTI),
+            (self.weights.hidden, self.weights.hidden_bias, delta_back_NTG, before_NTH),
+        ):
+            yield weight, Outer(delta_NTG.unsqueeze(2), values_NTK.unsqueeze(2), weight.shape)
+            yield bias, Explicit(delta_NTG.sum(1))
+
+
+def _split(state: State, count: int) -> tuple[State, State]:
+    """Return the state of the sequences that go on, and of those that have ended."""
+    if count == len(state[0]):
+        return state, ()
+    return tuple(part[:count] for part in state), tuple(part[count:] for part in state)
+
+
+def _joined(state: State, rest: State) -> State:
+    return tuple(map(torch.cat, zip(state, rest, strict=True))) if rest else state
 
 
 def _factors(
     cell: Cell,
     weights: Sequence[Weights],
-    inputs_TNI: Tensor,
+    inputs_NTI: Tensor,
     active: Sequence[int],
     states: State,
     both: bool,
-    delta_TNK: Tensor,
+    delta_NTK: Tensor,
     delta_ends: State,
 ) -> Factors:
     """Run layers on one another, go back, and yield the factors of all parameters.
 
     The states before and delta of the last ones are (layers * directions, N, H) each.
     """
+    dtype = weights[0].input.dtype  # under autocast, what comes and goes has another one
+    inputs_NTI, delta_NTK = inputs_NTI.to(dtype), delta_NTK.to(dtype)
+    states = tuple(part.to(dtype) for part in states)
+    delta_ends = tuple(part.to(dtype) for part in delta_ends)
     layers: list[list[_Direction]] = []
     for first in range(0, len(weights), 1 + both):
         layer = [
             _Direction(
                 cell,
                 weights[first + reverse],
-                inputs_TNI,
+                inputs_NTI,
                 active,
                 tuple(part[first + reverse] for part in states),
                 bool(reverse),
             )
             for reverse in range(1 + both)
         ]
-        inputs_TNI = torch.cat([direction.outputs_TNH for direction in layer], 2)
+        inputs_NTI = torch.cat([direction.outputs_NTH for direction in layer], 2)
         layers.append(layer)
     for number in reversed(range(len(layers))):
-        parts, delta_TNK = delta_TNK.chunk(1 + both, 2), torch.zeros(())
+        parts, delta_NTK = delta_NTK.chunk(1 + both, 2), torch.zeros(())
         for reverse, direction in enumerate(layers[number]):
             ends = tuple(part[number * (1 + both) + reverse] for part in delta_ends)
-            own_TNG, back_TNG = direction.deltas(parts[reverse], ends)
-            yield from direction.factors(own_TNG, back_TNG)
+            own_NTG, back_NTG = direction.deltas(parts[reverse], ends)
+            yield from direction.factors(own_NTG, back_NTG)
             if number:
-                delta_TNK = delta_TNK + own_TNG @ direction.weights.input
+                delta_NTK = delta_NTK + own_NTG @ direction.weights.input
 
 
 def _rule(cell: Cell, batch: Batch, delta: Sequence[Tensor], *args: Any) -> Factors:
@@ -259,30 +259,30 @@ def _rule(cell: Cell, batch: Batch, delta: Sequence[Tensor], *args: Any) -> Fact
             where="a recurrent layer",
             todo="use one layer after another with a Dropout between them, and no proj_size",
         )
-    inputs_TNI, delta_TNK = args[0], delta[0]
+    inputs_NTI, delta_NTK = args[0], delta[0]
     if is_packed:
         active = args[1].tolist()
-        inputs_TNI, delta_TNK = _padded(inputs_TNI, active), _padded(delta_TNK, active)
-    elif rest and rest[0]:  # batch_first
-        inputs_TNI, delta_TNK = inputs_TNI.transpose(0, 1), delta_TNK.transpose(0, 1)
-    if inputs_TNI.shape[1] != batch.size:
+        inputs_NTI, delta_NTK = _padded(inputs_NTI, active), _padded(delta_NTK, active)
+    elif not (rest and rest[0]):  # batch_first
+        inputs_NTI, delta_NTK = inputs_NTI.transpose(0, 1), delta_NTK.transpose(0, 1)
+    if len(inputs_NTI) != batch.size:
         raise UnsupportedError(
             expected=f"{batch.size} sequences, one for each index of the step",
-            got=f"{inputs_TNI.shape[1]}",
+            got=f"{len(inputs_NTI)}",
             where="a recurrent layer",
             todo="name as many samples as the batch has; mind batch_first",
         )
     if not is_packed:
-        active = [batch.size] * len(inputs_TNI)
+        active = [batch.size] * inputs_NTI.shape[1]
     weights = [Weights(*parameters[i : i + each]) for i in range(0, len(parameters), each)]
-    return _factors(cell, weights, inputs_TNI, active, states, both, delta_TNK, tuple(delta[1:]))
+    return _factors(cell, weights, inputs_NTI, active, states, both, delta_NTK, tuple(delta[1:]))
 
 
 def _padded(data: Tensor, active: Sequence[int]) -> Tensor:
-    """Return a packed sequence's data as (T, N, ...), zero where a sequence has ended."""
-    padded = data.new_zeros(len(active), active[0], *data.shape[1:])
-    for row, part in zip(padded, data.split(list(active)), strict=True):
-        row[: len(part)] = part
+    """Return a packed sequence's data as (N, T, ...), zero where a sequence has ended."""
+    padded = data.new_zeros(active[0], len(active), *data.shape[1:])
+    for t, part in enumerate(data.split(list(active))):
+        padded[: len(part), t] = part
     return padded
 
 
@@ -294,9 +294,9 @@ def _cell_rule(
     delta = (delta,) if isinstance(delta, Tensor) else delta
     batch.first(input)  # says what is wrong
     before, ends = (tuple(part[None] for part in parts) for parts in (states, delta))
-    nothing = torch.zeros_like(ends[0])  # what leaves a step is its state alone
+    nothing = torch.zeros_like(ends[0]).transpose(0, 1)  # what leaves a step is its state alone
     weights = [Weights(*parameters)]
-    return _factors(cell, weights, input[None], [len(input)], before, False, nothing, ends)
+    return _factors(cell, weights, input[:, None], [len(input)], before, False, nothing, ends)
 
 
 for _name, _cell in CELLS.items():
