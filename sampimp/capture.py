@@ -335,7 +335,7 @@ class Capture(TorchFunctionMode):
                 # gradient of that one would have both parts in it.
                 output = tuple(t.view_as(t) if isinstance(t, Tensor) else t for t in output)
             self._meet(function, args, kwargs, output, roots)
-        else:
+        elif function not in _MAKES_DATA or output.shape[:1] != (self._batch.size,):
             for tensor in (output,) if isinstance(output, Tensor) else output:
                 if isinstance(tensor, Tensor) and id(tensor) not in self._free:
                     tensor._sampimp_roots = frozenset(roots)  # type: ignore[attr-defined]
@@ -650,6 +650,11 @@ _IDLE = {
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.is_contiguous),
 }
 """What is called often and concerns no importance."""
+_MAKES_DATA = {
+    *(torch.tensor, torch.as_tensor, torch.from_numpy),
+    *(torch.rand, torch.randn, torch.randint, torch.normal),
+}
+"""What makes data of the samples inside a step, where there is as much as there are samples."""
 _EXPANSIONS = {
     *(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat)
 }

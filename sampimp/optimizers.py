@@ -16,8 +16,9 @@ no part of its own in D; where it is coupled, it moves the point at which D is t
 At its very first step Adam's update is nearly -lr sign(g), which hardly moves with g: D is
 -lr eps / (|g| + eps)^2, almost 0, but where the samples' gradients cancel to the size of eps: there
 it is up to lr / eps. So the first batch of a run under Adam (and under Adagrad that starts from 0)
-has almost no importance in most entries, and in a few of them more than all later ones together. In float32 what is
-computed there is the rounding of two equal terms, about 1e-6 of D at later steps.
+has almost no importance in most entries, and in a few of them more than all later ones together.
+In float32 what is computed there is the rounding of two equal terms, about 1e-6 of D at later
+steps.
 
 Map: `UpdateDerivative` (D of each parameter at each step), `derivative_rule` and `DerivativeRule`
 (how one kind of optimizer gets its D, and how to add one), `ParameterStep` (what a rule sees),

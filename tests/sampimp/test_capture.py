@@ -498,6 +498,16 @@ def own_losses(model, inputs, labels):
     return functional.cross_entropy(model(inputs), labels, reduction="none")
 
 
+def test_a_batch_may_be_made_in_the_step():
+    model, (inputs, labels) = oracles.tiny_mlp(), batch()
+    optimizer, values = SGD(model.parameters(), lr=0.2), inputs.numpy()
+    expected = oracles.importance_by_autograd(model, optimizer, inputs, labels)
+    recorder = ImportanceRecorder(model, optimizer)
+    with recorder.step(range(6), epoch=1):
+        train_step(model, optimizer, torch.as_tensor(values), labels)
+    assert oracles.close(recorder.pop_epoch(1, 6), expected)
+
+
 def test_several_passes_forward_are_one_loss():
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     optimizer = SGD(model.parameters(), lr=0.2)
