@@ -335,7 +335,7 @@ class Capture(TorchFunctionMode):
                 # gradient of that one would have both parts in it.
                 output = tuple(t.view_as(t) if isinstance(t, Tensor) else t for t in output)
             self._meet(function, args, kwargs, output, roots)
-        elif function not in _MAKES_DATA or output.shape[:1] != (self._batch.size,):
+        elif function not in _MAKES_DATA or np.shape(output)[:1] != (self._batch.size,):
             for tensor in (output,) if isinstance(output, Tensor) else output:
                 if isinstance(tensor, Tensor) and id(tensor) not in self._free:
                     tensor._sampimp_roots = frozenset(roots)  # type: ignore[attr-defined]
