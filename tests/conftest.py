@@ -13,8 +13,13 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ["AWS_CONFIG_FILE"] = f"{tempfile.gettempdir()}/sampimp-tests-{os.getpid()}/config"
 os.environ["AWS_SHARED_CREDENTIALS_FILE"] = f"{os.environ['AWS_CONFIG_FILE']}-credentials"
 
+import dask
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+# Threads cost a quarter of the analyses' time where the arrays are as small as here; those that
+# tests/analysis/test_schedulers.py compares are named there.
+dask.config.set(scheduler="synchronous")
 
 FINISHED = tuple(
     f"tests/sweeps/test_{name}.py"

@@ -69,13 +69,14 @@ def assert_identical(found, expected):
 
 
 def test_distributed_computes_what_threads_compute(study, scheduler):
+    before = dask.config.get("scheduler")
     with use_scheduler("threads"):
         expected = compute(study)
     with use_scheduler("distributed", scheduler):
         assert_identical(compute(study), expected)
         # Which fails outside of a worker.
         assert dask.compute(dask.delayed(lambda: distributed.get_worker().address)())
-    assert dask.config.get("scheduler", None) is None
+    assert dask.config.get("scheduler") == before
 
 
 def test_its_address_is_found_in_the_environments_place(study, scheduler):

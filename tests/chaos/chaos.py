@@ -3,10 +3,11 @@
 python tests/chaos/chaos.py --deaths 20 --seed 1
 
 A schedule drawn from the seed says after how many epochs something dies, and what: the driver, a
-trial's worker, the raylet or the whole head (`kill -9`, by process id). Where the driver is dead,
-its store is hurt as well: a checkpoint torn, a manifest truncated, a chunk deleted or changed. The
-same command is then run again until the study is done. Two scenes follow, of a disk that is full
-and then enlarged, and of a store that is read-only for a while (both need root, for a tmpfs).
+trial's worker, the raylet or the whole head (`kill -9`, by process id), or that Ctrl-C is pressed.
+Where the driver is dead, its store is hurt as well: a checkpoint torn, a manifest truncated, a
+chunk deleted or changed. The same command is then run again until the study is done. Two scenes
+follow, of a disk that is full and then enlarged, and of a store that is read-only for a while
+(both need root, for a tmpfs).
 
 What has to come of it: every array of every trial bit-identical with the study that nothing
 happened to, and at most one epoch trained again for each death and running trial.
@@ -43,7 +44,7 @@ STUDY = (
 )
 """The reference run, three that wait for nothing, and six that sort by it."""
 
-KINDS = ("driver", "worker", "raylet", "head")
+KINDS = ("driver", "worker", "raylet", "head", "Ctrl-C")
 HURTS = ("torn checkpoint", "truncated manifest", "deleted chunk", "changed chunk")
 QUIET = Console(quiet=True)
 
@@ -109,7 +110,7 @@ def lost_epochs(out: Path) -> list[int]:
 
 def victims(driver: Driver, kind: str) -> list[int]:
     """Return the processes that are to die; none if there is no such process now."""
-    if kind == "driver":
+    if kind in ("driver", "Ctrl-C"):
         return [driver.process.pid]
     found = {pid: command_of(pid) for pid in driver.family.alive()}
     workers = [pid for pid, command in found.items() if command.startswith("ray::Trial")]
@@ -118,6 +119,17 @@ def victims(driver: Driver, kind: str) -> list[int]:
     if not workers:
         return []
     return {"worker": workers[:1], "raylet": raylets, "head": raylets + servers}[kind]
+
+
+def interrupt(driver: Driver) -> None:
+    """Press Ctrl-C, and see the command end at once and in good order."""
+    driver.interrupt()
+    code, text = driver.communicate()
+    assert code in (0, 130), text  # it may be done by then
+    assert "Traceback" not in text, text
+    assert code == 0 or text.splitlines()[-1] == (
+        "Interrupted. What is committed is kept; the same command continues."
+    ), text
 
 
 def hurt(out: Path, kind: str, chance: random.Random) -> bool:
@@ -170,11 +182,15 @@ def torment(out: Path, deaths: int, seed: int, say: Console) -> Tally:
                     driver = start(out, tally)
                 time.sleep(0.01)
             time.sleep(chance.uniform(0, 0.2))  # at any time of an epoch
-            for pid in dying:
-                kill(pid)
+            if kind == "Ctrl-C":
+                interrupt(driver)
+            else:
+                for pid in dying:
+                    kill(pid)
             died, before, begun = time.monotonic(), progress(out), sum(attempts(out).values())
             tally.deaths[kind] += 1
-            say.print(f"{before:>4} of {TRIALS * EPOCHS} epochs: {kind} killed", highlight=False)
+            what = "Ctrl-C pressed" if kind == "Ctrl-C" else f"{kind} killed"
+            say.print(f"{before:>4} of {TRIALS * EPOCHS} epochs: {what}", highlight=False)
             if kind != "worker":  # the driver of a head or a raylet that is gone goes as well
                 driver.family.alive()
                 driver.close(0)
@@ -363,7 +379,9 @@ def main(deaths: int = 20, seed: int = 1, scenes: bool = True) -> int:
         for kind in KINDS:
             waits = sorted(tally.waits.get(kind, [0.0]))
             table.add_row(
-                f"kill -9: {kind}", str(tally.deaths[kind]), f"{waits[len(waits) // 2]:.1f}"
+                kind if kind == "Ctrl-C" else f"kill -9: {kind}",
+                str(tally.deaths[kind]),
+                f"{waits[len(waits) // 2]:.1f}",
             )
         for kind in HURTS:
             table.add_row(kind, str(tally.hurts[kind]), "")

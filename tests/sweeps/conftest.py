@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import ray
-from processes import DOOR, Driver
+from processes import Driver
 from rich.console import Console
 
 from sweeps import study
@@ -29,20 +29,6 @@ FIVE_TRIALS = (*TINY, "--strategies", "nlo", "rand", "--seeds", "1", "2")
 """The reference run, two that wait for it, and two that do not."""
 
 RunStudy = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def drive() -> Iterator[Callable[..., Driver]]:
-    """Start drivers that end with the test."""
-    drivers: list[Driver] = []
-
-    def start(out: Path, *arguments: str, door: str = DOOR) -> Driver:
-        drivers.append(Driver(out, arguments, door=door))
-        return drivers[-1]
-
-    yield start
-    for driver in drivers:
-        driver.close()
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
-from processes import TRAIN
 from rich.console import Console
 
 import sampimp
 from sampimp.data import load_source
 from sampimp.folder import Folder
-from sampimp.plan import PlannedTrial, read_commits, read_plan
+from sampimp.plan import PlannedTrial, read_plan
 from sweeps import searcher
 from sweeps.study import conclude, make_plan, parse
 
@@ -29,15 +28,6 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and "analysis" not in path.relative_to(folder).parts
     }
-
-
-def assert_same_numbers(out: Path, expected: Path) -> None:
-    """Every array of every trial has the same bytes, and nobody is missing."""
-    assert set(read_commits(Folder.of(out))) == set(read_commits(Folder.of(expected)))
-    cube, wanted = (sampimp.open_cube(folder)["digits"].to_dataset() for folder in (out, expected))
-    assert set(cube.data_vars) == set(wanted.data_vars)
-    for name in wanted.variables:
-        np.testing.assert_array_equal(cube[name].values, wanted[name].values, name)
 
 
 def assert_quiet(text: str) -> None:
@@ -132,28 +122,6 @@ def test_a_dry_run_of_a_study_that_is_there_leaves_it_as_it_is(tiny, finished, r
     assert code == 0
     assert "10 in all, 5 of them missing" in text  # sim with its five seeds
     assert files(finished.out) == before
-
-
-def test_interrupted_it_ends_with_the_same_numbers(finished, drive, run_study, tmp_path):
-    """Press Ctrl-C; for all that may be killed, see tests/chaos."""
-    out = tmp_path / "study"
-    driver = drive(out, *finished.arguments, door=TRAIN)
-    driver.wait_until(lambda: any(out.glob("trials/*/COMMIT.json")))
-    driver.interrupt()
-    code, text = driver.communicate()
-    driver.close()
-    # Five trials of three epochs take two seconds on a quiet machine, and the signal can come
-    # when the last of them is done. What it must not do is to change the numbers.
-    assert code in (0, 130), text
-    if code == 130:
-        assert text.splitlines()[-1] == (
-            "Interrupted. What is committed is kept; the same command continues."
-        )
-    assert_quiet(text)
-
-    code, text = run_study(out, *finished.arguments)
-    assert code == 0, text
-    assert_same_numbers(out, finished.out)
 
 
 def test_a_trial_that_fails_stops_only_those_that_wait_for_it(
