@@ -14,7 +14,7 @@ import sampimp
 from sampimp.data import load_source
 from sampimp.folder import Folder
 from sampimp.plan import PlannedTrial, read_plan
-from sweeps import searcher
+from sweeps import full_study, searcher
 from sweeps.study import conclude, make_plan, parse
 
 NOISE = ("warning", "traceback", "ray::", "(pid=", "raylet", "tune", "deprecat", "trial name")
@@ -122,6 +122,18 @@ def test_a_dry_run_of_a_study_that_is_there_leaves_it_as_it_is(tiny, finished, r
     assert code == 0
     assert "10 in all, 5 of them missing" in text  # sim with its five seeds
     assert files(finished.out) == before
+
+
+def test_ctrl_c_is_said(monkeypatch, tmp_path, capsys):
+    """That the same command then ends with the same numbers, `make chaos` shows."""
+
+    def interrupt(config, console):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(full_study, "run", interrupt)
+    assert full_study.main(["--preset", "digits", "--out", str(tmp_path)]) == 130
+    text = "".join(capsys.readouterr())
+    assert text == "Interrupted. What is committed is kept; the same command continues.\n"
 
 
 def test_a_trial_that_fails_stops_only_those_that_wait_for_it(
