@@ -5,7 +5,8 @@ nothing to do with the tests; and it listens on the loopback alone.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,9 @@ TINY = (
 
 FIVE_TRIALS = (*TINY, "--strategies", "nlo", "rand", "--seeds", "1", "2")
 """The reference run, two that wait for it, and two that do not."""
+
+ONE_BY_ONE = ("--max-concurrent", "1")
+"""One process, for trials that take less time than another process needs to start."""
 
 RunStudy = Callable[..., tuple[int, str]]
 
@@ -81,7 +85,7 @@ def cluster() -> Iterator[Cluster]:
 def run_study(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> RunStudy:
     """Run a study on the tests' cluster; return its exit code and what it printed."""
     monkeypatch.setattr(study, "connect", lambda address: cluster)
-    return _run
+    return partial(_run, ONE_BY_ONE)
 
 
 @pytest.fixture
@@ -94,10 +98,10 @@ def run_untrained(monkeypatch: pytest.MonkeyPatch) -> RunStudy:
     machines = Cluster("no cluster", (Machines(1, cpus=2, gpus=0),))
     monkeypatch.setattr(study, "connect", lambda address: machines)
     monkeypatch.setattr(study, "train", refuse)
-    return _run
+    return partial(_run, ())
 
 
-def _run(out: Path, *arguments: str) -> tuple[int, str]:
+def _run(more: Sequence[str], out: Path, *arguments: str) -> tuple[int, str]:
     console = Console(file=StringIO(), width=200)
-    code = study.run(parse([*arguments, "--out", str(out)]), console)
+    code = study.run(parse([*more, *arguments, "--out", str(out)]), console)
     return code, console.file.getvalue()  # type: ignore[attr-defined]

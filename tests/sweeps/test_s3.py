@@ -220,7 +220,15 @@ class Stored(NamedTuple):
 def stored(server, cluster, finished) -> Stored:
     """`finished` with snapshots, as a person runs it; the server dies in the middle for 3 s."""
     url, out = "s3://studies/stored", StringIO()
-    arguments = (*finished.arguments, "--snapshot-every", "3", "--out", url)
+    arguments = (
+        *finished.arguments,
+        "--snapshot-every",
+        "3",
+        "--max-concurrent",
+        "1",
+        "--out",
+        url,
+    )
 
     def kill_and_restart() -> None:
         trials = Folder.of(url) / "trials"
