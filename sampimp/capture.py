@@ -146,6 +146,10 @@ class Capture(TorchFunctionMode):
         self._norms = NormBuffer(len(named))
         self._undefined: set[int] = set()  # rows without importance, in this step
         self._watching = False
+        # Where a tensor says which parameters it is made of; two recorders do not mix.
+        self._tag = f"_sampimp_roots_{id(self)}"
+        self.undefined_layers: set[int] = set()
+        """Positions of the layers that had no importance in some step."""
 
     # A step.
 
@@ -176,23 +180,17 @@ class Capture(TorchFunctionMode):
         self._gradients: dict[int, tuple[int, int]] = {}  # by id: row, version
         self._scales: dict[int, Tensor | float] = {}  # by row
         self._begin_pass()
-        self.resume()
-        try:
+        self._watching = True
+        with self:
             yield
-        finally:
-            self.pause()
 
     def resume(self) -> None:
         """Watch what is called from here on."""
-        if not self._watching:
-            self._watching = True
-            self.__enter__()
+        self._watching = True
 
     def pause(self) -> None:
         """Watch no longer, as in an optimizer's own arithmetic."""
-        if self._watching:
-            self._watching = False
-            self.__exit__(None, None, None)
+        self._watching = False  # and stay where other modes may have been entered after this one
 
     def _begin_pass(self) -> None:
         start = sum(self._sizes[: self._done])
@@ -275,6 +273,7 @@ class Capture(TorchFunctionMode):
                 squares[row] = 0  # also where it was NaN
         for row in self._undefined:
             rates[row] = torch.nan
+            self.undefined_layers.add(int(self._layer_of_row[row]))
         self._kept = []
         self._norms.accept(count, rates)
 
@@ -306,7 +305,7 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Carry an operation out and note it if it has to do with parameters."""
         kwargs = kwargs or {}
-        if function in _IDLE:
+        if not self._watching or function in _IDLE:
             return function(*args, **kwargs)
         if function in _SCALINGS and self._known(args[0]):
             return self._scale(function, args, kwargs)
@@ -317,7 +316,7 @@ class Capture(TorchFunctionMode):
         output = function(*args, **kwargs)
         if not isinstance(output, Tensor | tuple | list):
             if function is Tensor.__setitem__ and self._varies(args[2]):
-                args[0]._sampimp_roots = None
+                setattr(args[0], self._tag, None)
             return output
         roots: set[int] = set()
         varies = False
@@ -338,14 +337,14 @@ class Capture(TorchFunctionMode):
         elif function not in _MAKES_DATA or np.shape(output)[:1] != (self._batch.size,):
             for tensor in (output,) if isinstance(output, Tensor) else output:
                 if isinstance(tensor, Tensor) and id(tensor) not in self._free:
-                    tensor._sampimp_roots = frozenset(roots)  # type: ignore[attr-defined]
+                    setattr(tensor, self._tag, frozenset(roots))
         return output
 
     def _roots(self, tensor: Tensor) -> frozenset[int] | None:
         """Return the rows of the trained parameters that a tensor is made of; None if it varies."""
         own = self._free.get(id(tensor))
         if own is None:
-            return getattr(tensor, "_sampimp_roots", None)
+            return getattr(tensor, self._tag, None)
         return own if tensor.requires_grad else _NOTHING
 
     def _varies(self, value: Any) -> bool:
@@ -361,8 +360,8 @@ class Capture(TorchFunctionMode):
         roots: set[int],
     ) -> None:
         """Note an operation on samples, which may have parameters."""
-        if getattr(output, "_sampimp_roots", None) is not None:  # changed in place
-            output._sampimp_roots = None
+        if getattr(output, self._tag, None) is not None:  # changed in place
+            setattr(output, self._tag, None)
         if self._reordered or function in _SELECTIONS:
             self._follow_order(function, args, kwargs, output)
         if function is functional.batch_norm and _argument(args, kwargs, 5, "training", False):
@@ -928,7 +927,8 @@ class ImportanceRecorder:
         -------
         xarray.Dataset
             `importance` (epoch, layer, sample), float32, in parameter squared; NaN where an epoch
-            did not use a sample. `to_zarr` of the Dataset writes it to disk.
+            did not use a sample, or where its gradient was not finite (`not_finite_epochs` in the
+            attrs). `to_zarr` of the Dataset writes it to disk.
         """
         import xarray as xr  # here: recording alone should not cost the import
 
@@ -957,6 +957,7 @@ class ImportanceRecorder:
                         "loss_reduction": self.loss_reduction,
                         "weight_decay": self.optimizer.param_groups[0]["weight_decay"],
                         "optimizer": type(self.optimizer).__name__,
+                        "not_finite_epochs": self._not_finite(epochs),
                     },
                 )
             },
@@ -968,6 +969,17 @@ class ImportanceRecorder:
             },
             attrs={"schema_version": SCHEMA_VERSION, "sampimp_version": __version__},
         )
+
+    def _not_finite(self, epochs: Sequence[int]) -> list[int]:
+        """Return the epochs in which a loss or a gradient was infinite or NaN."""
+        defined = [
+            i for i in range(len(self._capture.layers)) if i not in self._capture.undefined_layers
+        ]
+        return [
+            epoch
+            for epoch in epochs
+            if not all(bool(beta[defined].isfinite().all()) for _, beta in self._parts[epoch])
+        ]
 
     @staticmethod
     def _summed(parts: Sequence[tuple[Tensor, Tensor]], sample_count: int) -> Tensor:

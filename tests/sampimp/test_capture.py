@@ -652,7 +652,11 @@ def test_gradients_that_are_not_finite_are_recorded_as_such():
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     inputs[2] = torch.nan
     optimizer = SGD(model.parameters(), lr=0.2)
-    found = recorded(model, optimizer, inputs, labels)
+    recorder = ImportanceRecorder(model, optimizer)
+    with recorder.step(range(6), epoch=3):
+        train_step(model, optimizer, inputs, labels)
+    assert recorder.to_dataset()["importance"].attrs["not_finite_epochs"] == [3]
+    found = recorder.pop_epoch(3, 6)
     assert found[:, 2].isnan().all()
     assert found[:, [0, 1, 3, 4, 5]].isfinite().all()
     assert flatten_parameters(model).isnan().any()  # as without the recorder
@@ -691,6 +695,22 @@ def test_unsorted_packed_sequences_go_to_their_samples():
     assert oracles.close(found, expected)
 
 
+def test_recorders_of_two_networks_in_one_step_do_not_mix():
+    models, (inputs, labels) = [oracles.tiny_mlp(), oracles.tiny_mlp((4, 7, 3), nn.Tanh)], batch()
+    optimizers = [SGD(model.parameters(), lr=0.2) for model in models]
+    expected = [
+        oracles.importance_by_autograd(model, optimizer, inputs, labels)
+        for model, optimizer in zip(models, optimizers, strict=True)
+    ]
+    recorders = [ImportanceRecorder(*pair) for pair in zip(models, optimizers, strict=True)]
+    with recorders[0].step(range(6), epoch=1), recorders[1].step(range(6), epoch=1):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            own_losses(model, inputs, labels).mean().backward()
+            optimizer.step()
+    for recorder, wanted in zip(recorders, expected, strict=True):
+        assert oracles.close(recorder.pop_epoch(1, 6), wanted)
+
+
 def with_batch_norm(affine=True):
     return nn.Sequential(
         nn.Linear(4, 5), nn.BatchNorm1d(5, affine=affine), nn.ReLU(), nn.Linear(5, 3)
@@ -711,6 +731,7 @@ def test_what_is_below_a_batch_norm_is_not_defined():
     )
     with recorder.step(range(6), epoch=1):
         train_step(model, optimizer, inputs, labels)
+    assert recorder.to_dataset()["importance"].attrs["not_finite_epochs"] == []
     first, norm, last = recorder.pop_epoch(1, 6)
     assert first.isnan().all()
     assert norm.isnan().all()
