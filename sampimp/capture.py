@@ -12,6 +12,7 @@ Map: `NormBuffer` (what steps leave behind), `Capture` (one step: uses, factors,
 parameters).
 """
 
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -87,6 +88,17 @@ class NormBuffer:
         return rows, rates.repeat_interleave(sizes, 0).T
 
 
+class _Pause(threading.local):
+    """Which captures have paused in this thread, and what they have switched off together."""
+
+    def __init__(self) -> None:
+        self.holders: set[int] = set()
+        self.guard: Any = None
+
+
+_PAUSE = _Pause()
+
+
 @dataclass
 class _Use:
     """An operation of a pass with parameters, or with what is made of them, among its arguments."""
@@ -145,7 +157,6 @@ class Capture(TorchFunctionMode):
         self._owners = owners
         self._norms = NormBuffer(len(named))
         self._undefined: set[int] = set()  # rows without importance, in this step
-        self._watching = False
         # Where a tensor says which parameters it is made of; two recorders do not mix.
         self._tag = f"_sampimp_roots_{id(self)}"
         self.undefined_layers: set[int] = set()
@@ -180,17 +191,28 @@ class Capture(TorchFunctionMode):
         self._gradients: dict[int, tuple[int, int]] = {}  # by id: row, version
         self._scales: dict[int, Tensor | float] = {}  # by row
         self._begin_pass()
-        self._watching = True
         with self:
-            yield
-
-    def resume(self) -> None:
-        """Watch what is called from here on."""
-        self._watching = True
+            try:
+                yield
+            finally:
+                self.resume()
 
     def pause(self) -> None:
-        """Watch no longer, as in an optimizer's own arithmetic."""
-        self._watching = False  # and stay where other modes may have been entered after this one
+        """Watch no longer, nor let others: an optimizer's own arithmetic is nobody's.
+
+        To leave the mode instead would leave the one that was entered last, which may be another's.
+        """
+        if not _PAUSE.holders:
+            _PAUSE.guard = torch._C.DisableTorchFunction()
+            _PAUSE.guard.__enter__()
+        _PAUSE.holders.add(id(self))
+
+    def resume(self) -> None:
+        """Watch again what is called from here on, once nobody else has paused."""
+        if id(self) in _PAUSE.holders:
+            _PAUSE.holders.remove(id(self))
+            if not _PAUSE.holders:
+                _PAUSE.guard.__exit__(None, None, None)
 
     def _begin_pass(self) -> None:
         start = sum(self._sizes[: self._done])
@@ -305,7 +327,7 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Carry an operation out and note it if it has to do with parameters."""
         kwargs = kwargs or {}
-        if not self._watching or function in _IDLE:
+        if function in _IDLE:
             return function(*args, **kwargs)
         if function in _SCALINGS and self._known(args[0]):
             return self._scale(function, args, kwargs)
@@ -547,6 +569,9 @@ class Capture(TorchFunctionMode):
                 roots = [self._roots(one) or () for one in _tensors(use.args, use.kwargs)]
                 error.where = self._place(min(row for rows in roots for row in rows))
                 raise
+        # As long as somebody keeps the loss, the hook is kept, and what it holds: activations that
+        # autograd has let go, in whose place the next step would have to take fresh memory.
+        use.args, use.kwargs = (), {}
 
     def _go_back(self, tensor: Tensor, factor: Factor) -> None:
         """Add factors of the parameters that a tensor is made of."""
