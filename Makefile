@@ -31,7 +31,7 @@ help:
 	@echo "make check   format, lint, types, doctests, tests: what CI runs"
 	@echo "make chaos   a study that is killed again and again, against one that is left alone (minutes)"
 	@echo "make cluster-test   ray up on hosts in namespaces: one is cut off, one dies (root; 6 minutes)"
-	@echo "make bench   one training step with and without recording, against BackPACK and Opacus"
+	@echo "make bench   training steps with and without recording, against BackPACK and Opacus"
 	@echo "make clean   remove the environment and the caches; results/ stays"
 
 study: $(VENV)/.installed
@@ -54,6 +54,7 @@ chaos: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-bench
 	@$(BIN)/python benchmarks/step.py
+	@$(BIN)/python benchmarks/models.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
