@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import socket
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -133,6 +134,7 @@ def connect(address: str | None = None) -> Cluster:
             origin = f"Ray cluster at {address}"
         else:
             try:
+                check_noted()
                 start(address="auto")
                 origin = "Ray cluster that runs on this machine"
             except ConnectionError:
@@ -147,6 +149,20 @@ def connect(address: str | None = None) -> Cluster:
     config = {} if local else autoscaling_config(ray.get_runtime_context().gcs_address)
     to_come = machines_to_come(config, machines)
     return Cluster(origin, machines, to_come, started_here=local)
+
+
+NOTED = Path("/tmp/ray/ray_current_cluster")
+"""Where Ray notes the address of the cluster that was started last on a machine."""
+
+
+def check_noted() -> None:
+    """Raise ConnectionError if that cluster is gone; Ray would try its address for ever."""
+    if NOTED.is_file():
+        host, _, port = NOTED.read_text().strip().rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except (OSError, ValueError) as error:
+            raise ConnectionError(f"nobody answers at {host}:{port}") from error
 
 
 def autoscaling_config(address: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Which machines a study counts on, and what it says where they do not do."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -160,3 +161,15 @@ def test_a_long_study_on_this_machine_is_told_of_the_cluster(monkeypatch, here, 
     study.say_cluster(config, plan, plan.resolve({}), sources, cluster, console)
     text = console.file.getvalue()
     assert (says in text) if says else not text
+
+
+def test_a_cluster_that_was_killed_is_not_waited_for(monkeypatch, tmp_path):
+    noted = tmp_path / "ray_current_cluster"
+    monkeypatch.setattr(cluster_module, "NOTED", noted)
+    cluster_module.check_noted()  # nothing is noted
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        noted.write_text(address)
+        cluster_module.check_noted()
+    with pytest.raises(ConnectionError, match=address):
+        cluster_module.check_noted()
