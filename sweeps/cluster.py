@@ -30,6 +30,7 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints tables at verbose=0 too
 
 import ray
+from ray._common.utils import get_ray_address_file
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
@@ -151,7 +152,7 @@ def connect(address: str | None = None) -> Cluster:
     return Cluster(origin, machines, to_come, started_here=local)
 
 
-NOTED = Path("/tmp/ray/ray_current_cluster")
+NOTED = Path(get_ray_address_file(None))
 """Where Ray notes the address of the cluster that was started last on a machine."""
 
 
