@@ -183,7 +183,7 @@ class Capture(TorchFunctionMode):
         self._sizes, self._elementwise, self._accumulates = sizes, elementwise, accumulates
         self._squares: Tensor | None = None
         self._done = 0  # passes
-        self._kept: list[tuple[int, slice, Factor]] = []
+        self._kept: list[tuple[slice, dict[int, Factor]]] = []  # by pass
         self._used: set[int] = set()
         self._undefined = set()
         self._refusal: UnsupportedError | None = None
@@ -220,9 +220,9 @@ class Capture(TorchFunctionMode):
         self._batch = Batch(size, self._batch_dim, self._varies)
         self._samples = slice(start, start + size)
         self._counts: dict[int, int] = {}  # by row: uses in this pass
-        self._pending: dict[int, list[Factor]] = {}  # by row
+        self._factors: dict[int, list[Factor]] = {}  # by row
+        self._values: dict[int, Tensor] = {}  # by row: squared norms
         self._announced = False
-        self._views: tuple[Tensor, ...] | None = None  # of this pass, by row
 
     def check(self) -> None:
         """Raise UnsupportedError unless this step's gradients are what its passes have made.
@@ -276,17 +276,19 @@ class Capture(TorchFunctionMode):
         for row, parameter in enumerate(self.parameters):
             derivative = derivatives.get(id(parameter), 0.0)
             rates[row] = derivative if isinstance(derivative, float) else 1.0
-        for row in {row for row, _, _ in self._kept}:
+        for row in {row for _, factors in self._kept for row in factors}:
             derivative = derivatives.get(id(self.parameters[row]), 0.0)
             if isinstance(derivative, Tensor):
                 derivative.mul_(derivative)  # in place: nobody needs it after this
-        for row, samples, factor in self._kept:
-            derivative = derivatives.get(id(self.parameters[row]), 0.0)
-            if isinstance(derivative, Tensor):
-                values = factor.weighted(derivative)
-            else:
-                values = factor.square()
-            self._squares_like(values)[row, samples] = values
+        for samples, factors in self._kept:
+            values = {}
+            for row, factor in factors.items():
+                scale = derivatives.get(id(self.parameters[row]), 0.0)
+                if isinstance(scale, Tensor):
+                    values[row] = factor.weighted(scale)
+                else:
+                    values[row] = factor.square()
+            self._write(samples, values)
         squares = self._squares_like(self.parameters[0])
         for row, scale in self._scales.items():
             squares[row] *= scale**2
@@ -340,8 +342,7 @@ class Capture(TorchFunctionMode):
             if function is Tensor.__setitem__ and self._varies(args[2]):
                 setattr(args[0], self._tag, None)
             return output
-        roots: set[int] = set()
-        varies = False
+        roots, varies = _NOTHING, False
         for tensor in _tensors(args, kwargs):
             own = self._roots(tensor)
             if own is None:
@@ -359,7 +360,7 @@ class Capture(TorchFunctionMode):
         elif function not in _MAKES_DATA or np.shape(output)[:1] != (self._batch.size,):
             for tensor in (output,) if isinstance(output, Tensor) else output:
                 if isinstance(tensor, Tensor) and id(tensor) not in self._free:
-                    setattr(tensor, self._tag, frozenset(roots))
+                    setattr(tensor, self._tag, roots)
         return output
 
     def _roots(self, tensor: Tensor) -> frozenset[int] | None:
@@ -379,7 +380,7 @@ class Capture(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: Any,
-        roots: set[int],
+        roots: frozenset[int],
     ) -> None:
         """Note an operation on samples, which may have parameters."""
         if getattr(output, self._tag, None) is not None:  # changed in place
@@ -437,7 +438,7 @@ class Capture(TorchFunctionMode):
         before = 1 if axis < missing else args[0].shape[axis - missing]
         return before == 1 and output.shape[axis] == self._batch.size
 
-    def _meet_batch_norm(self, roots: set[int]) -> None:
+    def _meet_batch_norm(self, roots: frozenset[int]) -> None:
         rows = set(self._counts) | roots
         if self._batch_norm == "refuse":
             raise _mixes(
@@ -590,15 +591,18 @@ class Capture(TorchFunctionMode):
     def _add(self, row: int, factor: Factor) -> None:
         self._used.add(row)
         if self._counts[row] == 1 and not self._elementwise:
-            self._write(row, factor.square())
+            self._values[row] = factor.square()
         else:
-            self._pending.setdefault(row, []).append(factor)
+            self._factors.setdefault(row, []).append(factor)
 
-    def _write(self, row: int, values: Tensor) -> None:
-        """Write a row of this pass."""
-        if self._views is None:
-            self._views = self._squares_like(values)[:, self._samples].unbind()
-        self._views[row].copy_(values)
+    def _write(self, samples: slice, values: Mapping[int, Tensor]) -> None:
+        """Write the squared norms of a pass, by row; 0 where there are none."""
+        if values:
+            first = next(iter(values.values()))
+            rows = self._squares_like(first)[:, samples]
+            zero = rows.new_zeros(rows.shape[1])
+            of_row = [values.get(row, zero) for row in range(len(rows))]
+            torch.stack([one.to(rows) for one in of_row], out=rows)
 
     def _squares_like(self, like: Tensor) -> Tensor:
         """Return this step's rows of the buffer, zero where nothing was written yet."""
@@ -643,12 +647,15 @@ class Capture(TorchFunctionMode):
 
     def _end_pass(self) -> None:
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            for row, factors in self._pending.items():
-                factor = total(factors, self._batch.size, self.parameters[row].shape)
-                if self._elementwise:
-                    self._kept.append((row, self._samples, factor))
-                else:
-                    self._write(row, factor.square())
+            summed = {
+                row: total(factors, self._batch.size, self.parameters[row].shape)
+                for row, factors in self._factors.items()
+            }
+            if self._elementwise:
+                self._kept.append((self._samples, summed))
+            else:
+                values = {row: factor.square() for row, factor in summed.items()}
+                self._write(self._samples, self._values | values)
         self._gradients = {
             id(parameter.grad): (row, parameter.grad._version)
             for row, parameter in enumerate(self.parameters)

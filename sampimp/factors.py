@@ -4,11 +4,11 @@ A layer seldom needs the gradient of each sample, which is as large as the param
 sum of its squares, and the two factors of which the gradient is made give that directly. Five
 forms are enough for every layer here:
 
+    Explicit   the gradients themselves (biases, normalisations, what has no better form)
     Product    an outer product (linear layers)
     Outer      a sum of them over positions (of sequences, convolutions and recurrent layers)
     Pieces     any of them, made of a few samples at a time (convolutions)
     Rows       vectors that are added to rows of a table (embeddings)
-    Explicit   the gradients themselves (biases, normalisations, what has no better form)
 
 `square` is the squared norm of each sample's gradient; `weighted` the same with each entry scaled
 by the optimizer's derivative D, squared, of the parameter's shape; `gradient` the thing itself, for
@@ -21,7 +21,7 @@ entries of a row, P... the shape of the parameter.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -54,7 +54,11 @@ class Explicit:
     values: Tensor
 
     def square(self) -> Tensor:
-        """Return the squared norm of each sample's gradient, shape (N,)."""
+        """Return the squared norm of each sample's gradient, shape (N,); not to be changed."""
+        return self._square
+
+    @cached_property
+    def _square(self) -> Tensor:
         return square_sum(self.values)
 
     def weighted(self, scale: Tensor) -> Tensor:
@@ -72,30 +76,33 @@ class Explicit:
 
 @dataclass(frozen=True)
 class Product:
-    """Gradients left right^T of one position: left (N, O), right (N, I)."""
+    """Gradients left right^T of one position: left (N, O), right (N, I).
 
-    left: Tensor
-    right: Tensor
+    Both as `Explicit`: the left one is the bias's gradient too, and what it knows serves both.
+    """
+
+    left: Explicit
+    right: Explicit
 
     def square(self) -> Tensor:
-        """Return the squared norm of each sample's gradient, shape (N,): a product of norms."""
-        return _norm(precise(self.left)).mul_(_norm(precise(self.right))).square_()
+        """Return the squared norm of each sample's gradient, shape (N,): a product of theirs."""
+        return self.left.square() * self.right.square()
 
     def weighted(self, scale: Tensor) -> Tensor:
         """Return sum_j scale_j gradient_j^2 of each sample, shape (N,).
 
         A matrix product of the factors' squares, instead of every sample's gradient.
         """
-        inputs_NI = precise(self.left).square() @ precise(scale)
-        return inputs_NI.mul_(precise(self.right).square()).sum(1)
+        inputs_NI = precise(self.left.values).square() @ precise(scale)
+        return inputs_NI.mul_(precise(self.right.values).square()).sum(1)
 
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
-        return precise(self.left[samples]).unsqueeze(2) * precise(self.right[samples]).unsqueeze(1)
+        return self.left.gradient(samples).unsqueeze(2) * self.right.gradient(samples).unsqueeze(1)
 
     def reordered(self, samples: Tensor) -> "Product":
         """Return the same of the samples in another order, or of some of them."""
-        return Product(self.left[samples], self.right[samples])
+        return Product(self.left.reordered(samples), self.right.reordered(samples))
 
 
 @dataclass(frozen=True)
@@ -248,7 +255,7 @@ def total(parts: Sequence[Factor], count: int, shape: Sequence[int]) -> Factor:
     if len(parts) == 1:
         return parts[0]
     outer = [
-        Outer(part.left[:, None, None], part.right[:, None, None], shape)
+        Outer(part.left.values[:, None, None], part.right.values[:, None, None], shape)
         if isinstance(part, Product)
         else part
         for part in parts
@@ -284,12 +291,8 @@ def square_sum(values: Tensor) -> Tensor:
     >>> square_sum(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
     tensor([25.,  1.])
     """
-    return _norm(_flat(precise(values))).square_()
-
-
-def _norm(values: Tensor) -> Tensor:
-    """Return the norm of each last row, in one pass without a temporary."""
-    return torch.linalg.vector_norm(values, dim=-1)
+    norm = torch.linalg.vector_norm(_flat(precise(values)), dim=1)  # one pass, no temporary
+    return norm.mul_(norm)
 
 
 def _flat(values: Tensor) -> Tensor:

@@ -130,19 +130,18 @@ def layer_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
 def _linear(
     batch: Batch, delta: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Factors:
-    yield weight, _product(batch, delta, input, weight)
-    if bias is not None:
-        yield bias, Explicit(_by_sample(batch, delta))
+    product = _product(batch, delta, input, weight)
+    yield weight, product
+    if isinstance(product, Product):
+        yield bias, product.left
+    else:
+        yield bias, Explicit(product.left.sum((1, 2)))
 
 
 def _product(batch: Batch, left: Tensor, right: Tensor, weight: Tensor) -> Product | Outer:
     if left.dim() == 2 and len(left) == batch.size:
-        return Product(left, right)
+        return Product(Explicit(left), Explicit(right))
     return Outer(batch.rows(left).unsqueeze(2), batch.rows(right).unsqueeze(2), weight.shape)
-
-
-def _by_sample(batch: Batch, delta: Tensor) -> Tensor:
-    return delta if delta.dim() == 2 and len(delta) == batch.size else batch.rows(delta).sum(1)
 
 
 @layer_rule(torch.addmm, Tensor.addmm)

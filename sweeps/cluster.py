@@ -105,8 +105,8 @@ def connect(address: str | None = None) -> Cluster:
     ----------
     address
         As `ray.init` takes it, "local" for a cluster of its own. None: the environment's
-        RAY_ADDRESS, else a cluster that runs on this machine, else one that is started here for
-        this process alone.
+        RAY_ADDRESS, else the cluster that this machine is a node of, else one that is started here
+        for this process alone.
 
     Raises
     ------
@@ -114,15 +114,16 @@ def connect(address: str | None = None) -> Cluster:
         The address was given and no cluster answers there.
     """
     start = partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
-    address = address or os.environ.get("RAY_ADDRESS")
+    given = address or os.environ.get("RAY_ADDRESS")
+    address = given or noted_address() or "local"
     local = address == "local"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own deprecations, of no use to a user
         if local:
             start(address="local", include_dashboard=False)
-            origin = "Ray started here"
-        elif address:
+        else:
             try:
+                check_answers(address)
                 start(address=address)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ResourceError(
@@ -132,15 +133,8 @@ def connect(address: str | None = None) -> Cluster:
                     todo="start it (ray up cluster.yaml, or ray start --head), or leave --address "
                     "and RAY_ADDRESS out to run on this machine",
                 ) from None
-            origin = f"Ray cluster at {address}"
-        else:
-            try:
-                check_noted()
-                start(address="auto")
-                origin = "Ray cluster that runs on this machine"
-            except ConnectionError:
-                start(address="local", include_dashboard=False)
-                origin, local = "Ray started here", True
+    origin = f"Ray cluster at {address}" if given else "Ray cluster that runs on this machine"
+    origin = "Ray started here" if local else origin
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # failures are shown by `Progress`
     machines = tuple(
         Machines(1, node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
@@ -153,17 +147,33 @@ def connect(address: str | None = None) -> Cluster:
 
 
 NOTED = Path(get_ray_address_file(None))
-"""Where Ray notes the address of the cluster that was started last on a machine."""
+"""Where `ray start` notes the address of its cluster."""
 
 
-def check_noted() -> None:
-    """Raise ConnectionError if that cluster is gone; Ray would try its address for ever."""
-    if NOTED.is_file():
-        host, _, port = NOTED.read_text().strip().rpartition(":")
-        try:
-            socket.create_connection((host, int(port)), timeout=5).close()
-        except (OSError, ValueError) as error:
-            raise ConnectionError(f"nobody answers at {host}:{port}") from error
+def noted_address() -> str | None:
+    """Return the address of the cluster that this machine is a node of; None if there is none.
+
+    Ray's own "auto" also finds one that another driver has started for itself, which ends with it.
+    """
+    if not NOTED.is_file():
+        return None
+    address = NOTED.read_text().strip()
+    try:
+        check_answers(address)
+    except ConnectionError:
+        return None  # it was killed
+    return address
+
+
+def check_answers(address: str) -> None:
+    """Raise ConnectionError if nobody listens at HOST:PORT; Ray would try for ever."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return  # what only Ray understands
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise ConnectionError(f"nobody answers at {address}: {error.strerror or error}") from error
 
 
 def autoscaling_config(address: str) -> dict[str, Any]:

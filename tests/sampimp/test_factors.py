@@ -29,7 +29,7 @@ def products(draw, samples=None, outputs=None, inputs=None):
     n, o, i = samples or draw(SIZE), outputs or draw(SIZE), inputs or draw(SIZE)
     torch.manual_seed(draw(st.integers(0, 99)))
     left, right = torch.randn(n, o).double(), torch.randn(n, i).double()
-    return Product(left, right), torch.einsum("no,ni->noi", left, right)
+    return Product(Explicit(left), Explicit(right)), torch.einsum("no,ni->noi", left, right)
 
 
 @st.composite
@@ -73,7 +73,7 @@ def test_every_form_says_what_the_gradients_say(case):
 
 def test_uses_of_one_form_stay_in_it():
     outer = Outer(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 5), (4, 5))
-    product = Product(torch.ones(2, 4), torch.ones(2, 5))
+    product = Product(Explicit(torch.ones(2, 4)), Explicit(torch.ones(2, 5)))
     table = Rows(torch.ones(2, 1, 5), torch.zeros(2, 1, dtype=torch.long), (4, 5))
     assert total([outer], 2, (4, 5)) is outer
     assert isinstance(total([outer, product], 2, (4, 5)), Outer)
@@ -115,7 +115,7 @@ def test_gradients_are_held_a_few_at_a_time(monkeypatch):
 def test_squares_of_half_precision_are_in_the_range_of_float32(dtype):
     left, right = (torch.full((2, 3, 1, 4), 2**-10, dtype=dtype) for _ in range(2))
     outer = Outer(left, right, (4, 4))
-    product = Product(left[:, 0, 0], right[:, 0, 0])
+    product = Product(Explicit(left[:, 0, 0]), Explicit(right[:, 0, 0]))
     explicit = Explicit(torch.full((2, 3), 2**9, dtype=dtype))
     rows = Rows(left[:, :, 0], torch.zeros(2, 3, dtype=torch.long), (5, 4))
     one = torch.ones(4, 4, dtype=dtype)

@@ -22,6 +22,7 @@ from sweeps.cluster import (
     Machines,
     autoscaling_config,
     check_shared,
+    connect,
     machines_to_come,
 )
 from sweeps.study import check_cluster, concurrent_trials, make_plan, parse
@@ -166,10 +167,11 @@ def test_a_long_study_on_this_machine_is_told_of_the_cluster(monkeypatch, here, 
 def test_a_cluster_that_was_killed_is_not_waited_for(monkeypatch, tmp_path):
     noted = tmp_path / "ray_current_cluster"
     monkeypatch.setattr(cluster_module, "NOTED", noted)
-    cluster_module.check_noted()  # nothing is noted
+    assert cluster_module.noted_address() is None
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         noted.write_text(address)
-        cluster_module.check_noted()
-    with pytest.raises(ConnectionError, match=address):
-        cluster_module.check_noted()
+        assert cluster_module.noted_address() == address
+    assert cluster_module.noted_address() is None
+    with pytest.raises(ResourceError, match=f"nobody answers at {address}: Connection refused"):
+        connect(address)

@@ -1,6 +1,7 @@
 """What a study is, and every mistake that is answered before anything is trained."""
 
 import shutil
+import socket
 from collections import namedtuple
 from io import StringIO
 
@@ -272,11 +273,13 @@ def test_no_cluster_at_the_address(monkeypatch):
         raise ConnectionError("nobody answers\nat length")
 
     monkeypatch.setattr(cluster_module.ray, "init", nobody)
-    for given in ("10.0.0.1:6379", None):
-        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-        with pytest.raises(ResourceError, match="nobody answers\n") as caught:
-            connect(given)
-        assert "address 10.0.0.1:6379" in four_parts(caught.value)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        for given in (address, None):
+            with pytest.raises(ResourceError, match="nobody answers\n") as caught:
+                connect(given)
+            assert f"address {address}" in four_parts(caught.value)
 
 
 # ---------------------------------------------------------------------------- the data
