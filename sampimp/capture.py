@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 import sampimp.recurrent  # noqa: F401  (registers its rules)
 from sampimp.errors import ConfigError, UnsupportedError
-from sampimp.factors import Explicit, Factor, total
+from sampimp.factors import Explicit, Factor, Outer, Product, total
 from sampimp.optimizers import Derivative, UpdateDerivative
 from sampimp.rules import RULES, SUMS, Batch, generic
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
@@ -577,7 +577,10 @@ class Capture(TorchFunctionMode):
     def _go_back(self, tensor: Tensor, factor: Factor) -> None:
         """Add factors of the parameters that a tensor is made of."""
         rows = sorted(self._roots(tensor) or ())
-        if rows:
+        own = self.parameters[rows[0]] if len(rows) == 1 else None
+        if isinstance(factor, Product | Outer) and own is not None and _is_transposed(tensor, own):
+            self._add(rows[0], factor.transposed())
+        elif rows:
             gradients = torch.autograd.grad(
                 tensor,
                 [self.parameters[row] for row in rows],
@@ -716,6 +719,17 @@ def _listed(value: Any) -> Sequence[Any]:
 
 def _order(tensor: Tensor) -> Tensor | None:
     return getattr(tensor, "_sampimp_order", None)
+
+
+def _is_transposed(tensor: Tensor, parameter: Tensor) -> bool:
+    """Return whether a tensor is the transpose of a matrix, which language models end with."""
+    return (
+        tensor._base is parameter
+        and tensor.data_ptr() == parameter.data_ptr()
+        and tensor.dim() == parameter.dim() == 2
+        and tensor.stride() == parameter.stride()[::-1]
+        and tensor.shape == parameter.shape[::-1]
+    )
 
 
 def _argument(

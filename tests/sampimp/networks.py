@@ -518,6 +518,9 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     # Parameters that are tied, frozen, not used, or made of others.
     "tied": lambda: Case(tied(), torch.randn(N, 4)),
+    "a table that is the last layer too": lambda: Case(
+        Calls(lambda s, i: s.e(i).tanh() @ s.e.weight.T, e=nn.Embedding(6, 4)), tokens(N, T)
+    ),
     "called twice": lambda: Case(
         Calls(lambda s, x: s.out(s.l(s.l(x).tanh())), l=nn.Linear(4, 4), out=nn.Linear(4, 3)),
         torch.randn(N, T, 4),

@@ -85,14 +85,17 @@ def test_uses_of_one_form_stay_in_it():
     )  # row 0 is 2, three rows are 1
 
 
-@pytest.mark.parametrize("positions", [2, 3, 20])
-def test_the_gram_matrices_and_the_gradients_agree(positions, monkeypatch):
-    """Gram for 2 and 3 positions, 3 (6 + 7) < 42, and the gradients for 20."""
+@pytest.mark.parametrize(
+    ("positions", "outputs", "inputs"), [(2, 6, 7), (3, 6, 7), (20, 6, 7), (130, 300, 280)]
+)
+def test_the_gram_matrices_and_the_gradients_agree(positions, outputs, inputs, monkeypatch):
+    """Gram where T (O + I) < O I, of 130 positions in three parts; the gradients for 20."""
     torch.manual_seed(1)
-    left, right = torch.randn(4, positions, 2, 6).double(), torch.randn(4, positions, 2, 7).double()
-    outer = Outer(left, right, (12, 7))
+    left = torch.randn(4, positions, 2, outputs).double()
+    right = torch.randn(4, positions, 2, inputs).double()
+    outer = Outer(left, right, (2 * outputs, inputs))
     torch.testing.assert_close(outer.square(), factors.in_chunks(outer, 4, factors.square_sum))
-    if positions < 20:
+    if positions != 20:
         monkeypatch.setattr(factors, "in_chunks", None)
         outer.square()
 
