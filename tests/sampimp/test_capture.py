@@ -538,6 +538,36 @@ def gradients_squared(model, losses, rate):
     return torch.stack(columns, 1)
 
 
+def test_a_token_is_a_sample_where_its_sequence_is_repeated_for_it():
+    torch.manual_seed(1)
+    words, targets = torch.randint(0, 5, (2, 3)), torch.randint(0, 5, (2, 3))
+    model = nn.Sequential(
+        nn.Embedding(5, 4),
+        nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
+        nn.Linear(4, 5),
+    ).double()
+    optimizer = SGD(model.parameters(), lr=0.2)
+    logits = model(words).flatten(0, 1)
+    own = functional.cross_entropy(logits, targets.flatten(), reduction="none")
+    parameters = dict(model.named_parameters())
+    expected = torch.zeros(len(ImportanceRecorder(model, optimizer).layers), 6).double()
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+    for token, loss in enumerate(own / 6):
+        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            row = layers.index(name.rpartition(".")[0])
+            expected[row, token] += (0.2 * gradient).square().sum()
+
+    recorder = ImportanceRecorder(model, optimizer)
+    labels = torch.where(torch.eye(3).bool().repeat(2, 1), targets.repeat_interleave(3, 0), -100)
+    with recorder.step(range(6), epoch=1):
+        logits = model(words.repeat_interleave(3, 0))
+        functional.cross_entropy(logits.transpose(1, 2), labels).backward()
+        optimizer.step()
+    order = [layers.index(layer) for layer in recorder.layers]
+    assert oracles.close(recorder.pop_epoch(1, 6), expected[order], relative=1e-9)
+
+
 @pytest.mark.parametrize("make", [SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
 def test_accumulated_gradients_are_those_of_one_batch(make):
     (inputs, labels), found = batch(samples=7), []
