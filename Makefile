@@ -53,8 +53,10 @@ chaos: $(VENV)/.installed-test
 	@$(BIN)/python tests/chaos/chaos.py
 
 bench: $(VENV)/.installed-bench
-	@$(BIN)/python benchmarks/step.py
-	@$(BIN)/python benchmarks/models.py
+	@for threads in 1 $$(nproc); do \
+		$(BIN)/python benchmarks/step.py --threads $$threads --out benchmarks/step-$$threads.md && \
+		$(BIN)/python benchmarks/models.py --threads $$threads --out benchmarks/models-$$threads.md \
+		|| exit 1; done
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,7 +1,5 @@
 """What recording costs on other networks and optimizers: steps with and without it, in turn.
 
-python benchmarks/models.py --out benchmarks/models.md
-
 Each network takes one step plain and one recorded within a round, in random order; the result is
 the median over rounds of the ratio, with its quartiles. Peak memory is that of a process which
 makes nothing but these steps, above what it had before the first, times that of the plain ones; it

@@ -1,9 +1,9 @@
 """What recording importance costs: one training step of the paper's network, five ways.
 
 The step is the paper's (section 3.1): three layers of 512 ReLU units, batch 100, SGD at rate 0.1
-with weight decay 1e-5, mean cross-entropy; one thread, data already in memory, so that nothing
-dilutes the difference. Every contender makes the same update; all but the first also leave behind
-the importance of each sample in each layer, which is compared before anything is timed.
+with weight decay 1e-5, mean cross-entropy; data already in memory. Every contender makes the same
+update; all but the first also leave behind the importance of each sample in each layer, which is
+compared before anything is timed.
 
 The machine's speed drifts by more than the difference that is measured. So the contenders take
 turns within a round, in random order, and the result is the median over rounds of the ratio to the
@@ -57,6 +57,8 @@ class Config:
     """Rounds for each number of inputs; in each round every contender takes one turn."""
     steps: int = 5
     """Training steps in a turn."""
+    threads: int = 1
+    """CPU threads; by default one, so that nothing dilutes the difference."""
     seed: int = 1
     """Of the initialisation, the data and the order within rounds."""
     out: Path | None = None
@@ -340,7 +342,7 @@ def describe_machine() -> dict[str, str]:
     return {
         **found,
         "python": platform.python_version(),
-        "processor": f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} thread used",
+        "processor": f"{processor}, {os.cpu_count()} cores, threads {torch.get_num_threads()}",
         "load": f"{os.getloadavg()[0]:.1f} at the end",
     }
 
@@ -385,7 +387,7 @@ def write(path: Path, results: Sequence[Result], machine: dict[str, str]) -> Non
 def main(config: Config) -> list[Result]:
     """Run, print and return the benchmark."""
     console = Console()
-    torch.set_num_threads(1)
+    torch.set_num_threads(config.threads)
     # Opacus hooks a network whose inputs need no gradient, on which torch remarks at every layer.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     missing = sorted(set(CONTENDERS) - set(available()))
@@ -395,7 +397,7 @@ def main(config: Config) -> list[Result]:
     for inputs in config.inputs:
         with console.status(f"{inputs:,} inputs, {config.rounds} rounds"):
             results += measure(inputs, config)
-    table = Table(title="One training step of the paper's network, one thread")
+    table = Table(title=f"One training step of the paper's network, threads: {config.threads}")
     for number, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="left" if number == 1 else "right", no_wrap=True)
     for result in results:
