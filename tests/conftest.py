@@ -1,5 +1,6 @@
 """What all tests share: Ray's environment, and how they run on two cores."""
 
+import gc
 import os
 import tempfile
 
@@ -7,6 +8,13 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Read by Ray when it is imported: without clusters of many machines it takes 127.0.0.1, whatever
 # the machine's own address is.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# By default its workers give way to all others (15), so that the tests beside them decide when a
+# study, which is waited for, goes on.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
+# Two processes on two cores: further threads took a fifth more CPU time, to wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Ray's workers have the environment that Ray was started with. So the tests of a bucket tell them
 # its server and credentials by these files, which are there while `test_s3.py` runs.
@@ -17,18 +25,24 @@ import dask
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+# Collecting the tests makes millions of objects and no garbage; looking for some took 2.2 of 9.8 s.
+gc.disable()
+
 # Threads cost a quarter of the analyses' time where the arrays are as small as here; those that
 # tests/analysis/test_schedulers.py compares are named there.
 dask.config.set(scheduler="synchronous")
 
-FINISHED = tuple(
-    f"tests/sweeps/test_{name}.py"
-    for name in ("full_study", "consolidate", "snapshots", "s3", "schedulers", "workers")
+RAY = (
+    "tests/test_replay.py",
+    *(
+        f"tests/sweeps/test_{name}.py"
+        for name in (
+            *("cluster", "consolidate", "full_study", "ingest", "s3"),
+            *("schedulers", "snapshots", "study", "workers"),
+        )
+    ),
 )
-"""Where one finished study is looked at by many tests."""
-
-RAY = ("tests/sweeps/", "tests/test_replay.py", "tests/chaos/")
-"""Where one Ray cluster is shared by many tests, and the longest test: the large comes first."""
+"""Where one Ray cluster and one finished study are shared by many tests."""
 
 
 class Halves(LoadScopeScheduling):
@@ -38,8 +52,6 @@ class Halves(LoadScopeScheduling):
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        if nodeid.startswith(FINISHED):
-            return "finished"
         if nodeid.startswith(RAY):
             return "ray"
         # Results and reports are made once for all tests of a file.
@@ -48,4 +60,16 @@ class Halves(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Halves:
     """Called by xdist."""
+    config.option.loadscopereorder = False  # the order is that of `pytest_collection_modifyitems`
     return Halves(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the two longest first, one for each process: what shares Ray, and the chaos."""
+    items.sort(key=lambda item: not item.nodeid.startswith((*RAY, "tests/chaos/")))
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage again, in what the tests make."""
+    gc.freeze()
+    gc.enable()

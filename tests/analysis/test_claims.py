@@ -6,6 +6,7 @@ import xarray as xr
 
 from analysis._example import TEST_ERROR, build
 from analysis.claims import CLAIMS, VERDICTS, Evidence, claims, judge
+from analysis.curves import strategy_curves
 from analysis.study import analyse
 
 
@@ -94,7 +95,7 @@ def test_turned_around_it_does_not_hold(results):
 
 def test_a_diverged_run_counts_as_guessing_and_a_missing_one_not_at_all():
     cube = build(missing=(("nlo", 3),), diverged={("rnlo", 2): 3})
-    evidence = Evidence(analyse(cube), classes=3)
+    evidence = Evidence({"strategy_curves": strategy_curves(cube).compute()}, classes=3)
     error = cube["test_error"].isel(epoch=-1).compute()
     rnlo, nlo = evidence.final_error("rnlo").values, evidence.final_error("nlo").values
     assert rnlo[1] == pytest.approx(2 / 3)

@@ -38,7 +38,7 @@ class Family:
 
 
 class Driver:
-    """`full_study.py` in a process of its own, with a Ray of its own, that may be killed."""
+    """`full_study.py` in a process that may be killed, with a Ray of its own unless told where."""
 
     def __init__(
         self,

@@ -38,3 +38,6 @@ def test_a_tormented_study_has_the_bytes_of_a_plain_loop(tmp_path, monkeypatch):
     assert chaos.differing_bytes(tmp_path / "study", tmp_path / "alone") == 0
     assert tally.deaths == {"head": 1}
     assert max(tally.lost) <= 1
+    first, _, last = tally.text.splitlines()  # and nothing of Ray's between them
+    assert first.startswith("Ray started here: 1 node, ")
+    assert last == "3 of 3 trials are committed."

@@ -397,6 +397,15 @@ def test_a_server_that_stays_away_or_hangs_is_given_up(bucket, monkeypatch):
                 use(Folder.of("s3://bucket/silent"))
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """Hear it as in a terminal: what a shell starts in the background does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_ctrl_c_is_heard_while_a_server_is_waited_for(bucket):
     bucket.answers = [(503, "")]
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()

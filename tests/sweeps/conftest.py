@@ -52,10 +52,11 @@ class Finished(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """`FIVE_TRIALS`, run undisturbed as a person runs it; not to be changed, but copied."""
+def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """`FIVE_TRIALS`, as a person runs it on a cluster; not to be changed, but copied."""
     out = tmp_path_factory.mktemp("finished") / "study"
-    driver = Driver(out, FIVE_TRIALS)
+    address = ray.get_runtime_context().gcs_address
+    driver = Driver(out, (*FIVE_TRIALS, "--address", address))
     try:
         return Finished(out, FIVE_TRIALS, *driver.communicate())
     finally:

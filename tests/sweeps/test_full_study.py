@@ -38,7 +38,8 @@ def test_one_command_trains_everything_and_reports(finished):
     assert finished.code == 0, finished.text
     assert_quiet(finished.text)
     lines = finished.text.splitlines()
-    assert lines[0].startswith("Ray started here: 1 node, ")
+    assert lines[0].startswith("Ray cluster at 127.0.0.1:")
+    assert lines[0].endswith(": 1 node, 2 CPUs, 0 GPUs.")
     assert "5 of 5 trials are committed." in lines
     report = finished.out / "analysis" / "report.html"
     assert lines[-1] == f"Report: {report}"
