@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import torch
 from rich.console import Console
+from torch.nn import functional
 
 import sampimp
 from sampimp.data import load_source
 from sampimp.folder import Folder
+from sampimp.models import build_model, flatten_parameters, load_parameters
 from sampimp.plan import PlannedTrial, read_plan
 from sweeps import full_study, searcher
 from sweeps.study import conclude, make_plan, parse
@@ -100,6 +103,37 @@ def test_more_seeds_and_strategies_are_added(tiny, finished, run_study, tmp_path
     batch = cube.batch.sel(strategy="rand").values
     np.testing.assert_array_equal(batch[2], batch[0])
     assert not np.array_equal(*cube.parameters.sel(strategy="rand", state=0).values[[0, 2]])
+
+
+def test_another_network_and_optimizer_are_a_study_too(run_study, tiny, tmp_path):
+    """A plain loop, from the first state that was stored, comes to the last one."""
+    out = tmp_path / "study"
+    more = ("--model", "lstm", "--optimizer", "adamw", "--learning-rate", "0.001")
+    code, text = run_study(out, *tiny, *more, "--strategies", "nlo", "--seeds", "1")
+    assert code == 0, text
+    cube = sampimp.open_cube(out)["digits/lstm"].load()
+    assert cube.strategy.values.tolist() == ["shuffle", "nlo"]
+    assert cube.layer.values.tolist() == ["recurrent", "Out"]
+    run = cube.sel(strategy="nlo", seed=1)
+    assert (run.importance > 0).all()
+
+    model = build_model("lstm", (1, 8, 8), (), 10, seed=0)
+    load_parameters(model, torch.from_numpy(run.parameters.values[0]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.001, weight_decay=1e-5)
+    source = load_source("digits")
+    inputs = torch.from_numpy(source.train_values).float() / 16
+    labels = torch.from_numpy(source.train_labels).long()
+    for batches in run.batch.values:
+        for number in range(60):
+            rows = torch.from_numpy(batches == number)
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(inputs[rows]).double(), labels[rows])
+            loss.backward()
+            optimizer.step()
+    last = flatten_parameters(model).detach().numpy()
+    np.testing.assert_allclose(last, run.parameters.values[-1], atol=1e-4)
+    moved = np.abs(run.parameters.values[-1] - run.parameters.values[0])
+    assert np.median(moved) > 1e-2  # a hundred times what was tolerated
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path, run_untrained):
