@@ -30,6 +30,9 @@ FINISHED = tuple(
 RAY = ("tests/sweeps/", "tests/test_replay.py", "tests/chaos/")
 """Where one Ray cluster is shared by many tests, and the longest test: the large comes first."""
 
+BY_FILE = ("tests/analysis/", "tests/sampimp/test_trainers.py")
+"""Where the tests of a file share results or reports, or libraries that take seconds to import."""
+
 
 class Halves(LoadScopeScheduling):
     """Give the tests that share what is dear to one process, and all others to who is free.
@@ -42,8 +45,7 @@ class Halves(LoadScopeScheduling):
             return "finished"
         if nodeid.startswith(RAY):
             return "ray"
-        # Results and reports are made once for all tests of a file.
-        return nodeid.partition("::")[0] if nodeid.startswith("tests/analysis/") else nodeid
+        return nodeid.partition("::")[0] if nodeid.startswith(BY_FILE) else nodeid
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Halves:
