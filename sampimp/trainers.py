@@ -11,13 +11,19 @@ trainer who does not use it.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sampimp.capture import ImportanceRecorder, Index
 from sampimp.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+    from transformers import TrainerCallback
+else:
+    Callback = TrainerCallback = object
 
 
 class _Steps:
@@ -77,7 +83,7 @@ class _Steps:
         )
 
 
-class LightningImportance(_Steps):
+class LightningImportance(_Steps, Callback):
     """A `lightning.pytorch` callback that records importance.
 
     Parameters
@@ -111,10 +117,10 @@ class LightningImportance(_Steps):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "LightningImportance":
-        """Make it a callback as well."""
-        from lightning.pytorch import Callback
+        """Make it a callback, to which the type checker has it already."""
+        import lightning.pytorch
 
-        return object.__new__(type(cls.__name__, (cls, Callback), {}))
+        return object.__new__(type(cls.__name__, (cls, lightning.pytorch.Callback), {}))
 
     def __init__(self, index: str | int | Callable[[Any], Index] = "index", **options: Any) -> None:
         super().__init__(options)
@@ -173,7 +179,7 @@ class LightningImportance(_Steps):
             ) from None
 
 
-class HuggingFaceImportance(_Steps):
+class HuggingFaceImportance(_Steps, TrainerCallback):
     """A `transformers` callback that records importance inside a `with` block.
 
     `Trainer` tells its callbacks of no exception: the block ends a step that failed. Inside it, the
@@ -216,10 +222,10 @@ class HuggingFaceImportance(_Steps):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "HuggingFaceImportance":
-        """Make it a callback as well."""
-        from transformers import TrainerCallback
+        """Make it a callback, to which the type checker has it already."""
+        import transformers
 
-        return object.__new__(type(cls.__name__, (cls, TrainerCallback), {}))
+        return object.__new__(type(cls.__name__, (cls, transformers.TrainerCallback), {}))
 
     def __init__(self, trainer: Any, index: str = "index", **options: Any) -> None:
         super().__init__(options)

@@ -73,7 +73,12 @@ def test_imports_run_one_way():
 def test_trainers_are_imported_only_where_one_is_used():
     source = (ROOT / "sampimp/trainers.py").read_text()
     body = ast.parse(source).body
-    at_once = [node for node in body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    at_once = [
+        node
+        for node in body
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not ast.unparse(node).startswith("if TYPE_CHECKING:")
+    ]
 
     def trainers(source):
         return {name.partition(".")[0] for _, name in imports(source)} & set(TRAINERS)
