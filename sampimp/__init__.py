@@ -1,7 +1,8 @@
 """Sample importance: which training samples shaped a network, in which layer, and when.
 
 `open_cube` reads a study, `load_dataset` gives the arrays that training sees, `ImportanceRecorder`
-records importance in anybody's training loop. ARCHITECTURE.md is the map of the rest.
+records importance in anybody's training loop, `LightningImportance` and `HuggingFaceImportance` in
+those of two trainers. ARCHITECTURE.md is the map of the rest.
 """
 
 from importlib import import_module
@@ -13,12 +14,23 @@ if TYPE_CHECKING:
     from sampimp.capture import ImportanceRecorder
     from sampimp.cube import open_cube
     from sampimp.data import Dataset, load_dataset
+    from sampimp.trainers import HuggingFaceImportance, LightningImportance
 
-__all__ = ["Dataset", "ImportanceRecorder", "__version__", "load_dataset", "open_cube"]
+__all__ = [
+    "Dataset",
+    "HuggingFaceImportance",
+    "ImportanceRecorder",
+    "LightningImportance",
+    "__version__",
+    "load_dataset",
+    "open_cube",
+]
 
 _HOMES = {
     "Dataset": "sampimp.data",
+    "HuggingFaceImportance": "sampimp.trainers",
     "ImportanceRecorder": "sampimp.capture",
+    "LightningImportance": "sampimp.trainers",
     "load_dataset": "sampimp.data",
     "open_cube": "sampimp.cube",
 }

@@ -180,7 +180,8 @@ class Capture(TorchFunctionMode):
         accumulates
             Whether the passes put their gradients where the optimizer takes them.
         """
-        self._sizes, self._elementwise, self._accumulates = sizes, elementwise, accumulates
+        self._sizes = list(sizes)
+        self._elementwise, self._accumulates = elementwise, accumulates
         self._squares: Tensor | None = None
         self._done = 0  # passes
         self._kept: list[tuple[slice, dict[int, Factor]]] = []  # by pass
@@ -196,6 +197,22 @@ class Capture(TorchFunctionMode):
                 yield
             finally:
                 self.resume()
+
+    def add_pass(self, size: int) -> None:
+        """Expect one more pass, over so many samples, which begins now."""
+        if self._done != len(self._sizes):
+            raise UnsupportedError(
+                expected=f"{len(self._sizes)} backward passes before one more batch",
+                got=f"{self._done}",
+                where="the step",
+                todo="call the model once for each batch, then backward()",
+            )
+        self._sizes.append(size)
+        if self._squares is not None:
+            known = self._squares.shape[1]
+            self._squares = self._norms.rows(sum(self._sizes), self._squares)
+            self._squares[:, known:] = 0
+        self._begin_pass()
 
     def pause(self) -> None:
         """Watch no longer, nor let others: an optimizer's own arithmetic is nobody's.
@@ -882,8 +899,12 @@ class ImportanceRecorder:
         return tuple(self._capture.layers[i] for i in self._capture.forward_order)
 
     @contextmanager
-    def step(self, index: Index | Sequence[Index], *, epoch: int) -> Iterator[None]:
+    def step(
+        self, index: Index | Sequence[Index], *, epoch: int
+    ) -> Iterator[Callable[[Index], None]]:
         """Record the training step run inside the block.
+
+        The block may give forward and backward to the optimizer as a closure that it calls once.
 
         Parameters
         ----------
@@ -892,6 +913,12 @@ class ImportanceRecorder:
             gradients of several backward passes are accumulated, a list with the index of each.
         epoch
             The epoch that the step belongs to. A sample used twice in it has its importance summed.
+
+        Yields
+        ------
+        Callable
+            To be called with the index of one more backward pass before its forward pass, where
+            that is not known when the step begins.
 
         Raises
         ------
@@ -904,10 +931,30 @@ class ImportanceRecorder:
         index_N = passes[0] if len(passes) == 1 else check_index(torch.cat(passes))
         updates = 0
 
-        def before_update(*_: Any) -> None:
+        def add_pass(index: Index) -> None:
+            nonlocal index_N
+            with torch._C.DisableTorchFunction():
+                added = check_index(index)
+                index_N = check_index(torch.cat([index_N, added]))
+                self._capture.add_pass(len(added))
+
+        def before_update() -> None:
             self._capture.pause()
             self._capture.check()
             self._derivative.before()
+
+        def before_step(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            closure = _argument(args, kwargs, 1, "closure", None)  # 0 is the optimizer
+            if closure is None:
+                return before_update()
+
+            def watched() -> Any:
+                self._capture.resume()  # so that a second call is seen, and refused
+                loss = closure()
+                before_update()
+                return loss
+
+            return args[:1], {**kwargs, "closure": watched}
 
         def after_update(*_: Any) -> None:
             nonlocal updates
@@ -920,13 +967,13 @@ class ImportanceRecorder:
             self._flush()
             self._epoch = epoch
         handles = (
-            self.optimizer.register_step_pre_hook(before_update),
+            self.optimizer.register_step_pre_hook(before_step),
             self.optimizer.register_step_post_hook(after_update),
         )
         sizes = [len(one) for one in passes]
         try:
             with self._capture.step(sizes, elementwise=self._derivative.elementwise):
-                yield
+                yield add_pass
         finally:
             for handle in handles:
                 handle.remove()

@@ -99,7 +99,11 @@ class Batch:
             d for d, size in enumerate(padded) if d != axis and size == 1 and values.shape[d] > 1
         ]
         values = values.sum(summed, keepdim=True) if summed else values
-        return values.movedim(axis, 0).reshape(self.size, *shape)
+        if padded[axis] == self.size > 1:  # it has a row for each sample, which is that one's alone
+            values = torch.diag_embed(values.movedim(axis, -1)).movedim(-2, axis).movedim(-1, 0)
+        else:
+            values = values.movedim(axis, 0)
+        return values.reshape(self.size, *shape)
 
 
 Factors = Iterable[tuple[Tensor | None, Factor]]

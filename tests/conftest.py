@@ -44,6 +44,9 @@ RAY = (
 )
 """Where one Ray cluster and one finished study are shared by many tests."""
 
+BY_FILE = ("tests/analysis/", "tests/sampimp/test_trainers.py")
+"""Where the tests of a file share results or reports, or libraries that take seconds to import."""
+
 
 class Halves(LoadScopeScheduling):
     """Give the tests that share what is dear to one process, and all others to who is free.
@@ -54,8 +57,7 @@ class Halves(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         if nodeid.startswith(RAY):
             return "ray"
-        # Results and reports are made once for all tests of a file.
-        return nodeid.partition("::")[0] if nodeid.startswith("tests/analysis/") else nodeid
+        return nodeid.partition("::")[0] if nodeid.startswith(BY_FILE) else nodeid
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Halves:

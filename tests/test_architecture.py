@@ -13,6 +13,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("sampimp", "sweeps", "analysis")
 
+TRAINERS = ("lightning", "transformers")
+
 # Who may import what: a folder (with its trailing slash) or a file.
 HOMES = {
     "sampimp": ["sampimp/", "sweeps/", "analysis/"],
@@ -27,6 +29,7 @@ HOMES = {
     "obstore": ["sampimp/folder.py"],
     "dask": ["analysis/", "sampimp/cube.py"],
     "sklearn": ["analysis/", "sampimp/data.py"],
+    **{name: ["sampimp/trainers.py"] for name in TRAINERS},
 }
 
 
@@ -65,6 +68,23 @@ def test_imports_run_one_way():
         for file in sorted((ROOT / package).rglob("*.py")):
             found += violations(file.relative_to(ROOT).as_posix(), file.read_text())
     assert not found, "\n" + "\n".join(found)
+
+
+def test_trainers_are_imported_only_where_one_is_used():
+    source = (ROOT / "sampimp/trainers.py").read_text()
+    body = ast.parse(source).body
+    at_once = [
+        node
+        for node in body
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not ast.unparse(node).startswith("if TYPE_CHECKING:")
+    ]
+
+    def trainers(source):
+        return {name.partition(".")[0] for _, name in imports(source)} & set(TRAINERS)
+
+    assert trainers(source) == set(TRAINERS)
+    assert not trainers(ast.unparse(ast.Module(at_once, [])))
 
 
 @pytest.mark.parametrize(

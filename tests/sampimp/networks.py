@@ -504,6 +504,27 @@ CASES: dict[str, Callable[[], Case]] = {
         Calls(lambda s, x: torch.cdist(x, s.w) * s.t.exp(), w=parameter(3, 4), t=parameter()),
         torch.randn(N, 4),
     ),
+    "a row of constants for each sample": lambda: Case(  # as BERT makes its types of tokens
+        Calls(
+            lambda s, x: s.l(x + s.types(torch.ones(x.shape[:2], dtype=torch.long))),
+            types=nn.Embedding(2, 4),
+            l=nn.Linear(4, 3),
+        ),
+        torch.randn(N, T, 4),
+    ),
+    "a row of constants for each sample, positions first": lambda: Case(
+        Calls(
+            lambda s, x: positions_first(
+                lambda x: (
+                    x * s.types(torch.arange(2).repeat(T // 2)[:, None].expand(T, x.shape[1]))
+                ),
+                x,
+            ),
+            types=nn.Embedding(2, 4),
+        ),
+        torch.randn(N, T, 4),
+        batch_dim=1,
+    ),
     "an initial state": lambda: Case(
         Calls(lambda s, x: s.c(x, s.h.expand(len(x), 3)), h=parameter(3), c=nn.GRUCell(4, 3)),
         torch.randn(N, 4),

@@ -1,5 +1,6 @@
 """In-step importance against two oracles, training left as it is, and what is refused."""
 
+import contextlib
 import copy
 import importlib.util
 import itertools
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+import sampimp.optimizers
 from sampimp.capture import (
     ImportanceRecorder,
     snapshot_importance,
@@ -586,6 +588,118 @@ def test_accumulated_gradients_are_those_of_one_batch(make):
     assert oracles.close(found[1], found[0], scale=1e-6 * found[0].amax())
 
 
+@pytest.mark.parametrize("make", [SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
+def test_passes_may_be_named_as_they_come(make):
+    (inputs, labels), found = batch(samples=9), []
+    parts = torch.arange(9).split([2, 4, 3])  # more than the buffer for the first has room for
+    for early in (True, False):
+        model = oracles.tiny_mlp()
+        optimizer = make(model.parameters(), lr=0.2)
+        recorder = ImportanceRecorder(model, optimizer)
+        for epoch in (1, 2):
+            with recorder.step(parts if early else parts[0], epoch=epoch) as add_pass:
+                optimizer.zero_grad()
+                for number, rows in enumerate(parts):
+                    if number and not early:
+                        add_pass(rows)
+                    (own_losses(model, inputs[rows], labels[rows]).sum() / 9).backward()
+                optimizer.step()
+        found.append(recorder.pop_epoch(2, 9))
+    assert (found[0] > 0).all()
+    assert torch.equal(found[1], found[0])
+
+
+@pytest.mark.parametrize(
+    ("backward_first", "rows", "error", "words"),
+    [
+        (False, [2, 3], UnsupportedError, "1 backward passes before one more batch\n +Got 0"),
+        (True, [1, 2], ConfigError, "1 repeated"),
+        (True, [2, -3], ConfigError, "smallest -3"),
+    ],
+)
+def test_a_pass_that_cannot_be_added_is_refused(backward_first, rows, error, words):
+    model, (inputs, labels) = oracles.tiny_mlp(), batch()
+    recorder = ImportanceRecorder(model, SGD(model.parameters(), lr=0.2))
+
+    def step():
+        with recorder.step([0, 1], epoch=1) as add_pass:
+            loss = own_losses(model, inputs[:2], labels[:2]).mean()
+            if backward_first:
+                loss.backward()
+            add_pass(rows)
+
+    with pytest.raises(error, match=words):
+        step()
+
+
+@pytest.mark.parametrize("zero", ["before", "in the closure"])
+@pytest.mark.parametrize("recorders", [1, 2])
+@pytest.mark.parametrize("make", [SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
+def test_a_closure_is_the_same_step(make, recorders, zero):
+    inputs, labels = batch()
+    found, trained = [], []
+    for closure in (True, False):
+        model = oracles.tiny_mlp()
+        optimizer = make(model.parameters(), lr=0.2)
+        own = [ImportanceRecorder(model, optimizer) for _ in range(recorders)]
+        for epoch in (1, 2):
+
+            def run(model=model, optimizer=optimizer, inside=zero != "before"):
+                if inside:
+                    optimizer.zero_grad()
+                loss = own_losses(model, inputs, labels).mean()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+                return loss
+
+            with contextlib.ExitStack() as steps:
+                for recorder in own:
+                    steps.enter_context(recorder.step(range(6), epoch=epoch))
+                if zero == "before":
+                    optimizer.zero_grad()
+                if closure:
+                    assert optimizer.step(run).item() > 0  # the loss, as without the recorder
+                else:
+                    run()
+                    optimizer.step()
+        found += [recorder.pop_epoch(2, 6) for recorder in own]
+        trained.append(flatten_parameters(model))
+    assert (found[0] > 0).all()
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert torch.equal(*trained)
+
+
+class Twice(SGD):
+    """Evaluates its closure twice, as a line search does."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        for _ in range(2):
+            with torch.enable_grad():
+                closure()
+        for parameter in self.param_groups[0]["params"]:
+            parameter -= self.param_groups[0]["lr"] * parameter.grad
+
+
+def test_a_closure_that_is_evaluated_twice_is_refused(monkeypatch):
+    monkeypatch.setitem(sampimp.optimizers._RULES, Twice, sampimp.optimizers.SGDRule())
+    model, (inputs, labels) = oracles.tiny_mlp(), batch()
+    optimizer = Twice(model.parameters(), lr=0.2)
+    recorder = ImportanceRecorder(model, optimizer)
+
+    def run():
+        optimizer.zero_grad(set_to_none=False)
+        own_losses(model, inputs, labels).mean().backward()
+
+    before = flatten_parameters(model)
+    with (
+        pytest.raises(UnsupportedError, match=r"1 backward passes in the step\n +Got one more"),
+        recorder.step(range(6), epoch=1),
+    ):
+        optimizer.step(closure=run)
+    assert torch.equal(flatten_parameters(model), before)
+
+
 SCALED = {
     "norm clipped": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1e-3),
     "last layer clipped": lambda model: nn.utils.clip_grad_norm_(model[2].parameters(), 1e-3),
@@ -922,10 +1036,6 @@ def two_updates(model, optimizer, inputs, labels):
     optimizer.step()
 
 
-def backward_in_a_closure(model, optimizer, inputs, labels):
-    optimizer.step(lambda: loss_of(model, inputs, labels).backward())
-
-
 @pytest.mark.parametrize(
     ("block", "words"),
     [
@@ -935,7 +1045,6 @@ def backward_in_a_closure(model, optimizer, inputs, labels):
         (stale_gradients, "empty before the step's first backward"),
         (no_update, "one optimizer.step.. in the block\n +Got 0\n +Where epoch 7"),
         (two_updates, "one optimizer.step.. in the block\n +Got 2\n +Where epoch 7"),
-        (backward_in_a_closure, "."),
     ],
 )
 def test_blocks_that_are_not_one_training_step_are_refused(block, words):
