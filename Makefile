@@ -78,5 +78,8 @@ $(VENV)/.installed-dev: $(PINS) | $(VENV)/.created
 	$(call install,[test$(comma)cluster$(comma)dev],sampimp and its developers' tools,$(FIRST))
 	@touch $(VENV)/.installed-test
 
+# BackPACK asks for torchvision and does not need it; beside a PyTorch for CPUs it fails to import, and
+# then takes Lightning and transformers with it.
 $(VENV)/.installed-bench: $(PINS) | $(VENV)/.created
 	$(call install,[bench],sampimp with BackPACK and Opacus,$(FIRST))
+	@$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/python -m pip uninstall -qq -y torchvision
