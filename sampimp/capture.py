@@ -996,9 +996,15 @@ class ImportanceRecorder:
         -------
         Tensor of shape (layer, sample)
             NaN for a sample that no step of the epoch used.
+
+        Raises
+        ------
+        ConfigError
+            A step named a sample beyond `sample_count`.
         """
         self._flush()
-        summed = self._summed(self._parts.pop(epoch), sample_count)
+        summed = self._summed(self._parts[epoch], sample_count)
+        del self._parts[epoch]
         return summed[self._capture.forward_order]
 
     def _flush(self) -> None:
@@ -1022,6 +1028,11 @@ class ImportanceRecorder:
             `importance` (epoch, layer, sample), float32, in parameter squared; NaN where an epoch
             did not use a sample, or where its gradient was not finite (`not_finite_epochs` in the
             attrs). `to_zarr` of the Dataset writes it to disk.
+
+        Raises
+        ------
+        ConfigError
+            A step named a sample beyond `sample_count`.
         """
         import xarray as xr  # here: recording alone should not cost the import
 
@@ -1077,7 +1088,16 @@ class ImportanceRecorder:
     @staticmethod
     def _summed(parts: Sequence[tuple[Tensor, Tensor]], sample_count: int) -> Tensor:
         indices, betas = zip(*parts, strict=True)
-        return sum_by_sample(torch.cat(indices), torch.cat(betas, dim=1), sample_count)
+        index_N = torch.cat(indices)
+        if index_N.numel() and int(index_N.max()) >= sample_count:
+            raise ConfigError(
+                expected=f"indices below {sample_count}, the number of samples",
+                got=f"{int(index_N.max())}",
+                where="ImportanceRecorder",
+                todo="pass the size of the whole training set, and in each step the samples' "
+                "positions in it",
+            )
+        return sum_by_sample(index_N, torch.cat(betas, dim=1), sample_count)
 
 
 def check_index(index: Index) -> Tensor:

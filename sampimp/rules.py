@@ -63,7 +63,7 @@ class Batch:
             There is no axis of N samples.
         """
         axis = self.axis(values.dim(), features)
-        if values.dim() > axis and values.shape[axis] == self.size:
+        if values.dim() > max(axis, features) and values.shape[axis] == self.size:
             return values.movedim(axis, 0)
         if values.dim() > features and self.size and values.shape[0] % self.size == 0:
             sizes = (self.size, -1) if self.dim == 0 else (-1, self.size)

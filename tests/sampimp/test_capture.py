@@ -1073,6 +1073,32 @@ def test_a_batch_of_another_length_is_refused():
     assert torch.equal(flatten_parameters(model), before)  # refused before the update
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_a_model_without_an_axis_of_samples_is_refused(count):
+    """Its four inputs and three outputs are samples in no number."""
+    model, (inputs, labels) = oracles.tiny_mlp(), batch()
+    optimizer = SGD(model.parameters(), lr=0.2)
+    recorder = ImportanceRecorder(model, optimizer)
+    with (
+        pytest.raises(UnsupportedError, match=rf"Expected {count} samples on axis 0"),
+        recorder.step(range(count), epoch=1),
+    ):
+        train_step(model, optimizer, inputs[0], labels[0])
+
+
+def test_an_index_beyond_the_training_set_is_refused():
+    model, (inputs, labels) = oracles.tiny_mlp(), batch()
+    optimizer = SGD(model.parameters(), lr=0.2)
+    recorder = ImportanceRecorder(model, optimizer)
+    with recorder.step(range(2, 8), epoch=1):
+        train_step(model, optimizer, inputs, labels)
+    with pytest.raises(ConfigError, match=r"indices below 7(.|\n)*Got 7"):
+        recorder.to_dataset(sample_count=7)
+    with pytest.raises(ConfigError, match="indices below 7"):
+        recorder.pop_epoch(1, 7)
+    assert recorder.pop_epoch(1, 8).shape == (2, 8)  # nothing was lost
+
+
 @pytest.mark.parametrize(
     ("index", "words"),
     [
