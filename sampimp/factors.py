@@ -120,6 +120,8 @@ class Outer:
     right: Tensor
     shape: Sequence[int]
     """Of the parameter: (G O, I) reshaped."""
+    left_gram: Callable[[], Tensor] | None = None
+    """Returns `gram` of left, where a second factor has use for it as well."""
 
     def square(self) -> Tensor:
         """Return the squared norm of each sample's gradient, shape (N,).
@@ -129,10 +131,10 @@ class Outer:
         """
         left, right = precise(self.left), precise(self.right)
         positions, outputs, inputs = left.shape[1], left.shape[3], right.shape[3]
-        if positions * (outputs + inputs) < outputs * inputs:
-            left, right = left.transpose(1, 2), right.transpose(1, 2)  # (N, G, T, K)
-            gram = (left @ left.transpose(2, 3)).mul_(right @ right.transpose(2, 3))
-            return gram.flatten(1).sum(1).clamp_min_(0)
+        own = outputs if self.left_gram is None else outputs / 2
+        if positions * (own + inputs) < outputs * inputs:
+            of_left = gram(left) if self.left_gram is None else self.left_gram()
+            return gram(right).mul_(of_left).flatten(1).sum(1).clamp_min_(0)
         return in_chunks(self, len(left), square_sum)
 
     def weighted(self, scale: Tensor) -> Tensor:
@@ -276,6 +278,12 @@ def in_chunks(factor: Outer | Total, count: int, reduce: Callable[[Tensor], Tens
     few = max(1, CHUNK_VALUES // math.prod(factor.shape))
     starts = range(0, count, few)
     return torch.cat([reduce(factor.gradient(slice(start, start + few))) for start in starts])
+
+
+def gram(values: Tensor) -> Tensor:
+    """Return the products of all positions of values (N, T, G, K), shape (N, G, T, T)."""
+    rows = precise(values).transpose(1, 2)
+    return rows @ rows.transpose(2, 3)
 
 
 def precise(values: Tensor) -> Tensor:
