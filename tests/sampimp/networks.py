@@ -180,6 +180,10 @@ def recurrent_cases(kind: type[nn.Module], cell: type[nn.Module], **own: Any) ->
         "deep, outputs and states": lambda: Case(
             model(outputs_and_states, **deep), torch.randn(N, T, 4)
         ),
+        "wide": lambda: Case(  # so that Gram products are less work than the gradients
+            Calls(outputs_and_states, rnn=kind(4, 8, batch_first=True, **own), out=nn.Linear(8, 2)),
+            torch.randn(N, T, 4),
+        ),
         "without bias": lambda: Case(
             model(outputs_and_states, bias=False, num_layers=2, batch_first=True),
             torch.randn(N, T, 4),
