@@ -31,7 +31,7 @@ import sampimp.recurrent  # noqa: F401  (registers its rules)
 from sampimp.errors import ConfigError, UnsupportedError
 from sampimp.factors import Explicit, Factor, Outer, Product, total
 from sampimp.optimizers import Derivative, UpdateDerivative
-from sampimp.rules import RULES, SUMS, Batch, generic
+from sampimp.rules import RULES, SUMS, WITH_OUTPUT, Batch, generic
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ class _Use:
     batch: Batch
     order: Tensor | None
     """Which sample is on each row, where they are in another order than in the batch."""
+    output: tuple[Tensor, int] | None = None
+    """Where the rule asks for it, detached (with its hook it would be a cycle), and its version."""
     seen: bool = False
     """Whether its gradient has come."""
 
@@ -370,9 +372,10 @@ class Capture(TorchFunctionMode):
                 self._called.setdefault(self._owners[self._rows[id(tensor)]])
         if varies or (function in _EXPANSIONS and roots and self._expands(args, output)):
             if roots and not isinstance(output, Tensor):
-                # As views: where one output was made of another (an LSTM cell's of its c), the
-                # gradient of that one would have both parts in it.
-                output = tuple(t.view_as(t) if isinstance(t, Tensor) else t for t in output)
+                # As copies: where one output was made of another (an LSTM cell's of its c), the
+                # gradient of that one would have both parts in it. Of views, the hooks would be
+                # lost where they are changed in place.
+                output = tuple(t.clone() if isinstance(t, Tensor) else t for t in output)
             self._meet(function, args, kwargs, output, roots)
         elif function not in _MAKES_DATA or np.shape(output)[:1] != (self._batch.size,):
             for tensor in (output,) if isinstance(output, Tensor) else output:
@@ -422,6 +425,8 @@ class Capture(TorchFunctionMode):
             orders = map(_order, _tensors(args, kwargs))
             order = next((one for one in orders if one is not None), None)
         use = _Use(function, args, kwargs, self._batch, order)
+        if function in WITH_OUTPUT:
+            use.output = outputs[0].detach(), outputs[0]._version
         if isinstance(output, Tensor):
             output.register_hook(partial(self._on_gradient, use))
         else:
@@ -572,8 +577,12 @@ class Capture(TorchFunctionMode):
             self._announce()
         with torch._C.DisableTorchFunction(), torch.set_grad_enabled(False):
             rule = RULES.get(use.function) or partial(generic, function=use.function)
+            given = [use.batch, delta]
+            if use.output is not None:
+                output, version = use.output
+                given.append(output if output._version == version else None)
             try:
-                for tensor, factor in rule(use.batch, delta, *use.args, **use.kwargs):
+                for tensor, factor in rule(*given, *use.args, **use.kwargs):
                     if tensor is None:
                         continue
                     if use.order is not None:
@@ -589,7 +598,7 @@ class Capture(TorchFunctionMode):
                 raise
         # As long as somebody keeps the loss, the hook is kept, and what it holds: activations that
         # autograd has let go, in whose place the next step would have to take fresh memory.
-        use.args, use.kwargs = (), {}
+        use.args, use.kwargs, use.output = (), {}, None
 
     def _go_back(self, tensor: Tensor, factor: Factor) -> None:
         """Add factors of the parameters that a tensor is made of."""

@@ -127,6 +127,8 @@ class Outer:
     right: Tensor
     shape: Sequence[int]
     """Of the parameter: (G O, I) reshaped."""
+    left_gram: Callable[[], Tensor] | None = None
+    """Returns `gram` of left, where a second factor has use for it as well."""
 
     def square(self) -> Tensor:
         """Return the squared norm of each sample's gradient, shape (N,).
@@ -137,15 +139,18 @@ class Outer:
         """
         left, right = precise(self.left), precise(self.right)
         positions, outputs, inputs = left.shape[1], left.shape[3], right.shape[3]
-        if positions * (outputs + inputs) < outputs * inputs:
+        if self.left_gram is not None:
+            if positions * (outputs / 2 + inputs) < outputs * inputs:
+                return gram(right).mul_(self.left_gram()).flatten(1).sum(1).clamp_min_(0)
+        elif positions * (outputs + inputs) < outputs * inputs:
             left, right = left.transpose(1, 2), right.transpose(1, 2)  # (N, G, T, K)
             square = left.new_zeros(len(left))
             for start in range(0, positions, GRAM_POSITIONS):
                 some, later = slice(start, start + GRAM_POSITIONS), slice(start, None)
-                gram = left[:, :, some] @ left[:, :, later].transpose(2, 3)
-                gram *= right[:, :, some] @ right[:, :, later].transpose(2, 3)
-                diagonal = gram[..., :GRAM_POSITIONS].flatten(1).sum(1)
-                square += gram.flatten(1).sum(1).mul_(2).sub_(diagonal)
+                part = left[:, :, some] @ left[:, :, later].transpose(2, 3)
+                part *= right[:, :, some] @ right[:, :, later].transpose(2, 3)
+                diagonal = part[..., :GRAM_POSITIONS].flatten(1).sum(1)
+                square += part.flatten(1).sum(1).mul_(2).sub_(diagonal)
             return square.clamp_min_(0)
         return in_chunks(self, len(left), square_sum)
 
@@ -317,6 +322,12 @@ def in_chunks(factor: Outer | Total, count: int, reduce: Callable[[Tensor], Tens
     few = max(1, CHUNK_VALUES // math.prod(factor.shape))
     starts = range(0, count, few)
     return torch.cat([reduce(factor.gradient(slice(start, start + few))) for start in starts])
+
+
+def gram(values: Tensor) -> Tensor:
+    """Return the products of all positions of values (N, T, G, K), shape (N, G, T, T)."""
+    rows = precise(values).transpose(1, 2)
+    return rows @ rows.transpose(2, 3)
 
 
 def precise(values: Tensor) -> Tensor:

@@ -112,16 +112,22 @@ Rule = Callable[..., Factors]
 RULES: dict[Callable[..., Any], Rule] = {}
 """The rule of each operation."""
 
+WITH_OUTPUT: set[Callable[..., Any]] = set()
+"""The operations whose rule is given their output."""
 
-def layer_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+
+def layer_rule(*functions: Callable[..., Any], with_output: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule for operations, by whatever name they are called.
 
     The rule is called as `rule(batch, delta, *args, **kwargs)`, with the arguments of the
-    operation, and yields pairs of a parameter and a factor of its per-sample gradients.
+    operation, and yields pairs of a parameter and a factor of its per-sample gradients. With
+    output, as `rule(batch, delta, output, *args, **kwargs)`: the (first) output of the operation,
+    or None where it has been changed in place since.
     """
 
     def register(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(functions, rule))
+        WITH_OUTPUT.update(functions if with_output else ())
         return rule
 
     return register

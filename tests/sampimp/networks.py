@@ -120,6 +120,25 @@ def from_states(model: nn.Module, x: Tensor, *states: Tensor) -> Tensor:
     return model.out(model.rnn(x, own if len(own) > 1 else own[0])[0])
 
 
+def changed_in_place(model: nn.Module, x: Tensor) -> Tensor:
+    changed = model.rnn(x)[0].mul_(2)
+    return model.out(changed + model.rnn(x.flip(1))[0])  # twice: the first must not be missed
+
+
+def from_learned_states(model: nn.Module, x: Tensor, lengths: Tensor | None = None) -> Any:
+    own = tuple(s.expand(-1, len(x), -1).contiguous() for s in model.states)
+    own = own if len(own) > 1 else own[0]
+    if lengths is None:
+        return model.out(model.rnn(x, own)[0])
+    return samples_first(model.rnn(rnn.pack_padded_sequence(x, lengths, True), own))
+
+
+def cell_from_learned_states(model: nn.Module, x: Tensor) -> Tensor:
+    own = tuple(torch.cat([s] * len(x)) for s in model.states)
+    state = model.cell(x[:, 0], own if len(own) > 1 else own[0])
+    return state[0] * state[1] if isinstance(state, tuple) else state
+
+
 def packed(model: nn.Module, x: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
     result = model.rnn(rnn.pack_padded_sequence(x, lengths, True, enforce_sorted=False))
     output, _ = rnn.pad_packed_sequence(result[0], batch_first=True, total_length=T)
@@ -141,6 +160,11 @@ def recurrent_cases(kind: type[nn.Module], cell: type[nn.Module], **own: Any) ->
 
     deep = {"num_layers": 2, "bidirectional": True, "batch_first": True, "width": 6}
     states = 2 if kind is nn.LSTM else 1
+
+    def learned(model: nn.Module, *shape: int) -> nn.Module:
+        model.states = nn.ParameterList(parameter(*shape) for _ in range(states))
+        return model
+
     lengths = torch.tensor([4, 3, 1])
     unsorted = torch.tensor([3, 1, 4])
     return {
@@ -156,6 +180,10 @@ def recurrent_cases(kind: type[nn.Module], cell: type[nn.Module], **own: Any) ->
         "deep, outputs and states": lambda: Case(
             model(outputs_and_states, **deep), torch.randn(N, T, 4)
         ),
+        "wide": lambda: Case(  # so that Gram products are less work than the gradients
+            Calls(outputs_and_states, rnn=kind(4, 8, batch_first=True, **own), out=nn.Linear(8, 2)),
+            torch.randn(N, T, 4),
+        ),
         "without bias": lambda: Case(
             model(outputs_and_states, bias=False, num_layers=2, batch_first=True),
             torch.randn(N, T, 4),
@@ -164,6 +192,15 @@ def recurrent_cases(kind: type[nn.Module], cell: type[nn.Module], **own: Any) ->
             model(from_states, **deep),
             torch.randn(N, T, 4),
             *(torch.randn(N, 4, 3) for _ in range(states)),
+        ),
+        "from learned states": lambda: Case(
+            learned(model(from_learned_states, **deep), 4, 1, 3), torch.randn(N, T, 4)
+        ),
+        "packed, from learned states": lambda: Case(
+            learned(model(from_learned_states, **deep), 4, 1, 3), torch.randn(N, T, 4), lengths
+        ),
+        "changed in place": lambda: Case(
+            model(changed_in_place, num_layers=2, batch_first=True), torch.randn(N, T, 4)
         ),
         "packed": lambda: Case(
             model(packed, num_layers=2, batch_first=True), torch.randn(N, T, 4), lengths
@@ -177,6 +214,10 @@ def recurrent_cases(kind: type[nn.Module], cell: type[nn.Module], **own: Any) ->
         ),
         "cell": lambda: Case(
             Calls(unrolled, cell=cell(4, 3, **own), out=nn.Linear(3, 2)), torch.randn(N, T, 4)
+        ),
+        "cell, from learned states": lambda: Case(
+            learned(Calls(cell_from_learned_states, cell=cell(4, 3, **own)), 1, 3),
+            torch.randn(N, T, 4),
         ),
     }
 

@@ -264,15 +264,6 @@ def test_any_shape_size_and_reduction(cases, data):
         (nn.Embedding(6, 4, scale_grad_by_freq=True), networks.tokens(N, 2), "by_freq"),
         (nn.LSTM(4, 3, proj_size=2), torch.randn(5, N, 4).double(), "projections"),
         (nn.GRU(4, 3, num_layers=2, dropout=0.5), torch.randn(5, N, 4).double(), "dropout"),
-        (
-            networks.Calls(
-                lambda s, x: s.r(x, s.h.expand(1, N, 3).contiguous()),
-                r=nn.GRU(4, 3, batch_first=True),
-                h=networks.parameter(1, 1, 3),
-            ),
-            torch.randn(N, 5, 4).double(),
-            "no operation that made it",
-        ),
         (nn.Conv1d(4, 3, 1), torch.randn(N + 1, 4, 5).double(), f"{N} samples"),
         (nn.GRU(4, 3, batch_first=True), torch.randn(5, N, 4).double(), f"{N} sequences"),
         (
