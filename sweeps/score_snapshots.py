@@ -30,7 +30,7 @@ def score(
     every
         Epochs between two snapshots; the paper's section 3.2 has five.
     address
-        Ray cluster; else RAY_ADDRESS, else one that runs here, else one is started.
+        Ray cluster; else RAY_ADDRESS, else that of `ray start` here, else one is started.
     cpus
         CPUs of one epoch's scoring.
     gpus

@@ -78,7 +78,7 @@ class StudyConfig(TrainingConfig):
     data_dir: str | None = None
     """Where MNIST and CIFAR-10 lie; else SAMPIMP_DATA, else they are fetched."""
     address: str | None = None
-    """Ray cluster; else RAY_ADDRESS, else one that runs here, else one is started."""
+    """Ray cluster; else RAY_ADDRESS, else that of `ray start` here, else one is started."""
     cluster: str | None = None
     """Run as a job on the cluster that `ray up` made of this YAML file, or attach to that job."""
     cpus_per_trial: int = 1
