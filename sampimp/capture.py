@@ -62,7 +62,7 @@ class NormBuffer:
         """Return where a step over `size` samples writes: shape (R, size)."""
         end, room = self._filled + size, self._buffer.shape[1]
         if end > room or like.dtype != self._buffer.dtype or like.device != self._buffer.device:
-            larger = like.new_empty(len(self._buffer), max(2 * room, end))
+            larger = like.new_empty(len(self._buffer), room if end <= room else max(2 * room, end))
             larger[:, :room] = self._buffer
             self._buffer = larger
         return self._buffer[:, self._filled : end]
@@ -127,8 +127,6 @@ class Capture(TorchFunctionMode):
     batch_norm
         What a BatchNorm in training mode means, which mixes the samples: an error ("refuse"), or
         that it and what is called before it have no importance (NaN, "undefined").
-    after_backward
-        Called when a backward pass is over.
 
     Raises
     ------
@@ -149,7 +147,8 @@ class Capture(TorchFunctionMode):
         named = list(model.named_parameters())
         self.parameters = [parameter for _, parameter in named]
         self._rows = {id(parameter): row for row, parameter in enumerate(self.parameters)}
-        self._free = {id(buffer): _NOTHING for buffer in model.buffers()}
+        self._buffers = list(model.buffers())
+        self._free = {id(buffer): _NOTHING for buffer in self._buffers}
         self._free |= {key: frozenset((row,)) for key, row in self._rows.items()}
         owners = [name.rpartition(".")[0] or "model" for name, _ in named]
         self.layers = tuple(dict.fromkeys(owners))
@@ -187,17 +186,20 @@ class Capture(TorchFunctionMode):
         self._squares: Tensor | None = None
         self._done = 0  # passes
         self._kept: list[tuple[slice, dict[int, Factor]]] = []  # by pass
+        self._read: list[tuple[Tensor, int]] = []  # what the kept factors are made of; its version
         self._used: set[int] = set()
         self._undefined = set()
         self._refusal: UnsupportedError | None = None
         self._reordered = False
-        self._gradients: dict[int, tuple[int, int]] = {}  # by id: row, version
-        self._scales: dict[int, Tensor | float] = {}  # by row
+        # By id: row, version; and the gradient, so that no other one gets its id.
+        self._gradients: dict[int, tuple[int, int, Tensor]] = {}
+        self._scales: list[tuple[int, int, Tensor | float]] = []  # row; samples so far; factor
         self._begin_pass()
         with self:
             try:
                 yield
             finally:
+                self._gradients = {}
                 self.resume()
 
     def add_pass(self, size: int) -> None:
@@ -260,7 +262,7 @@ class Capture(TorchFunctionMode):
             gradient = parameter.grad
             if gradient is None or not parameter.requires_grad:
                 continue
-            if self._gradients.get(id(gradient)) != (row, gradient._version):
+            if not self._is_known(row, gradient):
                 raise UnsupportedError(
                     expected="the gradients of this step's backward passes",
                     got="a gradient that was changed otherwise than by a factor",
@@ -290,11 +292,19 @@ class Capture(TorchFunctionMode):
         derivatives
             By id of the parameter: d(update)/d(gradient).
         """
+        if any(one._version != version for one, version in self._read):
+            raise UnsupportedError(
+                expected="batches and activations that stay as they are until the update",
+                got="one that was changed in place after its backward pass",
+                where="the step",
+                todo="make a new tensor for each batch that is accumulated",
+            )
         count = sum(self._sizes)
         rates = [0.0] * len(self.parameters)
         for row, parameter in enumerate(self.parameters):
             derivative = derivatives.get(id(parameter), 0.0)
-            rates[row] = derivative if isinstance(derivative, float) else 1.0
+            is_tensor = self._elementwise and isinstance(derivative, Tensor)
+            rates[row] = 1.0 if is_tensor else float(derivative)
         for row in {row for _, factors in self._kept for row in factors}:
             derivative = derivatives.get(id(self.parameters[row]), 0.0)
             if isinstance(derivative, Tensor):
@@ -309,16 +319,20 @@ class Capture(TorchFunctionMode):
                     values[row] = factor.square()
             self._write(samples, values)
         squares = self._squares_like(self.parameters[0])
-        for row, scale in self._scales.items():
-            squares[row] *= scale**2
+        for row, end, scale in self._scales:
+            squares[row, :end] *= scale**2
         for row in self._used:
             if id(self.parameters[row]) not in derivatives:
                 squares[row] = 0  # also where it was NaN
         for row in self._undefined:
             rates[row] = torch.nan
             self.undefined_layers.add(int(self._layer_of_row[row]))
-        self._kept = []
-        self._norms.accept(count, rates)
+        self._kept, self._read = [], []
+        self._finished = count, rates
+
+    def accept(self) -> None:
+        """Keep what `finish` took in."""
+        self._norms.accept(*self._finished)
 
     def take(self) -> Tensor:
         """Return beta (layer, samples) of the steps since the last call; forget them.
@@ -377,7 +391,9 @@ class Capture(TorchFunctionMode):
                 # lost where they are changed in place.
                 output = tuple(t.clone() if isinstance(t, Tensor) else t for t in output)
             self._meet(function, args, kwargs, output, roots)
-        elif function not in _MAKES_DATA or np.shape(output)[:1] != (self._batch.size,):
+        elif function not in _MAKES_DATA or (
+            self._batch.size and np.shape(output)[:1] != (self._batch.size,)
+        ):
             for tensor in (output,) if isinstance(output, Tensor) else output:
                 if isinstance(tensor, Tensor) and id(tensor) not in self._free:
                     setattr(tensor, self._tag, roots)
@@ -387,7 +403,9 @@ class Capture(TorchFunctionMode):
         """Return the rows of the trained parameters that a tensor is made of; None if it varies."""
         own = self._free.get(id(tensor))
         if own is None:
-            return getattr(tensor, self._tag, None)
+            own = getattr(tensor, self._tag, None)
+            if own is None:
+                return None
         return own if tensor.requires_grad else _NOTHING
 
     def _varies(self, value: Any) -> bool:
@@ -528,6 +546,10 @@ class Capture(TorchFunctionMode):
         """Return the gradients of this step among tensors."""
         return [one for one in _listed(value) if id(one) in self._gradients]
 
+    def _is_known(self, row: int, gradient: Tensor) -> bool:
+        """Return whether a gradient is what the passes so far have made."""
+        return self._gradients.get(id(gradient), ())[:2] == (row, gradient._version)
+
     def _scale(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Let gradients be scaled, as clipping and a GradScaler do, and note by how much."""
         given, gradients = _listed(args[0]), self._known(args[0])
@@ -536,13 +558,13 @@ class Capture(TorchFunctionMode):
         inverse, position = _SCALINGS[function]
         factor = _argument(args, kwargs, position, "other", 1.0)
         for gradient, known in zip(gradients, before, strict=True):
-            row, _ = self._gradients[id(gradient)]
+            row = self._gradients[id(gradient)][0]
             own = 1 / factor if inverse else factor
             if isinstance(own, list | tuple):
                 own = own[[g is gradient for g in given].index(True)]
             if known:
-                self._scales[row] = self._scales.get(row, 1.0) * own
-                self._gradients[id(gradient)] = row, gradient._version
+                self._scales.append((row, sum(self._sizes[: self._done]), own))
+                self._gradients[id(gradient)] = row, gradient._version, gradient
         return output
 
     # What comes back.
@@ -596,6 +618,12 @@ class Capture(TorchFunctionMode):
                 roots = [self._roots(one) or () for one in _tensors(use.args, use.kwargs)]
                 error.where = self._place(min(row for rows in roots for row in rows))
                 raise
+        if self._elementwise:
+            self._read += [
+                (one, one._version)
+                for one in _tensors(use.args, use.kwargs)
+                if self._varies(one) and id(one._base) not in self._free  # an expanded parameter
+            ]
         # As long as somebody keeps the loss, the hook is kept, and what it holds: activations that
         # autograd has let go, in whose place the next step would have to take fresh memory.
         use.args, use.kwargs, use.output = (), {}, None
@@ -630,6 +658,14 @@ class Capture(TorchFunctionMode):
             first = next(iter(values.values()))
             rows = self._squares_like(first)[:, samples]
             zero = rows.new_zeros(rows.shape[1])
+            for row, one in values.items():
+                if one.shape != zero.shape:
+                    raise UnsupportedError(
+                        expected=f"{len(zero)} samples, one for each index of the step",
+                        got=f"norms of shape {tuple(one.shape)}",
+                        where=self._place(row),
+                        todo="name as many samples as the batch has",
+                    )
             of_row = [values.get(row, zero) for row in range(len(rows))]
             torch.stack([one.to(rows) for one in of_row], out=rows)
 
@@ -657,15 +693,16 @@ class Capture(TorchFunctionMode):
         for row, parameter in enumerate(self.parameters if self._accumulates else ()):
             gradient = parameter.grad
             if gradient is None:
-                stale = id_of_earlier = False
+                stale, got = bool(self._done) and row in self._used, "none"
+            elif id(gradient) in self._gradients:
+                stale, got = not self._is_known(row, gradient), "one that was changed in between"
             else:
-                id_of_earlier = id(gradient) in self._gradients
-                stale = not id_of_earlier and bool(gradient.any())
-            if stale or (self._done and gradient is None and row in self._used):
+                stale, got = bool(gradient.any()), "a gradient from elsewhere"
+            if stale:
                 raise UnsupportedError(
                     expected="gradients that are empty before the step's first backward pass, and "
-                    "kept until its last",
-                    got="a gradient from elsewhere" if stale else "none",
+                    "kept until its last, but for a factor",
+                    got=got,
                     where=self._place(row),
                     todo="call optimizer.zero_grad() once in the block, before its backward "
                     "passes; to accumulate, name each pass: step([index_1, index_2], ...); "
@@ -686,7 +723,7 @@ class Capture(TorchFunctionMode):
                 values = {row: factor.square() for row, factor in summed.items()}
                 self._write(self._samples, self._values | values)
         self._gradients = {
-            id(parameter.grad): (row, parameter.grad._version)
+            id(parameter.grad): (row, parameter.grad._version, parameter.grad)
             for row, parameter in enumerate(self.parameters)
             if parameter.grad is not None
         }
@@ -944,8 +981,9 @@ class ImportanceRecorder:
             nonlocal index_N
             with torch._C.DisableTorchFunction():
                 added = check_index(index)
-                index_N = check_index(torch.cat([index_N, added]))
+                whole_N = check_index(torch.cat([index_N, added]))
                 self._capture.add_pass(len(added))
+                index_N = whole_N
 
         def before_update() -> None:
             self._capture.pause()
@@ -963,7 +1001,9 @@ class ImportanceRecorder:
                 before_update()
                 return loss
 
-            return args[:1], {**kwargs, "closure": watched}
+            if len(args) > 1:
+                return (args[0], watched, *args[2:]), kwargs
+            return args, {**kwargs, "closure": watched}
 
         def after_update(*_: Any) -> None:
             nonlocal updates
@@ -995,6 +1035,7 @@ class ImportanceRecorder:
                 where=f"epoch {epoch}",
                 todo="put exactly one update into the block",
             )
+        self._capture.accept()
         self._indices.append(index_N)
         self._largest_batch = max(self._largest_batch, len(index_N))
 
@@ -1008,6 +1049,8 @@ class ImportanceRecorder:
 
         Raises
         ------
+        KeyError
+            No step of the epoch was recorded, or it was taken already.
         ConfigError
             A step named a sample beyond `sample_count`.
         """
@@ -1111,7 +1154,16 @@ class ImportanceRecorder:
 
 def check_index(index: Index) -> Tensor:
     """Return sample indices as an int64 tensor on the CPU, or raise ConfigError."""
-    index_N = torch.as_tensor(index, dtype=torch.int64).cpu()
+    given = torch.as_tensor(index)
+    whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    if given.numel() and not whole:
+        raise ConfigError(
+            expected="whole numbers, the positions of the batch's samples in the training set",
+            got=f"{given.dtype}",
+            where="ImportanceRecorder.step",
+            todo="pass the samples' positions, not their values",
+        )
+    index_N = given.to("cpu", torch.int64)
     listed = index_N.flatten().tolist()  # a set of ints takes a quarter of the time of a sort
     if index_N.dim() != 1 or len(set(listed)) != len(listed) or min(listed, default=0) < 0:
         raise ConfigError(
@@ -1182,6 +1234,7 @@ def snapshot_importance(
             loss = functional.cross_entropy(model(inputs_N), labels_N, reduction="sum")
             torch.autograd.grad(loss, trained)
         capture.finish(rates)
+        capture.accept()
     return capture.take()[capture.forward_order]
 
 

@@ -170,7 +170,7 @@ class UpdateDerivative:
     UnsupportedError
         On construction and in `before`: the class has no rule, `differentiable` is set, a parameter
         is complex or its gradient sparse, or a GradScaler works inside a fused step. In `after`:
-        the gradients are not those of `before`, as with a closure.
+        the gradients are not those of `before`.
 
     References
     ----------
@@ -240,7 +240,7 @@ class UpdateDerivative:
                     expected="the gradients from before the step",
                     got="others",
                     where=f"{type(self.optimizer).__name__}.step",
-                    todo="call backward() before optimizer.step(), without a closure",
+                    todo="let nothing put other gradients in their place during optimizer.step()",
                 )
             step.state = self.optimizer.state.get(step.parameter, {})
             derivatives[id(step.parameter)] = self._rule.after(step)

@@ -127,7 +127,7 @@ def layer_rule(*functions: Callable[..., Any], with_output: bool = False) -> Cal
 
     def register(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(functions, rule))
-        WITH_OUTPUT.update(functions if with_output else ())
+        (WITH_OUTPUT.update if with_output else WITH_OUTPUT.difference_update)(functions)
         return rule
 
     return register
@@ -245,14 +245,19 @@ def _conv_transpose(
 
 def _images(batch: Batch, images: Tensor, axes: int) -> Tensor:
     """Return images (N, C, S...), or raise UnsupportedError."""
-    if images.dim() != axes + 2 or len(images) != batch.size:
+    _require_samples(batch, images if images.dim() == axes + 2 else images[None], "a convolution")
+    return images
+
+
+def _require_samples(batch: Batch, values: Tensor, where: str) -> None:
+    """Raise UnsupportedError unless values are (N, ...)."""
+    if len(values) != batch.size:
         raise UnsupportedError(
-            expected=f"{batch.size} samples on the first of {axes + 2} axes",
-            got=f"a tensor of shape {tuple(images.shape)}",
-            where="a convolution",
+            expected=f"{batch.size} samples on the first axis, one for each index of the step",
+            got=f"a tensor of shape {tuple(values.shape)}",
+            where=where,
             todo="name as many samples as the batch has",
         )
-    return images
 
 
 def _unfold(
@@ -353,8 +358,7 @@ def _embedding_bag(
         share = share * inside
     if mode == "mean":
         share = share / inside.sum(1, keepdim=True).clamp_min(1)
-    if len(input) != batch.size:
-        batch.first(delta)  # says what is wrong
+    _require_samples(batch, delta, "embedding_bag")
     yield weight, Rows(delta[:, None, :] * share[:, :, None], input, weight.shape)
 
 
@@ -458,9 +462,10 @@ def _batch_norm(
 
 @layer_rule(functional.prelu, torch.prelu, Tensor.prelu)
 def _prelu(batch: Batch, delta: Tensor, input: Tensor, weight: Tensor) -> Factors:
-    values = batch.first(delta * input.clamp_max(0))
+    values = delta * input.clamp_max(0)
+    values = batch.first(values, min(values.dim() - 1, 1))
     if len(weight) == 1:
-        yield weight, Explicit(values.flatten(1).sum(1, keepdim=True))
+        yield weight, Explicit(values.reshape(batch.size, -1).sum(1, keepdim=True))
     else:
         yield weight, Explicit(_by_channel_sum(values))
 
@@ -468,8 +473,7 @@ def _prelu(batch: Batch, delta: Tensor, input: Tensor, weight: Tensor) -> Factor
 def _by_channel(
     batch: Batch, delta: Tensor, normal: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Factors:
-    if len(delta) != batch.size:
-        batch.first(delta)  # says what is wrong
+    _require_samples(batch, delta, "a normalisation by channel")
     for parameter, values in ((weight, delta * normal), (bias, delta)):
         yield parameter, Explicit(_by_channel_sum(values))
 

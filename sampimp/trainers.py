@@ -32,6 +32,9 @@ class _Steps:
     recorder: ImportanceRecorder
     """Of the last training that was started; made at its start."""
 
+    _index: Any
+    """Where a batch says which samples it holds."""
+
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
         self._step: AbstractContextManager[Callable[[Index], None]] | None = None
@@ -74,9 +77,9 @@ class _Steps:
             stop = GeneratorExit()
             step.__exit__(type(stop), stop, None)
 
-    def _missing(self, index: Any, got: str, todo: str) -> ConfigError:
+    def _missing(self, got: str, todo: str) -> ConfigError:
         return ConfigError(
-            expected=f"batches that say which samples they hold, in batch[{index!r}]",
+            expected=f"batches that say which samples they hold, in batch[{self._index!r}]",
             got=got,
             where=type(self).__name__,
             todo=todo,
@@ -103,7 +106,7 @@ class LightningImportance(_Steps, Callback):
     ------
     UnsupportedError
         When training starts: several processes, a model that is wrapped or compiled, manual
-        optimization, or what the recorder refuses.
+        optimization, or what the recorder refuses. In a step: `training_step` returned None.
     ConfigError
         At a batch without an index.
 
@@ -172,7 +175,6 @@ class LightningImportance(_Steps, Callback):
             return batch[self._index]
         except (KeyError, IndexError, TypeError):
             raise self._missing(
-                self._index,
                 f"a {type(batch).__name__} without",
                 "let the data set return each sample's position in it, and say where it is in a "
                 "batch: LightningImportance(index=2), or a key, or a function of the batch",
@@ -266,7 +268,6 @@ class HuggingFaceImportance(_Steps, TrainerCallback):
         if model.training and torch.is_grad_enabled():
             if index is None:
                 raise self._missing(
-                    self._index,
                     f"one of {', '.join(kwargs)}",
                     "add the column to the data set: each sample's position in it; set "
                     "TrainingArguments(remove_unused_columns=False), and see that the collator "

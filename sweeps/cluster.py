@@ -104,19 +104,18 @@ def connect(address: str | None = None) -> Cluster:
     Parameters
     ----------
     address
-        As `ray.init` takes it, "local" for a cluster of its own. None: the environment's
-        RAY_ADDRESS, else the cluster that this machine is a node of, else one that is started here
-        for this process alone.
+        As `ray.init` takes it; "local" for a cluster of its own, "auto" for the one that this
+        machine is a node of. None: the environment's RAY_ADDRESS, else "auto", else "local".
 
     Raises
     ------
     ResourceError
-        The address was given and no cluster answers there.
+        No cluster answers there.
     """
     start = partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
     given = address or os.environ.get("RAY_ADDRESS")
-    address = given or noted_address() or "local"
-    local = address == "local"
+    address = noted_address() if given in (None, "auto") else given
+    local = address == "local" or (address is None and given is None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own deprecations, of no use to a user
         if local:
@@ -129,9 +128,9 @@ def connect(address: str | None = None) -> Cluster:
                 raise ResourceError(
                     expected="a Ray cluster that answers",
                     got=str(error).strip().split("\n")[0],
-                    where=f"address {address}",
-                    todo="start it (ray up cluster.yaml, or ray start --head), or leave --address "
-                    "and RAY_ADDRESS out to run on this machine",
+                    where=f"address {address or given}",
+                    todo="start it (ray up cluster.yaml, or ray start --head), or run on this "
+                    "machine alone: --address local",
                 ) from None
     origin = f"Ray cluster at {address}" if given else "Ray cluster that runs on this machine"
     origin = "Ray started here" if local else origin
@@ -165,13 +164,15 @@ def noted_address() -> str | None:
     return address
 
 
-def check_answers(address: str) -> None:
+def check_answers(address: str | None) -> None:
     """Raise ConnectionError if nobody listens at HOST:PORT; Ray would try for ever."""
+    if address is None:
+        raise ConnectionError("this machine is a node of none")
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdigit():
         return  # what only Ray understands
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError as error:
         raise ConnectionError(f"nobody answers at {address}: {error.strerror or error}") from error
 

@@ -700,6 +700,161 @@ def test_a_closure_that_is_evaluated_twice_is_refused(monkeypatch):
     assert torch.equal(flatten_parameters(model), before)
 
 
+class Averaging(nn.Module):
+    """Keeps the mean of its inputs as a buffer, made anew in each pass, and does not use it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        for _ in range(4):
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            x = self.linear(x).tanh()
+        return x
+
+
+def test_a_buffer_that_is_made_anew_is_no_activation():
+    """Whatever takes the memory of the old one, some twenty times, depends on the samples."""
+    torch.manual_seed(1)
+    model, (inputs, labels) = Averaging().double(), batch()
+    optimizer = SGD(model.parameters(), lr=0.2)
+    recorder = ImportanceRecorder(model, optimizer)
+    for epoch in range(1, 21):
+        losses = [own_losses(model, inputs[[i]], labels[[i]]).sum() / 6 for i in range(6)]
+        expected = gradients_squared(model, losses, 0.2)
+        with recorder.step(range(6), epoch=epoch):
+            train_step(model, optimizer, inputs, labels)
+        assert oracles.close(recorder.pop_epoch(epoch, 6), expected, relative=1e-9)
+
+
+def test_a_detached_parameter_is_a_number():
+    torch.manual_seed(1)
+    model, (inputs, labels) = Detached().double(), batch()
+    optimizer = SGD(model.parameters(), lr=0.2)
+    losses = [own_losses(model, inputs[[i]], labels[[i]]).sum() / 6 for i in range(6)]
+    expected = gradients_squared(model, losses, 0.2)
+    recorder = ImportanceRecorder(model, optimizer)
+    with recorder.step(range(6), epoch=1):
+        train_step(model, optimizer, inputs, labels)
+    assert oracles.close(recorder.pop_epoch(1, 6), expected)
+
+
+class Detached(nn.Module):
+    """Uses its weight with and without its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(x) * (x @ self.linear.weight.detach().T)
+
+
+def accumulated(between, make=SGD):
+    """Return beta of two passes of three samples each, with something in between."""
+    model, (inputs, labels) = oracles.tiny_mlp(), batch()
+    optimizer = make(model.parameters(), lr=0.2)
+    recorder = ImportanceRecorder(model, optimizer)
+    with recorder.step([[0, 1, 2], [3, 4, 5]], epoch=1):
+        own_losses(model, inputs[:3], labels[:3]).mean().backward()
+        between(model, inputs)
+        own_losses(model, inputs[3:], labels[3:]).mean().backward()
+        optimizer.step()
+    return recorder.pop_epoch(1, 6)
+
+
+def test_a_factor_between_two_passes_is_on_the_first_alone():
+    def halve(model, _):
+        for parameter in model.parameters():
+            parameter.grad.mul_(0.5)
+
+    plain, halved = accumulated(lambda *_: None), accumulated(halve)
+    assert oracles.close(halved[:, :3], 0.25 * plain[:, :3])
+    assert oracles.close(halved[:, 3:], plain[:, 3:])
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda model, _: nn.utils.clip_grad_value_(model.parameters(), 1e-3),
+        lambda model, _: model.zero_grad(set_to_none=False),
+        lambda model, _: model[0].weight.grad.add_(1.0),
+        lambda model, _: setattr(
+            model[0].weight, "grad", torch.ones_like(model[0].weight, requires_grad=False)
+        ),
+    ],
+    ids=["values clipped", "zeroed", "noise", "another"],
+)
+def test_gradients_changed_between_two_passes_are_refused(between):
+    with pytest.raises(UnsupportedError, match=r"changed in between|from elsewhere"):
+        accumulated(between)
+
+
+def test_a_batch_that_is_filled_again_before_the_update_is_refused_where_it_is_needed():
+    def refill(_, inputs):
+        inputs[:3] += 1
+
+    accumulated(refill)  # under SGD its norms are taken already
+    with pytest.raises(UnsupportedError, match="changed in place after its backward pass"):
+        accumulated(refill, torch.optim.AdamW)
+
+
+def test_a_rule_that_speaks_of_other_samples_is_refused():
+    torch.manual_seed(1)
+    model, bags = nn.EmbeddingBag(5, 3, mode="sum"), torch.randint(0, 5, (6, 2))
+    optimizer = SGD(model.parameters(), lr=0.2)
+    recorder = ImportanceRecorder(model, optimizer)
+    with (
+        pytest.raises(UnsupportedError, match=r"3 samples(.|\n)*\(6, 3\)"),
+        recorder.step(range(3), epoch=1),
+    ):
+        model(bags).square().sum().backward()
+
+
+def test_what_fails_after_the_update_takes_nothing_along():
+    model, (inputs, labels) = oracles.tiny_mlp(), batch()
+    optimizer = SGD(model.parameters(), lr=0.2)
+    recorder = ImportanceRecorder(model, optimizer)
+    with recorder.step(range(6), epoch=1):
+        train_step(model, optimizer, inputs, labels)
+
+    def interrupted():
+        with recorder.step(range(6), epoch=1):
+            train_step(model, optimizer, inputs, labels)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    expected = oracles.importance_by_autograd(model, optimizer, inputs, labels)
+    with recorder.step(range(6, 12), epoch=1):
+        train_step(model, optimizer, inputs, labels)
+    found = recorder.pop_epoch(1, 12)
+    assert oracles.close(found[:, 6:], expected)
+    assert bool(found.isfinite().all())
+
+
+def test_a_rate_may_be_an_integer(monkeypatch):
+    class Whole(SGD):
+        pass
+
+    class WholeRule(sampimp.optimizers.SGDRule):
+        def after(self, step):
+            return -2
+
+    monkeypatch.setitem(sampimp.optimizers._RULES, Whole, WholeRule())
+    model, (inputs, labels) = oracles.tiny_mlp(), batch()
+    expected = oracles.importance_by_autograd(
+        model, SGD(model.parameters(), lr=2.0), inputs, labels
+    )
+    optimizer = Whole(model.parameters(), lr=2.0)
+    recorder = ImportanceRecorder(model, optimizer)
+    with recorder.step(range(6), epoch=1):
+        train_step(model, optimizer, inputs, labels)
+    assert oracles.close(recorder.pop_epoch(1, 6), expected)
+
+
 SCALED = {
     "norm clipped": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1e-3),
     "last layer clipped": lambda model: nn.utils.clip_grad_norm_(model[2].parameters(), 1e-3),
@@ -1106,6 +1261,8 @@ def test_an_index_beyond_the_training_set_is_refused():
         ([0, 1, 2, 3, 4, -1], "smallest -1"),
         (torch.arange(6).view(2, 3), r"shape \(2, 3\)"),
         (torch.tensor(3), r"shape \(\)"),
+        ([0.0, 1.2, 2.0, 3.0, 4.0, 5.0], "torch.float32"),
+        (torch.ones(6, dtype=torch.bool), "torch.bool"),
     ],
 )
 def test_indices_that_name_no_sample_each_are_refused(index, words):

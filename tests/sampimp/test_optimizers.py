@@ -462,5 +462,5 @@ def test_gradients_replaced_within_the_step_are_refused():
     closure()
     derivative.before()
     optimizer.step(closure)
-    with pytest.raises(UnsupportedError, match="closure"):
+    with pytest.raises(UnsupportedError, match="other gradients"):
         derivative.after()

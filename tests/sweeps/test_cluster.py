@@ -175,3 +175,7 @@ def test_a_cluster_that_was_killed_is_not_waited_for(monkeypatch, tmp_path):
     assert cluster_module.noted_address() is None
     with pytest.raises(ResourceError, match=f"nobody answers at {address}: Connection refused"):
         connect(address)
+    with pytest.raises(ResourceError, match=r"a node of none(.|\n)*address auto"):
+        connect("auto")
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        cluster_module.check_answers(f"[::1]:{server.getsockname()[1]}")
