@@ -5,6 +5,7 @@ pass of all (with dropout only that); both take them through the optimizer's own
 """
 
 import copy
+import gc
 import importlib.util
 from pathlib import Path
 
@@ -54,6 +55,30 @@ def double_on_one_thread():
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_tensor_outlives_its_step(name):
+    """Python's garbage collector cannot see through a hook that holds what it is on."""
+    torch.manual_seed(1)
+    case = CASES[name]()
+    optimizer = torch.optim.AdamW(case.model.parameters())
+    recorder = ImportanceRecorder(case.model, optimizer, **case.options)
+    gc.collect()
+    gc.freeze()  # what is here already is not counted
+    counts = []
+    try:
+        for epoch in (1, 2, 3):
+            with recorder.step(range(N), epoch=epoch):
+                optimizer.zero_grad()
+                case.losses().sum().backward()
+                optimizer.step()
+            recorder.pop_epoch(epoch, N)
+            gc.collect()
+            counts.append(sum(isinstance(one, torch.Tensor) for one in gc.get_objects()))
+    finally:
+        gc.unfreeze()
+    assert counts[2] == counts[1]
 
 
 def moved_optimizer(name, model, gradients):
