@@ -17,7 +17,7 @@ import ray
 import torch
 import tyro
 from ray import tune
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.markup import escape
@@ -423,7 +423,18 @@ def train(
                 verbose=0,
             ),
         )
-        tuner.fit()
+        try:
+            tuner.fit()
+        except RuntimeError as error:  # Tune takes every death but this one for a death
+            if not isinstance(error.__cause__, OutOfMemoryError):
+                raise
+            raise ResourceError(
+                expected=f"memory for as many trials as run at a time, {slots}",
+                got=str(error.__cause__).split("\n")[0],
+                where=str(cluster),
+                todo="run fewer at a time (--max-concurrent), or on machines with more memory; "
+                "nothing is lost, the same command goes on",
+            ) from None
     if searcher.superseded_by:
         console.print(
             f"[bold]{searcher.superseded_by} was begun by another run of this study[/], which has "

@@ -8,6 +8,8 @@ from io import StringIO
 import numpy as np
 import pytest
 from PIL import Image
+from ray import tune
+from ray.exceptions import OutOfMemoryError
 from rich.console import Console
 
 from sampimp.data import load_source
@@ -266,6 +268,17 @@ def test_what_a_trial_takes():
     # An epoch: 1,500 samples x (2 layers + NLL + batch) x 4 bytes = 24,000. Parameters: 1,210 x 4
     # bytes in 4 states, in two checkpoints and in the third while it is written.
     assert trial_bytes(plan, plan.trials()[0]) == 3 * 24_000 + (4 + 3) * 4 * 1_210
+
+
+def test_a_worker_that_took_too_much_memory(run_study, monkeypatch, tmp_path):
+    def killed(self):
+        cause = OutOfMemoryError("1 worker(s) were killed: 22.38GB used / 23.54GB limit\nat length")
+        raise RuntimeError(f"Caught unexpected exception: {cause}") from cause
+
+    monkeypatch.setattr(tune.Tuner, "fit", killed)
+    with pytest.raises(ResourceError, match=r"killed: 22.38GB used / 23.54GB limit\n") as caught:
+        run_study(tmp_path / "study", *DIGITS)
+    assert "as many trials as run at a time, 1\n" in four_parts(caught.value)
 
 
 def test_no_cluster_at_the_address(monkeypatch):
