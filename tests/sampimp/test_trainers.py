@@ -132,6 +132,8 @@ def fit(pl, model, *callbacks, as_dict=False, validate=False, **options):
     """Train on the samples in their order."""
 
     def collate(rows):
+        # Made anew, as data sets do: of the next batch while a step is open that accumulates.
+        rows = [[torch.tensor(part.tolist()) for part in row] for row in rows]
         values = torch.utils.data.default_collate(rows)
         return dict(zip(("inputs", "labels", "index"), values, strict=True)) if as_dict else values
 
