@@ -532,8 +532,9 @@ def draw_clusters(clusters: xr.Dataset, images: xr.DataArray | None = None) -> F
     first = first or ax
     mesh = _draw_strips(ax, clusters["profile"].transpose("cluster", "layer", "epoch"))
     names = [str(name) for name in clusters["layer"].values]
-    listed = ", ".join(names) if layers <= 4 else f"{layers} layers from top"
-    ax.set_title(f"importance by epoch\n({_shorten(listed, 20)})", fontsize=9)
+    listed = ", ".join(names)
+    listed = listed if len(listed) <= 24 else f"{layers} layers, the first above"
+    ax.set_title(f"importance by epoch\n({listed})", fontsize=9)
     bar = figure.add_axes((x / WIDTH, 0.57 / height, strips / WIDTH, 0.1 / height))
     unit = clusters["profile"].attrs.get("units", "parameter^2").replace("^2", "²")
     name = clusters["profile"].attrs.get("long_name", "mean importance of a sample")
