@@ -240,7 +240,13 @@ def test_a_host_that_is_cut_off_and_returns_spoils_nothing(hosts, cluster, undis
 
 def test_a_study_outlives_a_host(hosts, cluster, undisturbed, say):
     head, victim, survivor = hosts
+    # /tmp is each host's own: a record written there would be lost with its host. To its end before
+    # the study that is to be hurt in time begins.
     blind = Terminal(*DOOR, *STUDY, "--cluster", cluster, "--out", "/tmp/study")
+    code, text = blind.end()
+    assert code == 2, text
+    assert "Expected a folder that every node of the cluster sees" in text
+
     command = (*DOOR, *STUDY, "--cluster", cluster, "--out", "/srv/study")
     first = Terminal(*command)
     trials = Path("/srv/study/trials")
@@ -255,11 +261,6 @@ def test_a_study_outlives_a_host(hosts, cluster, undisturbed, say):
     assert "Detached; the study goes on as job sampimp-" in text
     assert f"Stop it: ray exec {cluster} 'ray job stop sampimp-" in text
     say("Ctrl-C has detached the laptop")
-
-    # /tmp is each host's own: a record written there would be lost with its host.
-    code, text = blind.end()
-    assert code == 2, text
-    assert "Expected a folder that every node of the cluster sees" in text
 
     victim.kill()
     done = len(commits("/srv/study"))
