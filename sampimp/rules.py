@@ -245,13 +245,13 @@ def _conv_transpose(
 
 def _images(batch: Batch, images: Tensor, axes: int) -> Tensor:
     """Return images (N, C, S...), or raise UnsupportedError."""
-    _require_samples(batch, images if images.dim() == axes + 2 else images[None], "a convolution")
+    _require_samples(batch, images, "a convolution", axes + 2)
     return images
 
 
-def _require_samples(batch: Batch, values: Tensor, where: str) -> None:
-    """Raise UnsupportedError unless values are (N, ...)."""
-    if len(values) != batch.size:
+def _require_samples(batch: Batch, values: Tensor, where: str, least: int = 2) -> None:
+    """Raise UnsupportedError unless values are (N, ...), of so many axes at least."""
+    if values.dim() < least or len(values) != batch.size:
         raise UnsupportedError(
             expected=f"{batch.size} samples on the first axis, one for each index of the step",
             got=f"a tensor of shape {tuple(values.shape)}",

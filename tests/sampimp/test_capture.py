@@ -1241,6 +1241,18 @@ def test_a_model_without_an_axis_of_samples_is_refused(count):
         train_step(model, optimizer, inputs[0], labels[0])
 
 
+def test_an_image_without_an_axis_of_samples_is_refused():
+    torch.manual_seed(1)
+    model, image = nn.Conv2d(1, 2, 2), torch.randn(1, 4, 4)
+    optimizer = SGD(model.parameters(), lr=0.2)
+    recorder = ImportanceRecorder(model, optimizer)
+    with (
+        pytest.raises(UnsupportedError, match=r"1 samples on the first axis(.|\n)*\(1, 4, 4\)"),
+        recorder.step([0], epoch=1),
+    ):
+        model(image).square().sum().backward()
+
+
 def test_an_index_beyond_the_training_set_is_refused():
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     optimizer = SGD(model.parameters(), lr=0.2)
