@@ -16,6 +16,7 @@ happened to, and at most one epoch trained again for each death and running tria
 import contextlib
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -368,6 +369,8 @@ def main(deaths: int = 20, seed: int = 1, scenes: bool = True) -> int:
         Also meet a full disk and a read-only store.
     """
     console = Console()
+    # Drivers inherit it: what a shell has started in the background would not hear Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="sampimp-chaos-") as name:
         folder = Path(name)
         begun = time.monotonic()
