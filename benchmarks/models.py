@@ -1,9 +1,10 @@
 """What recording costs on other networks and optimizers: steps with and without it, in turn.
 
 Each network takes one step plain and one recorded within a round, in random order; the result is
-the median over rounds of the ratio, with its quartiles. Peak memory is that of a process which
-makes nothing but these steps, above what it had before the first, times that of the plain ones; it
-is what Linux calls resident, so it counts what the allocator keeps too.
+the median over rounds of the ratio, with its quartiles. What records is the recorder around the
+plain step; in a study it is the study's own step, with the optimizer's fused form. Peak memory is
+that of a process which makes nothing but these steps, above what it had before the first, times
+that of the plain ones; it is what Linux calls resident, so it counts what the allocator keeps too.
 """
 
 import multiprocessing
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sampimp.capture import ImportanceRecorder
+from sampimp.fused import FusedStep
 from sampimp.models import build_model
 
 HEADINGS = ("network", "optimizer", "batch", "ms", "times plain", "middle half", "memory")
@@ -68,6 +70,8 @@ def language(size: int) -> tuple[nn.Module, Tensor, Tensor]:
 CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], type, int]] = {
     "mlp, 784 inputs": (partial(of_study, "mlp", (1, 28, 28), 100), torch.optim.AdamW, 100),
     "mlp, 3,072 inputs": (partial(of_study, "mlp", (3, 32, 32), 100), torch.optim.AdamW, 100),
+    "mlp, 784, in a study": (partial(of_study, "mlp", (1, 28, 28), 100), torch.optim.AdamW, 100),
+    "mlp, 3,072, in a study": (partial(of_study, "mlp", (3, 32, 32), 100), torch.optim.AdamW, 100),
     "cnn, 28 x 28": (partial(of_study, "cnn", (1, 28, 28), 100), torch.optim.SGD, 100),
     "resnet18, 32 x 32": (partial(of_study, "resnet18", (3, 32, 32), 128), torch.optim.SGD, 128),
     "lstm, 28 rows": (partial(of_study, "lstm", (1, 28, 28), 100), torch.optim.SGD, 100),
@@ -89,11 +93,21 @@ class Contender:
         make, optimizer, self.size = CASES[name]
         torch.manual_seed(0)
         self.model, self.inputs, self.labels = make()
-        self.optimizer = optimizer(self.model.parameters(), lr=1e-3)
-        self.recorder = ImportanceRecorder(self.model, self.optimizer) if records else None
+        self.fused: FusedStep | None = None
+        self.recorder: ImportanceRecorder | None = None
+        in_study = records and name.endswith("in a study")
+        self.optimizer = optimizer(self.model.parameters(), lr=1e-3, fused=in_study)
+        if in_study:
+            assert isinstance(self.model, nn.Sequential)
+            self.fused = FusedStep(self.model, self.optimizer, record=True)
+        elif records:
+            self.recorder = ImportanceRecorder(self.model, self.optimizer)
 
     def step(self) -> None:
         """Train on the batch."""
+        if self.fused:
+            self.fused(self.inputs, self.labels)
+            return
         index = range(self.size)
         with self.recorder.step(index, epoch=1) if self.recorder else nullcontext():
             self.optimizer.zero_grad()

@@ -130,9 +130,10 @@ class Study(Plain):
     def __init__(self, inputs: int, seed: int) -> None:
         super().__init__(inputs, seed)
         assert isinstance(self.model, nn.Sequential)
-        self.fused = FusedStep(
-            self.model, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, record=True
+        optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
         )
+        self.fused = FusedStep(self.model, optimizer, record=True)
         self.indices: list[Tensor] = []
         self.epoch = 1
         self.table = torch.full((len(HIDDEN) + 1, BATCHES * BATCH_SIZE), torch.nan)

@@ -29,8 +29,8 @@ from torch.overrides import TorchFunctionMode
 
 import sampimp.recurrent  # noqa: F401  (registers its rules)
 from sampimp.errors import ConfigError, UnsupportedError
-from sampimp.factors import Explicit, Factor, Outer, Product, total
-from sampimp.optimizers import Derivative, UpdateDerivative
+from sampimp.factors import Explicit, Factor, Outer, Product, squares, total
+from sampimp.optimizers import Derivative, Diagonal, UpdateDerivative
 from sampimp.rules import RULES, SUMS, WITH_OUTPUT, Batch, generic
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
 
@@ -303,27 +303,21 @@ class Capture(TorchFunctionMode):
         rates = [0.0] * len(self.parameters)
         for row, parameter in enumerate(self.parameters):
             derivative = derivatives.get(id(parameter), 0.0)
-            is_tensor = self._elementwise and isinstance(derivative, Tensor)
-            rates[row] = 1.0 if is_tensor else float(derivative)
-        for row in {row for _, factors in self._kept for row in factors}:
-            derivative = derivatives.get(id(self.parameters[row]), 0.0)
-            if isinstance(derivative, Tensor):
-                derivative.mul_(derivative)  # in place: nobody needs it after this
+            rates[row] = 1.0 if isinstance(derivative, Diagonal) else float(derivative)
+            if isinstance(derivative, Diagonal) and len(self._kept) > 1:
+                derivative.square()  # once, for all passes
         for samples, factors in self._kept:
-            values = {}
-            for row, factor in factors.items():
-                scale = derivatives.get(id(self.parameters[row]), 0.0)
-                if isinstance(scale, Tensor):
-                    values[row] = factor.weighted(scale)
-                else:
-                    values[row] = factor.square()
+            values = {
+                row: squares(factor, derivatives.get(id(self.parameters[row]), 0.0))
+                for row, factor in factors.items()
+            }
             self._write(samples, values)
-        squares = self._squares_like(self.parameters[0])
+        table = self._squares_like(self.parameters[0])
         for row, end, scale in self._scales:
-            squares[row, :end] *= scale**2
+            table[row, :end] *= scale**2
         for row in self._used:
             if id(self.parameters[row]) not in derivatives:
-                squares[row] = 0  # also where it was NaN
+                table[row] = 0  # also where it was NaN
         for row in self._undefined:
             rates[row] = torch.nan
             self.undefined_layers.add(int(self._layer_of_row[row]))

@@ -64,8 +64,8 @@ class TrainingConfig:
         _require(math.isfinite(rate) and rate > 0, "learning_rate", "a positive number", rate)
         if ":" not in self.model:
             check_choice(self.model, MODELS, "model")
-        if self.workers > 1 and (self.model, self.optimizer) != ("mlp", "sgd"):
-            _require(False, "workers", "1 for a model or an optimizer other than the paper's", 2)
+        if self.workers > 1 and self.model != "mlp":
+            _require(False, "workers", "1 for a model other than the paper's", self.workers)
         _require(
             all(units >= 1 for units in self.hidden), "hidden", "at least 1 unit each", self.hidden
         )

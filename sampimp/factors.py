@@ -1,5 +1,10 @@
 """Per-sample gradients of one parameter in a form that is smaller than they are.
 
+The importance of sample i in a layer is beta_i = sum_j phi_ij^2 over the layer's parameters (Gao &
+Jojic 2017, section 2). phi_i = D * g_i: of the sample's part g_i of the gradient of the batch's
+loss, and the derivative D of the update (`sampimp.optimizers`); under plain SGD D is minus the
+rate, and the factor 1/B of a mean loss is inside g_i.
+
 A layer seldom needs the gradient of each sample, which is as large as the parameter; it needs the
 sum of its squares, and the two factors of which the gradient is made give that directly. Five
 forms are enough for every layer here:
@@ -11,8 +16,8 @@ forms are enough for every layer here:
     Rows       vectors that are added to rows of a table (embeddings)
 
 `square` is the squared norm of each sample's gradient; `weighted` the same with each entry scaled
-by the optimizer's derivative D, squared, of the parameter's shape; `gradient` the thing itself, for
-a few samples at a time.
+by the optimizer's derivative D, squared (`sampimp.optimizers.Diagonal`); `gradient` the thing
+itself, for a few samples at a time.
 
 Shape suffixes: N samples, T positions (of a sequence, an image), G groups, O outputs, I inputs, E
 entries of a row, P... the shape of the parameter.
@@ -27,6 +32,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sampimp.optimizers import Derivative, Diagonal
+
 CHUNK_VALUES = 2**22
 """Most values of per-sample gradients that are held at once; a matter of memory (arbitrary)."""
 
@@ -40,8 +47,8 @@ class Factor(Protocol):
     def square(self) -> Tensor:
         """Return the squared norm of each sample's gradient, shape (N,)."""
 
-    def weighted(self, scale: Tensor) -> Tensor:
-        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,); `scale` is (P...)."""
+    def weighted(self, derivative: Diagonal) -> Tensor:
+        """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,)."""
 
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
@@ -64,9 +71,9 @@ class Explicit:
     def _square(self) -> Tensor:
         return square_sum(self.values)
 
-    def weighted(self, scale: Tensor) -> Tensor:
-        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,)."""
-        return _weighted(precise(scale).flatten(), precise(self.values))
+    def weighted(self, derivative: Diagonal) -> Tensor:
+        """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,)."""
+        return _weighted(derivative, precise(self.values))
 
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
@@ -91,13 +98,17 @@ class Product:
         """Return the squared norm of each sample's gradient, shape (N,): a product of theirs."""
         return self.left.square() * self.right.square()
 
-    def weighted(self, scale: Tensor) -> Tensor:
-        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,).
+    def weighted(self, derivative: Diagonal) -> Tensor:
+        """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,).
 
-        A matrix product of the factors' squares, instead of every sample's gradient.
+        A matrix product of the factors' squares, instead of every sample's gradient; by some rows
+        of the parameter after others, while their D^2 is in the cache.
         """
-        inputs_NI = precise(self.left.values).square() @ precise(scale)
-        return inputs_NI.mul_(precise(self.right.values).square()).sum(1)
+        left_NO, right_NI = (precise(one.values).square() for one in (self.left, self.right))
+        inputs_NI = torch.zeros_like(right_NI)
+        for rows, square in derivative.squares():
+            inputs_NI.addmm_(left_NO[:, rows], square)
+        return inputs_NI.mul_(right_NI).sum(1)
 
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
@@ -154,9 +165,9 @@ class Outer:
             return square.clamp_min_(0)
         return in_chunks(self, len(left), square_sum)
 
-    def weighted(self, scale: Tensor) -> Tensor:
-        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,)."""
-        return in_chunks(self, len(self.left), partial(_weighted, precise(scale).flatten()))
+    def weighted(self, derivative: Diagonal) -> Tensor:
+        """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,)."""
+        return in_chunks(self, len(self.left), partial(_weighted, derivative))
 
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
@@ -188,9 +199,9 @@ class Pieces:
         """Return the squared norm of each sample's gradient, shape (N,)."""
         return torch.cat([piece.square() for piece in self._pieces()])
 
-    def weighted(self, scale: Tensor) -> Tensor:
-        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,)."""
-        return torch.cat([piece.weighted(scale) for piece in self._pieces()])
+    def weighted(self, derivative: Diagonal) -> Tensor:
+        """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,)."""
+        return torch.cat([piece.weighted(derivative) for piece in self._pieces()])
 
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
@@ -218,10 +229,10 @@ class Rows:
         """Return the squared norm of each sample's gradient, shape (N,)."""
         return square_sum(self._merged()[0])
 
-    def weighted(self, scale: Tensor) -> Tensor:
-        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,)."""
+    def weighted(self, derivative: Diagonal) -> Tensor:
+        """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,)."""
         merged, index = self._merged()
-        return merged.square().mul_(precise(scale)[index]).flatten(1).sum(1)
+        return merged.square().mul_(derivative.square()[index]).flatten(1).sum(1)
 
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
@@ -262,9 +273,9 @@ class Total:
                 return (outer.square() + rows.square() + 2 * _inner(outer, rows)).clamp_min_(0)
         return in_chunks(self, self.count, square_sum)
 
-    def weighted(self, scale: Tensor) -> Tensor:
-        """Return sum_j scale_j gradient_j^2 of each sample, shape (N,)."""
-        return in_chunks(self, self.count, partial(_weighted, precise(scale).flatten()))
+    def weighted(self, derivative: Diagonal) -> Tensor:
+        """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,)."""
+        return in_chunks(self, self.count, partial(_weighted, derivative))
 
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
@@ -317,6 +328,14 @@ def total(parts: Sequence[Factor], count: int, shape: Sequence[int]) -> Factor:
     return merged[0] if len(merged) == 1 else Total(merged, count, shape)
 
 
+def squares(factor: Factor, derivative: Derivative) -> Tensor:
+    """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,); where D is a number, without it.
+
+    That is the same for all samples of a step, and comes in later.
+    """
+    return factor.weighted(derivative) if isinstance(derivative, Diagonal) else factor.square()
+
+
 def in_chunks(factor: Outer | Total, count: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """Return a function of each sample's gradient, shape (N,), of a few samples at a time."""
     few = max(1, CHUNK_VALUES // math.prod(factor.shape))
@@ -354,5 +373,5 @@ def _flat(values: Tensor) -> Tensor:
     return values.flatten(1) if values.dim() > 2 else values.unsqueeze(1)
 
 
-def _weighted(scale: Tensor, values: Tensor) -> Tensor:
-    return _flat(values).square() @ scale
+def _weighted(derivative: Diagonal, values: Tensor) -> Tensor:
+    return _flat(values).square() @ derivative.square().flatten()

@@ -1,79 +1,77 @@
-"""One training step of a stack of linear layers, written out: forward, backward, update, norms.
+"""One training step of a stack of linear layers, written out, with its importance.
 
 For layers d = 1 .. D, x_1 the batch, W_d and b_d the weights and biases:
 
     x_{d+1} = relu(x_d W_d^T + b_d), without the relu after the last layer
     delta_D = d(mean loss)/d(logits), the softmax in float64
     for d = D .. 1:
-        keep |x_d| and |delta_d| of every sample (`sampimp.importance` needs nothing else)
+        the gradients of W_d and b_d are delta_d^T x_d and the sum of delta_d
         delta_{d-1} = (delta_d W_d) where x_d > 0
-        W_d -= rate (delta_d^T x_d + decay W_d), b_d likewise
+    the optimizer's step
+    for d = 1 .. D: importance from x_d, delta_d and the derivative of the update
 
-Where several workers share a batch, delta_d^T x_d is summed over them before the update; the mean
+Where several workers share a batch, the gradients are summed over them before the update; the mean
 of the loss is over the whole batch in any case.
 
-These are the very operations that autograd and `torch.optim.SGD` carry out on such a network, in
-the same order, so that the parameters are theirs bit for bit (a test says so). What is saved is
-autograd's own work, and the memory: gradients and activations stay where they are from step to
-step, where autograd takes fresh pages for several megabytes. With the norms in it, a step took 0.92
-times the plain one at 784 inputs and 0.75 times at 3,072 (`make bench`).
+These are the very operations that autograd carries out on such a network, in the same order, so
+that the parameters are its own bit for bit (a test says so). What is saved is autograd's own work,
+and the memory: gradients and activations stay where they are from step to step, where autograd
+takes fresh pages for several megabytes. What it takes is in `benchmarks/` (`make bench`).
 
 Shape suffixes: N samples of a batch, I inputs and O outputs of a layer, C classes.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sampimp.capture import NormBuffer
 from sampimp.errors import UnsupportedError
-from sampimp.importance import linear_importance, row_norm
+from sampimp.factors import Explicit, Product, squares
+from sampimp.optimizers import Diagonal, UpdateDerivative
 from sampimp.workers import ALONE, Workers
 
 aten = torch.ops.aten
 
 
 class FusedStep:
-    """Train a stack of linear layers by plain SGD on the mean cross-entropy, and record.
+    """Train a stack of linear layers on the mean cross-entropy, and record.
 
     Parameters
     ----------
     model
         Linear layers with a ReLU between each two, perhaps after a Flatten, all of them trained.
-    learning_rate, weight_decay
-        Of `torch.optim.SGD`.
+    optimizer
+        Over all parameters of the model; see `sampimp.optimizers` for those that can be recorded.
     record
-        False leaves the norms out, and with them importance; the parameters are the same.
+        False leaves importance out; the parameters are the same.
     workers
         Who else computes a share of each batch, from the same parameters.
 
     Raises
     ------
     UnsupportedError
-        The model is no such stack.
+        The model is no such stack, or the optimizer has no rule.
     """
 
     def __init__(
         self,
         model: nn.Sequential,
+        optimizer: torch.optim.Optimizer,
         *,
-        learning_rate: float,
-        weight_decay: float,
         record: bool,
         workers: Workers = ALONE,
     ) -> None:
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self._workers = workers
-        layers = _require_stack(model)
-        self._weights = [layer.weight.detach() for layer in layers]
-        self._biases = [layer.bias.detach() for layer in layers]
+        self._optimizer, self._workers = optimizer, workers
+        self._layers = _require_stack(model)
+        self._parameters = list(model.parameters())
         # Each a tensor of its own: MKL's last bit depends on where a matrix starts in memory. As
         # views of one buffer, 3 % of small random networks came out other than autograd's.
-        self._weight_gradients = [torch.empty_like(weight) for weight in self._weights]
-        self._bias_gradients = [torch.empty_like(bias) for bias in self._biases]
-        self._outputs = [weight.new_empty(0, len(weight)) for weight in self._weights]
-        self._norms = NormBuffer(2 * len(layers)) if record else None  # of activations, of deltas
+        self._gradients = [torch.empty_like(parameter) for parameter in self._parameters]
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        self._outputs = [layer.weight.new_empty(0, len(layer.weight)) for layer in self._layers]
+        self._derivative = UpdateDerivative(optimizer) if record else None
+        self._norms = NormBuffer(len(self._parameters))
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
@@ -84,30 +82,29 @@ class FusedStep:
         """
         activations = self._forward(inputs.flatten(1))
         logits_NC = activations.pop()
-        self._backward(activations, loss_gradient(logits_NC, labels, batch_size))
-        if self._norms is not None:
-            self._norms.accept(len(labels), [self.learning_rate])
-        gradients = [*self._weight_gradients, *self._bias_gradients]
-        self._workers.sum(gradients)
-        for parameter, gradient in zip([*self._weights, *self._biases], gradients, strict=True):
-            if self.weight_decay:  # as torch.optim.SGD: to add nothing can turn a -0.0 into 0.0
-                gradient.add_(parameter, alpha=self.weight_decay)
-            parameter.add_(gradient, alpha=-self.learning_rate)
+        products = self._backward(activations, loss_gradient(logits_NC, labels, batch_size))
+        self._workers.sum(self._gradients)
+        if self._derivative is None:
+            self._optimizer.step()
+            return
+        self._derivative.before()
+        self._optimizer.step()
+        derivatives = self._derivative.after()
+        found = [
+            (factor, derivatives[id(parameter)])
+            for layer, product in zip(self._layers, products, strict=True)
+            for parameter, factor in ((layer.weight, product), (layer.bias, product.left))
+        ]
+        torch.stack([squares(*one) for one in found], out=self._norms.rows(len(labels), logits_NC))
+        rates = [1.0 if isinstance(one, Diagonal) else one for _, one in found]
+        self._norms.accept(len(labels), rates)
 
     def take(self) -> Tensor | None:
         """Return beta (layer, samples) of the steps since the last call; None if not recorded."""
-        if self._norms is None:
+        if self._derivative is None:
             return None
-        norms_LN, rates_1N = self._norms.take()
-        activation_norm_LN, delta_norm_LN = norms_LN.chunk(2)
-        return linear_importance(delta_norm_LN, activation_norm_LN, rates_1N, rates_1N)
-
-    def state(self) -> dict[str, Any]:
-        """Return what the next step depends on beside the parameters: nothing."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        rows, rates = self._norms.take()
+        return (rows * rates.square()).unflatten(0, (-1, 2)).sum(1)  # weight and bias
 
     def _forward(self, inputs_NI: Tensor) -> list[Tensor]:
         """Return each layer's input, and the logits."""
@@ -115,29 +112,25 @@ class FusedStep:
         if size > len(self._outputs[0]):
             self._outputs = [output.new_empty(size, output.shape[1]) for output in self._outputs]
         activations = [inputs_NI]
-        last = len(self._weights) - 1
-        for position, (weight_OI, bias_O) in enumerate(
-            zip(self._weights, self._biases, strict=True)
-        ):
-            output_NO = self._outputs[position][:size]
-            torch.addmm(bias_O, activations[-1], weight_OI.t(), out=output_NO)
-            activations.append(output_NO if position == last else output_NO.relu_())
+        for layer, output in zip(self._layers, self._outputs, strict=True):
+            output_NO = output[:size]
+            torch.addmm(layer.bias, activations[-1], layer.weight.t(), out=output_NO)
+            activations.append(output_NO if layer is self._layers[-1] else output_NO.relu_())
         return activations
 
-    def _backward(self, activations: list[Tensor], delta_NO: Tensor) -> None:
-        """Fill the gradients, from the last layer to the first, and note the norms."""
-        depth = len(self._weights)
-        rows = None if self._norms is None else self._norms.rows(len(delta_NO), delta_NO).unbind()
-        for position in reversed(range(depth)):
-            activation_NI = activations[position]
-            if rows is not None:
-                row_norm(activation_NI, out=rows[position])
-                row_norm(delta_NO, out=rows[depth + position])
-            torch.mm(delta_NO.t(), activation_NI, out=self._weight_gradients[position])
-            torch.sum(delta_NO, 0, out=self._bias_gradients[position])
+    def _backward(self, activations: list[Tensor], delta_NO: Tensor) -> list[Product]:
+        """Fill the gradients, last layer first, and return those of each weight by sample."""
+        products: list[Product] = []
+        for position in reversed(range(len(self._layers))):
+            layer, activation_NI = self._layers[position], activations[position]
+            products.insert(0, Product(Explicit(delta_NO), Explicit(activation_NI)))
+            if self._derivative is not None and not self._derivative.elementwise:
+                products[0].square()  # now, while both are in the cache; the factors keep it
+            torch.mm(delta_NO.t(), activation_NI, out=layer.weight.grad)
+            torch.sum(delta_NO, 0, out=layer.bias.grad)
             if position:
-                delta_NI = delta_NO @ self._weights[position]
-                delta_NO = aten.threshold_backward(delta_NI, activation_NI, 0)
+                delta_NO = aten.threshold_backward(delta_NO @ layer.weight, activation_NI, 0)
+        return products
 
 
 def loss_gradient(logits_NC: Tensor, labels_N: Tensor, batch_size: int | None = None) -> Tensor:

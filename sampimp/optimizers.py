@@ -20,13 +20,14 @@ has almost no importance in most entries, and in a few of them more than all lat
 In float32 what is computed there is the rounding of two equal terms, about 1e-6 of D at later
 steps.
 
-Map: `UpdateDerivative` (D of each parameter at each step), `derivative_rule` and `DerivativeRule`
-(how one kind of optimizer gets its D, and how to add one), `ParameterStep` (what a rule sees),
-then the rules, on `_derive_quotient`.
+Map: `UpdateDerivative` (D of each parameter at each step), `Diagonal` (one of them, some rows at a
+time), `derivative_rule` and `DerivativeRule` (how one kind of optimizer gets its D, and how to add
+one), `ParameterStep` (what a rule sees), then the rules, on `_derive_quotient`.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import EllipsisType
 from typing import Any, TypeVar
 
 import torch
@@ -34,14 +35,12 @@ from torch import Tensor
 
 from sampimp.errors import UnsupportedError
 
-Derivative = float | Tensor
-"""One number for the SGD family; else a tensor of the parameter's shape."""
-
-# Elements of a parameter that are worked on at once; their two temporaries are all the memory that
-# D needs beside itself. On the CPU 2^18 was the fastest for the paper's network under AdamW (2^15:
-# 1.6 times as long, in calls; whole layers: twice, in page faults); elsewhere launches count, and
-# the number is an arbitrary bound (128 MB).
+# Elements of a parameter that are worked on at once. On the CPU they stay in its cache until they
+# have been multiplied; elsewhere launches count, and the number is an arbitrary bound (64 MB).
 BLOCK_ON_CPU, BLOCK_ELSEWHERE = 2**18, 2**24
+
+Part = slice | EllipsisType
+"""Some rows of a parameter, or all of one that has no axis."""
 
 
 class ParameterStep:
@@ -59,16 +58,18 @@ class ParameterStep:
         The batch's gradient. A rule may put in its place, before the step, what the optimizer
         makes of it.
     noted
-        Whatever the rule wants to know after the step; None at the start of each.
+        Whatever the rule wants to know after the step; None at the start of each. What has the
+        parameter's shape goes by rows, as the parameter does.
     """
 
-    def __init__(self, parameter: Tensor) -> None:
+    def __init__(self, parameter: Tensor, room: "Room") -> None:
         self.parameter = parameter
         self.group: dict[str, Any] = {}
         self.state: Mapping[str, Any] = {}
         self.gradient = parameter
         self.noted: Any = None
         self._buffer: Tensor | None = None
+        self._room = room
 
     @property
     def sign(self) -> int:
@@ -77,7 +78,7 @@ class ParameterStep:
 
     @property
     def buffer(self) -> Tensor:
-        """A tensor of the parameter's shape to work in and return, kept from step to step.
+        """A tensor of the parameter's shape to work in, kept from step to step.
 
         In float32 for parameters of half precision, whose smallest numbers are too large for D.
         """
@@ -89,6 +90,52 @@ class ParameterStep:
             self._buffer = kept
         return kept
 
+    def temporary(self, number: int) -> Tensor:
+        """Return a tensor of the parameter's shape to work in, until the next part asks for it."""
+        return self._room.like(self.parameter, number)
+
+    def parts(self) -> Iterator[tuple[Part, "ParameterStep"]]:
+        """Yield the step of a few rows of the parameter at a time, with which rows they are."""
+        whole = self.parameter
+        limit = BLOCK_ON_CPU if whole.device.type == "cpu" else BLOCK_ELSEWHERE
+        if whole.numel() <= limit:
+            yield slice(None) if whole.dim() else ..., self
+            return
+        count = math.ceil(limit * len(whole) / whole.numel())
+        for start in range(0, len(whole), count):
+            rows = slice(start, start + count)
+            part = ParameterStep(whole[rows], self._room)
+            part.group = self.group
+            part.state = {name: self._some(value, rows) for name, value in self.state.items()}
+            part.gradient, part.noted = self.gradient[rows], self._some(self.noted, rows)
+            yield rows, part
+
+    def _some(self, value: Any, rows: slice) -> Any:
+        own = isinstance(value, Tensor) and value.shape == self.parameter.shape
+        return value[rows] if own else value
+
+
+class Room:
+    """Memory for what is worked out of one part after the other, which takes fresh pages else.
+
+    In float32 for parameters of half precision, whose smallest numbers are too large for D.
+    """
+
+    def __init__(self) -> None:
+        self._flat: dict[int, Tensor] = {}
+
+    def like(self, values: Tensor, number: int) -> Tensor:
+        """Return room of the shape of values; what is in it is lost with the next call."""
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        flat = self._flat.get(number)
+        if (
+            flat is None
+            or len(flat) < values.numel()
+            or (flat.dtype, flat.device) != (dtype, values.device)
+        ):
+            flat = self._flat[number] = values.new_empty(values.numel(), dtype=dtype)
+        return flat[: values.numel()].view(values.shape)
+
 
 class DerivativeRule:
     """How the update of one kind of optimizer moves with the gradient; to be subclassed."""
@@ -99,10 +146,61 @@ class DerivativeRule:
     def before(self, step: ParameterStep) -> None:
         """Note what will be gone after the step; by default nothing."""
 
-    def after(self, step: ParameterStep) -> Derivative:
-        """Return D from the optimizer's state after the step."""
+    def after(self, step: ParameterStep) -> float | Tensor:
+        """Return D from the optimizer's state after the step.
+
+        A number, or a tensor of the parameter's shape. Of a large parameter it is asked for some
+        rows at a time.
+        """
         raise NotImplementedError
 
+
+class Diagonal:
+    """D of a parameter at a step, worked out when it is asked for; valid until the next step.
+
+    What comes by parts is valid until the next part of any `Diagonal` of the optimizer.
+    """
+
+    def __init__(self, rule: DerivativeRule, step: ParameterStep) -> None:
+        self._rule, self._step = rule, step
+        self._square: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """Return D, of the parameter's shape."""
+        found = ((rows, part) for rows, _, part in self._parts())
+        return self._collect(found, torch.empty_like(self._step.buffer))
+
+    def square(self) -> Tensor:
+        """Return D^2, of the parameter's shape; not to be changed."""
+        if self._square is None:
+            # The buffer may hold the gradient: of each part, it is read before it is overwritten.
+            self._square = self._collect(self.squares(), self._step.buffer)
+        return self._square
+
+    def squares(self) -> Iterator[tuple[Part, Tensor]]:
+        """Yield D^2 of some rows at a time, with which rows they are."""
+        if self._square is not None:
+            yield slice(None) if self._square.dim() else ..., self._square
+        else:
+            for rows, step, part in self._parts():
+                yield rows, torch.mul(part, part, out=step.temporary(1))
+
+    def _parts(self) -> Iterator[tuple[Part, ParameterStep, Tensor]]:
+        like = self._step.parameter
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        for rows, step in self._step.parts():
+            part = torch.as_tensor(self._rule.after(step), dtype=dtype, device=like.device)
+            yield rows, step, part.expand(step.parameter.shape)
+
+    @staticmethod
+    def _collect(parts: Iterable[tuple[Part, Tensor]], out: Tensor) -> Tensor:
+        for rows, part in parts:
+            out[rows] = part
+        return out
+
+
+Derivative = float | Diagonal
+"""One number for the SGD family; else one for each element of the parameter."""
 
 _RULES: dict[type[torch.optim.Optimizer], DerivativeRule] = {}
 
@@ -141,7 +239,7 @@ def derivative_rule(
     >>> derivative = UpdateDerivative(optimizer)
     >>> derivative.before()
     >>> optimizer.step()
-    >>> derivative.after()[id(weight)]
+    >>> derivative.after()[id(weight)].tensor()
     tensor([-0.1000, -0.0250])
     """
 
@@ -163,7 +261,7 @@ class UpdateDerivative:
     Attributes
     ----------
     elementwise : bool
-        Whether D is a tensor for any parameter.
+        Whether D differs between the elements of a parameter.
 
     Raises
     ------
@@ -194,6 +292,7 @@ class UpdateDerivative:
         self.optimizer = optimizer
         self._rule = self._find_rule()
         self.elementwise = self._rule.elementwise
+        self._room = Room()
         self._steps: dict[Tensor, ParameterStep] = {}
         self._current: list[tuple[ParameterStep, Tensor]] = []  # with its gradient
         self._check_settings()
@@ -203,10 +302,7 @@ class UpdateDerivative:
 
     @torch.no_grad()
     def before(self) -> None:
-        """Note what is gone after the step; for the optimizer's step pre-hook.
-
-        It may write over the tensors of the last `after`.
-        """
+        """Note what is gone after the step; for the optimizer's step pre-hook."""
         self._check_settings()
         self._current = []
         for group in self.optimizer.param_groups:
@@ -230,8 +326,8 @@ class UpdateDerivative:
         -------
         dict
             By the parameter's `id`: d(update)/d(gradient), in units of parameter per unit of
-            gradient; a number, or a tensor of the parameter's shape that is valid until the next
-            `before`.
+            gradient; a number, or a `Diagonal` that is valid until a gradient, the optimizer or the
+            next `before` changes.
         """
         derivatives: dict[int, Derivative] = {}
         for step, gradient in self._current:
@@ -243,7 +339,9 @@ class UpdateDerivative:
                     todo="let nothing put other gradients in their place during optimizer.step()",
                 )
             step.state = self.optimizer.state.get(step.parameter, {})
-            derivatives[id(step.parameter)] = self._rule.after(step)
+            derivatives[id(step.parameter)] = (
+                Diagonal(self._rule, step) if self.elementwise else float(self._rule.after(step))
+            )
         return derivatives
 
     def _find_rule(self) -> DerivativeRule:
@@ -268,7 +366,7 @@ class UpdateDerivative:
                 where=type(self.optimizer).__name__,
                 todo="hold its real and imaginary parts as two parameters",
             )
-        step = self._steps[parameter] = ParameterStep(parameter)
+        step = self._steps[parameter] = ParameterStep(parameter, self._room)
         return step
 
     def _check_settings(self) -> None:
@@ -313,7 +411,7 @@ class SGDRule(DerivativeRule):
         """Note whether there is a b'."""
         step.noted = step.state.get("momentum_buffer") is not None
 
-    def after(self, step: ParameterStep) -> Derivative:
+    def after(self, step: ParameterStep) -> float:
         """Return -lr (1 - dampening), under Nesterov -lr (1 + momentum (1 - dampening))."""
         momentum = step.group["momentum"]
         factor = 1 - step.group["dampening"] if momentum and step.noted else 1
@@ -337,22 +435,21 @@ class AdamRule(DerivativeRule):
         if not step.group["decoupled_weight_decay"]:
             _add_weight_decay(step)
 
-    def after(self, step: ParameterStep) -> Derivative:
+    def after(self, step: ParameterStep) -> Tensor:
         """Return D of the quotient."""
         group, state = step.group, step.state
         beta1, beta2 = map(_number, group["betas"])
         count = _number(state["step"])
         root_c2 = (1 - beta2**count) ** 0.5
-        blocks = _blocks(step.buffer, state["exp_avg"], step.gradient, state["exp_avg_sq"])
+        moving, square = step.gradient, state["exp_avg_sq"]
         if group["amsgrad"]:
-            largest = _blocks(state["max_exp_avg_sq"])
-            blocks = (
-                (out, m, torch.where(v == top, gradient, 0.0), top)
-                for (out, m, gradient, v), (top,) in zip(blocks, largest, strict=True)
-            )
+            largest = state["max_exp_avg_sq"]
+            moving, square = torch.where(square == largest, moving, 0.0), largest
         return _derive_quotient(
-            step.buffer,
-            blocks,
+            step,
+            state["exp_avg"],
+            moving,
+            square,
             scale=step.sign * _number(group["lr"]) * root_c2 / (1 - beta1**count),
             eps=root_c2 * group["eps"],
             slope=1 - beta1,
@@ -373,21 +470,19 @@ class RMSpropRule(DerivativeRule):
         """Note G where it contains the weight."""
         _add_weight_decay(step)
 
-    def after(self, step: ParameterStep) -> Derivative:
+    def after(self, step: ParameterStep) -> Tensor:
         """Return D of the quotient."""
         group, state = step.group, step.state
-        tensors = step.buffer, step.gradient, state["square_avg"]
+        moving, square = step.gradient, state["square_avg"]
         if group["centered"]:
-            blocks = (
-                (out, gradient, torch.where(w == 0, 0.0, gradient - step.sign * mean), w)
-                for out, gradient, v, mean in _blocks(*tensors, state["grad_avg"])
-                for w in [v.addcmul(mean, mean, value=-1)]
-            )
-        else:
-            blocks = ((out, gradient, gradient, v) for out, gradient, v in _blocks(*tensors))
+            mean = state["grad_avg"]
+            square = square.addcmul(mean, mean, value=-1)
+            moving = torch.where(square == 0, 0.0, moving - step.sign * mean)
         return _derive_quotient(
-            step.buffer,
-            blocks,
+            step,
+            step.gradient,
+            moving,
+            square,
             scale=step.sign * _number(group["lr"]),
             eps=group["eps"],
             slope=1.0,
@@ -403,14 +498,15 @@ class AdagradRule(DerivativeRule):
         """Note G where it contains the weight."""
         _add_weight_decay(step)
 
-    def after(self, step: ParameterStep) -> Derivative:
+    def after(self, step: ParameterStep) -> Tensor:
         """Return D of the quotient."""
         group, state = step.group, step.state
         decayed = 1 + (_number(state["step"]) - 1) * group["lr_decay"]
-        tensors = step.buffer, step.gradient, state["sum"]
         return _derive_quotient(
-            step.buffer,
-            ((out, gradient, gradient, v) for out, gradient, v in _blocks(*tensors)),
+            step,
+            step.gradient,
+            step.gradient,
+            state["sum"],
             scale=step.sign * _number(group["lr"]) / decayed,
             eps=group["eps"],
             slope=1.0,
@@ -419,35 +515,37 @@ class AdagradRule(DerivativeRule):
 
 
 def _derive_quotient(
-    result: Tensor,
-    blocks: Iterable[tuple[Tensor, ...]],
+    step: ParameterStep,
+    numerator: Tensor,
+    half_slope: Tensor,
+    square: Tensor,
     *,
     scale: float | Tensor,
     eps: float | Tensor,
     slope: float,
     square_slope: float,
 ) -> Tensor:
-    """Return the derivative of -scale n / (sqrt(w) + eps), written into `result`.
+    """Return the derivative of -scale n / (sqrt(w) + eps), in a temporary.
 
-    A block is a part of `result`, and of n, h and w: dn/dG is `slope`, dw/dG is 2 `square_slope` h.
-    With r = sqrt(w) and q = r + eps the derivative is -scale/q (slope - square_slope n h / (r q)).
-    Where w = 0 the second part is 0, its limit: n and h are 0 there, or too small for w to hold
-    their square. n and h may be the part of `result` itself.
+    n, h and w are the three tensors: dn/dG is `slope`, dw/dG is 2 `square_slope` h. With
+    r = sqrt(w) and q = r + eps the derivative is -scale/q (slope - square_slope n h / (r q)). Where
+    w = 0 the second part is 0, its limit: n and h are 0 there, or too small for w to hold their
+    square.
 
-    Six passes over memory, a third of whose time goes into the root.
+    Six operations, of which the root takes a third of the time.
     """
+    result, root, divisor = map(step.temporary, range(3))
     # A number on an accelerator stays there: to read it would stall the stream.
     factor = 1.0 if isinstance(scale, Tensor) else scale
+    torch.sqrt(square.to(root.dtype), out=root)
+    torch.add(root, eps, out=divisor)
+    torch.mul(numerator.to(result.dtype), half_slope, out=result)
     # Added to r q: it keeps 0 from being divided by 0 and leaves all larger numbers as they are.
-    tiny = result.new_full((), torch.finfo(result.dtype).tiny)
-    first = result.new_full((), -factor * slope)
-    for out, numerator, half_slope, square in blocks:
-        root = square.to(out.dtype).sqrt()
-        divisor = root + eps
-        torch.mul(numerator, half_slope, out=out)
-        torch.addcmul(tiny, root, divisor, out=root)
-        torch.addcdiv(first, out, root, value=factor * square_slope, out=out)
-        out.div_(divisor)
+    tiny = root.new_full((), torch.finfo(root.dtype).tiny)
+    torch.addcmul(tiny, root, divisor, out=root)
+    first = root.new_full((), -factor * slope)
+    torch.addcdiv(first, result, root, value=factor * square_slope, out=result)
+    result.div_(divisor)
     return result.mul_(scale) if isinstance(scale, Tensor) else result
 
 
@@ -461,17 +559,6 @@ def _add_weight_decay(step: ParameterStep) -> None:
         step.gradient = torch.add(
             step.gradient, step.parameter, alpha=step.sign * decay, out=step.buffer
         )
-
-
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield tensors of one shape in parts, by their first dimension."""
-    whole = tensors[0]
-    limit = BLOCK_ON_CPU if whole.device.type == "cpu" else BLOCK_ELSEWHERE
-    if whole.numel() <= limit:
-        yield tensors
-    else:
-        rows = math.ceil(limit * len(whole) / whole.numel())
-        yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def _number(setting: float | Tensor) -> Any:

@@ -8,10 +8,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampimp import factors
+from sampimp import factors, optimizers
 from sampimp.factors import Explicit, Outer, Product, Rows, Total, total
+from sampimp.optimizers import DerivativeRule, Diagonal, ParameterStep, Room
 
 SIZE = st.integers(1, 5)
+
+
+class Given(DerivativeRule):
+    def after(self, step):
+        return step.noted
+
+
+def diagonal(values):
+    """D with these values, of which a parameter of two or more rows has parts."""
+    step = ParameterStep(values, Room())
+    step.noted = values
+    return Diagonal(Given(), step)
 
 
 @st.composite
@@ -59,16 +72,24 @@ def uses(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.one_of(outers(), products(), tables(), uses()))
-def test_every_form_says_what_the_gradients_say(case):
+@given(
+    st.one_of(outers(), products(), tables(), uses()), st.sampled_from([1, 5, 2**18]), st.booleans()
+)
+def test_every_form_says_what_the_gradients_say(case, block, whole):
     factor, want = case
-    scale = torch.rand(want.shape[1:], dtype=want.dtype)
+    values = torch.randn(want.shape[1:], dtype=want.dtype)
+    derivative = diagonal(values)
     torch.testing.assert_close(factor.gradient(slice(None)), want)
     torch.testing.assert_close(factor.gradient(slice(1, 3)), want[1:3])
     order = torch.arange(len(want)).flip(0)
     torch.testing.assert_close(factor.reordered(order).gradient(slice(None)), want[order])
     torch.testing.assert_close(factor.square(), want.square().sum((1, 2)))
-    torch.testing.assert_close(factor.weighted(scale), (scale * want.square()).sum((1, 2)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizers, "BLOCK_ON_CPU", block)
+        if whole:
+            torch.testing.assert_close(derivative.square(), values.square())
+        got = factor.weighted(derivative)
+    torch.testing.assert_close(got, (values * want).square().sum((1, 2)))
 
 
 def test_uses_of_one_form_stay_in_it():
@@ -103,14 +124,14 @@ def test_the_gram_matrices_and_the_gradients_agree(positions, outputs, inputs, m
 def test_gradients_are_held_a_few_at_a_time(monkeypatch):
     torch.manual_seed(1)
     outer = Outer(torch.randn(5, 9, 1, 3), torch.randn(5, 9, 1, 4), (3, 4))
-    want = outer.weighted(torch.ones(3, 4))
+    want = outer.weighted(diagonal(torch.ones(3, 4)))
     held = []
     monkeypatch.setattr(factors, "CHUNK_VALUES", 2 * math.prod(outer.shape))
     gradient = Outer.gradient
     monkeypatch.setattr(
         Outer, "gradient", lambda self, part: held.append(g := gradient(self, part)) or g
     )
-    torch.testing.assert_close(outer.weighted(torch.ones(3, 4)), want)
+    torch.testing.assert_close(outer.weighted(diagonal(torch.ones(3, 4))), want)
     assert [len(one) for one in held] == [2, 2, 1]
 
 
@@ -121,17 +142,17 @@ def test_squares_of_half_precision_are_in_the_range_of_float32(dtype):
     product = Product(Explicit(left[:, 0, 0]), Explicit(right[:, 0, 0]))
     explicit = Explicit(torch.full((2, 3), 2**9, dtype=dtype))
     rows = Rows(left[:, :, 0], torch.zeros(2, 3, dtype=torch.long), (5, 4))
-    one = torch.ones(4, 4, dtype=dtype)
+    one = diagonal(torch.ones(4, 4, dtype=dtype))
     assert outer.square().tolist() == [16 * (3 * 2**-20) ** 2] * 2  # float16 ends at 2^-24
     assert outer.weighted(one).tolist() == [16 * (3 * 2**-20) ** 2] * 2
     assert product.square().tolist() == pytest.approx([16 * 2**-40] * 2)
     assert product.weighted(one).tolist() == [16 * 2**-40] * 2
     assert explicit.square().tolist() == pytest.approx([3 * 2**18] * 2)  # and at 2^16
-    assert explicit.weighted(torch.ones(3, dtype=dtype)).tolist() == [3 * 2**18] * 2
+    assert explicit.weighted(diagonal(torch.ones(3, dtype=dtype))).tolist() == [3 * 2**18] * 2
     assert rows.square().tolist() == pytest.approx([4 * (3 * 2**-10) ** 2] * 2)
 
 
 def test_a_parameter_without_axes_is_one_number():
     scalar = Explicit(torch.tensor([3.0, -2.0]))
     assert scalar.square().tolist() == [9, 4]
-    assert scalar.weighted(torch.tensor(0.5)).tolist() == [4.5, 2]
+    assert scalar.weighted(diagonal(torch.tensor(0.5))).tolist() == [2.25, 1]

@@ -11,7 +11,7 @@ from torch import nn, optim
 
 from sampimp import optimizers
 from sampimp.errors import UnsupportedError
-from sampimp.optimizers import DerivativeRule, UpdateDerivative, derivative_rule
+from sampimp.optimizers import DerivativeRule, Diagonal, UpdateDerivative, derivative_rule
 
 RATE, DECAY = st.floats(1e-3, 0.5), st.sampled_from([0.0, 1e-3, 0.1])
 MAXIMIZE, EPS = st.booleans(), st.sampled_from([1e-8, 1e-3, 0.1])
@@ -152,7 +152,10 @@ def recorded_step(optimizer, derivative):
     """Make a step and return D of each parameter in the optimizer's order."""
     derivative.before()
     optimizer.step()
-    found = derivative.after()
+    found = {
+        key: one.tensor() if isinstance(one, Diagonal) else one
+        for key, one in derivative.after().items()
+    }
     return [found.get(id(p)) for group in optimizer.param_groups for p in group["params"]]
 
 

@@ -89,6 +89,7 @@ def test_each_item_is_in_one_share_and_shares_are_even(count, size):
         (2, {"strategy": "shuffle", "batch_size": 7}),
         (2, {"strategy": "nlo", "batch_size": 1}),
         (3, {"strategy": "sim", "batch_size": 2}),
+        (2, {"strategy": "shuffle", "batch_size": 7, "optimizer": "adamw"}),
     ],
 )
 def test_the_record_is_that_of_one_worker_in_float64(size, changes):
@@ -157,7 +158,7 @@ def test_what_is_gathered_is_what_each_had_to_the_bit():
 
 def test_a_share_of_no_sample_adds_nothing_and_records_nothing():
     model = build_mlp((4,), (5,), 3, seed=0)
-    step = FusedStep(model, learning_rate=0.1, weight_decay=0.0, record=True)
+    step = FusedStep(model, torch.optim.SGD(model.parameters(), lr=0.1), record=True)
     before = flatten_parameters(model).clone()
     step(torch.empty(0, 4), torch.empty(0, dtype=torch.int64), 1)
     assert torch.equal(flatten_parameters(model), before)
