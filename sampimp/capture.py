@@ -30,8 +30,9 @@ from torch.overrides import TorchFunctionMode
 import sampimp.recurrent  # noqa: F401  (registers its rules)
 from sampimp.errors import ConfigError, UnsupportedError
 from sampimp.factors import Explicit, Factor, Outer, Product, squares, total
+from sampimp.graph import Inside
 from sampimp.optimizers import Derivative, Diagonal, UpdateDerivative
-from sampimp.rules import RULES, SUMS, WITH_OUTPUT, Batch, generic
+from sampimp.rules import LOOKS, RULES, SUMS, Batch, generic
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
 
 if TYPE_CHECKING:
@@ -109,9 +110,10 @@ class _Use:
     batch: Batch
     order: Tensor | None
     """Which sample is on each row, where they are in another order than in the batch."""
-    output: tuple[Tensor, int] | None = None
-    """Where the rule asks for it, detached (with its hook it would be a cycle), and its version."""
-    seen: bool = False
+    seen: Inside | tuple[Tensor, int] | None = None
+    """Where the rule asks for it: what is inside; else the output, detached (with its hook it would
+    be a cycle), and its version."""
+    done: bool = False
     """Whether its gradient has come."""
 
 
@@ -243,6 +245,7 @@ class Capture(TorchFunctionMode):
         self._counts: dict[int, int] = {}  # by row: uses in this pass
         self._factors: dict[int, list[Factor]] = {}  # by row
         self._values: dict[int, Tensor] = {}  # by row: squared norms
+        self._waiting: list[tuple[_Use, Any]] = []  # with gradients to come inside
         self._announced = False
 
     def check(self) -> None:
@@ -437,8 +440,9 @@ class Capture(TorchFunctionMode):
             orders = map(_order, _tensors(args, kwargs))
             order = next((one for one in orders if one is not None), None)
         use = _Use(function, args, kwargs, self._batch, order)
-        if function in WITH_OUTPUT:
-            use.output = outputs[0].detach(), outputs[0]._version
+        if function in LOOKS:
+            seen = LOOKS[function](self._batch, hooked, *args, **kwargs)
+            use.seen = seen or (outputs[0].detach(), outputs[0]._version)
         if isinstance(output, Tensor):
             output.register_hook(partial(self._on_gradient, use))
         else:
@@ -590,21 +594,31 @@ class Capture(TorchFunctionMode):
         )
 
     def _on_gradient(self, use: _Use, delta: Any) -> None:
-        if use.seen:
+        if use.done:
             raise UnsupportedError(
                 expected="one backward pass for each forward pass",
                 got="a second gradient",
                 where=f"an operation {use.function.__name__}",
                 todo="add the losses up before backward()",
             )
-        use.seen = True
+        use.done = True
         if not self._announced:
             self._announce()
+        if isinstance(use.seen, Inside):
+            use.seen.open()
+            self._waiting.append((use, delta))
+        else:
+            self._apply(use, delta)
+
+    def _apply(self, use: _Use, delta: Any) -> None:
+        """Make factors of the gradient of an operation."""
         with torch._C.DisableTorchFunction(), torch.set_grad_enabled(False):
             rule = RULES.get(use.function) or partial(generic, function=use.function)
             given = [use.batch, delta]
-            if use.output is not None:
-                output, version = use.output
+            if isinstance(use.seen, Inside):
+                given.append(use.seen.close())
+            elif use.seen is not None:
+                output, version = use.seen
                 given.append(output if output._version == version else None)
             try:
                 for tensor, factor in rule(*given, *use.args, **use.kwargs):
@@ -629,7 +643,7 @@ class Capture(TorchFunctionMode):
             ]
         # As long as somebody keeps the loss, the hook is kept, and what it holds: activations that
         # autograd has let go, in whose place the next step would have to take fresh memory.
-        use.args, use.kwargs, use.output = (), {}, None
+        use.args, use.kwargs, use.seen = (), {}, None
 
     def _go_back(self, tensor: Tensor, factor: Factor) -> None:
         """Add factors of the parameters that a tensor is made of."""
@@ -715,6 +729,8 @@ class Capture(TorchFunctionMode):
         Variable._execution_engine.queue_callback(self._end_pass)
 
     def _end_pass(self) -> None:
+        for use, delta in self._waiting:
+            self._apply(use, delta)
         with torch._C.DisableTorchFunction(), torch.no_grad():
             summed = {
                 row: total(factors, self._batch.size, self.parameters[row].shape)

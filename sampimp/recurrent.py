@@ -1,9 +1,12 @@
 """Rules of recurrent layers: `nn.RNN`, `nn.LSTM`, `nn.GRU` as they come, and their cells.
 
 PyTorch carries out all steps of all layers in one operation, which shows the outputs of the last
-layer and no gradient inside. The layers below are carried out again, each as an operation of its
-own. From a layer's outputs follow its gates of all steps at once, and the slopes by which they pass
-delta on. Only that is done step by step, going back: a matrix product, and products with slopes.
+layer and no gradient inside. On a CPU autograd's graph (`sampimp.graph`) tells more: of RNN and GRU
+all matrix products, and so all there is to know, and of an LSTM in float32 its layers.
+
+Where it does not, the layers below are carried out again, each as an operation of its own. From a
+layer's outputs follow its gates of all steps at once, and the slopes by which they pass delta on.
+Only that is done step by step, going back: a matrix product, and products with slopes.
 
     gates_t = own_t + back_t with own_t = W_ih x_t + b_ih and back_t = W_hh h_{t-1} + b_hh
     RNN     h_t = tanh(gates_t), or relu
@@ -21,9 +24,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
+from torch.nn.utils.rnn import pad_sequence
 
 from sampimp.errors import UnsupportedError
 from sampimp.factors import Explicit, Outer, gram
+from sampimp.graph import Gradients, Inside, Reader, between, is_shown, key, source
 from sampimp.rules import Batch, Factors, layer_rule
 
 State = Sequence[Tensor]
@@ -37,6 +43,8 @@ class Weights(NamedTuple):
 
     input: Tensor
     hidden: Tensor
+    projection: Tensor | None = None
+    """Of an LSTM: from its units to fewer outputs."""
     input_bias: Tensor | None = None
     hidden_bias: Tensor | None = None
 
@@ -219,13 +227,20 @@ def _go_back(cell: Cell, run: Run, delta_TNH: Tensor, delta: State) -> tuple[Ten
     return cell.gates(slopes)
 
 
-def _factors(run: Run, own_TNG: Tensor, back_TNG: Tensor, same: int) -> Factors:
+def _factors(
+    weights: Weights,
+    inputs_TNI: Tensor,
+    before_TNH: Tensor,
+    own_TNG: Tensor,
+    back_TNG: Tensor,
+    same: int,
+) -> Factors:
     """Yield those of the parameters, by delta of the gates: what both have in common, once."""
     common = cache(lambda: gram(_by_sample(own_TNG[:, :, :same])))
     bias = Explicit(own_TNG.sum(0))
     for weight, bias_of, delta_TNG, values_TNK in (
-        (run.weights.input, run.weights.input_bias, own_TNG, run.inputs),
-        (run.weights.hidden, run.weights.hidden_bias, back_TNG, run.before),
+        (weights.input, weights.input_bias, own_TNG, inputs_TNI),
+        (weights.hidden, weights.hidden_bias, back_TNG, before_TNH),
     ):
         left, right = _by_sample(delta_TNG), _by_sample(values_TNK)
         left_gram = partial(_gram_of, common, left[..., same:])
@@ -241,72 +256,269 @@ def _by_sample(values_TNK: Tensor) -> Tensor:
     return values_TNK.transpose(0, 1).unsqueeze(2)
 
 
-def _rule(
-    name: str, batch: Batch, delta: Sequence[Tensor], output: Tensor | None, *args: Any
-) -> Factors:
-    """Yield the factors of torch.lstm, torch.gru, ..., in both of their forms.
+class Call(NamedTuple):
+    """What torch.lstm, torch.gru, ... are given, in either form."""
 
-    (input, states, parameters, ...); of packed sequences (data, sizes, states, parameters, ...).
+    data: Tensor
+    sizes: Tensor | None
+    """Of a packed sequence: how many sequences go on at each step."""
+    states: Sequence[Tensor]
+    parameters: Sequence[Tensor]
+    biases: bool
+    layers: int
+    ways: int
+    """1, or 2 of a bidirectional layer."""
+    dropout: bool
+    """Whether there is dropout between layers."""
+    batch_first: bool
+
+    @classmethod
+    def of(cls, *args: Any) -> "Call":
+        """Take (input, states, parameters, ...), or (data, sizes, states, parameters, ...)."""
+        sizes = None if isinstance(args[3], bool) else args[1]
+        rest = args[1:] if sizes is None else args[2:]
+        states, parameters, biases, layers, dropout, train, both, *first = rest
+        states = states if isinstance(states, list | tuple) else (states,)
+        drops = bool(dropout) and train and layers > 1
+        return cls(args[0], sizes, states, parameters, biases, layers, 1 + both, drops, any(first))
+
+    @property
+    def active(self) -> list[int]:
+        """How many sequences go on at each step."""
+        if self.sizes is not None:
+            return self.sizes.tolist()
+        steps, count = self.data.shape[1::-1] if self.batch_first else self.data.shape[:2]
+        return [count] * steps
+
+    @property
+    def weights(self) -> list[Weights]:
+        """The parameters of each layer in each direction."""
+        each = len(self.parameters) // (self.layers * self.ways)
+        found = []
+        for start in range(0, len(self.parameters), each):
+            input, hidden, *rest = self.parameters[start : start + each]
+            own, rest = (rest[:2], rest[2:]) if self.biases else ([None, None], rest)
+            found.append(Weights(input, hidden, rest[0] if rest else None, *own))
+        return found
+
+    def order(self, run: int) -> int:
+        """Return how a run of a layer in a direction goes in time: on, 1, or back, -1."""
+        return -1 if run % self.ways else 1
+
+    def arranged(self, rows: Tensor) -> Tensor:
+        """Return the rows of all steps as (T, N, ...)."""
+        if self.sizes is not None:
+            return _padded(rows, self.active)
+        return rows.unflatten(0, (-1, self.active[0]))
+
+
+_LAYER = "MkldnnRnnLayerBackward0"
+_VALUES = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
+"""Nodes of values @ weight^T, and where they keep the values."""
+
+
+def _look(name: str, batch: Batch, outputs: Sequence[Tensor], *args: Any) -> Inside | None:
+    """Return what is seen of all layers in autograd's graph; None where something is missing.
+
+    On a CPU an LSTM in float32 is one node a layer and direction, and the others are products of
+    matrices and what is between them. On a GPU each is one node that shows nothing.
     """
-    sizes = () if isinstance(args[3], bool) else args[1:2]
-    states, parameters, biases, layers, dropout, train, both, *rest = args[1 + len(sizes) :]
-    ways, each = 1 + both, 4 if biases else 2
-    if len(parameters) != each * layers * ways or (dropout and train and layers > 1):
-        raise UnsupportedError(
-            expected="recurrent layers without projections, and without dropout between them",
-            got="dropout, whose masks are not known" if dropout else "projections",
-            where="a recurrent layer",
-            todo="use one layer after another with a Dropout between them, and no proj_size",
-        )
-    if sizes:
-        active = sizes[0].tolist()
-    else:
-        steps, count = args[0].shape[1::-1] if any(rest) else args[0].shape[:2]  # batch_first
-        active = [count] * steps
-    if active[0] != batch.size:
+    call = Call.of(*args)
+    return _look_between(name, batch, outputs, (call.data, *call.states), call)
+
+
+def _look_between(
+    name: str, batch: Batch, outputs: Sequence[Tensor], inputs: Sequence[Tensor], call: Call
+) -> Inside | None:
+    learned = any(one.requires_grad and not batch.varies(one) for one in call.states)
+    frozen = not all(one.requires_grad for one in call.parameters)
+    if learned or frozen or not is_shown():
+        return None
+    nodes = between(outputs, inputs, {*_VALUES, _LAYER})
+    layers = [node for node in nodes if node.name() == _LAYER]
+    if layers:
+        of_nodes = [source(*node.next_functions[1]) for node in layers]
+        complete = of_nodes == [key(own.input) for own in call.weights]
+        return Inside(layers, _Layers(call)) if complete else None
+    found: dict[tuple[int, int], list[Node]] = {}  # by weight
+    for node in nodes:
+        transposed = node.next_functions[-1][0]
+        if transposed is not None:
+            found.setdefault(source(*transposed.next_functions[0]), []).append(node)
+    slots, products = [], []
+    for run, own in enumerate(call.weights):
+        steps = range(len(call.active))[:: call.order(run)]
+        for part, weight in enumerate(own[:3]):
+            if weight is not None:
+                mine, times = found.get(key(weight), []), steps if part else steps[:1]
+                if len(mine) != len(times):
+                    return None
+                slots += [(run, part, t) for t in times]
+                products += mine
+    return Inside(products, _Products(name, call, slots))
+
+
+class _Products:
+    """Reads the matrix products that a layer is made of.
+
+    Those of its inputs are one, before all steps; those of h, and of an LSTM's units where there
+    are projections, are one a step.
+    """
+
+    def __init__(self, name: str, call: Call, slots: Sequence[tuple[int, int, int]]) -> None:
+        self._name, self._call, self._slots = name, call, slots
+        """Of each product: run, which of the three, step."""
+        self._values: dict[tuple[int, int], Tensor] = {}
+        """By run and which of the three: what is multiplied, (T, N, K)."""
+        self._deltas: dict[tuple[int, int], Tensor] = {}
+        """The same of what comes back, (T, N, O)."""
+
+    def open(self, nodes: Sequence[Node]) -> None:
+        """Take what is multiplied, and make room for what comes to each step."""
+        rows: dict[tuple[int, int], list[Tensor]] = {}
+        for (run, part, _), node in zip(self._slots, nodes, strict=True):
+            rows.setdefault((run, part), []).append(getattr(node, _VALUES[node.name()]))
+        for (run, part), parts in rows.items():
+            if part == 0:
+                self._values[run, part] = self._call.arranged(parts[0])
+                continue
+            values = pad_sequence(parts[:: self._call.order(run)], batch_first=True)
+            self._values[run, part] = values
+            hidden, projection = self._call.weights[run][1:3]
+            weight = projection if part == 2 else hidden
+            if weight is not None and (part == 2 or self._name == "gru"):  # else the inputs'
+                self._deltas[run, part] = values.new_zeros(*values.shape[:2], len(weight))
+
+    def take(self, position: int, gradients: Gradients) -> None:
+        """Take those of a product."""
+        run, part, t = self._slots[position]
+        delta = gradients[0]
+        if delta is not None and part == 0:
+            self._deltas[run, part] = self._call.arranged(delta)
+        elif delta is not None and (run, part) in self._deltas:
+            self._deltas[run, part][t, : len(delta)] = delta
+
+    def factors(self) -> Factors:
+        """Yield those of all layers."""
+        for run, weights in enumerate(self._call.weights):
+            own_TNG = self._deltas.get((run, 0))
+            if own_TNG is None:  # the loss does not depend on this layer
+                continue
+            back_TNG, same = self._deltas.get((run, 1), own_TNG), own_TNG.shape[2]
+            if self._name == "gru":
+                same = same // 3 * 2
+            values = self._values[run, 0], self._values[run, 1]
+            yield from _factors(weights, *values, own_TNG, back_TNG, same)
+            if weights.projection is not None:
+                left, right = self._deltas[run, 2], self._values[run, 2]
+                shape = weights.projection.shape
+                yield weights.projection, Outer(_by_sample(left), _by_sample(right), shape)
+
+
+class _Layers:
+    """Reads an LSTM whose layers and directions are one node each."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._saved: list[list[Any]] = []
+        self._gradients: dict[int, Gradients] = {}
+
+    def open(self, nodes: Sequence[Node]) -> None:
+        """Take inputs and outputs (T, N, ...), the first states, and whether it runs backwards."""
+        names = ("input", "result0", "hx_", "cx_", "reverse")
+        self._saved = [[getattr(node, f"_saved_{name}") for name in names] for node in nodes]
+
+    def take(self, position: int, gradients: Gradients) -> None:
+        """Take those of the outputs and of the last states."""
+        self._gradients[position] = gradients[:3]
+
+    def factors(self) -> Factors:
+        """Yield those of all layers, each gone back through."""
+        for position, gradients in self._gradients.items():
+            inputs_TNI, after_TNH, *first, backwards = self._saved[position]
+            first = [one.reshape(after_TNH.shape[1:]) for one in first]
+            delta_TNH, *ends = (
+                torch.zeros_like(like) if one is None else one.reshape(like.shape).clone()
+                for one, like in zip(gradients, (after_TNH, *first), strict=True)
+            )
+            weights, active = self._call.weights[position], self._call.active
+            run = _run(weights, active, backwards, first, inputs_TNI, after_TNH)
+            gates = _go_back(CELLS["lstm"], run, delta_TNH, ends)
+            yield from _factors(weights, run.inputs, run.before, *gates)
+
+
+def _rule(
+    name: str, batch: Batch, delta: Sequence[Tensor], seen: Tensor | Reader | None, *args: Any
+) -> Factors:
+    """Yield the factors of torch.lstm, torch.gru, ...: by what was seen, or by going back again."""
+    call = Call.of(*args)
+    if call.active[0] != batch.size:
         raise UnsupportedError(
             expected=f"{batch.size} sequences, one for each index of the step",
-            got=f"{active[0]}",
+            got=f"{call.active[0]}",
             where="a recurrent layer",
             todo="name as many samples as the batch has; mind batch_first",
         )
-    dtype = parameters[0].dtype  # under autocast, what comes and goes has another one
-    states = states if isinstance(states, list | tuple) else (states,)
+    if isinstance(seen, Tensor | None):
+        yield from _by_going_back(name, batch, delta, seen, call)
+    else:
+        yield from seen.factors()
+
+
+def _by_going_back(
+    name: str, batch: Batch, delta: Sequence[Tensor], output: Tensor | None, call: Call
+) -> Factors:
+    """Yield the factors by carrying the layers out again, but for the last where it is known."""
+    if call.dropout or any(own.projection is not None for own in call.weights):
+        raise UnsupportedError(
+            expected="recurrent layers without projections, and without dropout between them",
+            got="dropout, whose masks are not known" if call.dropout else "projections",
+            where="a recurrent layer of which autograd's graph does not show the inside",
+            todo="use one layer after another with a Dropout between them, and no proj_size",
+        )
+    ways, dtype = call.ways, call.parameters[0].dtype  # under autocast, what comes has another one
     first, ends = (
         [part.reshape(-1, batch.size, part.shape[-1]).to(dtype, copy=True) for part in parts]
-        for parts in (states, delta[1:])
+        for parts in (call.states, delta[1:])
     )
-    weights = [Weights(*parameters[i : i + each]) for i in range(0, len(parameters), each)]
+    each = len(call.parameters) // len(call.weights)
 
     def arranged(values: Tensor) -> Tensor:
         """Return inputs, outputs or their delta as (T, N, ...)."""
         values = values.to(dtype)
-        if sizes:
-            return _padded(values, active)
-        return values.transpose(0, 1).contiguous() if any(rest) else values  # batch_first
+        if call.sizes is not None:
+            return _padded(values, call.active)
+        return values.transpose(0, 1).contiguous() if call.batch_first else values
 
-    values = [args[0].to(dtype)]  # the inputs of each layer, and then the outputs of the last
-    for number in range(layers if output is None else layers - 1):
+    values = [call.data.to(dtype)]  # the inputs of each layer, and then the outputs of the last
+    for number in range(call.layers if output is None else call.layers - 1):
         some = slice(number * ways, (number + 1) * ways)
         own = [part[some] for part in first]
-        flat = parameters[some.start * each : some.stop * each]
-        whole = values[-1], *sizes, own if len(own) > 1 else own[0], flat
-        values.append(getattr(torch, name)(*whole, biases, 1, 0.0, False, both, *rest)[0])
+        flat = call.parameters[some.start * each : some.stop * each]
+        given = [values[-1], *(() if call.sizes is None else (call.sizes,))]
+        given += [own if len(own) > 1 else own[0], flat, call.biases, 1, 0.0, False, ways == 2]
+        given += [] if call.sizes is not None else [call.batch_first]
+        values.append(getattr(torch, name)(*given)[0])
     values = [arranged(one) for one in (*values, *(() if output is None else (output,)))]
     delta_TNK = arranged(delta[0])
-    for number in reversed(range(layers)):
+    for number in reversed(range(call.layers)):
         outputs, deltas = values.pop().chunk(ways, 2), delta_TNK.chunk(ways, 2)
         delta_TNK = torch.zeros(())
         for way in range(ways):
             i = number * ways + way
             run = _run(
-                weights[i], active, bool(way), [p[i] for p in first], values[-1], outputs[way]
+                call.weights[i],
+                call.active,
+                bool(way),
+                [part[i] for part in first],
+                values[-1],
+                outputs[way],
             )
-            own_TNG, back_TNG, same = _go_back(CELLS[name], run, deltas[way], [p[i] for p in ends])
-            yield from _factors(run, own_TNG, back_TNG, same)
+            gates = _go_back(CELLS[name], run, deltas[way], [part[i] for part in ends])
+            yield from _factors(run.weights, run.inputs, run.before, *gates)
             if number:
-                delta_TNK = own_TNG @ run.weights.input + delta_TNK
-    for state, delta_LNH in zip(states, ends, strict=True):  # what came to the first is left
+                delta_TNK = gates[0] @ run.weights.input + delta_TNK
+    for state, delta_LNH in zip(call.states, ends, strict=True):  # what came to the first is left
         if state.requires_grad and not batch.varies(state):
             by_sample = torch.diag_embed(delta_LNH.transpose(1, 2)).permute(2, 0, 3, 1)
             yield state, Explicit(by_sample.reshape(-1, *state.shape))
@@ -320,24 +532,31 @@ def _padded(data: Tensor, active: Sequence[int]) -> Tensor:
     return padded
 
 
+def _as_call(input: Tensor, states: Any, *parameters: Tensor | None) -> tuple[Any, ...]:
+    """Return the arguments of a cell as those of one step of one layer."""
+    flat = [parameter for parameter in parameters if parameter is not None]
+    return input[None], states, flat, len(flat) == 4, 1, 0.0, False, False, False
+
+
+def _look_into_cell(name: str, batch: Batch, outputs: Any, *args: Any) -> Inside | None:
+    """Return what is seen of a cell."""
+    call = Call.of(*_as_call(*args))
+    return _look_between(name, batch, outputs, (args[0], *call.states), call)
+
+
 def _cell_rule(
-    name: str,
-    batch: Batch,
-    delta: Any,
-    output: Tensor | None,
-    input: Tensor,
-    states: Any,
-    *parameters: Tensor | None,
+    name: str, batch: Batch, delta: Any, seen: Tensor | Reader | None, *args: Any
 ) -> Factors:
     """Yield the factors of torch.lstm_cell, torch.gru_cell, ...: one step of one layer."""
     ends = (delta,) if isinstance(delta, Tensor) else delta
     nothing = torch.zeros_like(ends[0])[None]  # what leaves a step is its state alone
-    output = None if output is None else output[None]
-    flat = [parameter for parameter in parameters if parameter is not None]
-    options = len(flat) == 4, 1, 0.0, False, False, False
-    yield from _rule(name, batch, (nothing, *ends), output, input[None], states, flat, *options)
+    seen = seen[None] if isinstance(seen, Tensor) else seen
+    yield from _rule(name, batch, (nothing, *ends), seen, *_as_call(*args))
 
 
 for _name in CELLS:
-    layer_rule(getattr(torch, _name), with_output=True)(partial(_rule, _name))
-    layer_rule(getattr(torch, f"{_name}_cell"), with_output=True)(partial(_cell_rule, _name))
+    for _function, _own_rule, _own_look in (
+        (getattr(torch, _name), _rule, _look),
+        (getattr(torch, f"{_name}_cell"), _cell_rule, _look_into_cell),
+    ):
+        layer_rule(_function, look=partial(_own_look, _name))(partial(_own_rule, _name))

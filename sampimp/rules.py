@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sampimp.errors import UnsupportedError
 from sampimp.factors import CHUNK_VALUES, Explicit, Factor, Outer, Pieces, Product, Rows
+from sampimp.graph import Inside
 
 
 @dataclass(frozen=True)
@@ -112,22 +113,30 @@ Rule = Callable[..., Factors]
 RULES: dict[Callable[..., Any], Rule] = {}
 """The rule of each operation."""
 
-WITH_OUTPUT: set[Callable[..., Any]] = set()
-"""The operations whose rule is given their output."""
+LOOKS: dict[Callable[..., Any], Callable[..., Inside | None]] = {}
+"""Of the operations whose rule is given what is seen of them: how to look into one."""
 
 
-def layer_rule(*functions: Callable[..., Any], with_output: bool = False) -> Callable[[Rule], Rule]:
+def layer_rule(
+    *functions: Callable[..., Any], look: Callable[..., Inside | None] | None = None
+) -> Callable[[Rule], Rule]:
     """Register a rule for operations, by whatever name they are called.
 
     The rule is called as `rule(batch, delta, *args, **kwargs)`, with the arguments of the
-    operation, and yields pairs of a parameter and a factor of its per-sample gradients. With
-    output, as `rule(batch, delta, output, *args, **kwargs)`: the (first) output of the operation,
-    or None where it has been changed in place since.
+    operation, and yields pairs of a parameter and a factor of its per-sample gradients.
+
+    Where the operation hides others, `look(batch, outputs, *args, **kwargs)` is called after it and
+    returns what is seen of them in autograd's graph, or None. The rule is called with that as
+    `rule(batch, delta, seen, *args, **kwargs)`, when the backward pass is over; with the (first)
+    output where nothing was seen, or None where it has been changed in place since.
     """
 
     def register(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(functions, rule))
-        (WITH_OUTPUT.update if with_output else WITH_OUTPUT.difference_update)(functions)
+        for function in functions:
+            LOOKS.pop(function, None)
+            if look is not None:
+                LOOKS[function] = look
         return rule
 
     return register

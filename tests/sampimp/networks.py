@@ -208,6 +208,9 @@ def recurrent_cases(kind: type[nn.Module], cell: type[nn.Module], **own: Any) ->
         "packed, in another order": lambda: Case(
             model(packed, **deep), torch.randn(N, T, 4), unsorted
         ),
+        "with dropout between layers": lambda: Case(
+            model(outputs_and_states, dropout=0.3, **deep), torch.randn(N, T, 4), random=True
+        ),
         "frozen in part": lambda: Case(
             frozen(model(outputs_and_states, **deep), "rnn.weight_hh_l0", "rnn.bias_ih_l1"),
             torch.randn(N, T, 4),
@@ -452,6 +455,27 @@ CASES: dict[str, Callable[[], Case]] = {
         for name, build in recurrent_cases(nn.RNN, nn.RNNCell, nonlinearity="relu").items()
         if name in ("cell", "deep, outputs and states")
     },
+    "lstm with projections": lambda: Case(
+        Calls(
+            outputs_and_states,
+            rnn=nn.LSTM(4, 3, 2, batch_first=True, bidirectional=True, proj_size=2),
+            out=nn.Linear(4, 2),
+        ),
+        torch.randn(N, T, 4),
+    ),
+    "lstm with projections, without bias, packed": lambda: Case(
+        Calls(packed, rnn=nn.LSTM(4, 3, bias=False, proj_size=2), out=nn.Linear(2, 2)),
+        torch.randn(N, T, 4),
+        torch.tensor([3, 1, 4]),
+    ),
+    "a layer whose outputs are used in part": lambda: Case(
+        Calls(
+            lambda s, x: s.out(s.rnn(x)[0][:, :2, 3:]),
+            rnn=nn.GRU(4, 3, batch_first=True, bidirectional=True),
+            out=nn.Linear(3, 2),
+        ),
+        torch.randn(N, T, 4),
+    ),
     # Attention.
     "attention": lambda: Case(attention(self_attention), torch.randn(N, T, 4)),
     "attention without bias": lambda: Case(
