@@ -733,7 +733,7 @@ class Capture(TorchFunctionMode):
             self._apply(use, delta)
         with torch._C.DisableTorchFunction(), torch.no_grad():
             summed = {
-                row: total(factors, self._batch.size, self.parameters[row].shape)
+                row: total(factors, self._batch.size, self.parameters[row])
                 for row, factors in self._factors.items()
             }
             if self._elementwise:

@@ -33,7 +33,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sampimp.errors import UnsupportedError
-from sampimp.factors import CHUNK_VALUES, Explicit, Factor, Outer, Pieces, Product, Rows
+from sampimp.factors import Explicit, Factor, Outer, Pieces, Product, Rows, chunk
 from sampimp.graph import Inside
 
 
@@ -221,7 +221,7 @@ def _in_pieces(
 ) -> Pieces:
     """Return the factor of a convolution, of as many samples at a time as unfold to a chunk."""
     unfolded = side_NTGK.shape[1] * side_NTGK.shape[2] * weight[0].numel()
-    return Pieces(make, len(side_NTGK), max(1, CHUNK_VALUES // unfolded))
+    return Pieces(make, len(side_NTGK), chunk(unfolded, side_NTGK))
 
 
 @layer_rule(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
