@@ -575,6 +575,14 @@ def describe_runs(
     for key in ("learning_rate", "batch_size", "loss_reduction", "weight_decay", "optimizer"):
         if key in scale:
             facts.append((key.replace("_", " "), str(scale[key])))
+    if scale.get("optimizer") in ("Adam", "AdamW"):
+        facts.append(
+            (
+                "mind",
+                "the first epoch's sums can hang on a few parameters of its first steps, at which "
+                "Adam is almost a sign; compare epochs from the second on",
+            )
+        )
     return facts
 
 

@@ -311,3 +311,10 @@ def test_command_line_passes_a_store_error_on(monkeypatch, capsys):
     monkeypatch.setattr(report, "write_report", fail)
     assert report.main(["s3://bucket/study"]) == 2
     assert "Where s3://bucket/study" in capsys.readouterr().err
+
+
+def test_a_study_under_adam_says_what_its_first_epoch_is():
+    cube = build(strategies=("shuffle",), seeds=1, epochs=2, samples=10)
+    assert "mind" not in dict(report.describe_runs(cube, {}))
+    cube["importance"].attrs["optimizer"] = "AdamW"
+    assert "from the second on" in dict(report.describe_runs(cube, {}))["mind"]
