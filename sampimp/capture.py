@@ -110,11 +110,32 @@ class _Use:
     batch: Batch
     order: Tensor | None
     """Which sample is on each row, where they are in another order than in the batch."""
+    number: int
+    """Of the pass."""
     seen: Inside | tuple[Tensor, int] | None = None
     """Where the rule asks for it: what is inside; else the output, detached (with its hook it would
     be a cycle), and its version."""
     done: bool = False
     """Whether its gradient has come."""
+
+
+class _Together(torch.autograd.Function):
+    """Hands several outputs on as copies, and their gradients to one receiver."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, receive: Callable[[Sequence[Tensor | None]], None], *outputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Copy the outputs."""
+        ctx.receive = receive
+        ctx.set_materialize_grads(False)
+        return tuple(one.clone() for one in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Pass the gradients on, None where nothing depends on an output."""
+        ctx.receive(gradients)
+        return None, *gradients
 
 
 class Capture(TorchFunctionMode):
@@ -202,6 +223,9 @@ class Capture(TorchFunctionMode):
                 yield
             finally:
                 self._gradients = {}
+                for use in self._waiting:  # of a pass that came to no end
+                    if isinstance(use.seen, Inside):
+                        use.seen.close()
                 self.resume()
 
     def add_pass(self, size: int) -> None:
@@ -245,7 +269,7 @@ class Capture(TorchFunctionMode):
         self._counts: dict[int, int] = {}  # by row: uses in this pass
         self._factors: dict[int, list[Factor]] = {}  # by row
         self._values: dict[int, Tensor] = {}  # by row: squared norms
-        self._waiting: list[tuple[_Use, Any]] = []  # with gradients to come inside
+        self._waiting: list[_Use] = []  # with gradients to come inside
         self._announced = False
 
     def check(self) -> None:
@@ -382,12 +406,7 @@ class Capture(TorchFunctionMode):
             if id(tensor) in self._rows:
                 self._called.setdefault(self._owners[self._rows[id(tensor)]])
         if varies or (function in _EXPANSIONS and roots and self._expands(args, output)):
-            if roots and not isinstance(output, Tensor):
-                # As copies: where one output was made of another (an LSTM cell's of its c), the
-                # gradient of that one would have both parts in it. Of views, the hooks would be
-                # lost where they are changed in place.
-                output = tuple(t.clone() if isinstance(t, Tensor) else t for t in output)
-            self._meet(function, args, kwargs, output, roots)
+            output = self._meet(function, args, kwargs, output, roots)
         elif function not in _MAKES_DATA or (
             self._batch.size and np.shape(output)[:1] != (self._batch.size,)
         ):
@@ -416,47 +435,57 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, Any],
         output: Any,
         roots: frozenset[int],
-    ) -> None:
-        """Note an operation on samples, which may have parameters."""
+    ) -> Any:
+        """Note an operation on samples, which may have parameters, and return its output."""
         if getattr(output, self._tag, None) is not None:  # changed in place
             setattr(output, self._tag, None)
         if self._reordered or function in _SELECTIONS:
             self._follow_order(function, args, kwargs, output)
         if function is functional.batch_norm and _argument(args, kwargs, 5, "training", False):
             self._meet_batch_norm(roots)
-            return
+            return output
         if function in _PRODUCTS and len(args) == 2 and args[1].dim() == 2:
             self._refuse_mixing(function, args)
         outputs = (output,) if isinstance(output, Tensor) else output
         hooked = [one for one in outputs if isinstance(one, Tensor) and one.requires_grad]
         if not roots or not hooked:
-            return
+            return output
         if output is hooked[0] and output.dim() == 0 and RULES.get(function) in SUMS:
-            return  # a penalty on parameters beside the loss: no sample is in it
+            return output  # a penalty on parameters beside the loss: no sample is in it
         for row in roots:
             self._counts[row] = self._counts.get(row, 0) + 1
         order = None
         if self._reordered:
             orders = map(_order, _tensors(args, kwargs))
             order = next((one for one in orders if one is not None), None)
-        use = _Use(function, args, kwargs, self._batch, order)
+        use = _Use(function, args, kwargs, self._batch, order, self._done)
         if function in LOOKS:
             seen = LOOKS[function](self._batch, hooked, *args, **kwargs)
             use.seen = seen or (outputs[0].detach(), outputs[0]._version)
         if isinstance(output, Tensor):
-            output.register_hook(partial(self._on_gradient, use))
-        else:
-            # A hook that knew the outputs it is on would keep them for good: 1.5 MB a step.
-            empty = [
-                partial(torch.zeros, one.shape, dtype=one.dtype, device=one.device)
-                if isinstance(one, Tensor)
-                else lambda: None
-                for one in outputs
-            ]
-            places = [i for i, one in enumerate(outputs) if any(one is other for other in hooked)]
-            torch.autograd.graph.register_multi_grad_hook(
-                hooked, partial(self._on_gradients, use, empty, places)
-            )
+            # On the node, where it is called after every hook that somebody has on the tensor.
+            take = partial(self._on_node, use, output.output_nr)
+            node = output.grad_fn
+            assert node is not None  # of parameters, and no parameter itself
+            node.register_prehook(take)
+            return output
+        # A hook that knew the outputs it is on would keep them for good: 1.5 MB a step.
+        empty = [
+            partial(torch.zeros, one.shape, dtype=one.dtype, device=one.device)
+            if isinstance(one, Tensor)
+            else lambda: None
+            for one in outputs
+        ]
+        places = [i for i, one in enumerate(outputs) if any(one is other for other in hooked)]
+        # As copies: where one output was made of another (an LSTM cell's of its c), the gradient of
+        # that one would have both parts in it.
+        copies = _Together.apply(partial(self._on_gradients, use, empty, places), *hooked)
+        output = list(outputs)
+        for i, copy in zip(places, copies, strict=True):
+            if _order(outputs[i]) is not None:
+                copy._sampimp_order = _order(outputs[i])
+            output[i] = copy
+        return tuple(output)
 
     def _open(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Carry attention out as the operations of which PyTorch has composed it.
@@ -593,6 +622,11 @@ class Capture(TorchFunctionMode):
             ),
         )
 
+    def _on_node(self, use: _Use, number: int, gradients: Sequence[Tensor | None]) -> None:
+        """Take the gradient of the one output."""
+        if gradients[number] is not None:
+            self._on_gradient(use, gradients[number])
+
     def _on_gradient(self, use: _Use, delta: Any) -> None:
         if use.done:
             raise UnsupportedError(
@@ -604,9 +638,16 @@ class Capture(TorchFunctionMode):
         use.done = True
         if not self._announced:
             self._announce()
+        if use.number != self._done:
+            raise UnsupportedError(
+                expected="one batch's backward pass before the next one's forward pass",
+                got="another order",
+                where="the step",
+                todo="call the model and backward() for one batch after the other",
+            )
         if isinstance(use.seen, Inside):
             use.seen.open()
-            self._waiting.append((use, delta))
+            self._waiting.append(use)
         else:
             self._apply(use, delta)
 
@@ -617,10 +658,12 @@ class Capture(TorchFunctionMode):
             given = [use.batch, delta]
             if isinstance(use.seen, Inside):
                 given.append(use.seen.close())
+                use.seen = None
             elif use.seen is not None:
                 output, version = use.seen
                 given.append(output if output._version == version else None)
             try:
+                found: dict[int, list[Factor]] = {}  # by row: one may be given more than once
                 for tensor, factor in rule(*given, *use.args, **use.kwargs):
                     if tensor is None:
                         continue
@@ -628,9 +671,12 @@ class Capture(TorchFunctionMode):
                         factor = factor.reordered(use.order.argsort())
                     row = self._rows.get(id(tensor))
                     if row is None:
-                        self._go_back(tensor, factor)
+                        for root, own in self._go_back(tensor, factor):
+                            found.setdefault(root, []).append(own)
                     elif tensor.requires_grad:
-                        self._add(row, factor)
+                        found.setdefault(row, []).append(factor)
+                for row, factors in found.items():
+                    self._add(row, factors)
             except UnsupportedError as error:
                 roots = [self._roots(one) or () for one in _tensors(use.args, use.kwargs)]
                 error.where = self._place(min(row for rows in roots for row in rows))
@@ -645,12 +691,12 @@ class Capture(TorchFunctionMode):
         # autograd has let go, in whose place the next step would have to take fresh memory.
         use.args, use.kwargs, use.seen = (), {}, None
 
-    def _go_back(self, tensor: Tensor, factor: Factor) -> None:
-        """Add factors of the parameters that a tensor is made of."""
+    def _go_back(self, tensor: Tensor, factor: Factor) -> Iterator[tuple[int, Factor]]:
+        """Yield factors of the parameters that a tensor is made of, by row."""
         rows = sorted(self._roots(tensor) or ())
         own = self.parameters[rows[0]] if len(rows) == 1 else None
         if isinstance(factor, Product | Outer) and own is not None and _is_transposed(tensor, own):
-            self._add(rows[0], factor.transposed())
+            yield rows[0], factor.transposed()
         elif rows:
             gradients = torch.autograd.grad(
                 tensor,
@@ -660,14 +706,15 @@ class Capture(TorchFunctionMode):
                 retain_graph=True,
             )
             for row, gradient in zip(rows, gradients, strict=True):
-                self._add(row, Explicit(gradient))
+                yield row, Explicit(gradient)
 
-    def _add(self, row: int, factor: Factor) -> None:
+    def _add(self, row: int, factors: Sequence[Factor]) -> None:
+        """Add those of an operation."""
         self._used.add(row)
-        if self._counts[row] == 1 and not self._elementwise:
-            self._values[row] = factor.square()
+        if self._counts[row] == len(factors) == 1 and not self._elementwise:
+            self._values[row] = factors[0].square()
         else:
-            self._factors.setdefault(row, []).append(factor)
+            self._factors.setdefault(row, []).extend(factors)
 
     def _write(self, samples: slice, values: Mapping[int, Tensor]) -> None:
         """Write the squared norms of a pass, by row; 0 where there are none."""
@@ -729,8 +776,8 @@ class Capture(TorchFunctionMode):
         Variable._execution_engine.queue_callback(self._end_pass)
 
     def _end_pass(self) -> None:
-        for use, delta in self._waiting:
-            self._apply(use, delta)
+        for use in self._waiting:
+            self._apply(use, None)
         with torch._C.DisableTorchFunction(), torch.no_grad():
             summed = {
                 row: total(factors, self._batch.size, self.parameters[row])

@@ -177,7 +177,7 @@ class Outer:
         """Return the gradients of some samples, shape (n, P...)."""
         left = precise(self.left[samples]).permute(0, 2, 3, 1)  # (N, G, O, T)
         right = precise(self.right[samples]).transpose(1, 2)  # (N, G, T, I)
-        return (left @ right).reshape(-1, *self.shape)
+        return (left @ right).reshape(len(left), *self.shape)
 
     def reordered(self, samples: Tensor) -> "Outer":
         """Return the same of the samples in another order, or of some of them."""
@@ -216,7 +216,7 @@ class Pieces:
         return Pieces(lambda some: self.make(samples[some]), len(samples), self.few)
 
     def _pieces(self) -> Iterator[Factor]:
-        starts = range(0, self.count, self.few)
+        starts = range(0, self.count or 1, self.few)
         return (self.make(slice(start, start + self.few)) for start in starts)
 
 
@@ -348,7 +348,7 @@ def squares(factor: Factor, derivative: Derivative) -> Tensor:
 def chunk(values: int, like: Tensor) -> int:
     """Return how many samples to work on at once that have so many values each."""
     most = CHUNK_ON_CPU if like.device.type == "cpu" else CHUNK_ELSEWHERE
-    return max(1, most // values)
+    return most // max(1, values) or 1
 
 
 def in_chunks(
@@ -356,7 +356,7 @@ def in_chunks(
 ) -> Tensor:
     """Return a function of each sample's gradient, shape (N,), of a few samples at a time."""
     few = chunk(math.prod(factor.shape), like)
-    starts = range(0, count, few)
+    starts = range(0, count or 1, few)  # one empty chunk of no samples
     return torch.cat([reduce(factor.gradient(slice(start, start + few))) for start in starts])
 
 

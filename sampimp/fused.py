@@ -64,6 +64,14 @@ class FusedStep:
         self._optimizer, self._workers = optimizer, workers
         self._layers = _require_stack(model)
         self._parameters = list(model.parameters())
+        trained = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        if not all(one.requires_grad and id(one) in trained for one in self._parameters):
+            raise UnsupportedError(
+                expected="an optimizer over all parameters of the model, none of them frozen",
+                got="one that leaves some out, or a frozen one",
+                where="the written-out step",
+                todo="train it in a loop of its own, with ImportanceRecorder around the step",
+            )
         # Each a tensor of its own: MKL's last bit depends on where a matrix starts in memory. As
         # views of one buffer, 3 % of small random networks came out other than autograd's.
         self._gradients = [torch.empty_like(parameter) for parameter in self._parameters]

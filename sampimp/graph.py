@@ -3,6 +3,9 @@
 PyTorch carries out some operations, recurrent layers above all, as many small ones that no caller
 sees. Their graph tells them apart: what each saved for its backward pass, and, by a hook, the
 gradient that comes to it. Both are taken from where they are, and nothing is computed again.
+
+Map: `between` (finds nodes), `source` (what a node was given), `Inside` (watches nodes) for a
+`Reader` (takes what it needs of them).
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -19,7 +22,11 @@ Gradients = Sequence[Tensor | None]
 
 
 class Reader(Protocol):
-    """What is to be known of some nodes; it must not hold them, who hold it."""
+    """Takes from nodes what importance needs.
+
+    The nodes hold the reader by their hooks, and what they saved, which it takes, holds them: a
+    cycle that no collector sees. `Inside.close` ends it.
+    """
 
     def open(self, nodes: Sequence[Node]) -> None:
         """Take what the nodes have saved, before their backward passes let it go."""
@@ -36,7 +43,7 @@ class Inside:
 
     def __init__(self, nodes: Sequence[Node], reader: Reader) -> None:
         self._nodes = nodes
-        self._reader = [reader]
+        self._reader = [reader]  # the hooks have the list, so that it can be emptied for them all
         for position, node in enumerate(nodes):
             node.register_prehook(partial(_take, self._reader, position))
 
@@ -46,7 +53,7 @@ class Inside:
         self._nodes = ()
 
     def close(self) -> Reader:
-        """Return the reader, and let it go: graph and hooks may wait long for the collector."""
+        """Return the reader, and let it go; once."""
         return self._reader.pop()
 
 
@@ -55,8 +62,11 @@ def _take(readers: Sequence[Reader], position: int, gradients: Gradients) -> Non
         reader.take(position, gradients)
 
 
-def is_shown() -> bool:
-    """Return whether what nodes save may be read: under checkpointing, autograd alone may, once."""
+def may_read_saved() -> bool:
+    """Return whether anybody may read what nodes save.
+
+    Under `saved_tensors_hooks` (checkpointing, save_on_cpu) autograd alone may, once.
+    """
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
@@ -77,12 +87,9 @@ def between(
     return sorted(found, key=lambda node: node._sequence_nr())
 
 
-def source(node: Node | None, number: int) -> tuple[int, int]:
-    """Return a key of what a node's input came from, as `key` gives it for a tensor."""
-    variable = getattr(node, "variable", None)
-    return (id(node), number) if variable is None else (id(variable), 0)
-
-
-def key(tensor: Tensor) -> tuple[int, int]:
-    """Return a key of a tensor in the graph."""
-    return (id(tensor), 0) if tensor.is_leaf else (id(tensor.grad_fn), tensor.output_nr)
+def source(node: Node, number: int) -> Tensor | None:
+    """Return the leaf that was a node's input, itself or transposed; None if it was no leaf."""
+    before = node.next_functions[number][0]
+    if before is not None and before.name() == "TBackward0":
+        before = before.next_functions[0][0]
+    return getattr(before, "variable", None)

@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sampimp.errors import UnsupportedError
 from sampimp.factors import Explicit, Outer, gram
-from sampimp.graph import Gradients, Inside, Reader, between, is_shown, key, source
+from sampimp.graph import Gradients, Inside, Reader, between, may_read_saved, source
 from sampimp.rules import Batch, Factors, layer_rule
 
 State = Sequence[Tensor]
@@ -73,11 +73,11 @@ class Cell(Protocol):
     def retreat(self, slopes: Slopes, weight: Tensor, delta: State) -> None:
         """Make of delta after a step that before it, and of its slopes delta of its gates."""
 
-    def gates(self, slopes: Slopes) -> tuple[Tensor, Tensor, int]:
-        """Return delta of own and of back (T, N, G), and how much of G is the same in both.
+    def gates(self, slopes: Slopes) -> tuple[Tensor, Tensor]:
+        """Return delta of own and of back (T, N, G), after `retreat` of all steps."""
 
-        After `retreat` of all steps.
-        """
+    def shared(self, gates: int) -> int:
+        """Return of how many of all gates delta is the same in own and back."""
 
 
 class SimpleCell:
@@ -95,9 +95,13 @@ class SimpleCell:
         (gates,), (h,) = slopes, delta
         torch.mm(gates.mul_(h), weight, out=h)
 
-    def gates(self, slopes: Slopes) -> tuple[Tensor, Tensor, int]:
+    def gates(self, slopes: Slopes) -> tuple[Tensor, Tensor]:
         """Return delta of own and back."""
-        return slopes[0], slopes[0], slopes[0].shape[2]
+        return slopes[0], slopes[0]
+
+    def shared(self, gates: int) -> int:
+        """Return all."""
+        return gates
 
 
 class LstmCell:
@@ -138,10 +142,14 @@ class LstmCell:
         torch.mm(gates.flatten(1), weight, out=h)
         cell.mul_(by_cell)
 
-    def gates(self, slopes: Slopes) -> tuple[Tensor, Tensor, int]:
+    def gates(self, slopes: Slopes) -> tuple[Tensor, Tensor]:
         """Return delta of own and back."""
         gates = slopes[0].flatten(2)
-        return gates, gates, gates.shape[2]
+        return gates, gates
+
+    def shared(self, gates: int) -> int:
+        """Return all."""
+        return gates
 
 
 class GruCell:
@@ -170,11 +178,15 @@ class GruCell:
         own[:, 2] *= h
         h.mul_(own[:, 1]).addmm_(back.flatten(1), weight)
 
-    def gates(self, slopes: Slopes) -> tuple[Tensor, Tensor, int]:
+    def gates(self, slopes: Slopes) -> tuple[Tensor, Tensor]:
         """Return delta of own and back."""
         back, own = slopes
         own[:, :, :2] = back[:, :, :2]
-        return own.flatten(2), back.flatten(2), 2 * back.shape[3]
+        return own.flatten(2), back.flatten(2)
+
+    def shared(self, gates: int) -> int:
+        """Return those of r and z."""
+        return gates // 3 * 2
 
 
 def _multiply(values: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -213,7 +225,7 @@ def _run(
 
 
 def _go_back(cell: Cell, run: Run, delta_TNH: Tensor, delta: State) -> tuple[Tensor, Tensor, int]:
-    """Return `Cell.gates`, and make delta of the first state of the last one's, in place."""
+    """Return `Cell.gates` and `Cell.shared`, and make delta of the last state that of the first."""
     slopes = cell.slopes(run)
     of_step = [part.unbind() for part in (delta_TNH, *slopes)]
     for t, count in reversed(run.steps):
@@ -224,7 +236,8 @@ def _go_back(cell: Cell, run: Run, delta_TNH: Tensor, delta: State) -> tuple[Ten
         if count < len(delta[0]):
             for part in slopes:
                 part[t, count:] = 0
-    return cell.gates(slopes)
+    own_TNG, back_TNG = cell.gates(slopes)
+    return own_TNG, back_TNG, cell.shared(own_TNG.shape[2])
 
 
 def _factors(
@@ -262,8 +275,12 @@ class Call(NamedTuple):
     data: Tensor
     sizes: Tensor | None
     """Of a packed sequence: how many sequences go on at each step."""
+    active: Sequence[int]
+    """How many sequences go on at each step."""
     states: Sequence[Tensor]
     parameters: Sequence[Tensor]
+    weights: Sequence[Weights]
+    """The parameters of each layer in each direction: of each run."""
     biases: bool
     layers: int
     ways: int
@@ -273,33 +290,39 @@ class Call(NamedTuple):
     batch_first: bool
 
     @classmethod
-    def of(cls, *args: Any) -> "Call":
-        """Take (input, states, parameters, ...), or (data, sizes, states, parameters, ...)."""
-        sizes = None if isinstance(args[3], bool) else args[1]
-        rest = args[1:] if sizes is None else args[2:]
-        states, parameters, biases, layers, dropout, train, both, *first = rest
-        states = states if isinstance(states, list | tuple) else (states,)
-        drops = bool(dropout) and train and layers > 1
-        return cls(args[0], sizes, states, parameters, biases, layers, 1 + both, drops, any(first))
-
-    @property
-    def active(self) -> list[int]:
-        """How many sequences go on at each step."""
-        if self.sizes is not None:
-            return self.sizes.tolist()
-        steps, count = self.data.shape[1::-1] if self.batch_first else self.data.shape[:2]
-        return [count] * steps
-
-    @property
-    def weights(self) -> list[Weights]:
-        """The parameters of each layer in each direction."""
-        each = len(self.parameters) // (self.layers * self.ways)
-        found = []
-        for start in range(0, len(self.parameters), each):
-            input, hidden, *rest = self.parameters[start : start + each]
-            own, rest = (rest[:2], rest[2:]) if self.biases else ([None, None], rest)
-            found.append(Weights(input, hidden, rest[0] if rest else None, *own))
-        return found
+    def of(cls, *args: Any, **kwargs: Any) -> "Call":
+        """Take (input, hx, params, ...), or of packed sequences (data, batch_sizes, hx, ...)."""
+        names: tuple[str, ...]
+        names = ("hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional")
+        if "batch_sizes" in kwargs or (len(args) > 3 and not isinstance(args[3], bool)):
+            names = ("data", "batch_sizes", *names)
+        else:
+            names = ("input", *names, "batch_first")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        data: Tensor = given["data"] if "data" in given else given["input"]
+        sizes = given.get("batch_sizes")
+        batch_first = given.get("batch_first", False)
+        steps, count = data.shape[1::-1] if batch_first else data.shape[:2]
+        states, parameters = given["hx"], given["params"]
+        runs = given["num_layers"] * (1 + given["bidirectional"])
+        each, weights = len(parameters) // runs, []
+        for start in range(0, len(parameters), each):
+            input, hidden, *rest = parameters[start : start + each]
+            own, rest = (rest[:2], rest[2:]) if given["has_biases"] else ([None, None], rest)
+            weights.append(Weights(input, hidden, rest[0] if rest else None, *own))
+        return cls(
+            data=data,
+            sizes=sizes,
+            active=[count] * steps if sizes is None else sizes.tolist(),
+            states=states if isinstance(states, list | tuple) else (states,),
+            parameters=parameters,
+            weights=weights,
+            biases=given["has_biases"],
+            layers=given["num_layers"],
+            ways=1 + given["bidirectional"],
+            dropout=bool(given["dropout"]) and given["train"] and given["num_layers"] > 1,
+            batch_first=batch_first,
+        )
 
     def order(self, run: int) -> int:
         """Return how a run of a layer in a direction goes in time: on, 1, or back, -1."""
@@ -317,61 +340,70 @@ _VALUES = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
 """Nodes of values @ weight^T, and where they keep the values."""
 
 
-def _look(name: str, batch: Batch, outputs: Sequence[Tensor], *args: Any) -> Inside | None:
+def _look(
+    name: str, batch: Batch, outputs: Sequence[Tensor], *args: Any, **kwargs: Any
+) -> Inside | None:
     """Return what is seen of all layers in autograd's graph; None where something is missing.
 
     On a CPU an LSTM in float32 is one node a layer and direction, and the others are products of
     matrices and what is between them. On a GPU each is one node that shows nothing.
     """
-    call = Call.of(*args)
+    call = Call.of(*args, **kwargs)
     return _look_between(name, batch, outputs, (call.data, *call.states), call)
 
 
 def _look_between(
     name: str, batch: Batch, outputs: Sequence[Tensor], inputs: Sequence[Tensor], call: Call
 ) -> Inside | None:
+    """Return what is seen between the inputs, as the caller has them, and the outputs."""
     learned = any(one.requires_grad and not batch.varies(one) for one in call.states)
-    frozen = not all(one.requires_grad for one in call.parameters)
-    if learned or frozen or not is_shown():
+    leaves = all(one.is_leaf and one.requires_grad for one in call.parameters)
+    if learned or not leaves or not may_read_saved():
         return None
     nodes = between(outputs, inputs, {*_VALUES, _LAYER})
     layers = [node for node in nodes if node.name() == _LAYER]
     if layers:
-        of_nodes = [source(*node.next_functions[1]) for node in layers]
-        complete = of_nodes == [key(own.input) for own in call.weights]
+        found = [source(node, 1) for node in layers]
+        complete = list(map(id, found)) == [id(own.input) for own in call.weights]
         return Inside(layers, _Layers(call)) if complete else None
-    found: dict[tuple[int, int], list[Node]] = {}  # by weight
+    return _see_products(name, nodes, call)
+
+
+def _see_products(name: str, nodes: Sequence[Node], call: Call) -> Inside | None:
+    """Return the products of all runs and steps among nodes; None where one is missing."""
+    of_weight: dict[int, list[Node]] = {}
     for node in nodes:
-        transposed = node.next_functions[-1][0]
-        if transposed is not None:
-            found.setdefault(source(*transposed.next_functions[0]), []).append(node)
+        of_weight.setdefault(id(source(node, -1)), []).append(node)
     slots, products = [], []
     for run, own in enumerate(call.weights):
         steps = range(len(call.active))[:: call.order(run)]
-        for part, weight in enumerate(own[:3]):
+        for part, weight in ((INPUT, own.input), (HIDDEN, own.hidden), (UNITS, own.projection)):
             if weight is not None:
-                mine, times = found.get(key(weight), []), steps if part else steps[:1]
-                if len(mine) != len(times):
+                times = steps[:1] if part == INPUT else steps
+                found = of_weight.get(id(weight), [])
+                if len(found) != len(times):
                     return None
                 slots += [(run, part, t) for t in times]
-                products += mine
+                products += found
     return Inside(products, _Products(name, call, slots))
 
 
-class _Products:
-    """Reads the matrix products that a layer is made of.
+INPUT, HIDDEN, UNITS = range(3)
+"""What is multiplied by a weight: the inputs, h, and an LSTM's units where there are projections.
+"""
 
-    Those of its inputs are one, before all steps; those of h, and of an LSTM's units where there
-    are projections, are one a step.
-    """
+
+class _Products:
+    """Reads the matrix products that a layer is made of: one of all inputs, the others by step."""
 
     def __init__(self, name: str, call: Call, slots: Sequence[tuple[int, int, int]]) -> None:
-        self._name, self._call, self._slots = name, call, slots
-        """Of each product: run, which of the three, step."""
+        self._name, self._call = name, call
+        self._slots = slots
+        """Of each product: run, what is multiplied, step."""
         self._values: dict[tuple[int, int], Tensor] = {}
-        """By run and which of the three: what is multiplied, (T, N, K)."""
+        """What is multiplied, by run and kind: (T, N, K)."""
         self._deltas: dict[tuple[int, int], Tensor] = {}
-        """The same of what comes back, (T, N, O)."""
+        """What comes back: (T, N, O)."""
 
     def open(self, nodes: Sequence[Node]) -> None:
         """Take what is multiplied, and make room for what comes to each step."""
@@ -379,21 +411,20 @@ class _Products:
         for (run, part, _), node in zip(self._slots, nodes, strict=True):
             rows.setdefault((run, part), []).append(getattr(node, _VALUES[node.name()]))
         for (run, part), parts in rows.items():
-            if part == 0:
+            if part == INPUT:
                 self._values[run, part] = self._call.arranged(parts[0])
                 continue
             values = pad_sequence(parts[:: self._call.order(run)], batch_first=True)
             self._values[run, part] = values
-            hidden, projection = self._call.weights[run][1:3]
-            weight = projection if part == 2 else hidden
-            if weight is not None and (part == 2 or self._name == "gru"):  # else the inputs'
+            weight = self._call.weights[run][part]
+            if weight is not None and (part == UNITS or self._name == "gru"):  # else the inputs'
                 self._deltas[run, part] = values.new_zeros(*values.shape[:2], len(weight))
 
     def take(self, position: int, gradients: Gradients) -> None:
         """Take those of a product."""
         run, part, t = self._slots[position]
         delta = gradients[0]
-        if delta is not None and part == 0:
+        if delta is not None and part == INPUT:
             self._deltas[run, part] = self._call.arranged(delta)
         elif delta is not None and (run, part) in self._deltas:
             self._deltas[run, part][t, : len(delta)] = delta
@@ -401,16 +432,15 @@ class _Products:
     def factors(self) -> Factors:
         """Yield those of all layers."""
         for run, weights in enumerate(self._call.weights):
-            own_TNG = self._deltas.get((run, 0))
-            if own_TNG is None:  # the loss does not depend on this layer
+            own_TNG = self._deltas.get((run, INPUT))
+            if own_TNG is None:  # nothing came to the layer
                 continue
-            back_TNG, same = self._deltas.get((run, 1), own_TNG), own_TNG.shape[2]
-            if self._name == "gru":
-                same = same // 3 * 2
-            values = self._values[run, 0], self._values[run, 1]
+            back_TNG = self._deltas.get((run, HIDDEN), own_TNG)
+            same = CELLS[self._name].shared(own_TNG.shape[2])
+            values = self._values[run, INPUT], self._values[run, HIDDEN]
             yield from _factors(weights, *values, own_TNG, back_TNG, same)
             if weights.projection is not None:
-                left, right = self._deltas[run, 2], self._values[run, 2]
+                left, right = self._deltas[run, UNITS], self._values[run, UNITS]
                 shape = weights.projection.shape
                 yield weights.projection, Outer(_by_sample(left), _by_sample(right), shape)
 
@@ -448,10 +478,15 @@ class _Layers:
 
 
 def _rule(
-    name: str, batch: Batch, delta: Sequence[Tensor], seen: Tensor | Reader | None, *args: Any
+    name: str,
+    batch: Batch,
+    delta: Sequence[Tensor],
+    seen: Tensor | Reader | None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Factors:
     """Yield the factors of torch.lstm, torch.gru, ...: by what was seen, or by going back again."""
-    call = Call.of(*args)
+    call = Call.of(*args, **kwargs)
     if call.active[0] != batch.size:
         raise UnsupportedError(
             expected=f"{batch.size} sequences, one for each index of the step",
@@ -532,26 +567,37 @@ def _padded(data: Tensor, active: Sequence[int]) -> Tensor:
     return padded
 
 
-def _as_call(input: Tensor, states: Any, *parameters: Tensor | None) -> tuple[Any, ...]:
+def _as_call(
+    input: Tensor,
+    hx: Any,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Any, ...]:
     """Return the arguments of a cell as those of one step of one layer."""
-    flat = [parameter for parameter in parameters if parameter is not None]
-    return input[None], states, flat, len(flat) == 4, 1, 0.0, False, False, False
+    flat = [one for one in (w_ih, w_hh, b_ih, b_hh) if one is not None]
+    return input[None], hx, flat, len(flat) == 4, 1, 0.0, False, False, False
 
 
-def _look_into_cell(name: str, batch: Batch, outputs: Any, *args: Any) -> Inside | None:
+def _look_into_cell(
+    name: str, batch: Batch, outputs: Sequence[Tensor], input: Tensor, *args: Any, **kwargs: Any
+) -> Inside | None:
     """Return what is seen of a cell."""
-    call = Call.of(*_as_call(*args))
-    return _look_between(name, batch, outputs, (args[0], *call.states), call)
+    call = Call.of(*_as_call(input, *args, **kwargs))
+    return _look_between(name, batch, outputs, (input, *call.states), call)
 
 
 def _cell_rule(
-    name: str, batch: Batch, delta: Any, seen: Tensor | Reader | None, *args: Any
+    name: str, batch: Batch, delta: Any, seen: Tensor | Reader | None, *args: Any, **kwargs: Any
 ) -> Factors:
     """Yield the factors of torch.lstm_cell, torch.gru_cell, ...: one step of one layer."""
-    ends = (delta,) if isinstance(delta, Tensor) else delta
-    nothing = torch.zeros_like(ends[0])[None]  # what leaves a step is its state alone
+    if isinstance(delta, Tensor):
+        delta = (delta,)
+    if delta is not None:  # what leaves a step is its state alone
+        delta = (torch.zeros_like(delta[0])[None], *delta)
     seen = seen[None] if isinstance(seen, Tensor) else seen
-    yield from _rule(name, batch, (nothing, *ends), seen, *_as_call(*args))
+    yield from _rule(name, batch, delta, seen, *_as_call(*args, **kwargs))
 
 
 for _name in CELLS:

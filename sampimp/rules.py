@@ -126,9 +126,10 @@ def layer_rule(
     operation, and yields pairs of a parameter and a factor of its per-sample gradients.
 
     Where the operation hides others, `look(batch, outputs, *args, **kwargs)` is called after it and
-    returns what is seen of them in autograd's graph, or None. The rule is called with that as
-    `rule(batch, delta, seen, *args, **kwargs)`, when the backward pass is over; with the (first)
-    output where nothing was seen, or None where it has been changed in place since.
+    returns what is seen of them in autograd's graph, or None. The rule is then called as
+    `rule(batch, None, reader, *args, **kwargs)` with the reader of that, when the backward pass is
+    over. Where nothing was seen, it is called as `rule(batch, delta, output, *args, **kwargs)` with
+    the (first) output, or None where that has been changed in place since.
     """
 
     def register(rule: Rule) -> Rule:
@@ -299,7 +300,8 @@ def _unfold(
             *(step * size for step, size in zip(stride, inner, strict=True)),
         ),
     )
-    folded = view.reshape(len(images), groups, -1, math.prod(positions))
+    unfolded = images.shape[1] // groups * math.prod(kernel)
+    folded = view.reshape(len(images), groups, unfolded, math.prod(positions))
     return folded.permute(0, 3, 1, 2)
 
 

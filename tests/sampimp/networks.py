@@ -152,6 +152,32 @@ def unrolled(model: nn.Module, x: Tensor) -> Tensor:
     return model.out(state[0] + state[1] if isinstance(state, tuple) else state)
 
 
+def in_half(module: nn.Module) -> nn.Module:
+    """Return a module of which the gradient that comes to its output is halved."""
+
+    def halve(_: nn.Module, __: Any, output: Tensor) -> None:
+        output.register_hook(lambda gradient: 0.5 * gradient)
+
+    module.register_forward_hook(halve)
+    return module
+
+
+def sharing(model: nn.Module, name: str, other: str) -> nn.Module:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, model.get_parameter(other))
+    return model
+
+
+def tied_gates(model: nn.Module, x: Tensor) -> Any:
+    cell = model.cell  # each parameter is given to the operation twice
+    parameters = cell.weight_ih, cell.weight_ih, cell.bias_ih, cell.bias_ih
+    return torch.gru_cell(x, torch.tanh(x), *parameters)
+
+
+def of_low_rank(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.gru_cell(x, torch.zeros(len(x), 3), model.a @ model.b, w_hh=model.w)
+
+
 def recurrent_cases(kind: type[nn.Module], cell: type[nn.Module], **own: Any) -> dict[str, Any]:
     """Return the cases of one kind of recurrent network."""
 
@@ -207,6 +233,24 @@ def recurrent_cases(kind: type[nn.Module], cell: type[nn.Module], **own: Any) ->
         ),
         "packed, in another order": lambda: Case(
             model(packed, **deep), torch.randn(N, T, 4), unsorted
+        ),
+        "weight_norm": lambda: Case(
+            Calls(
+                outputs_and_states,
+                rnn=parametrizations.weight_norm(
+                    kind(4, 3, batch_first=True, **own), "weight_hh_l0"
+                ),
+                out=nn.Linear(3, 2),
+            ),
+            torch.randn(N, T, 4),
+        ),
+        "tied layers": lambda: Case(
+            sharing(
+                model(outputs_and_states, num_layers=2, batch_first=True),
+                "rnn.weight_hh_l1",
+                "rnn.weight_hh_l0",
+            ),
+            torch.randn(N, T, 4),
         ),
         "with dropout between layers": lambda: Case(
             model(outputs_and_states, dropout=0.3, **deep), torch.randn(N, T, 4), random=True
@@ -455,6 +499,13 @@ CASES: dict[str, Callable[[], Case]] = {
         for name, build in recurrent_cases(nn.RNN, nn.RNNCell, nonlinearity="relu").items()
         if name in ("cell", "deep, outputs and states")
     },
+    "a cell whose parameters are tied": lambda: Case(
+        Calls(tied_gates, cell=nn.GRUCell(4, 4)), torch.randn(N, 4)
+    ),
+    "a cell of low rank": lambda: Case(
+        Calls(of_low_rank, a=parameter(9, 2), b=parameter(2, 4), w=parameter(9, 3)),
+        torch.randn(N, 4),
+    ),
     "lstm with projections": lambda: Case(
         Calls(
             outputs_and_states,
@@ -601,6 +652,14 @@ CASES: dict[str, Callable[[], Case]] = {
         Calls(lambda s, x, i: x * s.w[i], w=parameter(N, 4)),
         torch.randn(N, 4),
         torch.tensor([1, 2, 0]),
+    ),
+    "one parameter as weight and bias": lambda: Case(
+        Calls(lambda s, x: functional.linear(x, s.p[:, :4], s.p[:, 4]), p=parameter(3, 5)),
+        torch.randn(N, 4),
+    ),
+    "gradients that a hook changes": lambda: Case(
+        nn.Sequential(in_half(nn.Linear(4, 5)), nn.Tanh(), in_half(nn.Linear(5, 2))),
+        torch.randn(N, 4),
     ),
     # Parameters that are tied, frozen, not used, or made of others.
     "tied": lambda: Case(tied(), torch.randn(N, 4)),

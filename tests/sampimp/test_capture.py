@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import gc
 import importlib.util
 import itertools
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -928,6 +930,82 @@ def test_autocast_is_recorded_to_its_precision():
     found = recorder.pop_epoch(1, 6)
     assert found.dtype == torch.float32
     assert oracles.close(found, expected, relative=0.05, scale=expected.amax())  # 8 bits
+
+
+def test_a_pass_without_samples_adds_none():
+    model = Own(
+        lambda m, x: m.out(m.conv(x).mean(2)), conv=nn.Conv1d(4, 5, 2), out=nn.Linear(5, 3)
+    ).double()
+    recorder = ImportanceRecorder(model, optimizer := SGD(model.parameters(), lr=0.1))
+    inputs = torch.empty(0, 4, 6).double()
+    with recorder.step([], epoch=1):
+        model(inputs).sum().backward()
+        optimizer.step()
+    assert recorder.pop_epoch(1, 2).isnan().all()
+
+
+@pytest.mark.parametrize("kind", [SGD, torch.optim.AdamW])
+def test_parameters_without_elements_have_no_importance(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of initialising nothing
+        model = nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2)).double()
+    recorder = ImportanceRecorder(model, optimizer := kind(model.parameters(), lr=0.1))
+    inputs = torch.randn(2, 4, 3).double()
+    with recorder.step(range(2), epoch=1):
+        (model(inputs) - 1).square().sum().backward()
+        optimizer.step()
+    first, second = recorder.pop_epoch(1, 2)
+    assert first.tolist() == [0, 0]
+    assert (second > 0).all()
+
+
+def test_passes_that_overlap_are_refused():
+    model, (inputs, labels) = oracles.tiny_mlp(), batch()
+    recorder = ImportanceRecorder(model, SGD(model.parameters(), lr=0.1))
+
+    def step():
+        with recorder.step([[0, 1, 2], [3, 4, 5]], epoch=1):
+            losses = [
+                functional.cross_entropy(model(inputs[some]), labels[some])
+                for some in (slice(3), slice(3, 6))
+            ]
+            for loss in losses:
+                loss.backward()
+
+    with pytest.raises(UnsupportedError, match="one batch after the other"):
+        step()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_pass_that_comes_to_no_end_leaves_nothing(kind, fails):
+    """Autograd's graph holds what it has saved: no collector sees a cycle through it."""
+    freed = []
+
+    class Alarm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.alarm = Freed()
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("no further")
+
+    class Freed:
+        def __del__(self):
+            freed.append(True)
+
+    model = kind(4, 3, 2, batch_first=True)
+    recorder = ImportanceRecorder(model, SGD(model.parameters(), lr=0.1))
+    for _ in range(3):
+        with contextlib.suppress(RuntimeError, UnsupportedError), recorder.step(range(2), epoch=1):
+            output = model(Alarm.apply(torch.rand(2, 5, 4, requires_grad=True)))[0]
+            if fails:
+                output.sum().backward()
+        output = None
+    gc.collect()
+    assert len(freed) == 3
 
 
 def test_checkpointed_layers_are_exact():

@@ -176,3 +176,15 @@ def test_samples_that_no_batch_used_are_not_measured():
 def test_any_other_model_is_refused(model):
     with pytest.raises(UnsupportedError, match="a ReLU between each two"):
         FusedStep(model, None, record=True)
+
+
+@pytest.mark.parametrize("part", ["0.weight", "2.bias"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_parameter_that_is_not_trained_is_refused(part, frozen):
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    named = dict(model.named_parameters())
+    if frozen:
+        named[part].requires_grad_(False)
+    trained = [one for name, one in named.items() if name != part or frozen]
+    with pytest.raises(UnsupportedError, match="all parameters of the model"):
+        FusedStep(model, torch.optim.SGD(trained, lr=0.1), record=True)

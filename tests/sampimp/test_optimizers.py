@@ -319,6 +319,20 @@ def test_large_parameters_are_done_in_parts(monkeypatch, memory_format, chosen):
         assert_close(got, expected, atol=1e-13)
 
 
+@pytest.mark.parametrize("kind", [optim.Adam, optim.RMSprop, optim.Adagrad])
+def test_a_diagonal_can_be_asked_for_in_any_order(kind):
+    rng = np.random.default_rng(0)
+    (weight,) = make_parameters(rng, [(3, 2)])
+    derivative = UpdateDerivative(optimizer := kind([weight], lr=0.1, weight_decay=0.1))
+    set_gradients(rng, [weight])
+    derivative.before()
+    optimizer.step()
+    (one,) = derivative.after().values()
+    first = one.tensor()
+    torch.testing.assert_close(one.square(), first.square())
+    torch.testing.assert_close(one.tensor(), first, rtol=0, atol=0)
+
+
 @CLASSES
 def test_training_is_left_as_it_is(kind):
     def train(recorded):
