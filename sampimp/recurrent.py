@@ -275,8 +275,8 @@ class Call(NamedTuple):
     data: Tensor
     sizes: Tensor | None
     """Of a packed sequence: how many sequences go on at each step."""
-    active: Sequence[int]
-    """How many sequences go on at each step."""
+    active: list[int]
+    """How many sequences go on at each step, the longest of which are first."""
     states: Sequence[Tensor]
     parameters: Sequence[Tensor]
     weights: Sequence[Weights]
@@ -329,9 +329,9 @@ class Call(NamedTuple):
         return -1 if run % self.ways else 1
 
     def arranged(self, rows: Tensor) -> Tensor:
-        """Return the rows of all steps as (T, N, ...)."""
+        """Return the rows of all steps as (T, N, ...), zero where a sequence has ended."""
         if self.sizes is not None:
-            return _padded(rows, self.active)
+            return pad_sequence(rows.split(self.active), batch_first=True)
         return rows.unflatten(0, (-1, self.active[0]))
 
 
@@ -522,7 +522,7 @@ def _by_going_back(
         """Return inputs, outputs or their delta as (T, N, ...)."""
         values = values.to(dtype)
         if call.sizes is not None:
-            return _padded(values, call.active)
+            return call.arranged(values)
         return values.transpose(0, 1).contiguous() if call.batch_first else values
 
     values = [call.data.to(dtype)]  # the inputs of each layer, and then the outputs of the last
@@ -557,14 +557,6 @@ def _by_going_back(
         if state.requires_grad and not batch.varies(state):
             by_sample = torch.diag_embed(delta_LNH.transpose(1, 2)).permute(2, 0, 3, 1)
             yield state, Explicit(by_sample.reshape(-1, *state.shape))
-
-
-def _padded(data: Tensor, active: Sequence[int]) -> Tensor:
-    """Return a packed sequence's data as (T, N, ...), zero where a sequence has ended."""
-    padded = data.new_zeros(len(active), active[0], *data.shape[1:])
-    for t, part in enumerate(data.split(list(active))):
-        padded[t, : len(part)] = part
-    return padded
 
 
 def _as_call(
