@@ -100,7 +100,7 @@ class _Pause(threading.local):
 _PAUSE = _Pause()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Use:
     """An operation of a pass with parameters, or with what is made of them, among its arguments."""
 
@@ -223,9 +223,8 @@ class Capture(TorchFunctionMode):
                 yield
             finally:
                 self._gradients = {}
-                for use in self._waiting:  # of a pass that came to no end
-                    if isinstance(use.seen, Inside):
-                        use.seen.close()
+                for _, inside in self._waiting:  # of a pass that came to no end
+                    inside.close()
                 self.resume()
 
     def add_pass(self, size: int) -> None:
@@ -266,10 +265,10 @@ class Capture(TorchFunctionMode):
         size = self._sizes[self._done] if self._done < len(self._sizes) else 0
         self._batch = Batch(size, self._batch_dim, self._varies)
         self._samples = slice(start, start + size)
-        self._counts: dict[int, int] = {}  # by row: uses in this pass
+        self._counts: dict[int, int] = {}  # by row: uses in this pass that are to come back
         self._factors: dict[int, list[Factor]] = {}  # by row
         self._values: dict[int, Tensor] = {}  # by row: squared norms
-        self._waiting: list[_Use] = []  # with gradients to come inside
+        self._waiting: list[tuple[_Use, Inside]] = []  # with gradients to come inside
         self._announced = False
 
     def check(self) -> None:
@@ -458,6 +457,8 @@ class Capture(TorchFunctionMode):
         if self._reordered:
             orders = map(_order, _tensors(args, kwargs))
             order = next((one for one in orders if one is not None), None)
+        if RULES.get(function) in SUMS:  # of which autograd keeps no values either
+            args = tuple(None if self._varies(one) else one for one in args)
         use = _Use(function, args, kwargs, self._batch, order, self._done)
         if function in LOOKS:
             seen = LOOKS[function](self._batch, hooked, *args, **kwargs)
@@ -638,6 +639,7 @@ class Capture(TorchFunctionMode):
         use.done = True
         if not self._announced:
             self._announce()
+        self._apply_waiting()
         if use.number != self._done:
             raise UnsupportedError(
                 expected="one batch's backward pass before the next one's forward pass",
@@ -647,9 +649,19 @@ class Capture(TorchFunctionMode):
             )
         if isinstance(use.seen, Inside):
             use.seen.open()
-            self._waiting.append(use)
+            self._waiting.append((use, use.seen))
         else:
             self._apply(use, delta)
+
+    def _apply_waiting(self, ended: bool = False) -> None:
+        """Make factors of what has all its gradients, or will get no more.
+
+        Not as soon as the last has come, when its node has not let go yet of what it saved.
+        """
+        for use, inside in list(self._waiting):
+            if ended or inside.is_complete:
+                self._waiting.remove((use, inside))
+                self._apply(use, None)
 
     def _apply(self, use: _Use, delta: Any) -> None:
         """Make factors of the gradient of an operation."""
@@ -675,8 +687,8 @@ class Capture(TorchFunctionMode):
                             found.setdefault(root, []).append(own)
                     elif tensor.requires_grad:
                         found.setdefault(row, []).append(factor)
-                for row, factors in found.items():
-                    self._add(row, factors)
+                for row in list(found):
+                    self._add(row, found.pop(row))
             except UnsupportedError as error:
                 roots = [self._roots(one) or () for one in _tensors(use.args, use.kwargs)]
                 error.where = self._place(min(row for rows in roots for row in rows))
@@ -711,10 +723,14 @@ class Capture(TorchFunctionMode):
     def _add(self, row: int, factors: Sequence[Factor]) -> None:
         """Add those of an operation."""
         self._used.add(row)
-        if self._counts[row] == len(factors) == 1 and not self._elementwise:
-            self._values[row] = factors[0].square()
-        else:
-            self._factors.setdefault(row, []).extend(factors)
+        self._factors.setdefault(row, []).extend(factors)
+        self._counts[row] -= 1
+        if not self._counts[row] and not self._elementwise:  # the last: let go of what it holds
+            self._values[row] = self._summed(row).square()
+
+    def _summed(self, row: int) -> Factor:
+        """Return the sum of a parameter's gradients of this pass, and forget them."""
+        return total(self._factors.pop(row), self._batch.size, self.parameters[row])
 
     def _write(self, samples: slice, values: Mapping[int, Tensor]) -> None:
         """Write the squared norms of a pass, by row; 0 where there are none."""
@@ -776,13 +792,9 @@ class Capture(TorchFunctionMode):
         Variable._execution_engine.queue_callback(self._end_pass)
 
     def _end_pass(self) -> None:
-        for use in self._waiting:
-            self._apply(use, None)
+        self._apply_waiting(ended=True)
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            summed = {
-                row: total(factors, self._batch.size, self.parameters[row])
-                for row, factors in self._factors.items()
-            }
+            summed = {row: self._summed(row) for row in list(self._factors)}
             if self._elementwise:
                 self._kept.append((self._samples, summed))
             else:
@@ -1090,6 +1102,7 @@ class ImportanceRecorder:
             with self._capture.step(sizes, elementwise=self._derivative.elementwise):
                 yield add_pass
         finally:
+            self._derivative.forget()
             for handle in handles:
                 handle.remove()
         if updates == 0 and self._capture.overflowed():

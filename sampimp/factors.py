@@ -328,13 +328,18 @@ def total(parts: Sequence[Factor], count: int, like: Tensor) -> Factor:
         return Total(parts, count, like)
     merged: list[Factor] = []
     if outer:
-        left = torch.cat([part.left for part in outer], 1)
-        merged.append(Outer(left, torch.cat([part.right for part in outer], 1), like.shape))
+        left, right = [part.left for part in outer], [part.right for part in outer]
+        merged.append(Outer(_joined(left), _joined(right), like.shape))
     if rows:
-        index = torch.cat([part.index for part in rows], 1)
-        merged.append(Rows(torch.cat([part.vectors for part in rows], 1), index, like.shape))
+        vectors, index = [part.vectors for part in rows], [part.index for part in rows]
+        merged.append(Rows(_joined(vectors), _joined(index), like.shape))
     merged += others
     return merged[0] if len(merged) == 1 else Total(merged, count, like)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return positions one after the other; of one part, without a copy."""
+    return torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
 
 
 def squares(factor: Factor, derivative: Derivative) -> Tensor:

@@ -35,7 +35,7 @@ class Reader(Protocol):
         """Take what came to the outputs of a node; not called where nothing comes."""
 
     def factors(self) -> Iterable[tuple[Tensor | None, Factor]]:
-        """Return parameters with factors of their gradients, when the backward pass is over."""
+        """Return parameters with factors of their gradients, when all has come."""
 
 
 class Inside:
@@ -43,23 +43,40 @@ class Inside:
 
     def __init__(self, nodes: Sequence[Node], reader: Reader) -> None:
         self._nodes = nodes
-        self._reader = [reader]  # the hooks have the list, so that it can be emptied for them all
+        self._watch = _Watch(reader, len(nodes))
         for position, node in enumerate(nodes):
-            node.register_prehook(partial(_take, self._reader, position))
+            node.register_prehook(partial(self._watch.take, position))
 
     def open(self) -> None:
         """Take what the nodes have saved."""
-        self._reader[0].open(self._nodes)
+        assert self._watch.reader is not None  # it is closed later
+        self._watch.reader.open(self._nodes)
         self._nodes = ()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a gradient has come to all nodes."""
+        return not self._watch.missing
 
     def close(self) -> Reader:
         """Return the reader, and let it go; once."""
-        return self._reader.pop()
+        reader, self._watch.reader = self._watch.reader, None
+        assert reader is not None  # it is closed once
+        return reader
 
 
-def _take(readers: Sequence[Reader], position: int, gradients: Gradients) -> None:
-    for reader in readers:
-        reader.take(position, gradients)
+class _Watch:
+    """What the hooks hold: it knows no node, and can be emptied for them all."""
+
+    def __init__(self, reader: Reader, count: int) -> None:
+        self.reader: Reader | None = reader
+        self.missing = count
+
+    def take(self, position: int, gradients: Gradients) -> None:
+        """Give the reader what came to a node."""
+        if self.reader is not None:
+            self.reader.take(position, gradients)
+            self.missing -= 1
 
 
 def may_read_saved() -> bool:

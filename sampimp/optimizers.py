@@ -299,7 +299,7 @@ class UpdateDerivative:
     def before(self) -> None:
         """Note what is gone after the step; for the optimizer's step pre-hook."""
         self._check_settings()
-        self._current = []
+        self.forget()
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad
@@ -321,8 +321,8 @@ class UpdateDerivative:
         -------
         dict
             By the parameter's `id`: d(update)/d(gradient), in units of parameter per unit of
-            gradient; a number, or a `Diagonal` that is valid until a gradient, the optimizer or the
-            next `before` changes.
+            gradient; a number, or a `Diagonal` that is valid until a gradient or the optimizer
+            changes, or until `forget`.
         """
         derivatives: dict[int, Derivative] = {}
         for step, gradient in self._current:
@@ -338,6 +338,12 @@ class UpdateDerivative:
                 Diagonal(self._rule, step) if self.elementwise else float(self._rule.after(step))
             )
         return derivatives
+
+    def forget(self) -> None:
+        """Let go of the step, whose gradients would outlive the next `zero_grad` else."""
+        for step, _ in self._current:
+            step.gradient, step.state, step.noted = step.parameter, {}, None
+        self._current = []
 
     def _find_rule(self) -> DerivativeRule:
         kind = type(self.optimizer)

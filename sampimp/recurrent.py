@@ -400,49 +400,58 @@ class _Products:
         self._name, self._call = name, call
         self._slots = slots
         """Of each product: run, what is multiplied, step."""
-        self._values: dict[tuple[int, int], Tensor] = {}
-        """What is multiplied, by run and kind: (T, N, K)."""
-        self._deltas: dict[tuple[int, int], Tensor] = {}
-        """What comes back: (T, N, O)."""
+        self._values: dict[int, Tensor] = {}
+        """What is multiplied in each product, (n, K)."""
+        self._deltas: dict[int, Tensor] = {}
+        """What comes back to some, (n, O)."""
 
     def open(self, nodes: Sequence[Node]) -> None:
-        """Take what is multiplied, and make room for what comes to each step."""
-        rows: dict[tuple[int, int], list[Tensor]] = {}
-        for (run, part, _), node in zip(self._slots, nodes, strict=True):
-            rows.setdefault((run, part), []).append(getattr(node, _VALUES[node.name()]))
-        for (run, part), parts in rows.items():
-            if part == INPUT:
-                self._values[run, part] = self._call.arranged(parts[0])
-                continue
-            values = pad_sequence(parts[:: self._call.order(run)], batch_first=True)
-            self._values[run, part] = values
-            weight = self._call.weights[run][part]
-            if weight is not None and (part == UNITS or self._name == "gru"):  # else the inputs'
-                self._deltas[run, part] = values.new_zeros(*values.shape[:2], len(weight))
+        """Take what is multiplied."""
+        saved = (getattr(node, _VALUES[node.name()]) for node in nodes)
+        self._values = dict(enumerate(saved))
 
     def take(self, position: int, gradients: Gradients) -> None:
-        """Take those of a product."""
-        run, part, t = self._slots[position]
+        """Take what comes to a product, but for h where it is what comes to the inputs."""
         delta = gradients[0]
-        if delta is not None and part == INPUT:
-            self._deltas[run, part] = self._call.arranged(delta)
-        elif delta is not None and (run, part) in self._deltas:
-            self._deltas[run, part][t, : len(delta)] = delta
+        if delta is not None and (self._slots[position][1] != HIDDEN or self._name == "gru"):
+            self._deltas[position] = delta
 
     def factors(self) -> Factors:
         """Yield those of all layers."""
+        came = {self._slots[position][:2] for position in self._deltas}
+        positions: dict[tuple[int, int], list[int]] = {}
+        for position, (run, part, _) in enumerate(self._slots):
+            positions.setdefault((run, part), []).append(position)
+
+        def over_time(run: int, part: int, of: Callable[[int], Tensor]) -> Tensor:
+            """Return something of all products of a kind as (T, N, ...)."""
+            here = positions[run, part][:: self._call.order(run)]
+            if part == INPUT:
+                return self._call.arranged(of(here[0]))
+            return pad_sequence([of(position) for position in here], batch_first=True)
+
+        values = self._values.pop  # what is put together is let go
         for run, weights in enumerate(self._call.weights):
-            own_TNG = self._deltas.get((run, INPUT))
-            if own_TNG is None:  # nothing came to the layer
+            if (run, INPUT) not in came:
                 continue
-            back_TNG = self._deltas.get((run, HIDDEN), own_TNG)
+            own_TNG = over_time(run, INPUT, self._delta)
+            back_TNG = over_time(run, HIDDEN, self._delta) if self._name == "gru" else own_TNG
+            inputs_TNI, before_TNH = (over_time(run, part, values) for part in (INPUT, HIDDEN))
             same = CELLS[self._name].shared(own_TNG.shape[2])
-            values = self._values[run, INPUT], self._values[run, HIDDEN]
-            yield from _factors(weights, *values, own_TNG, back_TNG, same)
+            yield from _factors(weights, inputs_TNI, before_TNH, own_TNG, back_TNG, same)
             if weights.projection is not None:
-                left, right = self._deltas[run, UNITS], self._values[run, UNITS]
+                left, right = (over_time(run, UNITS, of) for of in (self._delta, values))
                 shape = weights.projection.shape
                 yield weights.projection, Outer(_by_sample(left), _by_sample(right), shape)
+
+    def _delta(self, position: int) -> Tensor:
+        """Return what came back to a product, zero where nothing did."""
+        delta, (run, part, _) = self._deltas.pop(position, None), self._slots[position]
+        if delta is None:
+            weight, values = self._call.weights[run][part], self._values[position]
+            assert weight is not None
+            delta = values.new_zeros(len(values), len(weight))
+        return delta
 
 
 class _Layers:

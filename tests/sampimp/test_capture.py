@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import pickle
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -1006,6 +1007,20 @@ def test_a_pass_that_comes_to_no_end_leaves_nothing(kind, fails):
         output = None
     gc.collect()
     assert len(freed) == 3
+
+
+@pytest.mark.parametrize("kind", [SGD, torch.optim.AdamW])
+def test_no_gradient_outlives_its_zero_grad(kind):
+    model, (inputs, labels) = oracles.tiny_mlp(), batch()
+    optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.1)
+    recorder = ImportanceRecorder(model, optimizer)
+    with recorder.step(range(len(labels)), epoch=1):
+        functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    gradients = [weakref.ref(parameter.grad) for parameter in model.parameters()]
+    assert all(gradient() is not None for gradient in gradients)
+    optimizer.zero_grad()
+    assert all(gradient() is None for gradient in gradients)
 
 
 def test_checkpointed_layers_are_exact():
