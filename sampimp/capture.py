@@ -12,6 +12,7 @@ Map: `NormBuffer` (what steps leave behind), `Capture` (one step: uses, factors,
 parameters).
 """
 
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -211,6 +212,7 @@ class Capture(TorchFunctionMode):
         self._kept: list[tuple[slice, dict[int, Factor]]] = []  # by pass
         self._read: list[tuple[Tensor, int]] = []  # what the kept factors are made of; its version
         self._used: set[int] = set()
+        self._hidden: set[int] = set()  # rows that an autograd.Function was given
         self._undefined = set()
         self._refusal: UnsupportedError | None = None
         self._reordered = False
@@ -296,10 +298,10 @@ class Capture(TorchFunctionMode):
                     todo="clip by norm, not by value, and change no gradient between backward() "
                     "and optimizer.step()",
                 )
-            if row not in self._used and bool(gradient.any()):
+            if (row not in self._used or row in self._hidden) and bool(gradient.any()):
                 raise UnsupportedError(
                     expected="operations that PyTorch calls by name",
-                    got="a gradient, and no operation that made it",
+                    got="a gradient, and an operation that made it and cannot be seen",
                     where=self._place(row),
                     todo=_SEEN,
                 )
@@ -386,7 +388,10 @@ class Capture(TorchFunctionMode):
             return function(*args, **kwargs)
         if function in _SCALINGS and self._known(args[0]):
             return self._scale(function, args, kwargs)
-        if not torch.is_grad_enabled():  # an evaluation
+        if not torch.is_grad_enabled():  # an evaluation, or inside an autograd.Function
+            rows = [self._rows[id(one)] for one in _tensors(args, kwargs) if id(one) in self._rows]
+            if rows and _is_inside_function():
+                self._hidden.update(rows)
             return function(*args, **kwargs)
         if function is functional.multi_head_attention_forward:
             return self._open(function, args, kwargs)
@@ -871,6 +876,17 @@ def _is_transposed(tensor: Tensor, parameter: Tensor) -> bool:
         and tensor.stride() == parameter.stride()[::-1]
         and tensor.shape == parameter.shape[::-1]
     )
+
+
+def _is_inside_function() -> bool:
+    """Return whether an autograd.Function is calling, whose gradients are its own affair."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not _APPLY:
+        frame = frame.f_back
+    return frame is not None
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
 def _argument(

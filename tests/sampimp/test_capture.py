@@ -1036,8 +1036,33 @@ def test_checkpointed_layers_are_exact():
     expected = oracles.importance_by_autograd(model, optimizer, inputs, labels)
     assert oracles.close(recorded(model, optimizer, inputs, labels), expected)
     model.function = lambda m, x: m.out(checkpoint(m.inner, x, use_reentrant=True))
-    with pytest.raises(UnsupportedError, match=r"no operation that made it(.|\n)*use_reentrant"):
+    with pytest.raises(UnsupportedError, match=r"cannot be seen(.|\n)*use_reentrant"):
         recorded(model, optimizer, inputs.requires_grad_(), labels)
+
+
+def test_what_a_function_hides_is_missed_also_where_a_weight_is_seen_elsewhere():
+    from torch.utils.checkpoint import checkpoint
+
+    model = Own(
+        lambda m, x: m.out(m.inner(checkpoint(m.inner, x, use_reentrant=True))),
+        inner=nn.Linear(4, 4),
+        out=nn.Linear(4, 3),
+    ).double()
+    optimizer, (inputs, labels) = SGD(model.parameters(), lr=0.2), batch()
+    with pytest.raises(UnsupportedError, match=r"cannot be seen\n +Where layer inner"):
+        recorded(model, optimizer, inputs.requires_grad_(), labels)
+
+
+def test_an_evaluation_in_the_block_is_no_part_of_the_step():
+    def function(m, x):
+        with torch.no_grad():
+            m.out(m.inner(x.flip(0)))
+        return m.out(m.inner(x))
+
+    model = Own(function, inner=nn.Linear(4, 4), out=nn.Linear(4, 3)).double()
+    optimizer, (inputs, labels) = SGD(model.parameters(), lr=0.2), batch()
+    expected = oracles.importance_by_autograd(model, optimizer, inputs, labels)
+    assert oracles.close(recorded(model, optimizer, inputs, labels), expected)
 
 
 def test_gradients_that_are_not_finite_are_recorded_as_such():
