@@ -28,7 +28,8 @@ from torch.autograd import Variable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-import sampimp.recurrent  # noqa: F401  (registers its rules)
+import sampimp.convolution
+import sampimp.recurrent  # noqa: F401  (both register their rules)
 from sampimp.errors import ConfigError, UnsupportedError
 from sampimp.factors import Explicit, Factor, Outer, Product, squares, total
 from sampimp.graph import Inside

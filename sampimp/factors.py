@@ -6,13 +6,12 @@ loss, and the derivative D of the update (`sampimp.optimizers`); under plain SGD
 rate, and the factor 1/B of a mean loss is inside g_i.
 
 A layer seldom needs the gradient of each sample, which is as large as the parameter; it needs the
-sum of its squares, and the two factors of which the gradient is made give that directly. Five
-forms are enough for every layer here:
+sum of its squares, and the two factors of which the gradient is made give that directly. Four
+forms are enough for every layer here but convolutions, which have their own:
 
     Explicit   the gradients themselves (biases, normalisations, what has no better form)
     Product    an outer product (linear layers)
-    Outer      a sum of them over positions (of sequences, convolutions and recurrent layers)
-    Pieces     any of them, made of a few samples at a time (convolutions)
+    Outer      a sum of them over positions (of sequences, recurrent layers)
     Rows       vectors that are added to rows of a table (embeddings)
 
 `square` is the squared norm of each sample's gradient; `weighted` the same with each entry scaled
@@ -24,7 +23,7 @@ entries of a row, P... the shape of the parameter.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Protocol
@@ -186,38 +185,6 @@ class Outer:
     def transposed(self) -> "Outer":
         """Return the gradients of the parameter whose transpose this one, without groups, is."""
         return Outer(self.right, self.left, self.shape[::-1])
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Gradients whose factors are large and are made of a few samples at a time."""
-
-    make: Callable[[Tensor | slice], Factor]
-    """From samples to their factor."""
-    count: int
-    """Number of samples, N."""
-    few: int
-    """Samples at a time."""
-
-    def square(self) -> Tensor:
-        """Return the squared norm of each sample's gradient, shape (N,)."""
-        return torch.cat([piece.square() for piece in self._pieces()])
-
-    def weighted(self, derivative: Diagonal) -> Tensor:
-        """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,)."""
-        return torch.cat([piece.weighted(derivative) for piece in self._pieces()])
-
-    def gradient(self, samples: slice) -> Tensor:
-        """Return the gradients of some samples, shape (n, P...)."""
-        return self.make(samples).gradient(slice(None))
-
-    def reordered(self, samples: Tensor) -> "Pieces":
-        """Return the same of the samples in another order, or of some of them."""
-        return Pieces(lambda some: self.make(samples[some]), len(samples), self.few)
-
-    def _pieces(self) -> Iterator[Factor]:
-        starts = range(0, self.count or 1, self.few)
-        return (self.make(slice(start, start + self.few)) for start in starts)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ What has no rule goes through `generic`: exact as well, slower. Shape suffixes a
 `sampimp.factors`; S... are the axes of an image, K what is unfolded of it.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +32,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sampimp.errors import UnsupportedError
-from sampimp.factors import Explicit, Factor, Outer, Pieces, Product, Rows, chunk
+from sampimp.factors import Explicit, Factor, Outer, Product, Rows
 from sampimp.graph import Inside
 
 
@@ -187,79 +186,7 @@ def _matmul(batch: Batch, delta: Tensor, input: Tensor, other: Tensor) -> Factor
     yield other, _product(batch, input, delta, other)
 
 
-@layer_rule(functional.conv1d, functional.conv2d, functional.conv3d)
-def _conv(
-    batch: Batch,
-    delta: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: str | int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Factors:
-    kernel = weight.shape[2:]
-    stride, dilation = _each(stride, len(kernel)), _each(dilation, len(kernel))
-    if padding == "same":
-        whole = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
-        sides = [(size // 2, size - size // 2) for size in whole]
-    else:
-        sides = [(size, size) for size in _each(0 if padding == "valid" else padding, len(kernel))]
-    delta_NTGO = delta.flatten(2).unflatten(1, (groups, -1)).permute(0, 3, 1, 2)
-    input = _images(batch, input, len(kernel))
-
-    def make(some: Tensor | slice) -> Outer:
-        input_NTGK = _unfold(input[some], sides, kernel, stride, dilation, delta.shape[2:], groups)
-        return Outer(delta_NTGO[some], input_NTGK, weight.shape)
-
-    yield weight, _in_pieces(make, delta_NTGO, weight)
-    yield bias, Explicit(delta.flatten(2).sum(2))
-
-
-def _in_pieces(
-    make: Callable[[Tensor | slice], Factor], side_NTGK: Tensor, weight: Tensor
-) -> Pieces:
-    """Return the factor of a convolution, of as many samples at a time as unfold to a chunk."""
-    unfolded = side_NTGK.shape[1] * side_NTGK.shape[2] * weight[0].numel()
-    return Pieces(make, len(side_NTGK), chunk(unfolded, side_NTGK))
-
-
-@layer_rule(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
-def _conv_transpose(
-    batch: Batch,
-    delta: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    output_padding: int | Sequence[int] = 0,
-    groups: int = 1,
-    dilation: int | Sequence[int] = 1,
-) -> Factors:
-    # The convolution the other way: what it scattered of the input is gathered from delta.
-    kernel = weight.shape[2:]
-    stride, dilation = _each(stride, len(kernel)), _each(dilation, len(kernel))
-    sides = [(size, size) for size in _each(padding, len(kernel))]
-    positions = _images(batch, input, len(kernel)).shape[2:]
-    input_NTGI = input.flatten(2).unflatten(1, (groups, -1)).permute(0, 3, 1, 2)
-
-    def make(some: Tensor | slice) -> Outer:
-        delta_NTGK = _unfold(delta[some], sides, kernel, stride, dilation, positions, groups)
-        return Outer(input_NTGI[some], delta_NTGK, weight.shape)
-
-    yield weight, _in_pieces(make, input_NTGI, weight)
-    yield bias, Explicit(delta.flatten(2).sum(2))
-
-
-def _images(batch: Batch, images: Tensor, axes: int) -> Tensor:
-    """Return images (N, C, S...), or raise UnsupportedError."""
-    _require_samples(batch, images, "a convolution", axes + 2)
-    return images
-
-
-def _require_samples(batch: Batch, values: Tensor, where: str, least: int = 2) -> None:
+def require_samples(batch: Batch, values: Tensor, where: str, least: int = 2) -> None:
     """Raise UnsupportedError unless values are (N, ...), of so many axes at least."""
     if values.dim() < least or len(values) != batch.size:
         raise UnsupportedError(
@@ -268,45 +195,6 @@ def _require_samples(batch: Batch, values: Tensor, where: str, least: int = 2) -
             where=where,
             todo="name as many samples as the batch has",
         )
-
-
-def _unfold(
-    images: Tensor,
-    sides: Sequence[tuple[int, int]],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    positions: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """Return what the kernel meets at each position, (N, T, G, K)."""
-    # The last positions of a transposed convolution with output padding may lie beyond.
-    needed = [
-        stride[d] * (positions[d] - 1) + dilation[d] * (kernel[d] - 1) + 1
-        for d in range(len(kernel))
-    ]
-    padding = [
-        (before, max(after, needed[d] - before - images.shape[2 + d]))
-        for d, (before, after) in enumerate(sides)
-    ]
-    flat = [size for pair in reversed(padding) for size in pair]
-    padded = functional.pad(images, flat) if any(flat) else images.contiguous()
-    outer, inner = padded.stride()[:2], padded.stride()[2:]
-    view = padded.as_strided(
-        (len(images), images.shape[1], *kernel, *positions),
-        (
-            *outer,
-            *(step * size for step, size in zip(dilation, inner, strict=True)),
-            *(step * size for step, size in zip(stride, inner, strict=True)),
-        ),
-    )
-    unfolded = images.shape[1] // groups * math.prod(kernel)
-    folded = view.reshape(len(images), groups, unfolded, math.prod(positions))
-    return folded.permute(0, 3, 1, 2)
-
-
-def _each(value: Any, count: int) -> list[int]:
-    return [value] * count if isinstance(value, int) else list(value) * (count // len(value))
 
 
 # Tables.
@@ -369,7 +257,7 @@ def _embedding_bag(
         share = share * inside
     if mode == "mean":
         share = share / inside.sum(1, keepdim=True).clamp_min(1)
-    _require_samples(batch, delta, "embedding_bag")
+    require_samples(batch, delta, "embedding_bag")
     yield weight, Rows(delta[:, None, :] * share[:, :, None], input, weight.shape)
 
 
@@ -484,7 +372,7 @@ def _prelu(batch: Batch, delta: Tensor, input: Tensor, weight: Tensor) -> Factor
 def _by_channel(
     batch: Batch, delta: Tensor, normal: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Factors:
-    _require_samples(batch, delta, "a normalisation by channel")
+    require_samples(batch, delta, "a normalisation by channel")
     for parameter, values in ((weight, delta * normal), (bias, delta)):
         yield parameter, Explicit(_by_channel_sum(values))
 
