@@ -167,7 +167,8 @@ def _conv(
         before = _each(0 if padding == "valid" else padding, len(kernel))
     window = Window(kernel, stride, dilation, before, delta.shape[2:])
     yield weight, _convolution(delta, input, window, groups, weight)
-    yield bias, Explicit(delta.flatten(2).sum(2))
+    if bias is not None:
+        yield bias, Explicit(delta.flatten(2).sum(2))
 
 
 @layer_rule(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
@@ -189,7 +190,8 @@ def _conv_transpose(
     stride, dilation, before = (_each(one, len(kernel)) for one in (stride, dilation, padding))
     window = Window(kernel, stride, dilation, before, input.shape[2:])
     yield weight, _convolution(input, delta, window, groups, weight)
-    yield bias, Explicit(delta.flatten(2).sum(2))
+    if bias is not None:
+        yield bias, Explicit(delta.flatten(2).sum(2))
 
 
 def _convolution(
