@@ -192,7 +192,12 @@ class Capture(TorchFunctionMode):
 
     @contextmanager
     def step(
-        self, sizes: Sequence[int], *, elementwise: bool = False, accumulates: bool = True
+        self,
+        sizes: Sequence[int],
+        *,
+        elementwise: bool = False,
+        accumulates: bool = True,
+        compares: bool = False,
     ) -> Iterator[None]:
         """Watch the passes that are run inside, over so many samples each.
 
@@ -205,9 +210,16 @@ class Capture(TorchFunctionMode):
             known only then.
         accumulates
             Whether the passes put their gradients where the optimizer takes them.
+        compares
+            Whether to hold the sum of the samples' gradients against the batch's.
         """
         self._sizes = list(sizes)
         self._elementwise, self._accumulates = elementwise, accumulates
+        self._compares = compares
+        self._sums: dict[int, Tensor] = {}  # by row: of the samples' gradients, to be compared
+        self._most: dict[int, Tensor] = {}  # by row: what they would be if none were opposed
+        self._precision = 0.0  # of the coarsest output
+        self._penalised: set[int] = set()  # rows with gradients that are no sample's
         self._squares: Tensor | None = None
         self._done = 0  # passes
         self._kept: list[tuple[slice, dict[int, Factor]]] = []  # by pass
@@ -306,6 +318,20 @@ class Capture(TorchFunctionMode):
                     where=self._place(row),
                     todo=_SEEN,
                 )
+            if row in self._sums and row not in self._penalised | self._undefined:
+                self._compare(row, gradient)
+
+    def _compare(self, row: int, gradient: Tensor) -> None:
+        """Raise UnsupportedError unless the samples' gradients add up to the batch's."""
+        difference = (self._sums[row] - gradient).norm()
+        share = float(difference / self._most[row].clamp_min(torch.finfo(gradient.dtype).tiny))
+        if share > next(bound for least, bound in _BOUNDS if self._precision >= least):
+            raise UnsupportedError(
+                expected="a gradient that is the sum of the samples'",
+                got=f"another one, by {share:.1%} of what they come to",
+                where=self._place(row),
+                todo="clip by norm, and change no gradient by hooks or by .data; " + _SEEN,
+            )
 
     def overflowed(self) -> bool:
         """Return whether a gradient of this step is not finite."""
@@ -456,9 +482,12 @@ class Capture(TorchFunctionMode):
         if not roots or not hooked:
             return output
         if output is hooked[0] and output.dim() == 0 and RULES.get(function) in SUMS:
+            self._penalised |= roots
             return output  # a penalty on parameters beside the loss: no sample is in it
         for row in roots:
             self._counts[row] = self._counts.get(row, 0) + 1
+        if self._compares and hooked[0].is_floating_point():
+            self._precision = max(self._precision, torch.finfo(hooked[0].dtype).eps)
         order = None
         if self._reordered:
             orders = map(_order, _tensors(args, kwargs))
@@ -601,12 +630,17 @@ class Capture(TorchFunctionMode):
         factor = _argument(args, kwargs, position, "other", 1.0)
         for gradient, known in zip(gradients, before, strict=True):
             row = self._gradients[id(gradient)][0]
-            own = 1 / factor if inverse else factor
+            own = factor
             if isinstance(own, list | tuple):
                 own = own[[g is gradient for g in given].index(True)]
-            if known:
+            own = 1 / own if inverse else own
+            is_number = not isinstance(own, Tensor) or own.numel() == 1
+            if known and is_number and "rounding_mode" not in kwargs:
                 self._scales.append((row, sum(self._sizes[: self._done]), own))
                 self._gradients[id(gradient)] = row, gradient._version, gradient
+                if row in self._sums:
+                    self._sums[row] = self._sums[row] * own
+                    self._most[row] = self._most[row] * abs(own)
         return output
 
     # What comes back.
@@ -736,7 +770,12 @@ class Capture(TorchFunctionMode):
 
     def _summed(self, row: int) -> Factor:
         """Return the sum of a parameter's gradients of this pass, and forget them."""
-        return total(self._factors.pop(row), self._batch.size, self.parameters[row])
+        factor = total(self._factors.pop(row), self._batch.size, self.parameters[row])
+        if self._compares:
+            most = factor.square().sqrt().sum()
+            self._sums[row] = self._sums.get(row, 0) + factor.summed()
+            self._most[row] = self._most.get(row, 0) + most
+        return factor
 
     def _write(self, samples: slice, values: Mapping[int, Tensor]) -> None:
         """Write the squared norms of a pass, by row; 0 where there are none."""
@@ -819,6 +858,12 @@ class Capture(TorchFunctionMode):
 
 
 _NOTHING: frozenset[int] = frozenset()
+
+_BOUNDS = ((1e-4, 0.1), (1e-8, 1e-2), (0.0, 1e-6))
+"""How far two ways to a sum may be apart, by the precision of the outputs: half, single, double.
+
+Single precision may be TF32 on a GPU, with 10 bits.
+"""
 
 _IDLE = {
     Tensor.backward,
@@ -1107,7 +1152,8 @@ class ImportanceRecorder:
                 self._capture.finish(self._derivative.after())
             self._capture.resume()
 
-        if epoch != self._epoch:
+        is_first = epoch != self._epoch
+        if is_first:
             self._flush()
             self._epoch = epoch
         handles = (
@@ -1116,7 +1162,9 @@ class ImportanceRecorder:
         )
         sizes = [len(one) for one in passes]
         try:
-            with self._capture.step(sizes, elementwise=self._derivative.elementwise):
+            with self._capture.step(
+                sizes, elementwise=self._derivative.elementwise, compares=is_first
+            ):
                 yield add_pass
         finally:
             self._derivative.forget()

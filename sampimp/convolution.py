@@ -17,7 +17,7 @@ I inputs of a group, K offsets times inputs. In a transposed convolution the ima
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -78,7 +78,8 @@ class Window:
         view = padded.as_strided(
             (*padded.shape[:3], *self.kernel, *self.positions), (*outer, *by_offset, *by_position)
         )
-        folded = view.reshape(*padded.shape[:2], -1, math.prod(self.positions))
+        met = padded.shape[2] * math.prod(self.kernel)
+        folded = view.reshape(*padded.shape[:2], met, math.prod(self.positions))
         return folded.permute(0, 3, 1, 2)
 
 
@@ -101,16 +102,22 @@ class Convolution:
         by_patches = positions**2 * (outputs + offsets * inputs)
         if by_pixels < min(by_patches, positions * outputs * offsets * inputs):
             few = chunk(groups * (pixels**2 + positions**2), self.left)
-            return self._in_pieces(few, Convolution._square_by_pixels)
-        return self._in_pieces(self._few, lambda piece: piece._outer().square())
+            return torch.cat([piece._square_by_pixels() for piece in self._pieces(few)])
+        return torch.cat([piece._outer().square() for piece in self._pieces(self._few)])
 
     def weighted(self, derivative: Diagonal) -> Tensor:
         """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,)."""
-        return self._in_pieces(self._few, lambda piece: piece._outer().weighted(derivative))
+        pieces = self._pieces(self._few)
+        return torch.cat([piece._outer().weighted(derivative) for piece in pieces])
 
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
         return self._some(samples)._outer().gradient(slice(None))
+
+    def summed(self) -> Tensor:
+        """Return the sum of all samples' gradients, shape (P...)."""
+        first, *others = (piece._outer().summed() for piece in self._pieces(self._few))
+        return sum(others, first)
 
     def reordered(self, samples: Tensor) -> "Convolution":
         """Return the same of the samples in another order, or of some of them."""
@@ -125,9 +132,9 @@ class Convolution:
     def _some(self, samples: slice | Tensor) -> "Convolution":
         return replace(self, left=self.left[samples], images=self.images[samples])
 
-    def _in_pieces(self, few: int, function: Callable[["Convolution"], Tensor]) -> Tensor:
+    def _pieces(self, few: int) -> Iterator["Convolution"]:
         starts = range(0, len(self.left) or 1, few)  # one empty piece of no samples
-        return torch.cat([function(self._some(slice(start, start + few))) for start in starts])
+        return (self._some(slice(start, start + few)) for start in starts)
 
     def _outer(self) -> Outer:
         return Outer(self.left, self.window.unfold(self.images), self.shape)

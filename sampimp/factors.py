@@ -16,7 +16,7 @@ forms are enough for every layer here but convolutions, which have their own:
 
 `square` is the squared norm of each sample's gradient; `weighted` the same with each entry scaled
 by the optimizer's derivative D, squared (`sampimp.optimizers.Diagonal`); `gradient` the thing
-itself, for a few samples at a time.
+itself, for a few samples at a time; `summed` the batch's, which autograd has found as well.
 
 Shape suffixes: N samples, T positions (of a sequence, an image), G groups, O outputs, I inputs, E
 entries of a row, P... the shape of the parameter.
@@ -56,6 +56,9 @@ class Factor(Protocol):
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
 
+    def summed(self) -> Tensor:
+        """Return the sum of all samples' gradients, shape (P...)."""
+
     def reordered(self, samples: Tensor) -> "Factor":
         """Return the same of the samples in another order, or of some of them."""
 
@@ -81,6 +84,10 @@ class Explicit:
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
         return precise(self.values[samples])
+
+    def summed(self) -> Tensor:
+        """Return the sum of all samples' gradients, shape (P...)."""
+        return precise(self.values).sum(0)
 
     def reordered(self, samples: Tensor) -> "Explicit":
         """Return the same of the samples in another order, or of some of them."""
@@ -116,6 +123,10 @@ class Product:
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
         return self.left.gradient(samples).unsqueeze(2) * self.right.gradient(samples).unsqueeze(1)
+
+    def summed(self) -> Tensor:
+        """Return the sum of all samples' gradients, shape (P...)."""
+        return precise(self.left.values).t() @ precise(self.right.values)
 
     def reordered(self, samples: Tensor) -> "Product":
         """Return the same of the samples in another order, or of some of them."""
@@ -178,6 +189,12 @@ class Outer:
         right = precise(self.right[samples]).transpose(1, 2)  # (N, G, T, I)
         return (left @ right).reshape(len(left), *self.shape)
 
+    def summed(self) -> Tensor:
+        """Return the sum of all samples' gradients, shape (P...)."""
+        left = precise(self.left).flatten(0, 1).permute(1, 2, 0)  # (G, O, N T)
+        right = precise(self.right).flatten(0, 1).transpose(0, 1)  # (G, N T, I)
+        return (left @ right).reshape(*self.shape)
+
     def reordered(self, samples: Tensor) -> "Outer":
         """Return the same of the samples in another order, or of some of them."""
         return Outer(self.left[samples], self.right[samples], self.shape)
@@ -210,6 +227,11 @@ class Rows:
         vectors, index = precise(self.vectors[samples]), self.index[samples]
         table = vectors.new_zeros(len(vectors), *self.shape)
         return table.scatter_add_(1, index[:, :, None].expand_as(vectors), vectors)
+
+    def summed(self) -> Tensor:
+        """Return the sum of all samples' gradients, shape (P...)."""
+        vectors = precise(self.vectors).flatten(0, 1)
+        return vectors.new_zeros(*self.shape).index_add_(0, self.index.flatten(), vectors)
 
     def reordered(self, samples: Tensor) -> "Rows":
         """Return the same of the samples in another order, or of some of them."""
@@ -256,6 +278,11 @@ class Total:
     def gradient(self, samples: slice) -> Tensor:
         """Return the gradients of some samples, shape (n, P...)."""
         first, *others = (part.gradient(samples) for part in self.parts)
+        return sum(others, first)
+
+    def summed(self) -> Tensor:
+        """Return the sum of all samples' gradients, shape (P...)."""
+        first, *others = (part.summed() for part in self.parts)
         return sum(others, first)
 
     def reordered(self, samples: Tensor) -> "Total":
