@@ -17,7 +17,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ from sampimp.errors import ConfigError, UnsupportedError
 from sampimp.factors import Explicit, Factor, Outer, Product, squares, total
 from sampimp.graph import Inside
 from sampimp.optimizers import Derivative, Diagonal, UpdateDerivative
+from sampimp.rows import ON_ROWS, Follower, Lost, common_order, is_flat, mixes, order_of, set_order
 from sampimp.rules import LOOKS, RULES, SUMS, Batch, generic
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
 
@@ -169,12 +170,11 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self._batch_dim, self._batch_norm = batch_dim, batch_norm
         _require_watchable(model, batch_norm)
+        self._model = model
         named = list(model.named_parameters())
         self.parameters = [parameter for _, parameter in named]
         self._rows = {id(parameter): row for row, parameter in enumerate(self.parameters)}
-        self._buffers = list(model.buffers())
-        self._free = {id(buffer): _NOTHING for buffer in self._buffers}
-        self._free |= {key: frozenset((row,)) for key, row in self._rows.items()}
+        self._find_buffers()
         owners = [name.rpartition(".")[0] or "model" for name, _ in named]
         self.layers = tuple(dict.fromkeys(owners))
         """Names of the layers, in the order in which they were registered."""
@@ -188,6 +188,21 @@ class Capture(TorchFunctionMode):
         self.undefined_layers: set[int] = set()
         """Positions of the layers that had no importance in some step."""
 
+    def _find_buffers(self) -> None:
+        """Note what depends on no sample: parameters and buffers, which may be others later."""
+        self._buffers = list(self._model.buffers())
+        self._free = {id(buffer): _NOTHING for buffer in self._buffers}
+        self._free |= {key: frozenset((row,)) for key, row in self._rows.items()}
+
+    def _require_same_parameters(self) -> None:
+        if list(map(id, self._model.parameters())) != list(map(id, self.parameters)):
+            raise UnsupportedError(
+                expected=f"the {len(self.parameters)} parameters that the recorder was made with",
+                got=f"{len(list(self._model.parameters()))}, or others in their place",
+                where="the model",
+                todo="make the recorder when the model has all its layers",
+            )
+
     # A step.
 
     @contextmanager
@@ -198,6 +213,7 @@ class Capture(TorchFunctionMode):
         elementwise: bool = False,
         accumulates: bool = True,
         compares: bool = False,
+        indices: Sequence[Tensor] = (),
     ) -> Iterator[None]:
         """Watch the passes that are run inside, over so many samples each.
 
@@ -211,11 +227,17 @@ class Capture(TorchFunctionMode):
         accumulates
             Whether the passes put their gradients where the optimizer takes them.
         compares
-            Whether to hold the sum of the samples' gradients against the batch's.
+            Whether to hold what is seen against what there is: the model's parameters, and the sum
+            of the samples' gradients against the batch's.
+        indices
+            By which the samples may be fetched inside.
         """
         self._sizes = list(sizes)
         self._elementwise, self._accumulates = elementwise, accumulates
-        self._compares = compares
+        self._compares, self._indices = compares, list(indices)
+        if compares:
+            self._require_same_parameters()
+            self._find_buffers()
         self._sums: dict[int, Tensor] = {}  # by row: of the samples' gradients, to be compared
         self._most: dict[int, Tensor] = {}  # by row: what they would be if none were opposed
         self._precision = 0.0  # of the coarsest output
@@ -228,7 +250,6 @@ class Capture(TorchFunctionMode):
         self._hidden: set[int] = set()  # rows that an autograd.Function was given
         self._undefined = set()
         self._refusal: UnsupportedError | None = None
-        self._reordered = False
         # By id: row, version; and the gradient, so that no other one gets its id.
         self._gradients: dict[int, tuple[int, int, Tensor]] = {}
         self._scales: list[tuple[int, int, Tensor | float]] = []  # row; samples so far; factor
@@ -242,8 +263,8 @@ class Capture(TorchFunctionMode):
                     inside.close()
                 self.resume()
 
-    def add_pass(self, size: int) -> None:
-        """Expect one more pass, over so many samples, which begins now."""
+    def add_pass(self, index: Tensor) -> None:
+        """Expect one more pass, over these samples, which begins now."""
         if self._done != len(self._sizes):
             raise UnsupportedError(
                 expected=f"{len(self._sizes)} backward passes before one more batch",
@@ -251,7 +272,8 @@ class Capture(TorchFunctionMode):
                 where="the step",
                 todo="call the model once for each batch, then backward()",
             )
-        self._sizes.append(size)
+        self._sizes.append(len(index))
+        self._indices.append(index)
         if self._squares is not None:
             known = self._squares.shape[1]
             self._squares = self._norms.rows(sum(self._sizes), self._squares)
@@ -279,6 +301,8 @@ class Capture(TorchFunctionMode):
         start = sum(self._sizes[: self._done])
         size = self._sizes[self._done] if self._done < len(self._sizes) else 0
         self._batch = Batch(size, self._batch_dim, self._varies)
+        named = self._indices[self._done] if self._done < len(self._indices) else None
+        self._follower = Follower(self._batch, named)
         self._samples = slice(start, start + size)
         self._counts: dict[int, int] = {}  # by row: uses in this pass that are to come back
         self._factors: dict[int, list[Factor]] = {}  # by row
@@ -426,6 +450,7 @@ class Capture(TorchFunctionMode):
         if not isinstance(output, Tensor | tuple | list):
             if function is Tensor.__setitem__ and self._varies(args[2]):
                 setattr(args[0], self._tag, None)
+                self._follow(function, args, kwargs, args[:1])
             return output
         roots, varies = _NOTHING, False
         for tensor in _tensors(args, kwargs):
@@ -470,14 +495,14 @@ class Capture(TorchFunctionMode):
         """Note an operation on samples, which may have parameters, and return its output."""
         if getattr(output, self._tag, None) is not None:  # changed in place
             setattr(output, self._tag, None)
-        if self._reordered or function in _SELECTIONS:
-            self._follow_order(function, args, kwargs, output)
+        outputs = (output,) if isinstance(output, Tensor) else output
+        if self._follower.active or function in ON_ROWS:
+            self._follow(function, args, kwargs, outputs)
         if function is functional.batch_norm and _argument(args, kwargs, 5, "training", False):
             self._meet_batch_norm(roots)
             return output
-        if function in _PRODUCTS and len(args) == 2 and args[1].dim() == 2:
+        if function in _PRODUCTS and len(args) > 1:
             self._refuse_mixing(function, args)
-        outputs = (output,) if isinstance(output, Tensor) else output
         hooked = [one for one in outputs if isinstance(one, Tensor) and one.requires_grad]
         if not roots or not hooked:
             return output
@@ -488,13 +513,19 @@ class Capture(TorchFunctionMode):
             self._counts[row] = self._counts.get(row, 0) + 1
         if self._compares and hooked[0].is_floating_point():
             self._precision = max(self._precision, torch.finfo(hooked[0].dtype).eps)
-        order = None
-        if self._reordered:
-            orders = map(_order, _tensors(args, kwargs))
-            order = next((one for one in orders if one is not None), None)
+        batch, order = self._batch, None
+        if self._follower.active:
+            given = [tensor for tensor in _tensors(args, kwargs) if self._varies(tensor)]
+            found = common_order(given)
+            if isinstance(found, Lost):
+                self._refuse(found.error(self._place(min(roots))))
+            else:
+                order = found
+            if any(map(is_flat, given)):
+                batch = replace(batch, flat=True)
         if RULES.get(function) in SUMS:  # of which autograd keeps no values either
             args = tuple(None if self._varies(one) else one for one in args)
-        use = _Use(function, args, kwargs, self._batch, order, self._done)
+        use = _Use(function, args, kwargs, batch, order, self._done)
         if function in LOOKS:
             seen = LOOKS[function](self._batch, hooked, *args, **kwargs)
             use.seen = seen or (outputs[0].detach(), outputs[0]._version)
@@ -518,10 +549,10 @@ class Capture(TorchFunctionMode):
         copies = _Together.apply(partial(self._on_gradients, use, empty, places), *hooked)
         output = list(outputs)
         for i, copy in zip(places, copies, strict=True):
-            if _order(outputs[i]) is not None:
-                copy._sampimp_order = _order(outputs[i])
+            set_order(copy, order_of(outputs[i]))
             output[i] = copy
-        return tuple(output)
+        kind: Any = type(outputs)  # perhaps one with names
+        return kind(output)
 
     def _open(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Carry attention out as the operations of which PyTorch has composed it.
@@ -535,12 +566,12 @@ class Capture(TorchFunctionMode):
         )
         copy.__kwdefaults__ = function.__kwdefaults__
         batch = self._batch
-        self._batch = Batch(batch.size, 1, self._varies)
+        self._batch = self._follower.batch = Batch(batch.size, 1, self._varies, flat=True)
         try:
             with self:
                 return copy(*args, **kwargs)
         finally:
-            self._batch = batch
+            self._batch = self._follower.batch = batch
 
     def _expands(self, args: tuple[Any, ...], output: Any) -> bool:
         """Return whether an expansion makes a copy of a parameter for every sample."""
@@ -552,66 +583,39 @@ class Capture(TorchFunctionMode):
     def _meet_batch_norm(self, roots: frozenset[int]) -> None:
         rows = set(self._counts) | roots
         if self._batch_norm == "refuse":
-            raise _mixes(
+            raise mixes(
                 "BatchNorm in training mode", self._place(min(roots)) if roots else "the step"
             )
         self._undefined |= rows
         self._used |= roots
 
-    def _follow_order(
-        self, function: Callable[..., Any], args: Any, kwargs: Any, output: Any
+    def _follow(
+        self, function: Callable[..., Any], args: Any, kwargs: Any, outputs: Sequence[Any]
     ) -> None:
-        """Note in what order the samples are, which packed sequences and shuffling change."""
-        varying = [t for t in _tensors(args, kwargs) if self._roots(t) is None]
-        orders = [_order(tensor) for tensor in varying]
-        order = next((one for one in orders if one is not None), None)
-        index = self._reordering(function, args)
-        if index is not None:
-            self._reordered = True
-            order = index if order is None else order[index]
-            if bool((order == torch.arange(len(order), device=order.device)).all()):
-                order = None
-        elif order is None:
-            return
-        elif any(
-            one is not order and (one is None or not torch.equal(one, order))
-            for tensor, one in zip(varying, orders, strict=True)
-            if tensor.is_floating_point()
-        ):
-            self._refuse(
-                _mixes(f"{function.__name__} of samples with samples in another order", "the step")
-            )
-        for tensor in (output,) if isinstance(output, Tensor) else output:
-            if isinstance(tensor, Tensor) and tensor is not order:
-                tensor._sampimp_order = order  # type: ignore[attr-defined]
-
-    def _reordering(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Tensor | None:
-        """Return the index by which an operation puts all samples into another order."""
-        if function not in _SELECTIONS:
-            return None
-        if function is not Tensor.__getitem__:
-            axis, index = args[1], args[2]
-        else:
-            where = args[1] if isinstance(args[1], tuple) else (args[1],)
-            axis, index = len(where) - 1, where[-1]
-            if any(one != slice(None) for one in where[:-1] if not isinstance(one, Tensor)):
-                return None
-        values, size = args[0], self._batch.size
-        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.shape != (size,):
-            return None
-        axis %= values.dim()
-        is_samples = axis == self._batch.axis(values.dim(), 1) or _order(values) is not None
-        is_samples = is_samples and self._varies(values)  # no table of as many rows
-        return index if is_samples and values.shape[axis] == size else None
+        """Note where the samples are in outputs."""
+        with torch._C.DisableTorchFunction():
+            error = self._follower.follow(function, args, kwargs, outputs)
+        if error is not None:
+            self._refuse(error)
 
     def _refuse(self, error: UnsupportedError) -> None:
         """Raise an error in the backward pass: an operator would take it for one of types."""
         self._refusal = self._refusal or error
 
     def _refuse_mixing(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        if all(self._varies(arg) for arg in args) and self._batch.size > 1:
+        """Refuse a product of samples with samples."""
+        if function is torch.einsum:
+            mixing = _crosses(args[0], args[1:], self._batch.size)
+        else:
+            rows = args[1].shape[0] if function in _BY_ROWS else self._batch.size
+            made = args[1].grad_fn is not None or function not in _BY_ROWS
+            mixing = args[1].dim() == 2 and rows == self._batch.size and made
+        factors = args[1:] if function is torch.einsum else args[:2]
+        if mixing and self._batch.size > 1 and all(map(self._varies, factors)):
             what = f"{function.__name__} of samples with samples, as in a contrastive loss"
-            self._refuse(_mixes(what, "the step"))
+            if function in _BY_ROWS:
+                what += ", or with a weight made of a constant that is no buffer"
+            self._refuse(mixes(what, "the step"))
 
     def _known(self, value: Any) -> list[Tensor]:
         """Return the gradients of this step among tensors."""
@@ -869,7 +873,7 @@ _IDLE = {
     Tensor.backward,
     *(
         getattr(Tensor, name).__get__
-        for name in ("data", "device", "dtype", "grad", "grad_fn", "is_leaf", "is_nested", "layout")
+        for name in ("device", "dtype", "grad", "grad_fn", "is_leaf", "is_nested", "layout")
     ),
     *(getattr(Tensor, name).__get__ for name in ("ndim", "requires_grad", "shape")),
     Tensor.grad.__set__,  # type: ignore[union-attr]
@@ -884,8 +888,12 @@ _MAKES_DATA = {
 _EXPANSIONS = {
     *(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat)
 }
-_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.cdist}
-_SELECTIONS = {torch.index_select, Tensor.index_select, Tensor.__getitem__}
+_BY_ROWS = {functional.linear, torch.inner, Tensor.inner}
+"""Products whose second factor is perhaps a weight, also of another network."""
+_PRODUCTS = {
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.cdist),
+    *(torch.einsum, *_BY_ROWS),
+}
 
 _SCALINGS: dict[Callable[..., Any], tuple[bool, int]] = {
     Tensor.mul_: (False, 1),
@@ -909,8 +917,23 @@ def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def _order(tensor: Tensor) -> Tensor | None:
-    return getattr(tensor, "_sampimp_order", None)
+def _crosses(equation: Any, factors: Sequence[Any], size: int) -> bool:
+    """Return whether an einsum multiplies the rows of two factors, each with each.
+
+    Examples
+    --------
+    >>> _crosses("id,jd->ij", [torch.zeros(4, 2)] * 2, 4)
+    True
+    """
+    if not isinstance(equation, str) or len(factors) != 2:
+        return False
+    terms, _, result = equation.replace(" ", "").partition("->")
+    first = [
+        term[0]
+        for term, factor in zip(terms.split(","), factors, strict=False)
+        if term and factor.dim() and len(factor) == size
+    ]
+    return len(set(first)) == 2 and set(first) <= set(result)
 
 
 def _is_transposed(tensor: Tensor, parameter: Tensor) -> bool:
@@ -980,19 +1003,7 @@ def _require_watchable(model: nn.Module, batch_norm: str) -> None:
             module.training or not module.track_running_stats
         )
         if mixing and batch_norm == "refuse":
-            raise _mixes(type(module).__name__, where)
-
-
-def _mixes(what: str, where: str) -> UnsupportedError:
-    return UnsupportedError(
-        expected="operations that treat each sample of a batch on its own",
-        got=f"{what}, which mixes them: no single sample has a gradient below it",
-        where=where,
-        todo="replace it (GroupNorm, LayerNorm), put it into eval mode, or record what is above "
-        'it: batch_norm="undefined"'
-        if "BatchNorm" in what
-        else "train on a loss that is a sum over samples",
-    )
+            raise mixes(type(module).__name__, where)
 
 
 class ImportanceRecorder:
@@ -1122,7 +1133,7 @@ class ImportanceRecorder:
             with torch._C.DisableTorchFunction():
                 added = check_index(index)
                 whole_N = check_index(torch.cat([index_N, added]))
-                self._capture.add_pass(len(added))
+                self._capture.add_pass(added)
                 index_N = whole_N
 
         def before_update() -> None:
@@ -1163,7 +1174,10 @@ class ImportanceRecorder:
         sizes = [len(one) for one in passes]
         try:
             with self._capture.step(
-                sizes, elementwise=self._derivative.elementwise, compares=is_first
+                sizes,
+                elementwise=self._derivative.elementwise,
+                compares=is_first,
+                indices=passes,
             ):
                 yield add_pass
         finally:

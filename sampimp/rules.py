@@ -48,6 +48,8 @@ class Batch:
     varies: Callable[[Tensor], bool]
     """Whether a tensor depends on the samples: parameters, buffers and what is made of them do not.
     """
+    flat: bool = False
+    """Whether samples and positions may be one axis, since they were put together before."""
 
     def axis(self, ndim: int, features: int) -> int:
         """Return the samples' axis in a tensor whose last `features` axes hold one position."""
@@ -56,7 +58,8 @@ class Batch:
     def first(self, values: Tensor, features: int = 1) -> Tensor:
         """Return values with the samples on the first axis: (N, ..., features).
 
-        Rows into which samples and positions were flattened are told apart again.
+        Rows into which samples and positions were flattened are told apart again, where that is
+        known to have been done; other rows, as many as they may be, could be anybody's.
 
         Raises
         ------
@@ -66,7 +69,8 @@ class Batch:
         axis = self.axis(values.dim(), features)
         if values.dim() > max(axis, features) and values.shape[axis] == self.size:
             return values.movedim(axis, 0)
-        if values.dim() > features and self.size and values.shape[0] % self.size == 0:
+        flat = values.dim() > features and (self.flat or self.size == 1)
+        if flat and self.size and values.shape[0] % self.size == 0:
             sizes = (self.size, -1) if self.dim == 0 else (-1, self.size)
             return values.unflatten(0, sizes).movedim(self.dim, 0)
         raise UnsupportedError(
@@ -74,7 +78,8 @@ class Batch:
             got=f"a tensor of shape {tuple(values.shape)}",
             where="an operation with parameters",
             todo="name as many samples as the batch has, and batch_dim=1 where positions come "
-            "before samples",
+            "before samples; keep the samples on an axis of their own, and make a buffer of what "
+            "depends on none",
         )
 
     def rows(self, values: Tensor) -> Tensor:
@@ -82,8 +87,15 @@ class Batch:
         values = self.first(values)
         return values.unsqueeze(1) if values.dim() == 2 else values.flatten(1, -2)
 
-    def reduced(self, values: Tensor, shape: Sequence[int]) -> Tensor:
+    def reduced(self, values: Tensor, shape: Sequence[int], rows: bool = True) -> Tensor:
         """Return values summed to what was broadcast to them, but for the samples: (N, P...).
+
+        What has as many rows as there are samples has one for each, unless `rows` is False.
+
+        Raises
+        ------
+        UnsupportedError
+            It has rows that are no samples'.
 
         Examples
         --------
@@ -100,10 +112,18 @@ class Batch:
             d for d, size in enumerate(padded) if d != axis and size == 1 and values.shape[d] > 1
         ]
         values = values.sum(summed, keepdim=True) if summed else values
-        if padded[axis] == self.size > 1:  # it has a row for each sample, which is that one's alone
+        if padded[axis] == 1:
+            values = values.movedim(axis, 0)
+        elif rows and padded[axis] == self.size:  # one for each sample, which is that one's alone
             values = torch.diag_embed(values.movedim(axis, -1)).movedim(-2, axis).movedim(-1, 0)
         else:
-            values = values.movedim(axis, 0)
+            raise UnsupportedError(
+                expected="a parameter that meets all samples alike",
+                got=f"one of shape {tuple(shape)} on {self.size} rows",
+                where="arithmetic with a parameter",
+                todo="take a sample's rows by its index (parameter[index]), and make a tensor that "
+                "depends on no sample a buffer",
+            )
         return values.reshape(self.size, *shape)
 
 
@@ -402,7 +422,7 @@ def _by_channel_sum(values: Tensor) -> Tensor:
 def _add(batch: Batch, delta: Tensor, input: Any, other: Any, *, alpha: float = 1) -> Factors:
     for tensor, factor in ((input, 1), (other, alpha)):
         if isinstance(tensor, Tensor) and not batch.varies(tensor):
-            values = batch.reduced(delta, tensor.shape)
+            values = batch.reduced(delta, tensor.shape, not _is_parameter(tensor))
             yield tensor, Explicit(values if factor == 1 else factor * values)
 
 
@@ -415,13 +435,19 @@ def _sub(batch: Batch, delta: Tensor, input: Any, other: Any, *, alpha: float = 
 def _mul(batch: Batch, delta: Tensor, input: Any, other: Any) -> Factors:
     for tensor, factor in ((input, other), (other, input)):
         if isinstance(tensor, Tensor) and not batch.varies(tensor):
-            yield tensor, Explicit(batch.reduced(delta * factor, tensor.shape))
+            values = batch.reduced(delta * factor, tensor.shape, not _is_parameter(tensor))
+            yield tensor, Explicit(values)
 
 
 @layer_rule(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat)
 def _expand(batch: Batch, delta: Tensor, input: Tensor, *_: Any, **__: Any) -> Factors:
     # One for every sample, as of a class token; the capture asks only where it is that.
     yield input, Explicit(batch.reduced(delta, input.shape))
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    """Return whether it is one, or part of one: its rows are no samples'."""
+    return (tensor if tensor._base is None else tensor._base).is_leaf
 
 
 SUMS = (_add, _sub)
@@ -453,6 +479,13 @@ def generic(
     UnsupportedError
         It cannot be: it changes its arguments, is random, or has no derivative of that kind.
     """
+    if not isinstance(delta, Tensor):
+        raise UnsupportedError(
+            expected="an operation with a rule, or with one output",
+            got=f"{getattr(function, '__name__', function)}, which has {len(delta)}",
+            where="an operation with parameters",
+            todo="register a rule for it, see sampimp.rules.layer_rule",
+        )
     leaves, structure = tree_flatten((args, kwargs))
     tensors = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     varying = [
