@@ -3,10 +3,10 @@
 Each network takes one step plain and one recorded within a round, in random order; the result is
 the median over rounds of the ratio, with its quartiles. What records is the recorder around the
 plain step; in a study it is the study's own step, with the optimizer's fused form. Peak memory is
-that of a process which makes nothing but three such steps, times that of the plain ones: what
-PyTorch has allocated since before the first, which is the same in every run, and what Linux calls
-resident above what it was then. That counts what the C library keeps, by luck of the heap (a tenth
-more or less), and the pages of code that were not used before, 5 to 10 MB.
+that of three steps, times that of the plain ones: what PyTorch allocates in those after the first
+(which compares, and takes a gradient of the largest parameter more), the same in every run; and
+what Linux calls resident, above what it was before any step. That counts what the C library keeps,
+by luck of the heap (a tenth more or less), and pages of code that are used first, 5 to 10 MB.
 """
 
 import multiprocessing
@@ -139,6 +139,7 @@ def allocated(name: str, records: bool, threads: int) -> int:
     """Return the bytes that PyTorch takes for steps at most."""
     torch.set_num_threads(threads)
     contender = Contender(name, records)
+    contender.step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(3):
             contender.step()

@@ -108,13 +108,16 @@ class Batch:
         if values.dim() <= axis or values.shape[axis] != self.size:
             values, axis = self.first(values), 0
         padded = [1] * (values.dim() - len(shape)) + list(shape)
+        fits = all(size in (1, own) for size, own in zip(padded, values.shape, strict=True))
         summed = [
             d for d, size in enumerate(padded) if d != axis and size == 1 and values.shape[d] > 1
         ]
         values = values.sum(summed, keepdim=True) if summed else values
-        if padded[axis] == 1:
+        if fits and padded[axis] == 1:
             values = values.movedim(axis, 0)
-        elif rows and padded[axis] == self.size:  # one for each sample, which is that one's alone
+        elif (
+            fits and rows and padded[axis] == self.size
+        ):  # one for each sample, which is that one's alone
             values = torch.diag_embed(values.movedim(axis, -1)).movedim(-2, axis).movedim(-1, 0)
         else:
             raise UnsupportedError(
@@ -422,7 +425,7 @@ def _by_channel_sum(values: Tensor) -> Tensor:
 def _add(batch: Batch, delta: Tensor, input: Any, other: Any, *, alpha: float = 1) -> Factors:
     for tensor, factor in ((input, 1), (other, alpha)):
         if isinstance(tensor, Tensor) and not batch.varies(tensor):
-            values = batch.reduced(delta, tensor.shape, not _is_parameter(tensor))
+            values = batch.reduced(_like(delta, tensor), tensor.shape, not _is_parameter(tensor))
             yield tensor, Explicit(values if factor == 1 else factor * values)
 
 
@@ -435,7 +438,8 @@ def _sub(batch: Batch, delta: Tensor, input: Any, other: Any, *, alpha: float = 
 def _mul(batch: Batch, delta: Tensor, input: Any, other: Any) -> Factors:
     for tensor, factor in ((input, other), (other, input)):
         if isinstance(tensor, Tensor) and not batch.varies(tensor):
-            values = batch.reduced(delta * factor, tensor.shape, not _is_parameter(tensor))
+            values = delta * (factor.conj() if isinstance(factor, Tensor) else factor)
+            values = batch.reduced(_like(values, tensor), tensor.shape, not _is_parameter(tensor))
             yield tensor, Explicit(values)
 
 
@@ -443,6 +447,11 @@ def _mul(batch: Batch, delta: Tensor, input: Any, other: Any) -> Factors:
 def _expand(batch: Batch, delta: Tensor, input: Tensor, *_: Any, **__: Any) -> Factors:
     # One for every sample, as of a class token; the capture asks only where it is that.
     yield input, Explicit(batch.reduced(delta, input.shape))
+
+
+def _like(values: Tensor, tensor: Tensor) -> Tensor:
+    """Return complex gradients as those of a tensor, which may be real."""
+    return values.real if values.is_complex() and not tensor.is_complex() else values
 
 
 def _is_parameter(tensor: Tensor) -> bool:

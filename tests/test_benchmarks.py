@@ -101,4 +101,4 @@ def test_recording_needs_hardly_more_memory(models, monkeypatch, name):
     monkeypatch.setitem(models.CASES, "tied", (partial(tied, 4), torch.optim.SGD, 4))
     case = next(case for case in models.CASES if case.startswith(name))
     plain, recorded = (models.allocated(case, records, threads=1) for records in (False, True))
-    assert plain < recorded < (1.1 if name == "transformer" else 1.02) * plain
+    assert recorded < (1.1 if name == "transformer" else 1.02) * plain

@@ -19,6 +19,7 @@ N, T = 4, 8
 ORDER = torch.tensor([2, 0, 3, 1])
 BACK = ORDER.argsort()
 GROUPS = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3])
+PLACES = torch.arange(T)
 MASK = torch.zeros(N, T, dtype=torch.bool)
 MASK[0, :5] = MASK[2, :3] = True
 
@@ -33,6 +34,7 @@ class Net(nn.Module):
         self.place = nn.Embedding(T, 3)
         self.scale = nn.Parameter(torch.randn(2))
         self.square = nn.Parameter(torch.randn(3, 3))
+        self.lstm = nn.LSTM(3, 5, N, batch_first=True)
         self.double()
 
     def forward(self, values):
@@ -66,6 +68,21 @@ def stacked(net, s):
     return net.b(torch.stack([net.a(s[:, t]).tanh() for t in range(T)], 1))
 
 
+def some_turned(s):
+    s, chosen = s.clone(), torch.tensor([True, False, True, False])
+    s[chosen] = s[chosen].flip(1)
+    return s
+
+
+def windows(net, s):
+    """Self-attention in windows of four positions, as those who write it by hand do."""
+    own = net.a(s.view(N, 2, 4, 3).reshape(2 * N, 4, 3))
+    parts = own.reshape(2 * N, 4, 2, 1, 2).permute(2, 0, 3, 1, 4)
+    query, key = parts
+    found = functional.scaled_dot_product_attention(query, key, torch.cat([key, query], -1))
+    return net.b(found.transpose(1, 2).reshape(2 * N, 4, 4)).view(N, 8, 2)
+
+
 RIGHT = {
     "plainly": lambda n, x, s: n(x),
     "samples and positions on one axis": lambda n, x, s: n(s.reshape(N * T, 3)).view(N, T, 2),
@@ -83,6 +100,20 @@ RIGHT = {
     "scaled by a constant of the batch": lambda n, x, s: n((x - x.mean(0)) / x.std(0)),
     "... of what is detached": lambda n, x, s: n.b(n.a(x) / n.a(x).detach().norm()),
     "in another order behind": lambda n, x, s: n(x).flip(0).flip(0),
+    "a complex scale": lambda n, x, s: n(torch.fft.irfft(torch.fft.rfft(s) * n.scale, n=3)),
+    "half of the features turned": lambda n, x, s: n.b(n.a(x).T.flip(0).T),
+    "a key's bias, which changes nothing": lambda n, x, s: functional.scaled_dot_product_attention(
+        n.a(s), n.a(s), n(s)
+    ),
+    "mixup": lambda n, x, s: n(0.7 * x + 0.3 * x[ORDER]),
+    "mixup by flip": lambda n, x, s: n(0.7 * x + 0.3 * x.flip(0)),
+    "some turned round": lambda n, x, s: n(some_turned(s)),
+    "places of a mask": lambda n, x, s: n(s * MASK[torch.arange(N)[:, None], PLACES][..., None]),
+    "windows": lambda n, x, s: windows(n, s),
+    "last states of as many layers": lambda n, x, s: n.lstm(s)[1][0][-1],
+    "parts before the samples": lambda n, x, s: n.b(torch.stack([n.a(x)] * N).mean(0)),
+    "as many positions, the last": lambda n, x, s: n.b(n.a(s[:, :N]).permute(1, 0, 2)[-1]),
+    "metrics beside it": lambda n, x, s: (n(x).softmax(0), n(x) @ n(x).T, n(x))[2],
 }
 LOST = "samples that stay on their rows"
 MIXED = "which mixes them"
@@ -132,10 +163,15 @@ REFUSED = {
         lambda n, x, s: n(s.reshape(N * T, 3)[torch.arange(N * T).flip(0)]).view(N, T, 2),
         LOST,
     ),
-    "mixed within": (lambda n, x, s: n.b(0.7 * (h := n.a(x)) + 0.3 * h.flip(0)), MIXED),
+    "mixed within": (lambda n, x, s: n.b(0.7 * (h := n.a(x)) + 0.3 * h.flip(0)), LOST),
     "mixed at the end": (lambda n, x, s: (h := n(x)) + h[ORDER], MIXED),
     "centred": (lambda n, x, s: (h := n.a(x)) - h.mean(0), MIXED),
     "normalised along the samples": (lambda n, x, s: functional.normalize(n(x), dim=0), MIXED),
+    "positions first, as many": (
+        lambda n, x, s: n(s[:, :N].transpose(0, 1)).transpose(0, 1),
+        "samples on axis 1",
+    ),
+    "weighted along transposed samples": (lambda n, x, s: n(x).T.softmax(-1).T, MIXED),
     "weighted along the samples": (lambda n, x, s: n(x).softmax(0), MIXED),
     "products of rows": (lambda n, x, s: torch.einsum("id,jd->ij", n(x), n(x)), "contrastive"),
     "... by linear": (lambda n, x, s: functional.linear(n(x), n(x)), "contrastive"),
@@ -143,16 +179,11 @@ REFUSED = {
         lambda n, x, s: n.b(functional.linear(x, n.a.weight * HALF)),
         "a constant that is no buffer",
     ),
-    "a complex scale": (
-        lambda n, x, s: n(torch.fft.irfft(torch.fft.rfft(s) * n.scale, n=3)),
-        "the sum of the samples'",
-    ),
     "a weight that is written elsewhere": (
         lambda n, x, s: n(functional.linear(functional.linear(x, n.square), rewritten(n.square))),
         "the sum of the samples'",
     ),
 }
-PLACES = torch.arange(T)
 EMPTY = torch.zeros(N, 4).double()
 HALF = torch.rand(4, 3).round().double()
 
@@ -197,6 +228,12 @@ def test_what_cannot_be_followed_is_refused_before_the_update(case):
     with pytest.raises(UnsupportedError, match=words):
         record(net, function)
     assert all(map(torch.equal, before, net.parameters()))
+
+
+def test_the_hardest_may_be_sorted_out():
+    expected = record(Net(), lambda n, x, s: n(x))
+    for layer, beta in record(Net(), lambda n, x, s: sums(n(x)).sort()[0].sqrt()).items():
+        torch.testing.assert_close(beta, expected[layer], rtol=1e-9, atol=1e-15)
 
 
 def test_samples_may_be_fetched_by_their_index_inside():
