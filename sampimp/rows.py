@@ -111,10 +111,12 @@ class Follower:
         outputs: Sequence[Any],
     ) -> UnsupportedError | None:
         """Note where the samples are in outputs; return an error if the operation mixes them."""
+        args = args or (kwargs.get("input", kwargs.get("tensors")),)
+        kwargs = {name: one for name, one in kwargs.items() if name not in ("input", "tensors")}
         if function in _MOVES and isinstance(args[0], Tensor):  # an index has no rows
             given = [args[0], *(args[2:] if function is Tensor.__setitem__ else args[3:])]
         else:
-            given = [*_listed(args[0] if args else None), *args[1:], *kwargs.values()]
+            given = [*_listed(args[0]), *args[1:], *kwargs.values()]
         varying = [one for one in given if isinstance(one, Tensor) and self.batch.varies(one)]
         results = [one for one in outputs if isinstance(one, Tensor)]
         self._follow_places(function, args, kwargs, varying, results)
@@ -272,7 +274,8 @@ class Follower:
         None if it leaves them where they are, and that they are lost if it does anything else.
         """
         values = next((one for one in _listed(args[0]) if isinstance(one, Tensor)), None)
-        if values is None or self.batch.size < 2 or function not in _REDUCTIONS | _MOVES:
+        along_samples = function in _REDUCTIONS or function in _MOVES
+        if values is None or self.batch.size < 2 or not along_samples:
             return None
         if function not in _WRITES and not self.batch.varies(values):
             return None

@@ -96,7 +96,10 @@ RIGHT = {
     "written position by position": lambda n, x, s: collected(n, s),
     "stacked position by position": lambda n, x, s: stacked(n, s),
     "turned round in time": lambda n, x, s: n.b(n.a(s).flip(1).cumsum(1).softmax(2)),
-    "joined features": lambda n, x, s: n(torch.cat([x[:, :1], x[:, 1:]], 1)),
+    "joined features": lambda n, x, s: n(torch.cat(tensors=[x[:, :1], x[:, 1:]], dim=1)),
+    "... turned twice": lambda n, x, s: n.b(
+        torch.transpose(input=n.a(x).permute((1, 0)), dim0=0, dim1=-1).movedim([0, 1], [0, 1])
+    ),
     "scaled by a constant of the batch": lambda n, x, s: n((x - x.mean(0)) / x.std(0)),
     "... of what is detached": lambda n, x, s: n.b(n.a(x) / n.a(x).detach().norm()),
     "in another order behind": lambda n, x, s: n(x).flip(0).flip(0),
