@@ -359,7 +359,8 @@ class Capture(TorchFunctionMode):
         """Raise UnsupportedError unless the samples' gradients add up to the batch's."""
         bound = next(bound for least, bound in _BOUNDS if self._precision >= least)
         # Some gradients are nothing but rounding, as of a key's bias in attention.
-        rounding = 100 * self._precision * torch.stack(list(self._most.values())).max()
+        most = torch.stack([one.to(gradient.device) for one in self._most.values()]).max()
+        rounding = 100 * self._precision * most
         difference = (self._sums[row] - _some_of(gradient)).norm()
         if bool(difference > bound * self._most[row] + rounding):
             raise UnsupportedError(
