@@ -39,6 +39,7 @@ from sampimp.rows import (
     Follower,
     Lost,
     common_order,
+    listed,
     mixes,
     order_of,
     place_of,
@@ -640,7 +641,7 @@ class Capture(TorchFunctionMode):
 
     def _known(self, value: Any) -> list[Tensor]:
         """Return the gradients of this step among tensors."""
-        return [one for one in _listed(value) if id(one) in self._gradients]
+        return [one for one in listed(value) if id(one) in self._gradients]
 
     def _is_known(self, row: int, gradient: Tensor) -> bool:
         """Return whether a gradient is what the passes so far have made."""
@@ -648,7 +649,7 @@ class Capture(TorchFunctionMode):
 
     def _scale(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Let gradients be scaled, as clipping and a GradScaler do, and note by how much."""
-        given, gradients = _listed(args[0]), self._known(args[0])
+        given, gradients = listed(args[0]), self._known(args[0])
         before = [self._gradients[id(g)][1] == g._version for g in gradients]
         output = function(*args, **kwargs)
         inverse, position = _SCALINGS[function]
@@ -933,10 +934,6 @@ _SEEN = (
     "leave out what hides operations: compiled or scripted modules, autograd.Functions, "
     "checkpoint(use_reentrant=True)"
 )
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else [value]
 
 
 def _refuse(error: UnsupportedError, outputs: Sequence[Any]) -> None:

@@ -116,7 +116,7 @@ class Follower:
         if function in _MOVES and isinstance(args[0], Tensor):  # an index has no rows
             given = [args[0], *(args[2:] if function is Tensor.__setitem__ else args[3:])]
         else:
-            given = [*_listed(args[0]), *args[1:], *kwargs.values()]
+            given = [*listed(args[0]), *args[1:], *kwargs.values()]
         varying = [one for one in given if isinstance(one, Tensor) and self.batch.varies(one)]
         results = [one for one in outputs if isinstance(one, Tensor)]
         self._follow_places(function, args, kwargs, varying, results)
@@ -234,7 +234,7 @@ class Follower:
         position, name, default = ON_ROWS[function]
         given = args[position] if len(args) > position else kwargs.get(name, default)
         given = kwargs.get("axis", given)
-        along = range(values.dim()) if given is None else _listed(given)
+        along = range(values.dim()) if given is None else listed(given)
         return {axis % values.dim() for axis in along if isinstance(axis, int) and values.dim()}
 
     def _mixed(
@@ -273,7 +273,7 @@ class Follower:
 
         None if it leaves them where they are, and that they are lost if it does anything else.
         """
-        values = next((one for one in _listed(args[0]) if isinstance(one, Tensor)), None)
+        values = next((one for one in listed(args[0]) if isinstance(one, Tensor)), None)
         along_samples = function in _REDUCTIONS or function in _MOVES
         if values is None or self.batch.size < 2 or not along_samples:
             return None
@@ -309,7 +309,8 @@ class Follower:
         return None
 
 
-def _listed(value: Any) -> Sequence[Any]:
+def listed(value: Any) -> Sequence[Any]:
+    """Return a list or tuple as it is, and anything else as the only one."""
     return value if isinstance(value, list | tuple) else [value]
 
 

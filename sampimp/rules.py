@@ -115,9 +115,7 @@ class Batch:
         values = values.sum(summed, keepdim=True) if summed else values
         if fits and padded[axis] == 1:
             values = values.movedim(axis, 0)
-        elif (
-            fits and rows and padded[axis] == self.size
-        ):  # one for each sample, which is that one's alone
+        elif fits and rows and padded[axis] == self.size:  # a row for each sample, its alone
             values = torch.diag_embed(values.movedim(axis, -1)).movedim(-2, axis).movedim(-1, 0)
         else:
             raise UnsupportedError(
