@@ -17,7 +17,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,28 +25,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.autograd.graph import Node
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-import sampimp.convolution
-import sampimp.recurrent  # noqa: F401  (both register their rules)
+import sampimp.convolution  # noqa: F401  (registers its rules)
+from sampimp.config import check_choice
 from sampimp.errors import ConfigError, UnsupportedError
 from sampimp.factors import Explicit, Factor, Outer, Product, squares, total
 from sampimp.graph import Inside
 from sampimp.optimizers import Derivative, Diagonal, UpdateDerivative
-from sampimp.rows import (
-    ON_ROWS,
-    Follower,
-    Lost,
-    common_order,
-    listed,
-    mixes,
-    order_of,
-    place_of,
-    set_order,
-    set_place,
-)
-from sampimp.rules import LOOKS, RULES, SUMS, Batch, generic
+from sampimp.ownership import Layout, joined_rows
+from sampimp.proof import COUPLED, SUM, UNCHECKED, Proof, Proved, Use, is_running
+from sampimp.rows import MOVES, SORTS, DataRows, as_sequence, moves_samples
+from sampimp.rules import LOOKS, RULES, SUMS, Batch, feature_axes, generic
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
 
 if TYPE_CHECKING:
@@ -114,25 +107,6 @@ class _Pause(threading.local):
 _PAUSE = _Pause()
 
 
-@dataclass(eq=False)
-class _Use:
-    """An operation of a pass with parameters, or with what is made of them, among its arguments."""
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    batch: Batch
-    order: Tensor | None
-    """Which sample is on each row, where they are in another order than in the batch."""
-    number: int
-    """Of the pass."""
-    seen: Inside | tuple[Tensor, int] | None = None
-    """Where the rule asks for it: what is inside; else the output, detached (with its hook it would
-    be a cycle), and its version."""
-    done: bool = False
-    """Whether its gradient has come."""
-
-
 class _Together(torch.autograd.Function):
     """Hands several outputs on as copies, and their gradients to one receiver."""
 
@@ -164,6 +138,15 @@ class Capture(TorchFunctionMode):
     batch_norm
         What a BatchNorm in training mode means, which mixes the samples: an error ("refuse"), or
         that it and what is called before it have no importance (NaN, "undefined").
+    coupled_loss
+        What a loss means that is no sum over samples: an error ("refuse"), or that its derivative
+        with respect to each sample's outputs is taken as a constant of the step ("constant").
+
+    Attributes
+    ----------
+    loss
+        "sum over samples", as the proofs found; "not checked" where a loss has no second
+        derivative; "coupled, its outer derivative taken as a constant".
 
     Raises
     ------
@@ -177,9 +160,13 @@ class Capture(TorchFunctionMode):
         *,
         batch_dim: int = 0,
         batch_norm: str = "refuse",
+        coupled_loss: str = "refuse",
     ) -> None:
         super().__init__()
         self._batch_dim, self._batch_norm = batch_dim, batch_norm
+        self._coupled_loss = coupled_loss
+        check_choice(batch_norm, ("refuse", "undefined"), "batch_norm")
+        check_choice(coupled_loss, ("refuse", "constant"), "coupled_loss")
         _require_watchable(model, batch_norm)
         self._model = model
         named = list(model.named_parameters())
@@ -198,6 +185,10 @@ class Capture(TorchFunctionMode):
         self._tag = f"_sampimp_roots_{id(self)}"
         self.undefined_layers: set[int] = set()
         """Positions of the layers that had no importance in some step."""
+        self.loss = SUM
+        self._proved: dict[Any, Proved] = {}  # by the operations of a pass
+        self._fresh: set[Any] = set()  # those that were proved in this epoch
+        self._proof: Proof | None = None  # while it is run
 
     def _find_buffers(self) -> None:
         """Note what depends on no sample: parameters and buffers, which may be others later."""
@@ -249,6 +240,7 @@ class Capture(TorchFunctionMode):
         if compares:
             self._require_same_parameters()
             self._find_buffers()
+            self._fresh.clear()
         self._sums: dict[int, Tensor] = {}  # by row: of the samples' gradients, to be compared
         self._most: dict[int, Tensor] = {}  # by row: what they would be if none were opposed
         self._precision = 0.0  # of the coarsest output
@@ -264,11 +256,15 @@ class Capture(TorchFunctionMode):
         self._gradients: dict[int, tuple[int, int, Tensor]] = {}
         self._scales: list[tuple[int, int, Tensor | float]] = []  # row; samples so far; factor
         self._begin_pass()
+        handle = self._model.register_forward_hook(self._note_outputs)
         with self:
             try:
                 yield
             finally:
+                handle.remove()
                 self._gradients = {}
+                for kept in (self._edges, self._outputs, self._uses):  # which keep the graph
+                    kept.clear()
                 for _, inside in self._waiting:  # of a pass that came to no end
                     inside.close()
                 self.resume()
@@ -312,12 +308,20 @@ class Capture(TorchFunctionMode):
         size = self._sizes[self._done] if self._done < len(self._sizes) else 0
         self._batch = Batch(size, self._batch_dim, self._varies)
         named = self._indices[self._done] if self._done < len(self._indices) else None
-        self._follower = Follower(self._batch, named)
+        self._data = DataRows(self._batch, named)
+        self._uses: list[Use] = []
+        self._edges: list[list[tuple[Node, int]]] = []  # of the watched outputs of each use
+        self._outputs: dict[tuple[Node, int], Layout] = {}  # of the model, on the samples' axis
+        self._signature = 0  # of the operations so far
+        self._moves = self._moves_above = False  # whether samples may have other rows each time
+        self._layouts: list[Layout | None] | None = None  # of the uses
+        self._joins: dict[Any, Tensor | None] = {}
+        self._order: Tensor | None = None  # sample of each row of the loss
         self._samples = slice(start, start + size)
         self._counts: dict[int, int] = {}  # by row: uses in this pass that are to come back
         self._factors: dict[int, list[Factor]] = {}  # by row
         self._values: dict[int, Tensor] = {}  # by row: squared norms
-        self._waiting: list[tuple[_Use, Inside]] = []  # with gradients to come inside
+        self._waiting: list[tuple[Use, Inside]] = []  # with gradients to come inside
         self._announced = False
 
     def check(self) -> None:
@@ -452,6 +456,9 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in _IDLE:
             return function(*args, **kwargs)
+        if function in _BACKWARDS:
+            self._before_backward(function, args, kwargs)
+            return function(*args, **kwargs)
         if function in _SCALINGS and self._known(args[0]):
             return self._scale(function, args, kwargs)
         if not torch.is_grad_enabled():  # an evaluation, or inside an autograd.Function
@@ -465,7 +472,7 @@ class Capture(TorchFunctionMode):
         if not isinstance(output, Tensor | tuple | list):
             if function is Tensor.__setitem__ and self._varies(args[2]):
                 setattr(args[0], self._tag, None)
-                self._follow(function, args, kwargs, args[:1])
+                self._notice(function, args, kwargs, args[:1])
             return output
         roots, varies = _NOTHING, False
         for tensor in _tensors(args, kwargs):
@@ -511,13 +518,10 @@ class Capture(TorchFunctionMode):
         if getattr(output, self._tag, None) is not None:  # changed in place
             setattr(output, self._tag, None)
         outputs = (output,) if isinstance(output, Tensor) else output
-        if self._follower.active or function in ON_ROWS:
-            self._follow(function, args, kwargs, outputs)
+        self._notice(function, args, kwargs, outputs)
         if function is functional.batch_norm and _argument(args, kwargs, 5, "training", False):
             self._meet_batch_norm(roots)
             return output
-        if function in _PRODUCTS and len(args) > 1 and id(args[1]) not in self._rows:
-            self._refuse_mixing(function, args, outputs)
         hooked = [one for one in outputs if isinstance(one, Tensor) and one.requires_grad]
         if not roots or not hooked:
             return output
@@ -528,31 +532,21 @@ class Capture(TorchFunctionMode):
             self._counts[row] = self._counts.get(row, 0) + 1
         if self._compares and hooked[0].is_floating_point():
             self._precision = max(self._precision, torch.finfo(hooked[0].dtype).eps)
-        batch, order = self._batch, None
-        if self._follower.active:
-            given = [tensor for tensor in _tensors(args, kwargs) if self._varies(tensor)]
-            found = common_order(given)
-            if isinstance(found, Lost):
-                _refuse(found.error(self._place(min(roots))), outputs)
-            else:
-                order = found
-            for tensor in given:
-                axis, rows = place_of(tensor) or (self._follower.expected(tensor), batch.size)
-                batch = replace(batch, flat=batch.flat or rows != batch.size)
-                if axis != self._follower.expected(tensor) and function not in LOOKS:
-                    _refuse(_misplaced(axis, batch, self._place(min(roots))), outputs)
+        self._moves |= self._moves_above
+        use = self._use(function, args, kwargs, roots, hooked)
+        self._uses.append(use)
         if RULES.get(function) in SUMS:  # of which autograd keeps no values either
-            args = tuple(None if self._varies(one) else one for one in args)
-        use = _Use(function, args, kwargs, batch, order, self._done)
+            use.args = tuple(None if self._varies(one) else one for one in args)
         if function in LOOKS:
             seen = LOOKS[function](self._batch, hooked, *args, **kwargs)
             use.seen = seen or (outputs[0].detach(), outputs[0]._version)
         if isinstance(output, Tensor):
             # On the node, where it is called after every hook that somebody has on the tensor.
-            take = partial(self._on_node, use, output.output_nr)
-            node = output.grad_fn
+            whole = _whole_of(output)
+            node, number = whole.grad_fn, whole.output_nr
             assert node is not None  # of parameters, and no parameter itself
-            node.register_prehook(take)
+            node.register_prehook(partial(self._on_node, use, number))
+            self._edges.append([(node, number)])
             return output
         # A hook that knew the outputs it is on would keep them for good: 1.5 MB a step.
         empty = [
@@ -565,10 +559,9 @@ class Capture(TorchFunctionMode):
         # As copies: where one output was made of another (an LSTM cell's of its c), the gradient of
         # that one would have both parts in it.
         copies = _Together.apply(partial(self._on_gradients, use, empty, places), *hooked)
+        self._edges.append([(copy.grad_fn, copy.output_nr) for copy in copies])
         output = list(outputs)
         for i, copy in zip(places, copies, strict=True):
-            set_order(copy, order_of(outputs[i]))
-            set_place(copy, place_of(outputs[i]))
             output[i] = copy
         kind: Any = type(outputs)  # perhaps one with names
         return kind(output)
@@ -585,17 +578,12 @@ class Capture(TorchFunctionMode):
         )
         copy.__kwdefaults__ = function.__kwdefaults__
         batch = self._batch
-        self._batch = self._follower.batch = Batch(batch.size, 1, self._varies, flat=True)
+        self._batch = replace(batch, dim=1)
         try:
             with self:
-                outputs = copy(*args, **kwargs)
+                return copy(*args, **kwargs)
         finally:
-            self._batch = self._follower.batch = batch
-        found = outputs[0]
-        if found.dim() == 3 and not batch.dim and len(found) == batch.size:  # as many positions
-            set_place(found, (1, batch.size))
-            self._follower.active = True
-        return outputs
+            self._batch = batch
 
     def _expands(self, args: tuple[Any, ...], output: Any) -> bool:
         """Return whether an expansion makes a copy of a parameter for every sample."""
@@ -606,42 +594,70 @@ class Capture(TorchFunctionMode):
 
     def _meet_batch_norm(self, roots: frozenset[int]) -> None:
         rows = set(self._counts) | roots
+        for use in self._uses:
+            use.exempt = True
         if self._batch_norm == "refuse":
-            raise mixes(
+            raise _mixing(
                 "BatchNorm in training mode", self._place(min(roots)) if roots else "the step"
             )
         self._undefined |= rows
         self._used |= roots
 
-    def _follow(
-        self, function: Callable[..., Any], args: Any, kwargs: Any, outputs: Sequence[Any]
+    def _notice(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        outputs: Sequence[Any],
     ) -> None:
-        """Note where the samples are in outputs."""
-        with torch._C.DisableTorchFunction():
-            error = self._follower.follow(function, args, kwargs, outputs)
-        if error is not None:
-            _refuse(error, outputs)
+        """Note what an operation on samples may do to their rows."""
+        self._signature = hash((self._signature, function, *_settings(args), *_settings(kwargs)))
+        if any(isinstance(one, Tensor) and one.requires_grad for one in outputs):
+            if moves_samples(function, args, kwargs, self._batch):
+                # What comes after the model's outputs moves no sample that a parameter meets.
+                self._moves_above = True
+                self._moves |= not self._outputs
+        elif self._data.active or function in MOVES or function in SORTS:
+            self._data.follow(function, args, kwargs, outputs)
 
-    def _refuse_mixing(
-        self, function: Callable[..., Any], args: tuple[Any, ...], outputs: Sequence[Any]
-    ) -> None:
-        """Refuse a product of samples with samples."""
-        if function is torch.einsum:
-            mixing = _crosses(args[0], args[1:], self._batch.size)
-        else:
-            rows = args[1].shape[0] if function in _BY_ROWS else self._batch.size
-            made = args[1].grad_fn is not None or function not in _BY_ROWS
-            mixing = args[1].dim() == 2 and rows == self._batch.size and made
-        factors = args[1:] if function is torch.einsum else args[:2]
-        if mixing and self._batch.size > 1 and all(map(self._varies, factors)):
-            what = f"{function.__name__} of samples with samples, as in a contrastive loss"
-            if function in _BY_ROWS:
-                what += ", or with a weight made of a constant that is no buffer"
-            _refuse(mixes(what, "the step"), outputs)
+    def _note_outputs(self, _model: nn.Module, _args: Any, outputs: Any) -> None:
+        """Note which outputs of the model have the samples' axis."""
+        with torch._C.DisableTorchFunction():
+            for output in tree_leaves(outputs):
+                if isinstance(output, Tensor) and output.grad_fn is not None:
+                    layout = Layout(self._batch.axis(output.dim(), 1), "plain")
+                    if layout.fits(output.shape, self._batch.size) and self._varies(output):
+                        self._outputs[output.grad_fn, output.output_nr] = layout
+
+    def _use(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        roots: frozenset[int],
+        hooked: Sequence[Tensor],
+    ) -> Use:
+        """Return a use of parameters, with what its data say of the samples' order."""
+        inputs = [one for one in _tensors(args, kwargs) if self._varies(one)]
+        is_data = inputs and all(not one.requires_grad or one.is_leaf for one in inputs)
+        data = self._data.of(inputs[0]) if is_data and function in RULES else None
+        if data is not None and not data.is_ordered(self._batch.size):
+            self._moves = True
+        return Use(
+            function=function,
+            args=args,
+            kwargs=kwargs,
+            roots=roots,
+            shapes=[tuple(one.shape) for one in hooked],
+            features=feature_axes(self._batch, function, hooked[0].dim(), args, kwargs),
+            data=data,
+            number=self._done,
+            position=len(self._uses),
+        )
 
     def _known(self, value: Any) -> list[Tensor]:
         """Return the gradients of this step among tensors."""
-        return [one for one in listed(value) if id(one) in self._gradients]
+        return [one for one in as_sequence(value) if id(one) in self._gradients]
 
     def _is_known(self, row: int, gradient: Tensor) -> bool:
         """Return whether a gradient is what the passes so far have made."""
@@ -649,7 +665,7 @@ class Capture(TorchFunctionMode):
 
     def _scale(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Let gradients be scaled, as clipping and a GradScaler do, and note by how much."""
-        given, gradients = listed(args[0]), self._known(args[0])
+        given, gradients = as_sequence(args[0]), self._known(args[0])
         before = [self._gradients[id(g)][1] == g._version for g in gradients]
         output = function(*args, **kwargs)
         inverse, position = _SCALINGS[function]
@@ -669,16 +685,96 @@ class Capture(TorchFunctionMode):
                     self._most[row] = self._most[row] * abs(own)
         return output
 
+    # Whose the rows are.
+
+    def _before_backward(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Find out whose the rows of each use are, before a backward pass."""
+        name = "grad_outputs" if function is torch.autograd.grad else "grad_tensors"
+        place = 2 if function is torch.autograd.grad else 1
+        if function is Tensor.backward:
+            name = "gradient"
+        starts = _argument(args, kwargs, 0, "outputs" if place == 2 else "tensors", ())
+        gradients = _argument(args, kwargs, place, name, None)
+        with torch._C.DisableTorchFunction():
+            roots = list(as_sequence(starts))
+            given = [None] * len(roots) if gradients is None else list(as_sequence(gradients))
+            pairs = [(r, g) for r, g in zip(roots, given, strict=True) if r.grad_fn is not None]
+            if self._uses and pairs and self._layouts is None:
+                self._layouts = self._find_layouts([r for r, _ in pairs], [g for _, g in pairs])
+
+    def _find_layouts(
+        self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> list[Layout | None]:
+        """Return how samples lie in each use: as was proved of such a pass, or as a proof finds."""
+        size = self._batch.size
+        if size < 2:
+            return [self._alone(use) for use in self._uses]
+        # A node's number counts on from operation to operation: which of them the loss is.
+        first = self._edges[0][0][0]._sequence_nr()
+        ends = (root.grad_fn._sequence_nr() - first for root in roots if root.grad_fn is not None)
+        key = (self._signature, *ends)
+        known = self._proved.get(key)
+        if (
+            known is not None
+            and known.complete
+            and known.count > 1  # what starts at zero may hide what is behind it
+            and key in self._fresh
+            and not self._moves
+            and len(known.layouts) == len(self._uses)
+            and all(
+                layout is None or layout.fits(use.rows_shape, size)
+                for use, layout in zip(self._uses, known.layouts, strict=True)
+            )
+        ):
+            return known.layouts
+        self._proof = Proof(
+            self._uses,
+            self._edges,
+            self._outputs,
+            self._batch,
+            self._model,
+            lambda use: self._place(min(use.roots)),
+            self._coupled_loss,
+        )
+        try:
+            proved = self._proof.run(roots, gradients)
+        finally:
+            self._proof = None
+        proved.count += known.count if known is not None else 0
+        self._proved[key] = proved
+        self._fresh.add(key)
+        self._order = proved.order
+        self.loss = max(self.loss, proved.loss, key=(SUM, UNCHECKED, COUPLED).index)
+        return proved.layouts
+
+    def _alone(self, use: Use) -> Layout:
+        """Return the layout of a use where there is one sample, or none."""
+        shape = use.rows_shape
+        if not shape:
+            raise UnsupportedError(
+                expected=f"{self._batch.size} samples on axis 0 of a layer's input",
+                got=f"an output of shape {use.shapes[0]}",
+                where=self._place(min(use.roots)),
+                todo="give the samples an axis, also where there is one",
+            )
+        axis = self._batch.axis(len(shape) + use.features, 1)
+        axis = 0 if use.function in LOOKS or axis >= len(shape) else axis
+        return Layout(axis, "outer" if self._batch.size else "plain")
+
     # What comes back.
 
     def _on_gradients(
         self,
-        use: _Use,
+        use: Use,
         empty: Sequence[Callable[[], Tensor | None]],
         places: Sequence[int],
         gradients: Sequence[Tensor | None],
     ) -> None:
         """Take the gradients of several outputs, those at `places`; zero where there is none."""
+        if self._is_proved(use, gradients):
+            return
         given = dict(zip(places, gradients, strict=True))
         deltas = [given.get(i) for i in range(len(empty))]
         self._on_gradient(
@@ -689,12 +785,19 @@ class Capture(TorchFunctionMode):
             ),
         )
 
-    def _on_node(self, use: _Use, number: int, gradients: Sequence[Tensor | None]) -> None:
+    def _on_node(self, use: Use, number: int, gradients: Sequence[Tensor | None]) -> None:
         """Take the gradient of the one output."""
-        if gradients[number] is not None:
-            self._on_gradient(use, gradients[number])
+        gradient = gradients[number]
+        if not self._is_proved(use, [gradient]) and gradient is not None:
+            self._on_gradient(use, gradient.reshape(use.shapes[0]))
 
-    def _on_gradient(self, use: _Use, delta: Any) -> None:
+    def _is_proved(self, use: Use, gradients: Sequence[Tensor | None]) -> bool:
+        """Return whether gradients come of a proof, this recorder's or another's."""
+        if self._proof is not None:
+            self._proof.see(use, gradients)
+        return self._proof is not None or is_running()
+
+    def _on_gradient(self, use: Use, delta: Any) -> None:
         if use.done:
             raise UnsupportedError(
                 expected="one backward pass for each forward pass",
@@ -729,11 +832,24 @@ class Capture(TorchFunctionMode):
                 self._waiting.remove((use, inside))
                 self._apply(use, None)
 
-    def _apply(self, use: _Use, delta: Any) -> None:
+    def _apply(self, use: Use, delta: Any) -> None:
         """Make factors of the gradient of an operation."""
+        if self._layouts is None:
+            raise UnsupportedError(
+                expected="backward() as PyTorch calls it, in the block",
+                got="a backward pass that was not seen to begin",
+                where="the step",
+                todo="call loss.backward() or torch.autograd.backward() in the thread of the block",
+            )
+        layout = self._layouts[use.position]
+        if layout is None:  # no gradient has come here in the proof
+            self._leave(use)
+            return
+        rows = use.rows_shape[layout.axis]
+        joined = self._joined(layout, rows, self.parameters[min(use.roots)].device)
         with torch._C.DisableTorchFunction(), torch.set_grad_enabled(False):
             rule = RULES.get(use.function) or partial(generic, function=use.function)
-            given = [use.batch, delta]
+            given = [Batch(rows, layout.axis, self._varies), delta]
             if isinstance(use.seen, Inside):
                 given.append(use.seen.close())
                 use.seen = None
@@ -745,8 +861,8 @@ class Capture(TorchFunctionMode):
                 for tensor, factor in rule(*given, *use.args, **use.kwargs):
                     if tensor is None:
                         continue
-                    if use.order is not None:
-                        factor = factor.reordered(use.order.argsort())
+                    if joined is not None:
+                        factor = factor.joined(joined)
                     row = self._rows.get(id(tensor))
                     if row is None:
                         for root, own in self._go_back(tensor, factor):
@@ -767,6 +883,22 @@ class Capture(TorchFunctionMode):
             ]
         # As long as somebody keeps the loss, the hook is kept, and what it holds: activations that
         # autograd has let go, in whose place the next step would have to take fresh memory.
+        use.args, use.kwargs, use.seen = (), {}, None
+
+    def _joined(self, layout: Layout, rows: int, device: torch.device) -> Tensor | None:
+        """Return the rows of each sample, (N, T); None where row n is that of sample n."""
+        key = (layout.kind if layout.owners is None else id(layout)), rows, device
+        if key not in self._joins:
+            self._joins[key] = joined_rows(layout, rows, self._batch.size, self._order, device)
+        return self._joins[key]
+
+    def _leave(self, use: Use) -> None:
+        """Take an operation as done that has no importance in this step."""
+        if isinstance(use.seen, Inside):
+            use.seen.close()
+        for row in use.roots:
+            self._used.add(row)
+            self._settle(row)
         use.args, use.kwargs, use.seen = (), {}, None
 
     def _go_back(self, tensor: Tensor, factor: Factor) -> Iterator[tuple[int, Factor]]:
@@ -790,8 +922,12 @@ class Capture(TorchFunctionMode):
         """Add those of an operation."""
         self._used.add(row)
         self._factors.setdefault(row, []).extend(factors)
+        self._settle(row)
+
+    def _settle(self, row: int) -> None:
+        """Count a use as done; with the last, let go of what a parameter's factors hold."""
         self._counts[row] -= 1
-        if not self._counts[row] and not self._elementwise:  # the last: let go of what it holds
+        if not self._counts[row] and not self._elementwise and row in self._factors:
             self._values[row] = self._summed(row).square()
 
     def _summed(self, row: int) -> Factor:
@@ -892,8 +1028,9 @@ _BOUNDS = ((1e-4, 0.1), (1e-8, 1e-2), (0.0, 1e-6))
 Single precision may be TF32 on a GPU, with 10 bits.
 """
 
+_BACKWARDS = {Tensor.backward, torch.autograd.backward, torch.autograd.grad}
+
 _IDLE = {
-    Tensor.backward,
     *(
         getattr(Tensor, name).__get__
         for name in ("device", "dtype", "grad", "grad_fn", "is_leaf", "is_nested", "layout")
@@ -911,13 +1048,6 @@ _MAKES_DATA = {
 _EXPANSIONS = {
     *(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat)
 }
-_BY_ROWS = {functional.linear, torch.inner, Tensor.inner}
-"""Products whose second factor is perhaps a weight, also of another network."""
-_PRODUCTS = {
-    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.cdist),
-    *(torch.einsum, *_BY_ROWS),
-}
-
 _SCALINGS: dict[Callable[..., Any], tuple[bool, int]] = {
     Tensor.mul_: (False, 1),
     Tensor.__imul__: (False, 1),
@@ -936,52 +1066,42 @@ _SEEN = (
 )
 
 
-def _refuse(error: UnsupportedError, outputs: Sequence[Any]) -> None:
-    """Raise an error when a gradient comes to outputs; without one, they are no part of the loss.
-
-    Not at once: an operator would take it for one of types.
-    """
-
-    def refuse(_: Any) -> None:
-        raise error
-
-    for output in outputs:
-        if isinstance(output, Tensor) and output.grad_fn is not None:
-            output.grad_fn.register_prehook(refuse)
-
-
 def _some_of(gradient: Tensor) -> Tensor:
     """Return some entries of a gradient, to be compared; all of a small one."""
     step = gradient.numel() // _COMPARED | 1  # odd, so that it goes through all columns
     return gradient.flatten()[::step].clone()
 
 
-def _misplaced(axis: int, batch: Batch, where: str) -> UnsupportedError:
-    return UnsupportedError(
-        expected=f"{batch.size} samples on axis {batch.dim}, one for each index of the step",
-        got=f"samples on axis {axis}",
-        where=where,
-        todo="put them there; batch_dim=1 says that positions come before samples",
-    )
+def _settings(values: Any) -> Iterator[Any]:
+    """Yield what arguments say of an operation but its tensors: axes and choices, not lengths."""
+    for value in values.values() if isinstance(values, Mapping) else values:
+        if isinstance(value, Tensor):
+            yield value.dim()
+        elif isinstance(value, int):
+            yield value if -_AXIS < value < _AXIS else None
+        elif isinstance(value, str):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield len(value)
+            yield from _settings(value)
+        elif isinstance(value, slice):
+            yield from _settings((value.start, value.stop, value.step))
 
 
-def _crosses(equation: Any, factors: Sequence[Any], size: int) -> bool:
-    """Return whether an einsum multiplies the rows of two factors, each with each.
+_AXIS = 9
+"""Whole numbers beyond it are lengths, and no axes; arbitrary."""
 
-    Examples
-    --------
-    >>> _crosses("id,jd->ij", [torch.zeros(4, 2)] * 2, 4)
-    True
+
+def _whole_of(output: Tensor) -> Tensor:
+    """Return what an output is a view of, if that is all of it, in another shape.
+
+    As of a linear layer with a bias on three axes: a later operation in place on the view would
+    leave the view's own node out of the graph.
     """
-    if not isinstance(equation, str) or len(factors) != 2:
-        return False
-    terms, _, result = equation.replace(" ", "").partition("->")
-    first = [
-        term[0]
-        for term, factor in zip(terms.split(","), factors, strict=False)
-        if term and factor.dim() and len(factor) == size
-    ]
-    return len(set(first)) == 2 and set(first) <= set(result)
+    base = output._base
+    if base is None or base.grad_fn is None or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
 
 
 def _is_transposed(tensor: Tensor, parameter: Tensor) -> bool:
@@ -1023,14 +1143,17 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tenso
                     yield item
 
 
+def _mixing(what: str, where: str) -> UnsupportedError:
+    return UnsupportedError(
+        expected="operations that treat each sample of a batch on its own",
+        got=f"{what}, which mixes them: no single sample has a gradient below it",
+        where=where,
+        todo="replace it (GroupNorm, LayerNorm), put it into eval mode, or record what is above "
+        'it: batch_norm="undefined"',
+    )
+
+
 def _require_watchable(model: nn.Module, batch_norm: str) -> None:
-    if batch_norm not in ("refuse", "undefined"):
-        raise ConfigError(
-            expected='batch_norm "refuse" or "undefined"',
-            got=repr(batch_norm),
-            where="ImportanceRecorder",
-            todo="say what a BatchNorm in training mode means",
-        )
     for name, module in model.named_modules():
         where = f"module {name}" if name else "the model itself"
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl:
@@ -1051,7 +1174,7 @@ def _require_watchable(model: nn.Module, batch_norm: str) -> None:
             module.training or not module.track_running_stats
         )
         if mixing and batch_norm == "refuse":
-            raise mixes(type(module).__name__, where)
+            raise _mixing(type(module).__name__, where)
 
 
 class ImportanceRecorder:
@@ -1073,6 +1196,10 @@ class ImportanceRecorder:
     batch_norm
         A BatchNorm in training mode mixes the samples. "refuse" raises an error; "undefined"
         records NaN for it and for all that is called before it, and importance above it.
+    coupled_loss
+        A loss that is no sum over samples, as the root of a mean, has no part of each sample.
+        "refuse" raises an error; "constant" takes its derivative at each sample's outputs as a
+        constant of the step, and says so in the result's attrs (`loss`).
 
     Raises
     ------
@@ -1113,16 +1240,13 @@ class ImportanceRecorder:
         loss_reduction: str = "mean",
         batch_dim: int = 0,
         batch_norm: str = "refuse",
+        coupled_loss: str = "refuse",
     ) -> None:
-        if loss_reduction not in ("mean", "sum"):
-            raise ConfigError(
-                expected='loss_reduction "mean" or "sum"',
-                got=repr(loss_reduction),
-                where="ImportanceRecorder",
-                todo="name the reduction of the loss that is trained on",
-            )
+        check_choice(loss_reduction, ("mean", "sum"), "loss_reduction")
         self._derivative = UpdateDerivative(optimizer)
-        self._capture = Capture(model, batch_dim=batch_dim, batch_norm=batch_norm)
+        self._capture = Capture(
+            model, batch_dim=batch_dim, batch_norm=batch_norm, coupled_loss=coupled_loss
+        )
         self.optimizer = optimizer
         self.loss_reduction = loss_reduction
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -1319,6 +1443,7 @@ class ImportanceRecorder:
                         "loss_reduction": self.loss_reduction,
                         "weight_decay": self.optimizer.param_groups[0]["weight_decay"],
                         "optimizer": type(self.optimizer).__name__,
+                        "loss": self._capture.loss,
                         "not_finite_epochs": self._not_finite(epochs),
                     },
                 )

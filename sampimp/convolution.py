@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sampimp.factors import Explicit, Outer, chunk, gram
+from sampimp.factors import Explicit, Outer, chunk, gram, taken
 from sampimp.optimizers import Diagonal
-from sampimp.rules import Batch, Factors, layer_rule, require_samples
+from sampimp.rules import Batch, Factors, all_but_samples, layer_rule, require_samples
 
 ADDITION = 12
 """Multiplications of a matrix product in the time of one of those additions, on a CPU.
@@ -119,9 +119,12 @@ class Convolution:
         first, *others = (piece._outer().summed() for piece in self._pieces(self._few))
         return sum(others, first)
 
-    def reordered(self, samples: Tensor) -> "Convolution":
-        """Return the same of the samples in another order, or of some of them."""
-        return self._some(samples)
+    def joined(self, rows_NT: Tensor) -> "Convolution | Outer":
+        """Return the gradients of samples, each the sum of those of some rows, -1 for none."""
+        if rows_NT.shape[1] > 1:
+            return self._outer().joined(rows_NT)
+        images = self.images[rows_NT[:, 0].clamp_min(0)]
+        return replace(self, left=taken(self.left, rows_NT).squeeze(1), images=images)
 
     @property
     def _few(self) -> int:
@@ -152,7 +155,7 @@ class Convolution:
         return products.sum(1).clamp_min_(0)
 
 
-@layer_rule(functional.conv1d, functional.conv2d, functional.conv3d)
+@layer_rule(functional.conv1d, functional.conv2d, functional.conv3d, features=all_but_samples)
 def _conv(
     batch: Batch,
     delta: Tensor,
@@ -178,7 +181,12 @@ def _conv(
         yield bias, Explicit(delta.flatten(2).sum(2))
 
 
-@layer_rule(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+@layer_rule(
+    functional.conv_transpose1d,
+    functional.conv_transpose2d,
+    functional.conv_transpose3d,
+    features=all_but_samples,
+)
 def _conv_transpose(
     batch: Batch,
     delta: Tensor,

@@ -59,8 +59,8 @@ class Factor(Protocol):
     def summed(self) -> Tensor:
         """Return the sum of all samples' gradients, shape (P...)."""
 
-    def reordered(self, samples: Tensor) -> "Factor":
-        """Return the same of the samples in another order, or of some of them."""
+    def joined(self, rows_NT: Tensor) -> "Factor":
+        """Return the gradients of samples, each the sum of those of some rows, -1 for none."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class Explicit:
         """Return the sum of all samples' gradients, shape (P...)."""
         return precise(self.values).sum(0)
 
-    def reordered(self, samples: Tensor) -> "Explicit":
-        """Return the same of the samples in another order, or of some of them."""
-        return Explicit(self.values[samples])
+    def joined(self, rows_NT: Tensor) -> "Explicit":
+        """Return the gradients of samples, each the sum of those of some rows, -1 for none."""
+        return Explicit(taken(precise(self.values), rows_NT).sum(1))
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,13 @@ class Product:
         """Return the sum of all samples' gradients, shape (P...)."""
         return precise(self.left.values).t() @ precise(self.right.values)
 
-    def reordered(self, samples: Tensor) -> "Product":
-        """Return the same of the samples in another order, or of some of them."""
-        return Product(self.left.reordered(samples), self.right.reordered(samples))
+    def joined(self, rows_NT: Tensor) -> "Product | Outer":
+        """Return the gradients of samples, each the sum of those of some rows, -1 for none."""
+        left_NTO, right_NTI = (taken(one.values, rows_NT) for one in (self.left, self.right))
+        if rows_NT.shape[1] == 1:
+            return Product(Explicit(left_NTO.squeeze(1)), Explicit(right_NTI.squeeze(1)))
+        shape = (left_NTO.shape[2], right_NTI.shape[2])
+        return Outer(left_NTO.unsqueeze(2), right_NTI.unsqueeze(2), shape)
 
     def transposed(self) -> "Product":
         """Return the gradients of the parameter whose transpose this one is."""
@@ -195,9 +199,10 @@ class Outer:
         right = precise(self.right).flatten(0, 1).transpose(0, 1)  # (G, N T, I)
         return (left @ right).reshape(*self.shape)
 
-    def reordered(self, samples: Tensor) -> "Outer":
-        """Return the same of the samples in another order, or of some of them."""
-        return Outer(self.left[samples], self.right[samples], self.shape)
+    def joined(self, rows_NT: Tensor) -> "Outer":
+        """Return the gradients of samples, each the sum of those of some rows, -1 for none."""
+        left, right = (taken(one, rows_NT).flatten(1, 2) for one in (self.left, self.right))
+        return Outer(left, right, self.shape)
 
     def transposed(self) -> "Outer":
         """Return the gradients of the parameter whose transpose this one, without groups, is."""
@@ -233,9 +238,10 @@ class Rows:
         vectors = precise(self.vectors).flatten(0, 1)
         return vectors.new_zeros(*self.shape).index_add_(0, self.index.flatten(), vectors)
 
-    def reordered(self, samples: Tensor) -> "Rows":
-        """Return the same of the samples in another order, or of some of them."""
-        return Rows(self.vectors[samples], self.index[samples], self.shape)
+    def joined(self, rows_NT: Tensor) -> "Rows":
+        """Return the gradients of samples, each the sum of those of some rows, -1 for none."""
+        index = self.index[rows_NT.clamp_min(0)].flatten(1)
+        return Rows(taken(self.vectors, rows_NT).flatten(1, 2), index, self.shape)
 
     def _merged(self) -> tuple[Tensor, Tensor]:
         """Return the vectors with those of one row added up at its first position, and the rows."""
@@ -285,10 +291,24 @@ class Total:
         first, *others = (part.summed() for part in self.parts)
         return sum(others, first)
 
-    def reordered(self, samples: Tensor) -> "Total":
-        """Return the same of the samples in another order, or of some of them."""
-        parts = [part.reordered(samples) for part in self.parts]
-        return Total(parts, len(samples), self.like)
+    def joined(self, rows_NT: Tensor) -> "Total":
+        """Return the gradients of samples, each the sum of those of some rows, -1 for none."""
+        parts = [part.joined(rows_NT) for part in self.parts]
+        return Total(parts, len(rows_NT), self.like)
+
+
+def taken(values: Tensor, rows_NT: Tensor) -> Tensor:
+    """Return rows of values (R, ...) by sample, (N, T, ...); zero where there is none.
+
+    Examples
+    --------
+    >>> taken(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[0, 2], [1, -1]]))
+    tensor([[1., 3.],
+            [2., 0.]])
+    """
+    found = values[rows_NT.clamp_min(0)]
+    missing = rows_NT < 0
+    return found.masked_fill(missing.reshape(*missing.shape, *[1] * (values.dim() - 1)), 0)
 
 
 def _inner(outer: Outer, rows: Rows) -> Tensor:

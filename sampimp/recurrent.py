@@ -17,7 +17,7 @@ Shape suffixes: T steps, N samples, I inputs, H units, G gates times units; wher
 ended, there are zeros.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -335,6 +335,16 @@ class Call(NamedTuple):
         return rows.unflatten(0, (-1, self.active[0]))
 
 
+def packed_sequences(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return which sequence each row of a packed sequence is of, from the arguments of torch.lstm.
+
+    None where they are not packed.
+    """
+    sizes = kwargs.get("batch_sizes", args[1] if len(args) > 1 else None)
+    is_packed = isinstance(sizes, Tensor) and sizes.dim() == 1 and not sizes.is_floating_point()
+    return torch.cat([torch.arange(size) for size in sizes.tolist()]) if is_packed else None
+
+
 _LAYER = "MkldnnRnnLayerBackward0"
 _VALUES = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
 """Nodes of values @ weight^T, and where they keep the values."""
@@ -496,13 +506,6 @@ def _rule(
 ) -> Factors:
     """Yield the factors of torch.lstm, torch.gru, ...: by what was seen, or by going back again."""
     call = Call.of(*args, **kwargs)
-    if call.active[0] != batch.size:
-        raise UnsupportedError(
-            expected=f"{batch.size} sequences, one for each index of the step",
-            got=f"{call.active[0]}",
-            where="a recurrent layer",
-            todo="name as many samples as the batch has; mind batch_first",
-        )
     if isinstance(seen, Tensor | None):
         yield from _by_going_back(name, batch, delta, seen, call)
     else:
@@ -606,4 +609,5 @@ for _name in CELLS:
         (getattr(torch, _name), _rule, _look),
         (getattr(torch, f"{_name}_cell"), _cell_rule, _look_into_cell),
     ):
-        layer_rule(_function, look=partial(_own_look, _name))(partial(_own_rule, _name))
+        register = layer_rule(_function, look=partial(_own_look, _name), features=1)
+        register(partial(_own_rule, _name))

@@ -1,107 +1,83 @@
-"""Which sample is on each row of a tensor, followed through a pass.
+"""Which sample of the step each row of its data is.
 
-A rule takes the axis that has as many rows as there are samples for that of the samples, in the
-batch's order. What puts them elsewhere is followed: to another axis, or onto one with positions
-(their place), or by an index that has each sample once (their order). What does anything else to
-them, as taking some out or turning them round, leaves rows of which it is not known whose they are
-(`Lost`); they may go into a loss, and are an error where they meet a parameter.
+The proof (`sampimp.ownership`) joins the rows of the network's operations to those of the loss.
+Which sample these are, the data say: a batch comes in the order of its index. Data that the block
+puts into another order, as by `x[order]`, `flip` or `cat`, are followed by doing the same to the
+numbers of their rows. What depends on parameters is not followed.
 
-Map: `Follower` (of a pass), `Lost`, `common_order` and `place_of` (what it has noted of tensors),
-`ON_ROWS` (the operations that it has to see).
+Map: `DataRows` (of one pass), `Rows` (a note on a tensor), `moves_samples` (operations on
+activations that may put samples on other rows by value, from step to step).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-import sampimp.recurrent  # noqa: F401  (its operations have states)
-from sampimp.errors import UnsupportedError
-from sampimp.rules import LOOKS, Batch
+from sampimp.rules import Batch
 
 
 @dataclass(frozen=True)
-class Lost:
-    """Why it is not known any more whose the rows of a tensor are."""
+class Rows:
+    """The sample of each row of a tensor."""
 
-    what: str
-    mixes: bool
-    """Whether each of them is made of several samples."""
+    axis: int
+    samples: Tensor | None
+    """(R,), positions in the batch, -1 for no sample; None where that is not known any more."""
 
-    def error(self, where: str) -> UnsupportedError:
-        """Return what to raise if such a tensor meets a parameter."""
-        if self.mixes:
-            return mixes(self.what, where)
-        return UnsupportedError(
-            expected="samples that stay on their rows, or on an axis of their own",
-            got=f"{self.what}, before an operation with parameters",
-            where=where,
-            todo="put samples into another order outside the block, or by an index that has each "
-            "once; mask instead of taking some out; name as many samples as there are rows",
-        )
+    def is_ordered(self, size: int) -> bool:
+        """Return whether the samples are in the batch's order, perhaps joined with positions."""
+        if self.samples is None or not size or len(self.samples) % size:
+            return False
+        rows = torch.arange(len(self.samples))
+        orders = (rows // (len(rows) // size or 1), rows % size)
+        return any(torch.equal(self.samples, order) for order in orders)
 
 
-def mixes(what: str, where: str) -> UnsupportedError:
-    """Return what to raise where samples are not treated each on its own."""
-    return UnsupportedError(
-        expected="operations that treat each sample of a batch on its own",
-        got=f"{what}, which mixes them: no single sample has a gradient below it",
-        where=where,
-        todo="replace it (GroupNorm, LayerNorm), put it into eval mode, or record what is above "
-        'it: batch_norm="undefined"'
-        if "BatchNorm" in what
-        else "train on a loss that is a sum over samples",
-    )
+UNKNOWN = Rows(0, None)
 
 
-def order_of(tensor: Tensor) -> Tensor | Lost | None:
-    """Return which sample is on each row: None where they are as in the batch."""
-    return getattr(tensor, "_sampimp_order", None)
+class DataRows:
+    """Notes on the data of a pass which sample each of their rows is.
 
-
-def set_order(tensor: Tensor, order: Tensor | Lost | None) -> None:
-    """Note which sample is on each row."""
-    tensor._sampimp_order = order  # type: ignore[attr-defined]
-
-
-def common_order(tensors: Sequence[Tensor]) -> Tensor | Lost | None:
-    """Return the order that some tensors have, or that one of them is lost."""
-    orders = [order for order in map(order_of, tensors) if order is not None]
-    return next((one for one in orders if isinstance(one, Lost)), orders[0] if orders else None)
-
-
-def set_place(tensor: Tensor, place: tuple[int, int] | None) -> None:
-    """Note where the samples are."""
-    tensor._sampimp_place = place  # type: ignore[attr-defined]
-
-
-def place_of(tensor: Tensor) -> tuple[int, int] | None:
-    """Return the axis of the samples and its size, where they are not where a rule expects them.
-
-    A size that is not their number is that of an axis of samples and positions, joined.
-    """
-    return getattr(tensor, "_sampimp_place", None)
-
-
-class Follower:
-    """Notes of the tensors of a pass where their samples are.
-
-    Attributes
+    Parameters
     ----------
     batch
         As for rules.
+    index
+        By which the samples of the pass may be fetched inside; None if it is not known.
+
+    Attributes
+    ----------
     active
-        Whether there is a tensor whose samples are elsewhere than in the batch. If not, only the
-        operations in `ON_ROWS` need to be followed.
+        Whether there are data whose rows are not those of the batch. If not, only the operations in
+        `MOVES` need to be followed.
     """
 
     def __init__(self, batch: Batch, index: Tensor | None) -> None:
-        self.batch, self._index = batch, index
+        self._batch, self._index = batch, index
+        self._token = object()  # of its notes: data may be met again in another pass
         self.active = False
+
+    def of(self, data: Tensor) -> Rows | None:
+        """Return what is known of a tensor's rows; None if it has no axis of samples."""
+        noted = self._noted(data)
+        if noted is not None:
+            return noted
+        axis = self._batch.axis(data.dim(), int(data.is_floating_point()))
+        if data.dim() <= axis or data.shape[axis] != self._batch.size:
+            return None
+        if axis and len(data) == data.shape[axis]:
+            return None  # as many positions as samples, perhaps to be transposed
+        return Rows(axis, torch.arange(self._batch.size))
+
+    def _noted(self, data: Tensor) -> Rows | None:
+        """Return a note of this pass."""
+        token, rows = getattr(data, "_sampimp_rows", (None, None))
+        return rows if token is self._token else None
 
     def follow(
         self,
@@ -109,397 +85,291 @@ class Follower:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         outputs: Sequence[Any],
-    ) -> UnsupportedError | None:
-        """Note where the samples are in outputs; return an error if the operation mixes them."""
+    ) -> None:
+        """Note the rows of an operation's outputs, which are data."""
         args = args or (kwargs.get("input", kwargs.get("tensors")),)
         kwargs = {name: one for name, one in kwargs.items() if name not in ("input", "tensors")}
-        if function in _MOVES and isinstance(args[0], Tensor):  # an index has no rows
-            given = [args[0], *(args[2:] if function is Tensor.__setitem__ else args[3:])]
-        else:
-            given = [*listed(args[0]), *args[1:], *kwargs.values()]
-        varying = [one for one in given if isinstance(one, Tensor) and self.batch.varies(one)]
-        results = [one for one in outputs if isinstance(one, Tensor)]
-        self._follow_places(function, args, kwargs, varying, results)
-        # One whole number is a length, as of packed sequences, and nobody's row.
-        has_rows = any(one.dim() or one.is_floating_point() for one in results)
-        moved = self._moved(function, args, kwargs) if varying and has_rows else None
-        order = common_order(varying)
-        error = None
-        if isinstance(order, Lost) or isinstance(moved, Lost):
-            error = self._mixed(function, varying, moved, results)
-            order = order if isinstance(order, Lost) else moved
-        elif moved is not None:
-            order = moved if order is None else order[moved]
-            if _is_arange(order):
-                order = None
-        elif order is not None:
-            floating = [order_of(one) for one in varying if one.is_floating_point()]
-            if not all(isinstance(one, Tensor) and torch.equal(one, order) for one in floating):
-                error = mixes(f"{function.__name__} with samples in another order", "the step")
-        if order is not None and (moved is None or function in _WRITES):
-            order = None if self._keeps_rows(varying) else order
-        if order is not None or self.active:
-            self.active = True
-            for one in results:
-                constant = isinstance(order, Lost) and order.mixes and not one.requires_grad
-                if one is not order:
-                    set_order(one, None if constant else order)
-        return error
-
-    def expected(self, tensor: Tensor) -> int:
-        """Return the axis on which a rule expects the samples."""
-        return self.batch.axis(tensor.dim(), int(tensor.is_floating_point()))
-
-    def _place(self, tensor: Tensor) -> tuple[int, int] | None:
-        """Return the axis that has the samples, if there is one, and its size."""
-        axis = self.expected(tensor)
-        there = tensor.dim() > axis and tensor.shape[axis] == self.batch.size
-        if there and axis and not tensor.requires_grad and len(tensor) == tensor.shape[axis]:
-            there = False  # data with as many positions, perhaps to be transposed
-        return place_of(tensor) or ((axis, self.batch.size) if there else None)
-
-    def _axis(self, tensor: Tensor) -> int | None:
-        place = self._place(tensor)
-        return None if place is None else place[0]
-
-    def _follow_places(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        varying: Sequence[Tensor],
-        results: Sequence[Tensor],
-    ) -> None:
-        """Note on which axis the samples are, where it is another than a rule expects."""
-        placed = [one for one in varying if place_of(one)]
-        placed += [one for one in varying if self._place(one)]
-        if not placed or not self.batch.size:
+        if function in SORTS:
+            self._follow_sort(args, kwargs, outputs)
             return
-        place = self._place(placed[0])
-        assert place is not None
-        for number, result in enumerate(results):
-            if function in LOOKS and number and result.dim() == 3:
-                axis: int | None = 1  # states of layers and directions
-            else:
-                axis = self._new_axis(function, args, kwargs, placed[0], place, result)
-            if axis is not None and (axis, result.shape[axis]) != (
-                self.expected(result),
-                self.batch.size,
-            ):
-                set_place(result, (axis, result.shape[axis]))
-                self.active = True
+        if function not in MOVES:
+            self._follow_values(args, kwargs, outputs)
+            return
+        if self._is_fetched(function, args, kwargs):
+            return
+        places = MOVES[function]
+        values = [one for place in places for one in as_sequence(args[place : place + 1])]
+        tensors = [one for value in values for one in as_sequence(value) if _is_tensor(one)]
+        if not any(self.of(one) for one in tensors if self._batch.varies(one)):
+            return
+        moved = self._moved(function, places, args, kwargs)
+        for output, numbers in zip(outputs, moved or [None] * len(outputs), strict=False):
+            if _is_tensor(output):
+                self._note(output, self._compressed(numbers, output))
 
-    def _new_axis(
+    def _follow_sort(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Sequence[Any]
+    ) -> None:
+        """Note that rows are no sample's, of which each feature was sorted along the samples."""
+        rows = self.of(args[0])
+        dim = args[0].dim()
+        along = {n % dim for n in (*args[1:], kwargs.get("dim", -1)) if type(n) is int and dim}
+        if rows is not None and dim > 1 and rows.axis in along:
+            for output in outputs:
+                self._note(output, UNKNOWN)
+
+    def _moved(
         self,
         function: Callable[..., Any],
+        places: Sequence[int],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        source: Tensor,
-        place: tuple[int, int],
-        result: Tensor,
-    ) -> int | None:
-        """Return where the axis of the samples is in a result; None if it is gone."""
-        (axis, rows), size, count = place, self.batch.size, result.dim() - source.dim()
-        if function in _RESHAPES:
-            if self.batch.dim == 1:  # positions first: joined, and told apart again
-                if axis == 1 and len(result) == len(source) * size:
-                    return 0
-                if axis == 0 and rows != size and tuple(result.shape[:2]) == (rows // size, size):
-                    return 1
-            before, fits = source.shape[:axis], result.dim() > axis
-            if not fits or result.shape[:axis] != before or result.shape[axis] % size:
-                return None
-            # Of rows on the first axis, a rule takes positions for the first where it expects them.
-            as_expected = axis > 0 or self.batch.dim == 0 or source.dim() < 3
-            return axis if as_expected or len(result) == size else None
-        if function in _AXES:
-            return _AXES[function](axis, source.dim(), *args[1:], **kwargs)
-        if function is Tensor.__getitem__ and not isinstance(args[1], Tensor):
-            return _after_index(axis, source.dim(), args[1])
-        if count < 0 and function in ON_ROWS:
-            gone = self._along(function, args, kwargs, source)
-            axis = axis if len(gone) > -count else axis - sum(one < axis for one in gone)
-        elif count > 0:  # broadcast
-            axis += count
-        return axis if result.dim() > axis and result.shape[axis] == rows else None
-
-    @staticmethod
-    def _along(
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        values: Tensor,
-    ) -> set[int]:
-        """Return the axes that an operation works along."""
-        position, name, default = ON_ROWS[function]
-        given = args[position] if len(args) > position else kwargs.get(name, default)
-        given = kwargs.get("axis", given)
-        along = range(values.dim()) if given is None else listed(given)
-        return {axis % values.dim() for axis in along if isinstance(axis, int) and values.dim()}
-
-    def _mixed(
-        self,
-        function: Callable[..., Any],
-        varying: Sequence[Tensor],
-        moved: Tensor | Lost | None,
-        results: Sequence[Tensor],
-    ) -> UnsupportedError | None:
-        """Return an error if what is lost comes together with what is not, or stays by row."""
-        learned = [one for one in varying if one.requires_grad]
-        lost = [isinstance(order_of(one), Lost) for one in learned]
-        known = any(
-            not is_lost and self._axis(one) is not None
-            for is_lost, one in zip(lost, learned, strict=True)
-        )
-        stays = isinstance(moved, Lost) and moved.mixes
-        if (any(lost) and known) or (stays and any(self._axis(one) is not None for one in results)):
-            return mixes(f"{function.__name__} of samples with others", "the step")
+    ) -> Sequence[Any] | None:
+        """Return what an operation makes of the numbers of the rows, on the CPU."""
+        named = {name: _on_cpu(value) for name, value in kwargs.items()}
+        for whole in (False, True):  # as views of a row's number, or where that fails as copies
+            numbered = [
+                self._numbered_all(value, whole or function in IN_PLACE)
+                if place in places
+                else _on_cpu(value)
+                for place, value in enumerate(args)
+            ]
+            try:
+                moved = function(*numbered, **named)
+            except (RuntimeError, TypeError, IndexError):
+                continue
+            return as_sequence(numbered[0] if function is Tensor.__setitem__ else moved)
         return None
 
-    def _keeps_rows(self, varying: Sequence[Tensor]) -> bool:
-        """Return whether all are constants, and some keep their rows: theirs is what is made of it.
+    def _is_fetched(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> bool:
+        """Return whether the samples of the step are fetched by their index."""
+        index = None
+        if function is Tensor.__getitem__:
+            index = args[1]
+        elif function in (torch.index_select, Tensor.index_select):
+            index = args[2] if len(args) > 2 else kwargs.get("index")
+        if self._index is None or not isinstance(index, list | np.ndarray | Tensor):
+            return False
+        index = torch.as_tensor(index)
+        if index.dtype not in (torch.int32, torch.int64) or index.shape != self._index.shape:
+            return False
+        return torch.equal(index.cpu().long(), self._index)
+
+    def _numbered_all(self, value: Any, whole: bool) -> Any:
+        if isinstance(value, list | tuple):
+            return [self._numbered_all(one, whole) for one in value]
+        return self._numbered(value, whole) if _is_tensor(value) else value
+
+    def _numbered(self, data: Tensor, whole: bool) -> Tensor:
+        """Return the sample of each entry, of the shape of the data; -1 where there is none."""
+        rows = self.of(data) if self._batch.varies(data) else None
+        if rows is None or rows.samples is None:
+            numbers = torch.tensor(-1 if rows is None else -2)
+        else:
+            shape = [-1 if axis == rows.axis else 1 for axis in range(data.dim())]
+            numbers = rows.samples.reshape(shape)
+        numbers = numbers.expand(data.shape)
+        return numbers.clone(memory_format=torch.contiguous_format) if whole else numbers
+
+    def _compressed(self, numbers: Any, output: Tensor) -> Rows | None:
+        """Return the rows that numbers of all entries amount to."""
+        if not _is_tensor(numbers) or numbers.shape != output.shape or numbers.is_floating_point():
+            return UNKNOWN
+        expected = self._batch.axis(output.dim(), int(output.is_floating_point()))
+        strides = zip(numbers.stride(), numbers.shape, strict=True)
+        varying = [axis for axis, (stride, size) in enumerate(strides) if stride and size > 1]
+        axes = sorted(range(numbers.dim()), key=lambda axis: (axis != expected, axis))
+        for axis in axes:
+            rows = numbers.movedim(axis, 0)
+            first = rows.flatten(1)[:, :1] if numbers.dim() > 1 else numbers[:, None]
+            if not set(varying) - {axis} or bool((rows.flatten(1) == first).all()):
+                samples = first[:, 0].clone()
+                if bool((samples < -1).any()):
+                    return UNKNOWN
+                return None if bool((samples == -1).all()) else Rows(axis, samples)
+        return UNKNOWN
+
+    def _note(self, data: Tensor, rows: Rows | None) -> None:
+        if hasattr(data, "_sampimp_rows"):
+            del data._sampimp_rows
+        known = self.of(data)
+        if rows is None or (known is not None and _are_same(rows, known)):
+            return
+        data._sampimp_rows = self._token, rows  # type: ignore[attr-defined]
+        self.active = True
+
+    def _follow_values(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Sequence[Any]
+    ) -> None:
+        """Note rows that stay where they are: those of the batch, if any input has them so.
 
         As by mixup, or by turning some of the images round.
         """
-        floating = [one for one in varying if one.is_floating_point() and one.dim()]
-        return not any(one.requires_grad for one in floating) and any(
-            order_of(one) is None and self._axis(one) is not None for one in floating
-        )
-
-    def _moved(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Tensor | Lost | None:
-        """Return the index by which an operation puts the samples into another order.
-
-        None if it leaves them where they are, and that they are lost if it does anything else.
-        """
-        values = next((one for one in listed(args[0]) if isinstance(one, Tensor)), None)
-        along_samples = function in _REDUCTIONS or function in _MOVES
-        if values is None or self.batch.size < 2 or not along_samples:
-            return None
-        if function not in _WRITES and not self.batch.varies(values):
-            return None
-        axis = self._axis(values)
-        axes = set() if axis is None else {axis}
-        if isinstance(order_of(values), Tensor):  # as of states (layers, N, H)
-            axes |= {axis for axis in range(values.dim()) if values.shape[axis] == self.batch.size}
-        lost = Lost(f"{function.__name__} along the samples", function in _REDUCTIONS)
-        if (lost.mixes or function in _SORTS) and not values.requires_grad:
-            return None
-        if function in (Tensor.__getitem__, Tensor.__setitem__):
-            taken = _by_axis(values, args[1])
-        else:
-            index = args[2] if len(args) > 2 else kwargs.get("index")
-            is_index = function in (torch.index_select, Tensor.index_select)
-            along = self._along(function, args, kwargs, values)
-            taken = dict.fromkeys(along, index if is_index else None)
-        for axis in sorted(axes & taken.keys()):
-            index = taken[axis]
-            if isinstance(index, slice):
-                if index.indices(values.shape[axis]) != (0, values.shape[axis], 1):
-                    return lost
+        given = [*as_sequence(args[0]), *args[1:], *kwargs.values()]
+        inputs = [one for one in given if _is_tensor(one) and one.dim() and self._batch.varies(one)]
+        noted = [one for one in inputs if self._noted(one)]
+        if not noted or any(self.of(one) for one in inputs if not self._noted(one)):
+            return
+        rows = self.of(noted[0])
+        assert rows is not None
+        for output in outputs:
+            if not _is_tensor(output) or not output.dim():
                 continue
-            chosen = _as_index(index, values)
-            if chosen is None or function is Tensor.__setitem__ or len(chosen) != self.batch.size:
-                return lost
-            named = None if values.requires_grad else self._index
-            if named is not None and torch.equal(chosen.cpu(), named):
-                continue  # it fetches the samples of the step
-            return chosen if _is_arange(chosen.sort()[0]) else lost
-        return None
+            kept = rows.samples is not None and output.dim() == noted[0].dim()
+            fits = kept and output.shape[rows.axis] == len(noted[0].movedim(rows.axis, 0))
+            self._note(output, rows if fits else UNKNOWN)
 
 
-def listed(value: Any) -> Sequence[Any]:
-    """Return a list or tuple as it is, and anything else as the only one."""
+def moves_samples(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: Batch
+) -> bool:
+    """Return whether an operation may put samples on other rows, by values that may change.
+
+    Such a step is proved each time. Lengths decide only whether an axis can have samples.
+    """
+    if function not in BY_VALUE or batch.size < 2:
+        return False
+    values = args[0] if args else kwargs.get("input")
+    if not isinstance(values, Tensor) or not values.dim():
+        return False
+    if function in (Tensor.__getitem__, Tensor.__setitem__):
+        return _index_moves(values, args[1], batch)
+    place, default = BY_VALUE[function]
+    axis = args[place] if len(args) > place >= 0 else kwargs.get("dim", default)
+    if function in PIECES:
+        pieces = _pieces(function, values, axis, args, kwargs) if axis in (0, batch.dim) else 0
+        return pieces == batch.size
+    return not isinstance(axis, int) or _may_have_samples(values, axis, batch)
+
+
+def _pieces(function: Callable[..., Any], values: Tensor, axis: int, args: Any, kwargs: Any) -> int:
+    """Return into how many pieces of one row an axis is cut; 0 if they are larger."""
+    size = values.shape[axis] if values.dim() > axis else 0
+    number = args[1] if len(args) > 1 else next(iter(kwargs.values()), None)
+    if function in (torch.split, Tensor.split):
+        return size if number == 1 else 0
+    return size if function in WHOLE or number == size else 0
+
+
+def _may_have_samples(values: Tensor, axis: int, batch: Batch) -> bool:
+    """Return whether samples may be on an axis, by its length: features are seldom N."""
+    size = values.shape[axis]
+    is_last = axis % values.dim() == values.dim() - 1 and values.dim() > 1
+    return size == batch.size or (size % batch.size == 0 and not is_last)
+
+
+def _index_moves(values: Tensor, index: Any, batch: Batch) -> bool:
+    axis = 0
+    entries = index if isinstance(index, tuple) else (index,)
+    width = sum(one is not None and one is not ... for one in entries)
+    for entry in entries:
+        if entry is ...:
+            axis += values.dim() - width
+        elif entry is not None:
+            has_samples = axis < values.dim() and _may_have_samples(values, axis, batch)
+            if isinstance(entry, Tensor | np.ndarray | list) and has_samples:
+                chosen = torch.as_tensor(entry)
+                flat = chosen.flatten()
+                if chosen.dtype == torch.bool or chosen.numel() != max(chosen.shape, default=0):
+                    return True
+                if not torch.equal(flat.cpu(), torch.arange(len(flat))):
+                    return True
+            axis += 1
+    return False
+
+
+def _are_same(rows: Rows, others: Rows) -> bool:
+    if rows.samples is None or others.samples is None:
+        return rows.samples is others.samples
+    return rows.axis == others.axis and torch.equal(rows.samples, others.samples)
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)([_on_cpu(one) for one in value])
+    return value.cpu() if _is_tensor(value) else value
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def as_sequence(value: Any) -> Sequence[Any]:
+    """Return value if it is a list or tuple, else [value]."""
     return value if isinstance(value, list | tuple) else [value]
 
 
-def _is_arange(index: Tensor) -> bool:
-    return torch.equal(index, torch.arange(len(index), device=index.device))
-
-
-def _as_index(index: Any, values: Tensor) -> Tensor | None:
-    """Return a list or tensor of positions as int64; None if it is anything else."""
-    if not isinstance(index, list | range | Tensor | np.ndarray):
-        return None
-    index = torch.as_tensor(index, device=values.device)
-    if index.numel() == max(index.shape, default=1):  # to be broadcast against others
-        index = index.flatten()
-    whole = index.dim() == 1 and index.dtype in (torch.int32, torch.int64)
-    return index.long() if whole else None
-
-
-def _by_axis(values: Tensor, index: Any) -> dict[int, Any]:
-    """Return by axis what an index takes of it, but for axes that it takes whole.
-
-    Examples
-    --------
-    >>> _by_axis(torch.zeros(2, 3, 4), (..., 1))
-    {2: 1}
-    """
-    entries = index if isinstance(index, tuple) else (index,)
-
-    def width(entry: Any) -> int:
-        if isinstance(entry, Tensor | np.ndarray) and entry.dtype in (torch.bool, np.bool_):
-            return entry.ndim
-        return 0 if entry is None else 1
-
-    named = sum(width(entry) for entry in entries if entry is not ...)
-    taken: dict[int, Any] = {}
-    axis = 0
-    for entry in entries:
-        if entry is ...:
-            axis += values.dim() - named
-        else:
-            taken |= dict.fromkeys(range(axis, axis + width(entry)), entry)
-            axis += width(entry)
-    return taken
-
-
-def _after_index(axis: int, dim: int, index: Any) -> int | None:
-    """Return where an axis is after an index; None if it is taken, or nobody could tell.
-
-    Examples
-    --------
-    >>> _after_index(1, 3, (-1,)), _after_index(1, 3, (slice(None), None)), _after_index(0, 2, 3)
-    (0, 2, None)
-    """
-    given = index if isinstance(index, tuple) else (index,)
-    rest = dim - sum(entry is not None and entry is not ... for entry in given)
-    entries: list[Any] = []
-    for entry in given:
-        entries += [slice(None)] * rest if entry is ... else [entry]
-    at = new = 0
-    for entry in entries:
-        if entry is not None and at == axis:
-            return new if isinstance(entry, slice) else None
-        if not (entry is None or isinstance(entry, slice | int)):
-            return None
-        at += entry is not None
-        new += not isinstance(entry, int)
-    return new + axis - at
-
-
-def _permuted(axis: int, ndim: int, /, *dims: Any, **named: Any) -> int:
-    order = named.get("dims", dims[0] if dims and not isinstance(dims[0], int) else dims)
-    return [one % ndim for one in order].index(axis)
-
-
-def _swapped(axis: int, ndim: int, /, *dims: Any, **named: Any) -> int:
-    pair = [one % ndim for one in (*dims, *named.values())] or [0, ndim - 1]
-    return pair[1 - pair.index(axis)] if axis in pair else axis
-
-
-def _moved_axis(axis: int, ndim: int, /, source: Any, destination: Any) -> int:
-    marked = torch.empty([2 + (one == axis) for one in range(ndim)], device="meta")
-    return marked.movedim(source, destination).shape.index(3)
-
-
-def _inserted(axis: int, ndim: int, /, dim: int = 0, **_: Any) -> int:
-    return axis + (dim % (ndim + 1) <= axis)
-
-
-def _removed(axis: int, ndim: int, /, dim: int = 0, *_: Any, **__: Any) -> int | None:
-    return None if dim % ndim == axis else axis - (dim % ndim < axis)
-
-
-_Where = tuple[int, str, int | tuple[()] | None]
-"""The argument that names an axis or more: its position, its name, its default; None means all."""
-
-
-def _both(where: Mapping[str, _Where]) -> dict[Any, _Where]:
+def _both(names: Mapping[str, Any]) -> dict[Any, Any]:
     """Return the functions of these names, as methods too."""
-    kinds = (torch, Tensor)
     return {
-        getattr(kind, name): one
-        for name, one in where.items()
-        for kind in kinds
+        getattr(kind, name): value
+        for name, value in names.items()
+        for kind in (torch, Tensor)
         if hasattr(kind, name)
     }
 
 
-_RESHAPES = _both(
-    dict.fromkeys(
-        ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "repeat_interleave"),
-        (9, "", ()),
-    )
-)
-"""What may put samples and positions on one axis, each sample's in a row."""
+def _names(*groups: str) -> Iterator[str]:
+    for group in groups:
+        yield from group.split()
 
-_REDUCTIONS = _both(
+
+MOVES: dict[Any, tuple[int, ...]] = _both(
     {
-        **dict.fromkeys(("mean", "sum", "prod", "var", "std", "amax", "amin"), (1, "dim", None)),
-        **dict.fromkeys(("max", "min", "logsumexp", "cumsum", "cumprod"), (1, "dim", None)),
-        **dict.fromkeys(("softmax", "log_softmax"), (1, "dim", None)),
-        "norm": (2, "dim", None),
-    }
-) | {
-    functional.softmax: (1, "dim", ()),
-    functional.log_softmax: (1, "dim", ()),
-    functional.normalize: (2, "dim", 1),
-    torch.linalg.norm: (2, "dim", None),
-    torch.linalg.vector_norm: (2, "dim", None),
-}
-"""What mixes the samples, if it is along them."""
-
-_SORTS = _both({"sort": (1, "dim", -1), "topk": (2, "dim", -1)})
-"""What takes samples from their rows, unless it is of constants, as lengths are."""
-
-_WRITES = _both(
-    {
-        **dict.fromkeys(("index_copy", "index_add", "index_fill"), (1, "dim", 0)),
-        **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), (1, "dim", 0)),
-        **dict.fromkeys(("index_copy_", "index_add_", "index_fill_"), (1, "dim", 0)),
-        **dict.fromkeys(("scatter_", "scatter_add_", "scatter_reduce_"), (1, "dim", 0)),
-        **dict.fromkeys(("index_put", "index_put_"), (9, "", None)),
-        **dict.fromkeys(("masked_scatter", "masked_scatter_"), (9, "", None)),
-        "__setitem__": (9, "", 0),
+        **dict.fromkeys(
+            _names(
+                "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel",
+                "permute transpose swapaxes swapdims t movedim moveaxis adjoint",
+                "expand expand_as broadcast_to repeat repeat_interleave tile unfold",
+                "cat concat concatenate stack hstack vstack dstack column_stack row_stack",
+                "split chunk tensor_split unbind hsplit vsplit dsplit select narrow diagonal",
+                "__getitem__ index_select gather take take_along_dim masked_select",
+                "flip fliplr flipud roll rot90",
+            ),
+            (0,),
+        ),
+        "where": (1, 2),
+        "__setitem__": (0, 2),
+        **dict.fromkeys(_names("masked_scatter masked_scatter_ index_put index_put_"), (0, 2)),
+        **dict.fromkeys(_names("scatter scatter_ index_copy index_copy_"), (0, 3)),
     }
 )
-"""What may put samples on other rows."""
+"""Operations that move entries and compute none, with the positions of the values among their
+arguments."""
+for _name in ("T", "mT", "H", "mH"):
+    MOVES[getattr(Tensor, _name).__get__] = (0,)
 
-_MOVES = (
-    _SORTS
-    | _WRITES
-    | _both(
-        {
-            **dict.fromkeys(("flip", "rot90"), (1, "dims", None)),
-            "flipud": (9, "", 0),
-            **dict.fromkeys(("roll",), (2, "dims", None)),
-            "take_along_dim": (2, "dim", None),
-            **dict.fromkeys(("take", "masked_select"), (9, "", None)),
-            **dict.fromkeys(("narrow", "select", "unbind", "cat", "concat"), (1, "dim", 0)),
-            "concatenate": (1, "dim", 0),
-            **dict.fromkeys(("split", "chunk", "tensor_split"), (2, "dim", 0)),
-            **dict.fromkeys(("gather", "index_select"), (1, "dim", 0)),
-            "__getitem__": (9, "", 0),
-        }
-    )
+MOVES[torch._VF._pack_padded_sequence] = (0,)
+SORTS = set(_both(dict.fromkeys(_names("sort msort topk"), 0)))
+"""Operations that may take every feature of a row from another one."""
+IN_PLACE = {Tensor.__setitem__} | set(
+    _both(dict.fromkeys(_names("masked_scatter_ index_put_ scatter_ index_copy_"), 0))
 )
-"""What may take samples from their rows, or put them on others."""
+"""Those of them that write into their first argument."""
 
-_MAPS: dict[Callable[..., int | None], tuple[str, ...]] = {
-    _permuted: ("permute",),
-    _swapped: ("transpose", "swapaxes", "swapdims", "t"),
-    _moved_axis: ("movedim", "moveaxis"),
-    _inserted: ("unsqueeze", "stack"),
-    _removed: ("select", "unbind"),
-}
-_AXES: dict[Any, Callable[..., int | None]] = {
-    getattr(kind, name): function
-    for function, names in _MAPS.items()
-    for name in names
-    for kind in (torch, Tensor)
-    if hasattr(kind, name)
-}
-"""What puts axes elsewhere, and where."""
-for _name in ("T", "H"):
-    _AXES[getattr(Tensor, _name).__get__] = _swapped
+BY_VALUE: dict[Any, tuple[int, int | None]] = _both(
+    {
+        **dict.fromkeys(_names("gather index_select scatter scatter_"), (1, None)),
+        **dict.fromkeys(_names("scatter_add scatter_add_"), (1, None)),
+        **dict.fromkeys(_names("scatter_reduce scatter_reduce_"), (1, None)),
+        **dict.fromkeys(_names("index_add index_add_ index_copy index_copy_"), (1, None)),
+        **dict.fromkeys(_names("index_fill index_fill_ index_reduce index_reduce_"), (1, None)),
+        **dict.fromkeys(_names("sort argsort"), (1, -1)),
+        **dict.fromkeys(_names("topk kthvalue"), (2, -1)),
+        **dict.fromkeys(_names("split chunk tensor_split"), (2, 0)),
+        "unbind": (1, 0),
+        "__iter__": (-1, 0),
+        **dict.fromkeys(_names("roll take_along_dim"), (2, None)),
+        **dict.fromkeys(_names("take masked_select masked_scatter masked_scatter_"), (-1, None)),
+        **dict.fromkeys(_names("index_put index_put_ repeat_interleave"), (-1, None)),
+        **dict.fromkeys(_names("__getitem__ __setitem__"), (-1, None)),
+    }
+)
+"""Operations that move entries by values, which the signature of a step does not have.
 
-ON_ROWS: dict[Any, _Where] = {
-    **dict.fromkeys((*_AXES, *LOOKS), (9, "", ())),
-    **_RESHAPES,
-    **_REDUCTIONS,
-    **_MOVES,
-}
-"""What has to be followed always: the argument with the axes that it works along."""
+The position of the axis among their arguments (-1: none), and its default (None: any axis)."""
+WHOLE = set(_both({"unbind": 0, "__iter__": 0}))
+PIECES = WHOLE | set(_both(dict.fromkeys(_names("split chunk tensor_split"), 0)))
+"""Operations whose pieces somebody may put together in another order."""

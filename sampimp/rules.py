@@ -22,7 +22,7 @@ What has no rule goes through `generic`: exact as well, slower. Shape suffixes a
 `sampimp.factors`; S... are the axes of an image, K what is unfolded of it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,42 +39,37 @@ from sampimp.graph import Inside
 
 @dataclass(frozen=True)
 class Batch:
-    """Where the samples of a batch are in the tensors of a pass."""
+    """Where the samples of a batch are in the tensors of an operation.
+
+    For a rule, every row of one axis is a sample of its own, and `dim` is that axis; rows of the
+    same sample are joined afterwards (`Factor.joined`).
+    """
 
     size: int
     """Number of samples, N."""
     dim: int
-    """Axis of the samples where another one, of positions, is beside it: 0, or 1."""
+    """Axis of the samples. Before an operation is known: where another one, of positions, is beside
+    it, 0 or 1."""
     varies: Callable[[Tensor], bool]
     """Whether a tensor depends on the samples: parameters, buffers and what is made of them do not.
     """
-    flat: bool = False
-    """Whether samples and positions may be one axis, since they were put together before."""
 
     def axis(self, ndim: int, features: int) -> int:
-        """Return the samples' axis in a tensor whose last `features` axes hold one position."""
+        """Return where samples are expected in a tensor with `features` axes of one position."""
         return self.dim if ndim - features >= 2 else 0
 
     def first(self, values: Tensor, features: int = 1) -> Tensor:
         """Return values with the samples on the first axis: (N, ..., features).
-
-        Rows into which samples and positions were flattened are told apart again, where that is
-        known to have been done; other rows, as many as they may be, could be anybody's.
 
         Raises
         ------
         UnsupportedError
             There is no axis of N samples.
         """
-        axis = self.axis(values.dim(), features)
-        if values.dim() > max(axis, features) and values.shape[axis] == self.size:
-            return values.movedim(axis, 0)
-        flat = values.dim() > features and (self.flat or self.size == 1)
-        if flat and self.size and values.shape[0] % self.size == 0:
-            sizes = (self.size, -1) if self.dim == 0 else (-1, self.size)
-            return values.unflatten(0, sizes).movedim(self.dim, 0)
+        if values.dim() > max(self.dim, features) and values.shape[self.dim] == self.size:
+            return values.movedim(self.dim, 0)
         raise UnsupportedError(
-            expected=f"{self.size} samples on axis {axis}, one for each index of the step",
+            expected=f"{self.size} samples on axis {self.dim}, one for each index of the step",
             got=f"a tensor of shape {tuple(values.shape)}",
             where="an operation with parameters",
             todo="name as many samples as the batch has, and batch_dim=1 where positions come "
@@ -104,7 +99,7 @@ class Batch:
         tensor([[3., 3., 3., 3.],
                 [3., 3., 3., 3.]])
         """
-        axis = self.axis(values.dim(), 1)
+        axis = self.dim
         if values.dim() <= axis or values.shape[axis] != self.size:
             values, axis = self.first(values), 0
         padded = [1] * (values.dim() - len(shape)) + list(shape)
@@ -130,21 +125,33 @@ class Batch:
 
 Factors = Iterable[tuple[Tensor | None, Factor]]
 Rule = Callable[..., Factors]
+Features = int | Callable[..., int]
 
 RULES: dict[Callable[..., Any], Rule] = {}
 """The rule of each operation."""
+
+FEATURES: dict[Callable[..., Any], Features] = {}
+"""Of the operations whose rows are more than one entry: how many axes of an output are one row's.
+
+Samples may lie on any axis before these. The number, or a function of the batch, the output's
+number of axes and the arguments; where there is none, samples may lie on any axis.
+"""
 
 LOOKS: dict[Callable[..., Any], Callable[..., Inside | None]] = {}
 """Of the operations whose rule is given what is seen of them: how to look into one."""
 
 
 def layer_rule(
-    *functions: Callable[..., Any], look: Callable[..., Inside | None] | None = None
+    *functions: Callable[..., Any],
+    look: Callable[..., Inside | None] | None = None,
+    features: Features | None = None,
 ) -> Callable[[Rule], Rule]:
     """Register a rule for operations, by whatever name they are called.
 
     The rule is called as `rule(batch, delta, *args, **kwargs)`, with the arguments of the
     operation, and yields pairs of a parameter and a factor of its per-sample gradients.
+
+    `features` says which axes of an output cannot have the samples, see `FEATURES`.
 
     Where the operation hides others, `look(batch, outputs, *args, **kwargs)` is called after it and
     returns what is seen of them in autograd's graph, or None. The rule is then called as
@@ -157,17 +164,58 @@ def layer_rule(
         RULES.update(dict.fromkeys(functions, rule))
         for function in functions:
             LOOKS.pop(function, None)
+            FEATURES.pop(function, None)
             if look is not None:
                 LOOKS[function] = look
+            if features is not None:
+                FEATURES[function] = features
         return rule
 
     return register
 
 
+def feature_axes(
+    batch: Batch,
+    function: Callable[..., Any],
+    ndim: int,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> int:
+    """Return how many of the last axes of an output are those of one row."""
+    features = FEATURES.get(function, 0)
+    return features if isinstance(features, int) else features(batch, ndim, *args, **kwargs)
+
+
+def all_but_first(batch: Batch, ndim: int, *_: Any, **__: Any) -> int:
+    """Return the feature axes of what has samples on its first axis alone."""
+    return ndim - 1
+
+
+def all_but_samples(
+    batch: Batch, ndim: int, input: Tensor, weight: Tensor, *_: Any, **__: Any
+) -> int:
+    """Return the feature axes of a convolution: all, of an image without an axis of samples."""
+    return ndim - (weight.dim() == ndim)
+
+
+def _normalized(
+    batch: Batch, ndim: int, input: Tensor, normalized_shape: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return len(normalized_shape)
+
+
+def _of_product(batch: Batch, ndim: int, input: Tensor, other: Tensor) -> int:
+    return int(batch.varies(input) and not batch.varies(other))
+
+
+def _of_sum(batch: Batch, ndim: int, input: Tensor, mat1: Tensor, mat2: Tensor, **_: Any) -> int:
+    return _of_product(batch, ndim, mat1, mat2)
+
+
 # Products.
 
 
-@layer_rule(functional.linear)
+@layer_rule(functional.linear, features=1)
 def _linear(
     batch: Batch, delta: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Factors:
@@ -180,12 +228,12 @@ def _linear(
 
 
 def _product(batch: Batch, left: Tensor, right: Tensor, weight: Tensor) -> Product | Outer:
-    if left.dim() == 2 and len(left) == batch.size:
+    if left.dim() == 2 and not batch.dim:
         return Product(Explicit(left), Explicit(right))
     return Outer(batch.rows(left).unsqueeze(2), batch.rows(right).unsqueeze(2), weight.shape)
 
 
-@layer_rule(torch.addmm, Tensor.addmm)
+@layer_rule(torch.addmm, Tensor.addmm, features=_of_sum)
 def _addmm(
     batch: Batch,
     delta: Tensor,
@@ -200,7 +248,9 @@ def _addmm(
     yield from _add(batch, delta, None, input, alpha=beta)
 
 
-@layer_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+@layer_rule(
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), features=_of_product
+)
 def _matmul(batch: Batch, delta: Tensor, input: Tensor, other: Tensor) -> Factors:
     if batch.varies(other) or other.dim() != 2 or input.dim() < 2:
         yield from generic(batch, delta, input, other, function=torch.matmul)
@@ -222,7 +272,7 @@ def require_samples(batch: Batch, values: Tensor, where: str, least: int = 2) ->
 # Tables.
 
 
-@layer_rule(functional.embedding)
+@layer_rule(functional.embedding, features=1)
 def _embedding(
     batch: Batch,
     delta: Tensor,
@@ -243,7 +293,7 @@ def _embedding(
     yield weight, Rows(vectors_NTE, index_NT, weight.shape)
 
 
-@layer_rule(functional.embedding_bag)
+@layer_rule(functional.embedding_bag, features=1)
 def _embedding_bag(
     batch: Batch,
     delta: Tensor,
@@ -286,7 +336,7 @@ def _embedding_bag(
 # Normalisations: the gradient of the scale is delta times what was normalised.
 
 
-@layer_rule(functional.layer_norm)
+@layer_rule(functional.layer_norm, features=_normalized)
 def _layer_norm(
     batch: Batch,
     delta: Tensor,
@@ -300,7 +350,7 @@ def _layer_norm(
     return _scale_and_shift(batch, delta, normal, weight, bias, len(normalized_shape))
 
 
-@layer_rule(functional.rms_norm)
+@layer_rule(functional.rms_norm, features=_normalized)
 def _rms_norm(
     batch: Batch,
     delta: Tensor,
@@ -327,7 +377,7 @@ def _scale_and_shift(
         yield parameter, Explicit(values.sum(positions) if positions else values)
 
 
-@layer_rule(functional.group_norm)
+@layer_rule(functional.group_norm, features=all_but_first)
 def _group_norm(
     batch: Batch,
     delta: Tensor,
@@ -341,7 +391,7 @@ def _group_norm(
     return _by_channel(batch, delta, input, normalise, weight, bias)
 
 
-@layer_rule(functional.instance_norm)
+@layer_rule(functional.instance_norm, features=all_but_first)
 def _instance_norm(
     batch: Batch,
     delta: Tensor,
@@ -363,7 +413,7 @@ def _instance_norm(
     return _by_channel(batch, delta, input, normalise, weight, bias)
 
 
-@layer_rule(functional.batch_norm)
+@layer_rule(functional.batch_norm, features=all_but_first)
 def _batch_norm(
     batch: Batch,
     delta: Tensor,
@@ -383,7 +433,7 @@ def _batch_norm(
     return _by_channel(batch, delta, input, normalise, weight, bias)
 
 
-@layer_rule(functional.prelu, torch.prelu, Tensor.prelu)
+@layer_rule(functional.prelu, torch.prelu, Tensor.prelu, features=all_but_first)
 def _prelu(batch: Batch, delta: Tensor, input: Tensor, weight: Tensor) -> Factors:
     values = delta * input.clamp_max(0)
     values = batch.first(values, min(values.dim() - 1, 1))
@@ -518,15 +568,16 @@ def generic(
         return torch.func.vjp(function_of, *(tensors[i] for i in free))[1](delta_1)
 
     def apart(values: Tensor) -> Tensor:
-        axis = batch.axis(values.dim(), 1)
-        if values.dim() <= axis or values.shape[axis] != batch.size:
-            batch.first(values, values.dim())
+        axes = [batch.dim, *range(values.dim())]
+        axis = next((axis for axis in axes if values.shape[axis : axis + 1] == (batch.size,)), None)
+        if axis is None:
+            return batch.first(values, values.dim())  # which says what is missing
         return values.unsqueeze(axis).movedim(axis + 1, 0)
 
     name = getattr(function, "__name__", str(function))
     try:
         if name.endswith("_") and not name.endswith("__"):
-            raise RuntimeError("it changes its first argument")
+            raise RuntimeError("it changes its first argument; write h = h * gamma for h *= gamma")
         with torch.enable_grad():
             gradients = torch.func.vmap(of_one)([apart(tensors[i]) for i in varying], apart(delta))
     except (RuntimeError, ValueError) as error:

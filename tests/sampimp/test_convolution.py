@@ -70,7 +70,7 @@ def test_each_way_finds_the_norm_that_autograd_does(way, geometry):
         patch.setattr(sampimp.convolution, "ADDITION", WAYS[way])
         squares = expected.flatten(1).square().sum(1)
         torch.testing.assert_close(factor.square(), squares, rtol=1e-9, atol=1e-9)
-        reversed_squares = factor.reordered(order).square()
+        reversed_squares = factor.joined(order[:, None]).square()
         torch.testing.assert_close(reversed_squares, squares[order], rtol=1e-9, atol=1e-9)
 
 

@@ -82,7 +82,10 @@ def test_every_form_says_what_the_gradients_say(case, block, whole):
     torch.testing.assert_close(factor.gradient(slice(None)), want)
     torch.testing.assert_close(factor.gradient(slice(1, 3)), want[1:3])
     order = torch.arange(len(want)).flip(0)
-    torch.testing.assert_close(factor.reordered(order).gradient(slice(None)), want[order])
+    torch.testing.assert_close(factor.joined(order[:, None]).gradient(slice(None)), want[order])
+    pairs = torch.stack([order, torch.arange(len(want)).where(order > 0, -1)], 1)
+    joined = want[order] + want * (order > 0).reshape(-1, *[1] * (want.dim() - 1))
+    torch.testing.assert_close(factor.joined(pairs).gradient(slice(None)), joined)
     torch.testing.assert_close(factor.square(), want.square().sum((1, 2)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizers, "BLOCK_ON_CPU", block)

@@ -117,77 +117,72 @@ RIGHT = {
     "parts before the samples": lambda n, x, s: n.b(torch.stack([n.a(x)] * N).mean(0)),
     "as many positions, the last": lambda n, x, s: n.b(n.a(s[:, :N]).permute(1, 0, 2)[-1]),
     "metrics beside it": lambda n, x, s: (n(x).softmax(0), n(x) @ n(x).T, n(x))[2],
+    "two views": lambda n, x, s: n(torch.cat([x, x.flip(1)])).view(2, N, 2).transpose(0, 1),
+    "copies": lambda n, x, s: n(x.repeat(3, 1)).view(3, N, 2).transpose(0, 1),
+    "copies first": lambda n, x, s: n(x.expand(8, N, 3)).transpose(0, 1),
+    "positions first": lambda n, x, s: n(s.transpose(0, 1)).transpose(0, 1),
+    "positions first, as many": lambda n, x, s: n(s[:, :N].transpose(0, 1)).transpose(0, 1),
+    "positions first on one axis": lambda n, x, s: (
+        n(s.transpose(0, 1).reshape(-1, 3)).view(T, N, 2).transpose(0, 1)
+    ),
+    "some positions": lambda n, x, s: (
+        torch.zeros(N).double().index_add(0, MASK.nonzero()[:, 0], n(s[MASK]).square().sum(1))
+    ),
+    "one after the other": lambda n, x, s: torch.stack(
+        [n(s[i, :count]).square().sum() for i, count in enumerate((4, 8, 4, 8))]
+    ),
+    "turned round and back": lambda n, x, s: n.b(n.a(x.flip(0)).flip(0)),
+    "rolled and back": lambda n, x, s: n.b(n.a(x.roll(1, 0)).roll(-1, 0)),
+    "written in another order": lambda n, x, s: written(n, x),
 }
-LOST = "samples that stay on their rows"
-MIXED = "which mixes them"
-ROWS = "4 samples on axis 0"
+# The sample of each row of the loss, where the data were put into another order in the block.
+MOVED = {
+    "halves exchanged": (lambda n, x, s: n(torch.cat([x[2:], x[:2]])), [2, 3, 0, 1]),
+    "copied in another order": (
+        lambda n, x, s: n.b(torch.zeros(N, 4).double().index_copy(0, ORDER, n.a(x))),
+        BACK.tolist(),
+    ),
+    "gathered": (
+        lambda n, x, s: n(x.gather(0, ORDER[:, None].expand(N, 3))),
+        ORDER.tolist(),
+    ),
+    "flat positions shuffled": (
+        lambda n, x, s: n(s.reshape(N * T, 3)[torch.arange(N * T).flip(0)]).view(N, T, 2),
+        [3, 2, 1, 0],
+    ),
+    "turned round": (lambda n, x, s: n(x.flip(0)), [3, 2, 1, 0]),
+    "in another order before a part": (lambda n, x, s: n.b(n.a(x)[ORDER]), ORDER.tolist()),
+}
+LOST = "rows of data of which it is not known"
+MIXED = "several samples depend"
+COUPLED = "mixes the outputs of several samples"
 REFUSED = {
-    "two views": (
-        lambda n, x, s: n(torch.cat([x, x.flip(1)])).view(2, N, 2).transpose(0, 1),
-        LOST,
-    ),
-    "copies": (lambda n, x, s: n(x.repeat(3, 1)).view(3, N, 2).transpose(0, 1), ROWS),
-    "copies first": (lambda n, x, s: n(x.expand(8, N, 3)).transpose(0, 1), ROWS),
-    "positions first": (lambda n, x, s: n(s.transpose(0, 1)).transpose(0, 1), ROWS),
-    "positions first on one axis": (
-        lambda n, x, s: n(s.transpose(0, 1).reshape(-1, 3)).view(T, N, 2).transpose(0, 1),
-        ROWS,
-    ),
-    "some positions": (
-        lambda n, x, s: (
-            torch.zeros(N).double().index_add(0, MASK.nonzero()[:, 0], n(s[MASK]).square().sum(1))
-        ),
-        LOST,
-    ),
-    "one after the other": (
-        lambda n, x, s: torch.stack(
-            [n(s[i, :count]).square().sum() for i, count in enumerate((4, 8, 4, 8))]
-        ),
-        LOST,
-    ),
     "nodes of graphs": (
         lambda n, x, s: n.b(
             torch.zeros(N, 4).double().index_add(0, GROUPS, n.a(s[:, :2].reshape(8, 3)))
         ),
         LOST,
     ),
-    "places that are no buffer": (lambda n, x, s: n(s + n.place(PLACES)), r"\(8,\)"),
-    "turned round": (lambda n, x, s: n.b(n.a(x.flip(0)).flip(0)), LOST),
-    "rolled": (lambda n, x, s: n.b(n.a(x.roll(1, 0)).roll(-1, 0)), LOST),
-    "halves exchanged": (lambda n, x, s: n(torch.cat([x[2:], x[:2]])), LOST),
-    "written in another order": (lambda n, x, s: written(n, x), LOST),
-    "copied in another order": (
-        lambda n, x, s: n.b(torch.zeros(N, 4).double().index_copy(0, ORDER, n.a(x))),
-        LOST,
-    ),
-    "gathered": (lambda n, x, s: n(x.gather(0, ORDER[:, None].expand(N, 3))), LOST),
-    "one twice": (lambda n, x, s: n.b(n.a(x)[torch.tensor([0, 0, 1, 2])]), LOST),
-    "flat positions shuffled": (
-        lambda n, x, s: n(s.reshape(N * T, 3)[torch.arange(N * T).flip(0)]).view(N, T, 2),
-        LOST,
-    ),
-    "mixed within": (lambda n, x, s: n.b(0.7 * (h := n.a(x)) + 0.3 * h.flip(0)), LOST),
-    "mixed at the end": (lambda n, x, s: (h := n(x)) + h[ORDER], MIXED),
+    "sorted by feature": (lambda n, x, s: n(x.sort(0)[0]), LOST),
+    "places that are no buffer": (lambda n, x, s: n(s + n.place(PLACES)), "register_buffer"),
+    "one twice": (lambda n, x, s: n.b(n.a(x)[torch.tensor([0, 0, 1, 2])]), MIXED),
+    "mixed within": (lambda n, x, s: n.b(0.7 * (h := n.a(x)) + 0.3 * h.flip(0)), MIXED),
+    "mixed at the end": (lambda n, x, s: (h := n(x)) + h[ORDER], COUPLED),
     "centred": (lambda n, x, s: (h := n.a(x)) - h.mean(0), MIXED),
-    "normalised along the samples": (lambda n, x, s: functional.normalize(n(x), dim=0), MIXED),
-    "positions first, as many": (
-        lambda n, x, s: n(s[:, :N].transpose(0, 1)).transpose(0, 1),
-        "samples on axis 1",
-    ),
-    "weighted along transposed samples": (lambda n, x, s: n(x).T.softmax(-1).T, MIXED),
-    "weighted along the samples": (lambda n, x, s: n(x).softmax(0), MIXED),
-    "products of rows": (lambda n, x, s: torch.einsum("id,jd->ij", n(x), n(x)), "contrastive"),
-    "... by linear": (lambda n, x, s: functional.linear(n(x), n(x)), "contrastive"),
+    "normalised along the samples": (lambda n, x, s: functional.normalize(n(x), dim=0), COUPLED),
+    "weighted along transposed samples": (lambda n, x, s: n(x).T.softmax(-1).T, COUPLED),
+    "weighted along the samples": (lambda n, x, s: n(x).softmax(0), COUPLED),
+    "products of rows": (lambda n, x, s: torch.einsum("id,jd->ij", n(x), n(x)), COUPLED),
+    "... by linear": (lambda n, x, s: functional.linear(n(x), n(x)), COUPLED),
     "a weight that is half constant": (
         lambda n, x, s: n.b(functional.linear(x, n.a.weight * HALF)),
-        "a constant that is no buffer",
+        "register_buffer",
     ),
     "a weight that is written elsewhere": (
         lambda n, x, s: n(functional.linear(functional.linear(x, n.square), rewritten(n.square))),
         "the sum of the samples'",
     ),
 }
-EMPTY = torch.zeros(N, 4).double()
 HALF = torch.rand(4, 3).round().double()
 
 
@@ -207,20 +202,32 @@ def record(net, function):
     return dict(zip(recorder.layers, found, strict=True))
 
 
-@pytest.mark.parametrize("case", RIGHT)
-def test_what_is_followed_is_each_samples_own(case):
-    net = Net()
+def expected(net, function):
     named = dict(net.named_parameters())
-    expected = {}
-    for i, loss in enumerate(sums(RIGHT[case](net, *inputs()))):
+    want = {}
+    for i, loss in enumerate(sums(function(net, *inputs()))):
         gradients = torch.autograd.grad(
             loss / N, list(named.values()), retain_graph=True, allow_unused=True
         )
         for name, gradient in zip(named, gradients, strict=True):
-            layer = expected.setdefault(name.rpartition(".")[0] or "model", torch.zeros(N).double())
+            layer = want.setdefault(name.rpartition(".")[0] or "model", torch.zeros(N).double())
             layer[i] += 0 if gradient is None else 0.01 * gradient.square().sum()
-    for layer, beta in record(net, RIGHT[case]).items():
-        torch.testing.assert_close(beta, expected[layer], rtol=1e-9, atol=1e-15)
+    return want
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_what_is_followed_is_each_samples_own(case):
+    want = expected(Net(), RIGHT[case])
+    for layer, beta in record(Net(), RIGHT[case]).items():
+        torch.testing.assert_close(beta, want[layer], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_data_in_another_order_say_whose_the_rows_of_the_loss_are(case):
+    function, samples = MOVED[case]
+    want = expected(Net(), function)
+    for layer, beta in record(Net(), function).items():
+        torch.testing.assert_close(beta[samples], want[layer], rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("case", REFUSED)

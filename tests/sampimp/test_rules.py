@@ -191,7 +191,8 @@ def test_a_layer_of_which_nothing_is_seen_is_gone_back_through(nothing_seen, nam
 )
 def test_what_has_to_be_seen_and_is_not_is_an_error(nothing_seen, model, words):
     model, inputs = model.double(), torch.randn(5, N, 4)
-    recorder = ImportanceRecorder(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(model, optimizer, batch_dim=1)
     with pytest.raises(UnsupportedError, match=words), recorder.step(range(N), epoch=1):
         model(inputs)[0].square().sum().backward()
 
@@ -363,19 +364,30 @@ def test_any_shape_size_and_reduction(cases, data):
 # What is refused.
 
 
+def times_in_place(s, x):
+    h = s.l(x)
+    h *= s.a
+    return h
+
+
 @pytest.mark.parametrize(
     ("model", "inputs", "words"),
     [
         (nn.EmbeddingBag(6, 4, mode="max"), networks.tokens(N, 2), 'mode "max"'),
         (nn.Embedding(6, 4, scale_grad_by_freq=True), networks.tokens(N, 2), "by_freq"),
         (nn.Conv1d(4, 3, 1), torch.randn(N + 1, 4, 5).double(), f"{N} samples"),
-        (nn.GRU(4, 3, batch_first=True), torch.randn(5, N, 4).double(), f"{N} sequences"),
+        (nn.GRU(4, 3, batch_first=True), torch.randn(5, N, 4).double(), f"{N} samples"),
         (
             networks.Calls(
                 lambda s, x: s.l(x).mul_(s.a), l=nn.Linear(4, 4), a=networks.parameter(4)
             ),
             torch.randn(N, 4).double(),
-            "mul_: it changes its first argument",
+            r"mul_(.|\n)*write h = h \* gamma",
+        ),
+        (
+            networks.Calls(times_in_place, l=nn.Linear(4, 4), a=networks.parameter(4)),
+            torch.randn(N, 4).double(),
+            r"mul_(.|\n)*write h = h \* gamma",
         ),
     ],
 )

@@ -1,0 +1,452 @@
+"""Prove, before a backward pass, which sample each row of each use of parameters belongs to.
+
+    find a cut between the loss and the uses       (`sampimp.ownership`)
+    for each pattern of signs of the samples:
+        go back from the loss with those signs at the cut, to the uses' outputs and no further
+    each row was left or negated, and spells its sample by that; or it is of several samples: refuse
+    what is above the cut is a sum over samples, by its second derivative: or refuse
+    rows whose sample the data say (`sampimp.rows`) say which sample each row of the loss is
+
+Nothing is left behind: gradients, buffers and random states are as before, and the graph too.
+
+Map: `Use` (a forward call with parameters), `Proved` (what a proof finds), `Proof`.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from sampimp.errors import UnsupportedError
+from sampimp.graph import Inside
+from sampimp.ownership import (
+    MIXED,
+    OUTSIDE,
+    ZERO,
+    Cut,
+    Graph,
+    Layout,
+    Signs,
+    along,
+    couples,
+    layouts_of,
+    sequence_owners,
+    side_effects_undone,
+    sign_patterns,
+)
+from sampimp.recurrent import packed_sequences
+from sampimp.rows import Rows
+from sampimp.rules import LOOKS, Batch
+
+RUNNING: set[int] = set()
+"""Numbers of the backward passes of proofs that are run, which are no pass of any recorder."""
+
+SUM, COUPLED, UNCHECKED = (
+    "sum over samples",
+    "coupled: its derivative at each sample's outputs is taken as a constant",
+    "not checked: it has no second derivative",
+)
+"""What a loss is, as far as that is known."""
+
+
+@dataclass(eq=False)
+class Use:
+    """A forward call with a parameter, or a tensor made of parameters, among its arguments."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    roots: frozenset[int]
+    """Which parameters of the model."""
+    shapes: Sequence[tuple[int, ...]]
+    """Of the watched outputs."""
+    features: int
+    """How many of the last axes of an output are one row's."""
+    data: Rows | None
+    """Which samples its data are; None where it has activations, or that is not known."""
+    number: int
+    """Of the pass."""
+    position: int
+    """Among the uses of the pass."""
+    exempt: bool = False
+    """Whether it has no importance, being below a BatchNorm in training mode."""
+    seen: Inside | tuple[Tensor, int] | None = None
+    """Where the rule asks for it: what is inside; else the output, detached (with its hook it would
+    be a cycle), and its version."""
+    done: bool = False
+    """Whether its gradient has come."""
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """Shape of the axes on which samples may be; of a recurrent layer, the sequences' alone."""
+        if self.function in LOOKS:
+            return self.shapes[-1][-2:-1]
+        return self.shapes[0][: len(self.shapes[0]) - self.features]
+
+    def axes(self, batch: Batch) -> list[int]:
+        """Return those axes, the one on which samples are expected first."""
+        axes = range(len(self.rows_shape))
+        expected = batch.axis(len(self.shapes[0]), 1)
+        return sorted(axes, key=lambda axis: (axis != expected, axis))
+
+
+@dataclass
+class Proved:
+    """What the proofs of steps with one sequence of operations found."""
+
+    layouts: list[Layout | None]
+    """Of the uses; None where no gradient has come."""
+    order: Tensor | None
+    """Sample of each row of the loss, (N,), where that is not the batch's order."""
+    complete: bool
+    """Whether it holds for later steps: each use had a gradient, and lists are not needed."""
+    loss: str
+    """`SUM`, `COUPLED` or `UNCHECKED`."""
+    count: int = 1
+    """How many steps were proved."""
+
+
+class Proof:
+    """The proof of one backward pass.
+
+    Parameters
+    ----------
+    uses
+        Of the pass, in the order of their calls.
+    edges
+        Of each use, the nodes of its watched outputs and the numbers of these among theirs.
+    outputs
+        Outputs of the model on which the samples' axis is known.
+    batch, model
+        As for the capture.
+    where
+        Returns the layer of a use, for messages.
+    coupled_loss
+        As for the capture.
+    """
+
+    def __init__(
+        self,
+        uses: Sequence[Use],
+        edges: Sequence[Sequence[tuple[Node, int]]],
+        outputs: Mapping[tuple[Node, int], Layout],
+        batch: Batch,
+        model: nn.Module,
+        where: Callable[[Use], str],
+        coupled_loss: str,
+    ) -> None:
+        self._uses, self._edges, self._outputs = uses, edges, outputs
+        self._batch, self._model, self._where = batch, model, where
+        self._coupled_loss = coupled_loss
+        self._signs: list[list[Signs]] = []
+        self._pass: int | None = None
+
+    def see(self, use: Use, gradients: Sequence[Tensor | None]) -> None:
+        """Take the gradients of a use's outputs in the pass that is run."""
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            if self._pass is not None:
+                for signs, gradient in zip(self._signs[use.position], gradients, strict=True):
+                    signs.see(gradient, self._pass)
+
+    def run(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Proved:
+        """Return whose the rows are.
+
+        Parameters
+        ----------
+        roots, gradients
+            The tensors on which `backward` is called, with the gradients that it is given.
+
+        Raises
+        ------
+        UnsupportedError
+            Samples are mixed; or it cannot be told which rows are theirs.
+        """
+        nodes = {node for edges in self._edges for node, _ in edges}
+        starts = [(root.grad_fn, root.output_nr) if root.grad_fn else None for root in roots]
+        graph = Graph(starts, nodes)
+        reached = [edges[0][0] in graph.leads for edges in self._edges]
+        if not any(reached):
+            return Proved([None] * len(self._uses), None, True, SUM)
+        refused: UnsupportedError | None = None
+        for cut in self._cuts(graph, nodes):
+            try:
+                return self._prove(graph, cut, reached, roots, gradients)
+            except UnsupportedError as error:
+                refused = refused or error
+        raise refused or self._no_samples()
+
+    def _cuts(self, graph: Graph, nodes: set[Node]) -> Iterator[Cut]:
+        """Yield cuts: at the model's outputs, or where the samples' axis is met first."""
+        if self._outputs:
+            cut = graph.cut(lambda node, number: self._outputs.get((node, number)))
+            if cut.edges and not cut.above & (nodes | graph.below(cut)):
+                yield cut
+        for kind in ("outer", "inner"):
+            stop = self._stop(nodes, kind)
+            cut = graph.cut(stop)
+            if cut.edges:
+                yield cut
+            if all(edge.layout.kind == "plain" for edge in cut.edges):
+                return
+
+    def _stop(self, nodes: set[Node], kind: str) -> Callable[[Node, int], Layout | None]:
+        """Return the layout of an edge with an axis of N, or of a use whose rows are joined."""
+        size = self._batch.size
+
+        def stop(node: Node, number: int) -> Layout | None:
+            shape = tuple(node._input_metadata[number].shape)
+            plain = Layout(self._batch.axis(len(shape), 1), "plain")
+            if plain.fits(shape, size):
+                return plain
+            joined = Layout(0, kind)
+            return joined if node in nodes and shape and joined.fits(shape, size) else None
+
+        return stop
+
+    def _prove(
+        self,
+        graph: Graph,
+        cut: Cut,
+        reached: Sequence[bool],
+        roots: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> Proved:
+        self._go_back(graph, cut, roots, gradients)
+        layouts = [
+            self._layout(use) if is_reached else None
+            for use, is_reached in zip(self._uses, reached, strict=True)
+        ]
+        order = self._order_of_loss(layouts, cut)
+        loss = SUM
+        if self._coupled_loss == "refuse":
+            with _noted(roots):
+                found = couples(cut, roots, gradients, self._batch.size)
+            if found:
+                raise UnsupportedError(
+                    expected="a loss that is a sum over samples, each with outputs of its own",
+                    got="one that mixes the outputs of several samples, so that they have no "
+                    "parts of it",
+                    where="the loss",
+                    todo="train on a sum or mean of the samples' losses; or say that the loss's "
+                    'derivative at the outputs is meant as a constant: coupled_loss="constant"',
+                )
+            if found is None:
+                loss = UNCHECKED
+                warnings.warn(
+                    "this loss has no second derivative, so it was not checked that it is a sum "
+                    "over samples",
+                    stacklevel=2,
+                )
+        else:
+            loss = COUPLED
+        complete = order is None and all(
+            not is_reached or use.exempt or (layout is not None and layout.kind != "listed")
+            for use, layout, is_reached in zip(self._uses, layouts, reached, strict=True)
+        )
+        return Proved(layouts, order, complete, loss)
+
+    def _go_back(
+        self,
+        graph: Graph,
+        cut: Cut,
+        roots: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        """Run the passes, each with other signs."""
+        self._signs = [
+            [Signs(shape, len(shape) - use.features) for shape in use.shapes] for use in self._uses
+        ]
+        # Of uses below others no hook is called, if their gradient is where a pass ends.
+        lowest = [
+            (signs, GradientEdge(node, number))
+            for of_use, edges in zip(self._signs, self._edges, strict=True)
+            for signs, (node, number) in zip(of_use, edges, strict=True)
+            if node in graph.lowest
+        ]
+        starts = [
+            torch.ones_like(root) if gradient is None else gradient
+            for root, gradient in zip(roots, gradients, strict=True)
+        ]
+        with side_effects_undone(self._model) as undo, _noted(roots):
+            for number, sign_N in enumerate(sign_patterns(self._batch.size)):
+                self._pass = number
+                with cut.signs(sign_N):
+                    try:
+                        found = torch.autograd.grad(
+                            list(roots),
+                            [edge for _, edge in lowest],
+                            list(cut.root_gradients(starts, sign_N)),
+                            retain_graph=True,
+                            allow_unused=True,
+                        )
+                    except RuntimeError as error:
+                        raise self._not_repeated(error) from error
+                for (signs, _), gradient in zip(lowest, found, strict=True):
+                    signs.see(gradient, number)
+                undo()
+        self._pass = None
+
+    def _layout(self, use: Use) -> Layout | None:
+        """Return how samples lie in a use; None where its gradient is zero or does not count."""
+        size = self._batch.size
+        owners = [signs.owners(size) for signs in self._signs[use.position]]
+        if not use.rows_shape:
+            raise self._misplaced(use)
+        if use.exempt:
+            rows: Tensor | None = torch.full(use.rows_shape, ZERO)
+        elif any(bool((one == MIXED).any()) for one in owners):
+            raise self._mixed(use)
+        elif any(bool((one == OUTSIDE).any()) for one in owners):
+            raise self._no_samples(use)
+        elif use.function in LOOKS:
+            packed = packed_sequences(use.args, use.kwargs)
+            rows = sequence_owners(owners, use.rows_shape[0], packed)
+        else:
+            rows = owners[0]
+        if rows is None:
+            raise self._misplaced(use)
+        if not use.exempt and bool((rows == ZERO).all()):
+            return None
+        data = use.data
+        found = list(layouts_of(rows, use.axes(self._batch), size))
+        if use.exempt:
+            return found[0] if found else None
+        if data is not None and use.function not in LOOKS:
+            found = [layout for layout in found if layout.axis == data.axis]
+        if not found:
+            raise self._misplaced(use)
+        return found[0]
+
+    def _order_of_loss(self, layouts: Sequence[Layout | None], cut: Cut) -> Tensor | None:
+        """Return the sample of each row of the loss, as the data say; None in the batch's order."""
+        size = self._batch.size
+        order = torch.full((size,), ZERO)
+        known = False
+        for use, layout in zip(self._uses, layouts, strict=True):
+            if use.data is None or layout is None or use.exempt:
+                continue
+            if use.data.samples is None:
+                raise self._lost(use)
+            owners = self._row_owners(use, layout)
+            samples = use.data.samples[: len(owners)]
+            if len(samples) != len(owners):
+                continue
+            seen = (owners >= 0) & (samples >= 0)
+            owners, samples = owners[seen], samples[seen]
+            before = order[owners]
+            if bool(((before != ZERO) & (before != samples)).any()):
+                raise self._lost(use)
+            order[owners] = samples
+            if bool((order[owners] != samples).any()):
+                raise self._lost(use)  # a row of the loss that is of several samples of the data
+            known = True
+        if not known:
+            if any(edge.layout.kind != "plain" for edge in cut.edges):
+                raise self._no_samples()
+            return None
+        plain = torch.arange(size)
+        if bool(((order == plain) | (order == ZERO)).all()):
+            return None
+        if len(order.unique()) != size or int(order.min()) < 0:
+            raise self._lost(next(use for use in self._uses if use.data is not None))
+        return order
+
+    def _row_owners(self, use: Use, layout: Layout) -> Tensor:
+        """Return the owner of each row on a layout's axis, ZERO where there is no gradient."""
+        owners = [signs.owners(self._batch.size) for signs in self._signs[use.position]]
+        if use.function in LOOKS:
+            packed = packed_sequences(use.args, use.kwargs)
+            rows = sequence_owners(owners, use.rows_shape[0], packed)
+        else:
+            rows = along(owners[0], layout.axis)
+        assert rows is not None  # a layout was found
+        return rows
+
+    # Messages.
+
+    def _mixed(self, use: Use) -> UnsupportedError:
+        todo = "leave out what mixes them, as a mean over the batch, or attention between samples"
+        if use.data is not None or all(map(_is_data, use.args)):
+            todo += "; make a buffer (register_buffer) of a tensor that depends on no sample"
+        return UnsupportedError(
+            expected="operations that treat each sample of a batch on its own",
+            got=f"an output of {_name(use)} on each row of which several samples depend: something "
+            "between it and the loss mixes them",
+            where=self._where(use),
+            todo=todo,
+        )
+
+    def _misplaced(self, use: Use) -> UnsupportedError:
+        size, axis = self._batch.size, use.axes(self._batch)[:1]
+        return UnsupportedError(
+            expected=f"{size} samples on axis {axis[0] if axis else 0}, one for each index of the "
+            "step, or joined with positions",
+            got=f"an output of {_name(use)} of shape {use.shapes[0]}, with its samples elsewhere",
+            where=self._where(use),
+            todo="put them there; batch_dim=1 says that positions come before samples",
+        )
+
+    def _no_samples(self, use: Use | None = None) -> UnsupportedError:
+        size, axis = self._batch.size, self._batch.dim
+        use = use or self._uses[-1]
+        return UnsupportedError(
+            expected=f"{size} samples on axis {axis} of the model's output or of what the loss is "
+            "made of, one for each index of the step",
+            got=f"none between the loss and a layer whose output has shape {use.shapes[0]}",
+            where=self._where(use),
+            todo="name as many samples as the batch has, and batch_dim=1 where positions come "
+            "before samples; let the loss be of all samples",
+        )
+
+    def _lost(self, use: Use) -> UnsupportedError:
+        return UnsupportedError(
+            expected="data in the order of the step's index, or put into another order inside by "
+            "whole rows",
+            got="rows of data of which it is not known whose they are",
+            where=self._where(use),
+            todo="put the batch into its order outside the block",
+        )
+
+    def _not_repeated(self, error: RuntimeError) -> UnsupportedError:
+        return UnsupportedError(
+            expected="a backward pass that can be run several times",
+            got=str(error).strip().splitlines()[0],
+            where="the step",
+            todo="leave out what forbids it, as checkpoint(use_reentrant=True)",
+        )
+
+
+def is_running() -> bool:
+    """Return whether the backward pass that calls this is one of a proof."""
+    return bool(RUNNING) and torch._C._current_graph_task_id() in RUNNING
+
+
+@contextmanager
+def _noted(roots: Sequence[Tensor]) -> Iterator[None]:
+    """Note the numbers of the backward passes that begin at these tensors."""
+    numbers: set[int] = set()
+
+    def note(_: Any) -> None:
+        numbers.add(torch._C._current_graph_task_id())
+        RUNNING.update(numbers)
+
+    handles = [root.grad_fn.register_prehook(note) for root in roots if root.grad_fn is not None]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        RUNNING.difference_update(numbers)
+
+
+def _is_data(value: Any) -> bool:
+    return not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf
+
+
+def _name(use: Use) -> str:
+    return getattr(use.function, "__name__", str(use.function))

@@ -1,0 +1,349 @@
+"""Which sample a row belongs to: proved, or refused; never another sample's, nor several's."""
+
+import importlib.util
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from sampimp.capture import ImportanceRecorder
+from sampimp.errors import UnsupportedError
+
+_spec = importlib.util.spec_from_file_location("oracles", Path(__file__).with_name("oracles.py"))
+oracles = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(oracles)
+
+N, T, D = 6, 5, 4
+
+
+@pytest.fixture(autouse=True)
+def double_on_one_thread():
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+class Net(nn.Module):
+    """An inner and an outer layer, and whatever a case does between them."""
+
+    def __init__(self, between, last=None):
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b = nn.Linear(D, D), nn.Linear(D, 2)
+        self.gamma = nn.Parameter(torch.randn(D))
+        self.between, self.last = between, last or (lambda z: z)
+
+    def forward(self, x):
+        return self.last(self.b(self.between(self.a(x).tanh())))
+
+
+def data(*shape):
+    torch.manual_seed(2)
+    return torch.randn(*shape)
+
+
+def square(z):
+    return z.square().flatten(1).sum(1)
+
+
+def record(net, loss, x, size=N, **options):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(net, optimizer, **options)
+    with recorder.step(range(size), epoch=1):
+        loss(net(x)).backward()
+        optimizer.step()
+    return dict(zip(recorder.layers, recorder.pop_epoch(1, size), strict=True))
+
+
+def expected(net, losses, optimizer=None):
+    """Return importance by the gradient of each sample's loss, from the definition."""
+    optimizer = optimizer or torch.optim.SGD(net.parameters(), lr=0.1)
+    gradients = oracles.gradients_by_loss(net, losses)
+    return oracles.importance_by_update(net, optimizer, gradients)
+
+
+def assert_same(got, want):
+    for layer, beta in got.items():
+        torch.testing.assert_close(beta, want[layer], rtol=1e-9, atol=1e-15)
+
+
+def centred_pairs(h):
+    """Differences of all pairs by broadcasting, each sample's against the others'."""
+    return (h[:, None] - h[None]).abs().mean(1)
+
+
+def dispatched(h):
+    """Tokens dispatched to as many slots as there are samples."""
+    weights = torch.softmax(h @ torch.ones(D, N), 0)
+    return torch.einsum("ne,ed->nd", weights, torch.einsum("ne,nd->ed", weights, h))
+
+
+def squared_distance(h):
+    return h * functional.mse_loss(h, torch.zeros_like(h))
+
+
+def attention(h):
+    return functional.scaled_dot_product_attention(h[None], h[None], h[None])[0]
+
+
+def batch_rows_replaced(h):
+    h = h.clone()
+    h[0] = h[1:].mean(0)
+    return h
+
+
+MIXING = {
+    "mean": lambda h: h - h.mean(0),
+    "mean of all": lambda h: h - h.mean(),
+    "var_mean": lambda h: h - torch.var_mean(h, 0)[1],
+    "std_mean": lambda h: h / (1 + torch.std_mean(h, 0)[0]),
+    "nanmean": lambda h: h + h.nanmean(0),
+    "nansum": lambda h: h + torch.nansum(h, 0),
+    "aminmax": lambda h: h - torch.aminmax(h, dim=0)[0],
+    "quantile": lambda h: h - torch.quantile(h, 0.3, dim=0),
+    "median": lambda h: h - h.median(0)[0],
+    "kthvalue": lambda h: h - h.kthvalue(2, 0)[0],
+    "cummax": lambda h: h + h.cummax(0)[0],
+    "logcumsumexp": lambda h: torch.logcumsumexp(h, 0),
+    "cumsum": lambda h: h.cumsum(0),
+    "softmin": lambda h: functional.softmin(h, 0),
+    "softmax": lambda h: h.softmax(0),
+    "normalize": lambda h: functional.normalize(h, dim=0),
+    "renorm": lambda h: h / h.norm(),
+    "einsum of one": lambda h: h + torch.einsum("nd->d", h),
+    "einsum of two": lambda h: h + torch.einsum("nd,me->de", h, h)[0],
+    "index_add": lambda h: h.index_add(0, torch.arange(N).roll(1), h),
+    "a distance as a factor": squared_distance,
+    "pooling": lambda h: functional.avg_pool1d(h.T[None], 3, 1, 1)[0].T,
+    "max pooling": lambda h: functional.max_pool1d(h.T[None], 3, 1, 1)[0].T,
+    "a Fourier transform": lambda h: torch.fft.fft(h, dim=0).real,
+    "layer_norm over samples": lambda h: functional.layer_norm(h.T, (N,)).T,
+    "batch_norm without a module": lambda h: functional.batch_norm(h, None, None, training=True),
+    "a convolution over samples": lambda h: (
+        functional.conv1d(h.T[None], torch.ones(D, D, 3), padding=1)[0].T
+    ),
+    "pairs": centred_pairs,
+    "cdist": lambda h: torch.cdist(h, h)[:, :D],
+    "a matrix of samples": lambda h: (h @ h.T).softmax(1) @ h,
+    "bmm": lambda h: torch.bmm(h[None] @ h.T[None], h[None])[0],
+    "tensordot": lambda h: torch.tensordot(h @ h.T, h, 1),
+    "sparse": lambda h: torch.sparse.mm(torch.ones(N, N).to_sparse(), h),
+    "attention": attention,
+    "slots": dispatched,
+    "differences": lambda h: torch.cat([h[:1], h.diff(dim=0)]),
+    "a neighbour": lambda h: h + h.roll(1, 0),
+    "upside down": lambda h: h + h.flip(0),
+    "a row that is replaced": batch_rows_replaced,
+    "interpolation": lambda h: functional.interpolate(h.T[None], N + 2)[0].T[:N],
+    "a covariance": lambda h: h @ torch.cov(h.T),
+    "a determinant": lambda h: h * torch.linalg.det(h.T @ h),
+    "a solve": lambda h: torch.linalg.solve(h.T @ h + torch.eye(D), h.T).T,
+    "a shape that joins others": lambda h: h.T.reshape(N, D) + functional.pad(h, (0, 0, 1, 0))[:N],
+    "unfold": lambda h: functional.pad(h, (0, 0, 2, 0)).unfold(0, 3, 1).mean(-1),
+    "one sample's": lambda h: h * h[0],
+    "a scalar of the batch": lambda h: h * h.sum().tanh(),
+}
+
+
+MIXES = r"several samples( depend|, so)|which mixes them"
+
+
+@pytest.mark.parametrize("case", MIXING)
+def test_what_mixes_samples_before_the_last_layer_is_refused(case):
+    net = Net(MIXING[case])
+    before = [parameter.clone() for parameter in net.parameters()]
+    with pytest.raises(UnsupportedError, match=MIXES):
+        record(net, lambda z: square(z).mean(), data(N, D))
+    assert all(map(torch.equal, before, net.parameters()))
+
+
+@pytest.mark.parametrize("case", MIXING)
+def test_what_mixes_samples_behind_the_last_layer_is_refused(case):
+    net = Net(lambda h: h)
+    net.b = nn.Linear(D, D)
+    net.last = MIXING[case]
+    with pytest.raises(UnsupportedError, match=MIXES):
+        record(net, lambda z: square(z).mean(), data(N, D))
+
+
+COUPLED = {
+    "root of the mean squared error": lambda z: square(z).mean().sqrt(),
+    "logarithm of a mean": lambda z: square(z).mean().log(),
+    "variance penalty": lambda z: square(z).mean() + square(z).var(),
+    "Dice over the batch": lambda z: 1 - 2 * z.sigmoid()[:, 0].sum() / (1 + z.sigmoid().sum()),
+    "focal factor of the mean": lambda z: (1 - (-square(z).mean()).exp()) ** 2 * square(z).mean(),
+    "contrastive": lambda z: functional.cross_entropy(z @ z.T, torch.arange(N)),
+    "contrastive, both ways": lambda z: (
+        functional.cross_entropy(z @ z.T, torch.arange(N))
+        + functional.cross_entropy((z @ z.T).T, torch.arange(N))
+    ),
+    "pairs": lambda z: (square(z[::2]) * square(z[1::2])).sum(),
+    "logsumexp": lambda z: square(z).logsumexp(0),
+}
+
+
+@pytest.mark.parametrize("case", COUPLED)
+def test_a_loss_that_is_no_sum_over_samples_is_refused(case):
+    with pytest.raises(UnsupportedError, match="a loss that is a sum over samples"):
+        record(Net(lambda h: h), COUPLED[case], data(N, D))
+
+
+@pytest.mark.parametrize("case", COUPLED)
+def test_its_outer_derivative_may_be_meant_as_a_constant(case):
+    net, x = Net(lambda h: h), data(N, D)
+    z = net(x)
+    (delta,) = torch.autograd.grad(COUPLED[case](z), z, retain_graph=True)
+    want = expected(net, (z * delta).sum(1))
+    assert_same(record(net, COUPLED[case], x, coupled_loss="constant"), want)
+
+
+def labels():
+    return torch.arange(N) % 2
+
+
+SUMS = {
+    "cross-entropy": lambda z: functional.cross_entropy(z, labels(), reduction="none") / N,
+    "... of weighted classes": lambda z: (
+        functional.cross_entropy(z, labels(), torch.tensor([1.0, 3.0]), reduction="none")
+        / (4 * N / 2)
+    ),
+    "... smoothed": lambda z: (
+        functional.cross_entropy(z, labels(), label_smoothing=0.1, reduction="none") / N
+    ),
+    "absolute": lambda z: z.abs().sum(1),
+    "squared": lambda z: square(z),
+    "hinge": lambda z: functional.multi_margin_loss(z, labels(), reduction="none") / N,
+    "Huber": lambda z: functional.huber_loss(z, torch.zeros_like(z), reduction="none").sum(1),
+    "weights of the batch that are detached": lambda z: square(z) / square(z).detach().mean(),
+    "weights by sample": lambda z: square(z) * torch.linspace(0, 1, N),
+    "sorted": lambda z: square(z) * (1 + torch.arange(N)),
+}
+
+
+@pytest.mark.parametrize("case", SUMS)
+def test_a_loss_that_is_a_sum_over_samples_is_exact(case):
+    net, x = Net(lambda h: h), data(N, D)
+    want = expected(net, SUMS[case](net(x)))
+    assert_same(record(net, lambda z: SUMS[case](z).sum(), x), want)
+
+
+def from_middle(h):
+    """Return samples in an order that is made of values, and back."""
+    order = h.detach()[:, 0].argsort()
+    return h[order].tanh()[order.argsort()]
+
+
+def one_by_one(h):
+    return torch.stack([row.tanh() for row in h.unbind(0)])
+
+
+def masked(h):
+    chosen = h.detach()[:, 0] > 0
+    return torch.zeros_like(h).masked_scatter(chosen[:, None], h[chosen] * 2) + h
+
+
+UNMIXED = {
+    "plain": lambda h: h,
+    "detached statistics": lambda h: (h - h.detach().mean(0)) / h.detach().std(0),
+    "detached attention": lambda h: h * (h.detach() @ h.detach().T).softmax(1)[:, :1],
+    "an order and back": from_middle,
+    "one by one": one_by_one,
+    "some by a mask": masked,
+    "a permutation matrix and back": lambda h: (
+        torch.eye(N).roll(1, 0).T @ (torch.eye(N).roll(1, 0) @ h)
+    ),
+    "split and joined": lambda h: torch.cat([h[:2].tanh(), h[2:].exp()]),
+    "transposed": lambda h: (h.T * 2).T.contiguous(),
+    "a sum of nothing": lambda h: h + 0 * h.detach().sum(),
+}
+
+
+@pytest.mark.parametrize("case", UNMIXED)
+def test_what_mixes_no_samples_is_exact(case):
+    net, x = Net(UNMIXED[case]), data(N, D)
+    want = expected(net, square(net(x)) / N)
+    assert_same(record(net, lambda z: square(z).mean(), x), want)
+
+
+# Layers whose rows are samples and positions.
+
+
+class Folded(nn.Module):
+    """A layer on rows of samples and positions, joined in one of two ways."""
+
+    def __init__(self, layer, inner):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer, self.out, self.inner = layer, nn.Linear(3, 2), inner
+
+    def forward(self, x):  # (N, T, ...)
+        own = x.transpose(0, 1) if self.inner else x
+        rows = self.layer(own.flatten(0, 1))
+        rows = rows[0] if isinstance(rows, tuple) else rows
+        rows = rows.flatten(2).mean(2) if rows.dim() > 2 and rows.shape[1] == 3 else rows
+        rows = rows.mean(1) if rows.dim() > 2 else rows
+        found = rows.unflatten(0, own.shape[:2])
+        return self.out((found.transpose(0, 1) if self.inner else found).tanh())
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bilinear = nn.Bilinear(4, 4, 3)
+
+    def forward(self, x):
+        return self.bilinear(x, x.exp())
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x)[0]).mean(1)
+
+
+FOLDED = {
+    "linear": (lambda: nn.Linear(4, 3), (4,)),
+    "convolution": (lambda: nn.Conv1d(2, 3, 3), (2, 5)),
+    "convolution of images": (lambda: nn.Conv2d(2, 3, 3), (2, 5, 5)),
+    "transposed convolution": (lambda: nn.ConvTranspose1d(2, 3, 3), (2, 5)),
+    "GroupNorm": (lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.Conv1d(4, 3, 1)), (4, 5)),
+    "RNN": (lambda: nn.RNN(4, 3, batch_first=True), (5, 4)),
+    "LSTM": (lambda: nn.LSTM(4, 3, batch_first=True), (5, 4)),
+    "GRU": (lambda: nn.GRU(4, 3, 2, batch_first=True), (5, 4)),
+    "attention": (Attention, (5, 4)),
+    "Bilinear": (Pair, (4,)),
+    "a table": (lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)), (4,)),
+}
+
+
+OPTIMIZERS = {
+    "SGD": partial(torch.optim.SGD, lr=0.1),
+    "AdamW": partial(torch.optim.AdamW, lr=0.1, eps=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("count", [2, N])
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("case", FOLDED)
+def test_samples_and_positions_on_one_axis_are_exact(case, inner, count, optimizer):
+    make, shape = FOLDED[case]
+    net, x = Folded(make(), inner), data(N, count, *shape)
+    made = OPTIMIZERS[optimizer](net.parameters())
+    want = expected(net, square(net(x)) / N, made)
+    recorder = ImportanceRecorder(net, made)
+    with recorder.step(range(N), epoch=1):
+        square(net(x)).mean().backward()
+        made.step()
+    for beta, layer in zip(recorder.pop_epoch(1, N), recorder.layers, strict=True):
+        torch.testing.assert_close(beta, want[layer], rtol=1e-9, atol=1e-15)
