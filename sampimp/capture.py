@@ -15,7 +15,7 @@ parameters).
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -472,19 +472,19 @@ class Capture(TorchFunctionMode):
         if not isinstance(output, Tensor | tuple | list):
             if function is Tensor.__setitem__ and self._varies(args[2]):
                 setattr(args[0], self._tag, None)
-                self._notice(function, args, kwargs, args[:1])
+                self._notice(function, args, kwargs, args[:1], args[0].requires_grad)
             return output
-        roots, varies = _NOTHING, False
+        roots, varying = _NOTHING, []
         for tensor in _tensors(args, kwargs):
             own = self._roots(tensor)
             if own is None:
-                varies = True
+                varying.append(tensor)
             elif own:
                 roots |= own
             if id(tensor) in self._rows:
                 self._called.setdefault(self._owners[self._rows[id(tensor)]])
-        if varies or (function in _EXPANSIONS and roots and self._expands(args, output)):
-            output = self._meet(function, args, kwargs, output, roots)
+        if varying or (function in _EXPANSIONS and roots and self._expands(args, output)):
+            output = self._meet(function, args, kwargs, output, roots, varying)
         elif function not in _MAKES_DATA or (
             self._batch.size and np.shape(output)[:1] != (self._batch.size,)
         ):
@@ -513,16 +513,17 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, Any],
         output: Any,
         roots: frozenset[int],
+        varying: Sequence[Tensor],
     ) -> Any:
         """Note an operation on samples, which may have parameters, and return its output."""
         if getattr(output, self._tag, None) is not None:  # changed in place
             setattr(output, self._tag, None)
         outputs = (output,) if isinstance(output, Tensor) else output
-        self._notice(function, args, kwargs, outputs)
+        hooked = [one for one in outputs if isinstance(one, Tensor) and one.requires_grad]
+        self._notice(function, args, kwargs, outputs, bool(hooked))
         if function is functional.batch_norm and _argument(args, kwargs, 5, "training", False):
             self._meet_batch_norm(roots)
             return output
-        hooked = [one for one in outputs if isinstance(one, Tensor) and one.requires_grad]
         if not roots or not hooked:
             return output
         if output is hooked[0] and output.dim() == 0 and RULES.get(function) in SUMS:
@@ -533,7 +534,7 @@ class Capture(TorchFunctionMode):
         if self._compares and hooked[0].is_floating_point():
             self._precision = max(self._precision, torch.finfo(hooked[0].dtype).eps)
         self._moves |= self._moves_above
-        use = self._use(function, args, kwargs, roots, hooked)
+        use = self._use(function, args, kwargs, roots, varying, hooked)
         self._uses.append(use)
         if RULES.get(function) in SUMS:  # of which autograd keeps no values either
             use.args = tuple(None if self._varies(one) else one for one in args)
@@ -609,10 +610,12 @@ class Capture(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         outputs: Sequence[Any],
+        has_gradient: bool,
     ) -> None:
         """Note what an operation on samples may do to their rows."""
-        self._signature = hash((self._signature, function, *_settings(args), *_settings(kwargs)))
-        if any(isinstance(one, Tensor) and one.requires_grad for one in outputs):
+        settings = _settings(args), _settings(kwargs.values()) if kwargs else ()
+        self._signature = hash((self._signature, function, settings))
+        if has_gradient:
             if moves_samples(function, args, kwargs, self._batch):
                 # What comes after the model's outputs moves no sample that a parameter meets.
                 self._moves_above = True
@@ -623,7 +626,7 @@ class Capture(TorchFunctionMode):
     def _note_outputs(self, _model: nn.Module, _args: Any, outputs: Any) -> None:
         """Note which outputs of the model have the samples' axis."""
         with torch._C.DisableTorchFunction():
-            for output in tree_leaves(outputs):
+            for output in [outputs] if isinstance(outputs, Tensor) else tree_leaves(outputs):
                 if isinstance(output, Tensor) and output.grad_fn is not None:
                     layout = Layout(self._batch.axis(output.dim(), 1), "plain")
                     if layout.fits(output.shape, self._batch.size) and self._varies(output):
@@ -635,12 +638,13 @@ class Capture(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         roots: frozenset[int],
+        varying: Sequence[Tensor],
         hooked: Sequence[Tensor],
     ) -> Use:
         """Return a use of parameters, with what its data say of the samples' order."""
-        inputs = [one for one in _tensors(args, kwargs) if self._varies(one)]
-        is_data = inputs and all(not one.requires_grad or one.is_leaf for one in inputs)
-        data = self._data.of(inputs[0]) if is_data and function in RULES else None
+        data = None
+        if function in RULES and varying and all(map(_is_data, varying)):
+            data = self._data.of(varying[0])
         if data is not None and not data.is_ordered(self._batch.size):
             self._moves = True
         return Use(
@@ -1072,20 +1076,25 @@ def _some_of(gradient: Tensor) -> Tensor:
     return gradient.flatten()[::step].clone()
 
 
-def _settings(values: Any) -> Iterator[Any]:
-    """Yield what arguments say of an operation but its tensors: axes and choices, not lengths."""
-    for value in values.values() if isinstance(values, Mapping) else values:
+def _is_data(tensor: Tensor) -> bool:
+    return not tensor.requires_grad or tensor.is_leaf
+
+
+def _settings(values: Iterable[Any]) -> tuple[Any, ...]:
+    """Return what arguments say of an operation but its tensors: axes and choices, not lengths."""
+    found: list[Any] = []
+    for value in values:
         if isinstance(value, Tensor):
-            yield value.dim()
+            found.append(value.ndim)
         elif isinstance(value, int):
-            yield value if -_AXIS < value < _AXIS else None
+            found.append(value if -_AXIS < value < _AXIS else None)
         elif isinstance(value, str):
-            yield value
+            found.append(value)
         elif isinstance(value, list | tuple):
-            yield len(value)
-            yield from _settings(value)
+            found.append(_settings(value))
         elif isinstance(value, slice):
-            yield from _settings((value.start, value.stop, value.step))
+            found.append(_settings((value.start, value.stop, value.step)))
+    return tuple(found)
 
 
 _AXIS = 9

@@ -28,8 +28,13 @@ class Rows:
     samples: Tensor | None
     """(R,), positions in the batch, -1 for no sample; None where that is not known any more."""
 
+    is_plain: bool = False
+    """Whether it is known that row n is that of sample n."""
+
     def is_ordered(self, size: int) -> bool:
         """Return whether the samples are in the batch's order, perhaps joined with positions."""
+        if self.is_plain:
+            return True
         if self.samples is None or not size or len(self.samples) % size:
             return False
         rows = torch.arange(len(self.samples))
@@ -61,6 +66,7 @@ class DataRows:
         self._batch, self._index = batch, index
         self._token = object()  # of its notes: data may be met again in another pass
         self.active = False
+        self._plain: dict[int, Rows] = {}  # by axis
 
     def of(self, data: Tensor) -> Rows | None:
         """Return what is known of a tensor's rows; None if it has no axis of samples."""
@@ -72,7 +78,9 @@ class DataRows:
             return None
         if axis and len(data) == data.shape[axis]:
             return None  # as many positions as samples, perhaps to be transposed
-        return Rows(axis, torch.arange(self._batch.size))
+        if axis not in self._plain:
+            self._plain[axis] = Rows(axis, torch.arange(self._batch.size), is_plain=True)
+        return self._plain[axis]
 
     def _noted(self, data: Tensor) -> Rows | None:
         """Return a note of this pass."""
