@@ -41,6 +41,7 @@ from sampimp.proof import COUPLED, SUM, UNCHECKED, Proof, Proved, Use, is_runnin
 from sampimp.rows import MOVES, SORTS, DataRows, as_sequence, moves_samples
 from sampimp.rules import LOOKS, RULES, SUMS, Batch, feature_axes, generic
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
+from sampimp.tape import Tape
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -263,8 +264,8 @@ class Capture(TorchFunctionMode):
             finally:
                 handle.remove()
                 self._gradients = {}
-                for kept in (self._edges, self._outputs, self._uses):  # which keep the graph
-                    kept.clear()
+                for kept in (self._edges, self._outputs, self._uses, self._tape):
+                    kept.clear()  # what keeps the graph
                 for _, inside in self._waiting:  # of a pass that came to no end
                     inside.close()
                 self.resume()
@@ -312,6 +313,7 @@ class Capture(TorchFunctionMode):
         self._uses: list[Use] = []
         self._edges: list[list[tuple[Node, int]]] = []  # of the watched outputs of each use
         self._outputs: dict[tuple[Node, int], Layout] = {}  # of the model, on the samples' axis
+        self._tape = Tape()
         self._signature = 0  # of the operations so far
         self._moves = self._moves_above = False  # whether samples may have other rows each time
         self._layouts: list[Layout | None] | None = None  # of the uses
@@ -473,6 +475,7 @@ class Capture(TorchFunctionMode):
             if function is Tensor.__setitem__ and self._varies(args[2]):
                 setattr(args[0], self._tag, None)
                 self._notice(function, args, kwargs, args[:1], args[0].requires_grad)
+                self._tape.add(function, args, kwargs, args[0])
             return output
         roots, varying = _NOTHING, []
         for tensor in _tensors(args, kwargs):
@@ -485,6 +488,7 @@ class Capture(TorchFunctionMode):
                 self._called.setdefault(self._owners[self._rows[id(tensor)]])
         if varying or (function in _EXPANSIONS and roots and self._expands(args, output)):
             output = self._meet(function, args, kwargs, output, roots, varying)
+            self._tape.add(function, args, kwargs, output)
         elif function not in _MAKES_DATA or (
             self._batch.size and np.shape(output)[:1] != (self._batch.size,)
         ):
@@ -534,6 +538,7 @@ class Capture(TorchFunctionMode):
         if self._compares and hooked[0].is_floating_point():
             self._precision = max(self._precision, torch.finfo(hooked[0].dtype).eps)
         self._moves |= self._moves_above
+        self._tape.clear()  # these outputs are no loss's alone
         use = self._use(function, args, kwargs, roots, varying, hooked)
         self._uses.append(use)
         if RULES.get(function) in SUMS:  # of which autograd keeps no values either
@@ -631,6 +636,8 @@ class Capture(TorchFunctionMode):
                     layout = Layout(self._batch.axis(output.dim(), 1), "plain")
                     if layout.fits(output.shape, self._batch.size) and self._varies(output):
                         self._outputs[output.grad_fn, output.output_nr] = layout
+                        if self._compares:
+                            self._tape.outputs[id(output)] = output, layout
 
     def _use(
         self,
@@ -740,6 +747,7 @@ class Capture(TorchFunctionMode):
             self._batch,
             self._model,
             lambda use: self._place(min(use.roots)),
+            self._tape,
             self._coupled_loss,
         )
         try:

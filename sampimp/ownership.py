@@ -407,7 +407,7 @@ def couples(
         for sign_N in sign_patterns(size)[1:]:
             chosen_N = (1 - sign_N) / 2
             part = sum(
-                (first * direction * _rows(chosen_N, layout, first)).sum()
+                (first * direction * rows_of(chosen_N, layout, first)).sum()
                 for first, direction, (_, _, layout) in zip(firsts, directions, edges, strict=True)
                 if first is not None and direction is not None
             )
@@ -418,7 +418,7 @@ def couples(
                 if second is None:
                     continue
                 largest = second.abs().max()
-                others = (second * _rows(1 - chosen_N, layout, second)).abs().max()
+                others = (second * rows_of(1 - chosen_N, layout, second)).abs().max()
                 if bool(others > 4 * torch.finfo(second.dtype).eps * largest):
                     return True
     except RuntimeError:
@@ -426,7 +426,8 @@ def couples(
     return False
 
 
-def _rows(values_N: Tensor, layout: Layout, like: Tensor) -> Tensor:
+def rows_of(values_N: Tensor, layout: Layout, like: Tensor) -> Tensor:
+    """Return each row's value, of its sample, to be broadcast to a tensor."""
     values_R = values_N[layout.samples(like.shape[layout.axis], len(values_N))]
     return on_axis(values_R, layout.axis, like.dim()).to(like)
 

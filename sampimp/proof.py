@@ -42,6 +42,7 @@ from sampimp.ownership import (
 from sampimp.recurrent import packed_sequences
 from sampimp.rows import Rows
 from sampimp.rules import LOOKS, Batch
+from sampimp.tape import Tape
 
 RUNNING: set[int] = set()
 """Numbers of the backward passes of proofs that are run, which are no pass of any recorder."""
@@ -52,6 +53,10 @@ SUM, COUPLED, UNCHECKED = (
     "not checked: it has no second derivative",
 )
 """What a loss is, as far as that is known."""
+
+
+class CoupledLossError(UnsupportedError):
+    """A loss that is no sum over samples."""
 
 
 @dataclass(eq=False)
@@ -126,6 +131,8 @@ class Proof:
         As for the capture.
     where
         Returns the layer of a use, for messages.
+    tape
+        The operations of the loss.
     coupled_loss
         As for the capture.
     """
@@ -138,11 +145,12 @@ class Proof:
         batch: Batch,
         model: nn.Module,
         where: Callable[[Use], str],
+        tape: Tape,
         coupled_loss: str,
     ) -> None:
         self._uses, self._edges, self._outputs = uses, edges, outputs
         self._batch, self._model, self._where = batch, model, where
-        self._coupled_loss = coupled_loss
+        self._tape, self._coupled_loss = tape, coupled_loss
         self._signs: list[list[Signs]] = []
         self._pass: int | None = None
 
@@ -176,6 +184,8 @@ class Proof:
         for cut in self._cuts(graph, nodes):
             try:
                 return self._prove(graph, cut, reached, roots, gradients)
+            except CoupledLossError:
+                raise  # another cut, nearer to the loss, could but hide it
             except UnsupportedError as error:
                 refused = refused or error
         raise refused or self._no_samples()
@@ -224,10 +234,15 @@ class Proof:
         order = self._order_of_loss(layouts, cut)
         loss = SUM
         if self._coupled_loss == "refuse":
-            with _noted(roots):
+            with side_effects_undone(self._model), _noted(roots):
                 found = couples(cut, roots, gradients, self._batch.size)
+                # Where the cut is the model's outputs, the loss may be known as a function of them.
+                at_outputs = all((edge.node, edge.number) in self._outputs for edge in cut.edges)
+                if found is not True and at_outputs:
+                    by_change = self._tape.couples(roots, gradients, self._batch.size)
+                    found = found if by_change is None else by_change
             if found:
-                raise UnsupportedError(
+                raise CoupledLossError(
                     expected="a loss that is a sum over samples, each with outputs of its own",
                     got="one that mixes the outputs of several samples, so that they have no "
                     "parts of it",

@@ -347,3 +347,57 @@ def test_samples_and_positions_on_one_axis_are_exact(case, inner, count, optimiz
         made.step()
     for beta, layer in zip(recorder.pop_epoch(1, N), recorder.layers, strict=True):
         torch.testing.assert_close(beta, want[layer], rtol=1e-9, atol=1e-15)
+
+
+# Couplings that are piecewise linear, which have no second derivative.
+
+
+def hinge_on_pairs(z):
+    scores = z[:, 0]
+    return (1 - (scores[:, None] - scores[None])).relu().mean()
+
+
+def set_values(z):
+    losses = torch.zeros(N)
+    losses[:] = square(z)
+    return losses.topk(2)[0].mean()
+
+
+PIECEWISE = {
+    "hinge on differences of scores": hinge_on_pairs,
+    "the mean of the largest": lambda z: square(z).topk(3)[0].mean(),
+    "the median": lambda z: square(z).median(),
+    "the largest": lambda z: square(z).max(),
+    "ranks as weights": lambda z: (square(z).sort()[0] * torch.arange(N)).sum(),
+    "margin ranking": lambda z: functional.margin_ranking_loss(
+        z[:3, 0], z[3:, 0], torch.ones(3), margin=0.5
+    ),
+    "triplets": lambda z: functional.triplet_margin_loss(z, z.roll(1, 0), z.roll(2, 0)),
+    "a bound on the mean": lambda z: z.abs().mean().clamp(max=2 * float(z.detach().abs().mean())),
+    "written into a tensor": set_values,
+}
+
+
+@pytest.mark.parametrize("case", PIECEWISE)
+def test_a_loss_that_couples_samples_piecewise_is_refused(case):
+    net, x = Net(lambda h: h), data(N, D)
+    with pytest.raises(UnsupportedError, match="a loss that is a sum over samples"):
+        record(net, PIECEWISE[case], x)
+
+
+PLAIN_LOSSES = {
+    "in place": lambda z: z.mul_(2).square().sum(),
+    "a hinge": lambda z: (1 - z).relu().sum(),
+    "the largest of classes": lambda z: (z.max(1)[0] - z[:, 0]).sum(),
+    "sorted": lambda z: square(z).sort()[0].sqrt().sum(),
+    "a factor by a value": lambda z: square(z).sum() * float(z.detach().norm()),
+    "a factor that is detached": lambda z: square(z).sum() * z.detach().mean(),
+    "with dropout": lambda z: functional.dropout(square(z), 0.5).sum(),
+    "written into a tensor": lambda z: torch.zeros(N).add_(square(z)).sum(),
+    "a dictionary": lambda z: {"loss": square(z)}["loss"].sum(),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN_LOSSES)
+def test_a_loss_that_is_known_as_a_function_is_not_refused(case):
+    record(Net(lambda h: h), PLAIN_LOSSES[case], data(N, D))
