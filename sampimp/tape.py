@@ -9,6 +9,7 @@ Map: `Tape` (operations, and how to carry them out again), `Tape.couples` (the c
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,12 +17,11 @@ from torch import Tensor
 
 from sampimp.ownership import Layout, rows_of, sign_patterns
 
-CHANGE = 2.0
-"""By how much outputs are changed, in their standard deviations; arbitrary, and large enough that
-other samples become the largest, or the next."""
+CHANGES = (0.5, 2.0, 8.0)
+"""By how much outputs are changed, in their standard deviations, one after the other.
 
-ROUNDS = 3
-"""How often each half of the samples is changed; arbitrary. One round missed a median of 6."""
+Arbitrary; so that other samples become the largest, or the next, and that bounds are passed.
+"""
 
 
 class Tape:
@@ -59,12 +59,12 @@ class Tape:
             return None
         generator = torch.Generator().manual_seed(0)
         signs = [sign for pattern in sign_patterns(size)[1:] for sign in (pattern, -pattern)]
-        for sign_N in signs * ROUNDS:
+        for size_of_change, sign_N in product(CHANGES, signs):
             changed_N = (1 - sign_N) / 2
             changes = {}
             for key, (output, layout) in self.outputs.items():
                 noise = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-                spread = CHANGE * (output.detach().std(correction=0) + 1e-3)
+                spread = size_of_change * (output.detach().std(correction=0) + 1e-3)
                 changes[key] = noise.to(output) * spread * rows_of(changed_N, layout, output)
             found = self._derivatives(roots, gradients, changes)
             if found is None:
