@@ -15,6 +15,7 @@ parameters).
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import Node
 from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -351,7 +353,7 @@ class Capture(TorchFunctionMode):
                     todo="clip by norm, not by value, and change no gradient between backward() "
                     "and optimizer.step()",
                 )
-            if (row not in self._used or row in self._hidden) and bool(gradient.any()):
+            if (row not in self._used or row in self._hidden) and bool(_dense(gradient).any()):
                 raise UnsupportedError(
                     expected="operations that PyTorch calls by name",
                     got="a gradient, and an operation that made it and cannot be seen",
@@ -381,7 +383,7 @@ class Capture(TorchFunctionMode):
     def overflowed(self) -> bool:
         """Return whether a gradient of this step is not finite."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        return not all(bool(torch.isfinite(_dense(gradient)).all()) for gradient in gradients)
 
     @torch.no_grad()
     def finish(self, derivatives: Mapping[int, Derivative]) -> None:
@@ -423,6 +425,16 @@ class Capture(TorchFunctionMode):
             self.undefined_layers.add(int(self._layer_of_row[row]))
         self._kept, self._read = [], []
         self._finished = count, rates
+
+    def leave_out(self, moved: Sequence[Tensor]) -> set[int]:
+        """Take it that parameters have no importance in the step; return their layers."""
+        _, rates = self._finished
+        rows = {self._rows[id(parameter)] for parameter in moved if id(parameter) in self._rows}
+        layers = {int(self._layer_of_row[row]) for row in rows}
+        for row in rows:
+            rates[row] = torch.nan
+        self.undefined_layers |= layers
+        return layers
 
     def accept(self) -> None:
         """Keep what `finish` took in."""
@@ -994,7 +1006,7 @@ class Capture(TorchFunctionMode):
             elif id(gradient) in self._gradients:
                 stale, got = not self._is_known(row, gradient), "one that was changed in between"
             else:
-                stale, got = bool(gradient.any()), "a gradient from elsewhere"
+                stale, got = bool(_dense(gradient).any()), "a gradient from elsewhere"
             if stale:
                 raise UnsupportedError(
                     expected="gradients that are empty before the step's first backward pass, and "
@@ -1081,7 +1093,11 @@ _SEEN = (
 def _some_of(gradient: Tensor) -> Tensor:
     """Return some entries of a gradient, to be compared; all of a small one."""
     step = gradient.numel() // _COMPARED | 1  # odd, so that it goes through all columns
-    return gradient.flatten()[::step].clone()
+    return _dense(gradient).flatten()[::step].clone()
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.layout == torch.sparse_coo else gradient
 
 
 def _is_data(tensor: Tensor) -> bool:
@@ -1278,6 +1294,7 @@ class ImportanceRecorder:
         self._indices: list[Tensor] = []  # of the steps of this epoch since the last flush
         self._parts: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by epoch: indices and beta
         self._largest_batch = 0
+        self._left_out: set[int] = set()  # layers that another optimizer moves
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -1356,9 +1373,18 @@ class ImportanceRecorder:
         if is_first:
             self._flush()
             self._epoch = epoch
+        moved_by: dict[str, list[Tensor]] = {}  # another optimizer, by its class
+
+        def after_any_update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if optimizer is not self.optimizer:
+                moved = [p for group in optimizer.param_groups for p in group["params"]]
+                moved = [p for p in moved if p.grad is not None]
+                moved_by.setdefault(type(optimizer).__name__, []).extend(moved)
+
         handles = (
             self.optimizer.register_step_pre_hook(before_step),
             self.optimizer.register_step_post_hook(after_update),
+            register_optimizer_step_post_hook(after_any_update),
         )
         sizes = [len(one) for one in passes]
         try:
@@ -1382,9 +1408,24 @@ class ImportanceRecorder:
                 where=f"epoch {epoch}",
                 todo="put exactly one update into the block",
             )
+        for kind, moved in moved_by.items():
+            self._leave_out(kind, moved)
         self._capture.accept()
         self._indices.append(index_N)
         self._largest_batch = max(self._largest_batch, len(index_N))
+
+    def _leave_out(self, kind: str, moved: Sequence[Tensor]) -> None:
+        """Record NaN for layers that another optimizer moved in a step, and warn of it once."""
+        layers = sorted(self._capture.leave_out(moved) - self._left_out)
+        self._left_out.update(layers)
+        if layers:
+            names = ", ".join(self._capture.layers[layer] for layer in layers)
+            warnings.warn(
+                f"{kind} moves {names} as well, which the recorder of "
+                f"{type(self.optimizer).__name__} does not see: their importance is NaN; make a "
+                "recorder for each optimizer, or take its step outside the block",
+                stacklevel=4,
+            )
 
     def pop_epoch(self, epoch: int, sample_count: int) -> Tensor:
         """Return an epoch's importance on the CPU and forget it.
@@ -1404,6 +1445,8 @@ class ImportanceRecorder:
         self._flush()
         summed = self._summed(self._parts[epoch], sample_count)
         del self._parts[epoch]
+        if epoch == self._epoch:
+            self._epoch = None  # what comes is checked as an epoch's first step is
         return summed[self._capture.forward_order]
 
     def _flush(self) -> None:
@@ -1438,15 +1481,14 @@ class ImportanceRecorder:
         self._flush()
         epochs = sorted(self._parts)
         if sample_count is None:
-            largest = [int(index.max()) for epoch in epochs for index, _ in self._parts[epoch]]
-            sample_count = 1 + max(largest, default=-1)
+            sample_count = self._count_samples(epochs)
         order = self._capture.forward_order
         values = [
             self._summed(self._parts[epoch], sample_count)[order].float().numpy()
             for epoch in epochs
         ]
         variable = VARIABLES["importance"]
-        rates = sorted({group["lr"] for group in self.optimizer.param_groups})
+        rates = sorted({float(group["lr"]) for group in self.optimizer.param_groups})
         return xr.Dataset(
             {
                 "importance": (
@@ -1458,7 +1500,7 @@ class ImportanceRecorder:
                         "learning_rate": rates[0] if len(rates) == 1 else rates,
                         "batch_size": self._largest_batch,
                         "loss_reduction": self.loss_reduction,
-                        "weight_decay": self.optimizer.param_groups[0]["weight_decay"],
+                        "weight_decay": float(self.optimizer.param_groups[0]["weight_decay"]),
                         "optimizer": type(self.optimizer).__name__,
                         "loss": self._capture.loss,
                         "not_finite_epochs": self._not_finite(epochs),
@@ -1473,6 +1515,21 @@ class ImportanceRecorder:
             },
             attrs={"schema_version": SCHEMA_VERSION, "sampimp_version": __version__},
         )
+
+    def _count_samples(self, epochs: Sequence[int]) -> int:
+        """Return the largest index plus one; raise ConfigError where that is no index at all."""
+        parts = [index for epoch in epochs for index, _ in self._parts[epoch]]
+        largest = max((int(index.max()) for index in parts if len(index)), default=-1)
+        used = len(torch.cat(parts).unique()) if parts else 0
+        if largest > 10**6 + 1000 * used:  # arbitrary: sparser than any data set
+            raise ConfigError(
+                expected="positions in the training set, so that the largest is about their number",
+                got=f"{used} samples, with indices up to {largest}",
+                where="ImportanceRecorder.to_dataset",
+                todo="number the samples from 0, as by numpy.unique(names, return_inverse=True), "
+                "or pass sample_count",
+            )
+        return largest + 1
 
     def _not_finite(self, epochs: Sequence[int]) -> list[int]:
         """Return the epochs in which a loss or a gradient was infinite or NaN."""
@@ -1502,7 +1559,15 @@ class ImportanceRecorder:
 
 def check_index(index: Index) -> Tensor:
     """Return sample indices as an int64 tensor on the CPU, or raise ConfigError."""
-    given = torch.as_tensor(index)
+    try:
+        given = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            expected="whole numbers, the positions of the batch's samples in the training set",
+            got=str(error).splitlines()[0],
+            where="ImportanceRecorder.step",
+            todo="number the samples, as by enumerate(names), and keep the names beside the result",
+        ) from error
     whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
     if given.numel() and not whole:
         raise ConfigError(

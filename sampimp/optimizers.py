@@ -262,7 +262,8 @@ class UpdateDerivative:
     ------
     UnsupportedError
         On construction and in `before`: the class has no rule, `differentiable` is set, a parameter
-        is complex or its gradient sparse, or a GradScaler works inside a fused step. In `after`:
+        is complex, its gradient sparse where D differs between elements, or a GradScaler works
+        inside a fused step. In `after`:
         the gradients are not those of `before`.
 
     References
@@ -347,6 +348,14 @@ class UpdateDerivative:
 
     def _find_rule(self) -> DerivativeRule:
         kind = type(self.optimizer)
+        inner = getattr(self.optimizer, "optimizer", None)
+        if isinstance(inner, torch.optim.Optimizer):
+            raise UnsupportedError(
+                expected="the optimizer that makes the update",
+                got=f"{kind.__module__}.{kind.__qualname__}, around {type(inner).__name__}",
+                where="the optimizer given to the recorder",
+                todo="give the recorder the one inside: optimizer.optimizer",
+            )
         rule = _RULES.get(kind)  # of exactly this class: a subclass may make another update
         if rule is None:
             raise UnsupportedError(
@@ -389,9 +398,9 @@ class UpdateDerivative:
             )
 
     def _check_gradient(self, gradient: Tensor) -> None:
-        if gradient.layout != torch.strided:
+        if gradient.layout != torch.strided and self.elementwise:
             raise UnsupportedError(
-                expected="dense gradients",
+                expected="dense gradients, where each entry's update has a derivative of its own",
                 got=f"one of shape {tuple(gradient.shape)} in layout {gradient.layout}",
                 where=type(self.optimizer).__name__,
                 todo="make the embedding with sparse=False",

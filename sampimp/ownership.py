@@ -412,7 +412,8 @@ def couples(
                 if first is not None and direction is not None
             )
             if not isinstance(part, Tensor) or not part.requires_grad:
-                return False  # linear
+                # Linear; or of somebody's function, whose derivative need not say what it is of.
+                return None if any(isinstance(node, _OWN) for node in cut.above) else False
             seconds = torch.autograd.grad(part, ends, retain_graph=True, allow_unused=True)
             for second, (_, _, layout) in zip(seconds, edges, strict=True):
                 if second is None:
@@ -424,6 +425,9 @@ def couples(
     except RuntimeError:
         return None
     return False
+
+
+_OWN = torch.autograd.function.BackwardCFunction
 
 
 def rows_of(values_N: Tensor, layout: Layout, like: Tensor) -> Tensor:

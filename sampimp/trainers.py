@@ -11,6 +11,7 @@ trainer who does not use it.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,7 +96,7 @@ class LightningImportance(_Steps, Callback):
         Where a batch has the permanent index of its samples, (N,): the key of a dict, the position
         in a tuple, or a function of the batch.
     **options
-        `loss_reduction`, `batch_dim` and `batch_norm` of `ImportanceRecorder`.
+        `loss_reduction`, `batch_dim`, `batch_norm` and `coupled_loss` of `ImportanceRecorder`.
 
     Attributes
     ----------
@@ -129,6 +130,10 @@ class LightningImportance(_Steps, Callback):
         super().__init__(options)
         self._index = index
         self._updates = 0  # of the trainer, before this step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle its settings alone, as strategies do that start processes."""
+        return partial(LightningImportance, self._index, **self._options), ()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the recorder."""
@@ -194,7 +199,7 @@ class HuggingFaceImportance(_Steps, TrainerCallback):
     index
         The key under which a batch has the permanent index of its samples, (N,).
     **options
-        `loss_reduction`, `batch_dim` and `batch_norm` of `ImportanceRecorder`.
+        `loss_reduction`, `batch_dim`, `batch_norm` and `coupled_loss` of `ImportanceRecorder`.
 
     Attributes
     ----------

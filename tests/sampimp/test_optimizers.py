@@ -448,12 +448,19 @@ def test_settings_without_an_exact_rule_are_refused():
         derivative.before()
 
 
-def test_sparse_gradients_are_refused():
+def test_sparse_gradients_are_refused_where_entries_have_derivatives_of_their_own():
     embedding = nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
-    derivative = UpdateDerivative(optim.SGD(embedding.parameters()))
+    derivative = UpdateDerivative(optim.Adagrad(embedding.parameters()))
     with pytest.raises(UnsupportedError, match="sparse"):
         derivative.before()
+
+
+def test_a_wrapped_optimizer_is_named_with_what_to_give():
+    accelerate = pytest.importorskip("accelerate")
+    wrapped = accelerate.Accelerator(cpu=True).prepare(optim.SGD([nn.Parameter(torch.zeros(2))]))
+    with pytest.raises(UnsupportedError, match=r"around SGD(.|\n)*optimizer\.optimizer"):
+        UpdateDerivative(wrapped)
 
 
 def test_a_scaler_inside_a_fused_step_is_refused():

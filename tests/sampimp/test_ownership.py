@@ -1,16 +1,21 @@
 """Which sample a row belongs to: proved, or refused; never another sample's, nor several's."""
 
 import importlib.util
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from sampimp.capture import ImportanceRecorder
-from sampimp.errors import UnsupportedError
+from sampimp.errors import ConfigError, UnsupportedError
+from sampimp.proof import Proof
 
 _spec = importlib.util.spec_from_file_location("oracles", Path(__file__).with_name("oracles.py"))
 oracles = importlib.util.module_from_spec(_spec)
@@ -401,3 +406,380 @@ PLAIN_LOSSES = {
 @pytest.mark.parametrize("case", PLAIN_LOSSES)
 def test_a_loss_that_is_known_as_a_function_is_not_refused(case):
     record(Net(lambda h: h), PLAIN_LOSSES[case], data(N, D))
+
+
+# How often it is proved, and what is left behind.
+
+
+@pytest.fixture
+def proofs(monkeypatch):
+    """Count the proofs."""
+    found = []
+    run = Proof.run
+
+    def counted(self, *args):
+        found.append(self)
+        return run(self, *args)
+
+    monkeypatch.setattr(Proof, "run", counted)
+    return found
+
+
+def train(net, batches, epochs=1, **options):
+    """Train, and compare the importance of every step with the definition's."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(net, optimizer, **options)
+    for epoch in range(epochs):
+        want, start = [], 0
+        for x in batches:
+            random = torch.get_rng_state()
+            want.append(expected(net, square(net(x)) / len(x)))
+            torch.set_rng_state(random)
+            with recorder.step(range(start, start + len(x)), epoch=epoch):
+                optimizer.zero_grad()
+                square(net(x)).mean().backward()
+                optimizer.step()
+            start += len(x)
+        whole = {layer: torch.cat([one[layer] for one in want]) for layer in want[0]}
+        got = recorder.pop_epoch(epoch, start)
+        assert_same(dict(zip(recorder.layers, got, strict=True)), whole)
+
+
+def batches(*sizes):
+    return [size * data(size, D) for size in sizes]
+
+
+def test_a_pass_is_proved_twice_and_then_once_an_epoch(proofs):
+    train(Net(lambda h: h), batches(N, N, N, N, 4, 2, 1), epochs=3)
+    assert len(proofs) == 2 + 1 + 1
+
+
+def test_another_sequence_of_operations_is_proved(proofs):
+    calls = iter([torch.tanh] * 2 + [torch.sin] * 2 + [torch.tanh] * 2)
+    net = Net(lambda h: next(calls)(h))
+    train(net, batches(N, N, N))  # each batch is also run for the oracle
+    assert len(proofs) == 3
+
+
+def test_samples_that_are_moved_by_values_are_proved_each_time(proofs):
+    def between(h):
+        order = torch.randperm(len(h))
+        return h[order].tanh()[order.argsort()]
+
+    torch.manual_seed(3)
+    train(Net(between), batches(N, N, N, 3))
+    assert len(proofs) == 4
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda h: torch.stack([h[i] for i in torch.randperm(len(h)).tolist()]),
+        lambda h: h.gather(0, torch.randperm(len(h))[:, None].expand_as(h)),
+        lambda h: h.roll(int(torch.randint(len(h), ())), 0),
+        lambda h: torch.eye(len(h))[torch.randperm(len(h))] @ h,
+        lambda h: h.index_select(0, h.detach()[:, 0].argsort()),
+    ],
+)
+def test_rows_of_the_loss_in_another_order_each_time_are_the_datas(between):
+    torch.manual_seed(3)
+    net, x = Net(between), data(N, D)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    recorder = ImportanceRecorder(net, optimizer)
+    plain = Net(lambda h: h)
+    plain.load_state_dict(net.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.1
+    for epoch in range(4):
+        plain.load_state_dict(net.state_dict())
+        want = expected(plain, square(plain(x)) / N)
+        with recorder.step(range(N), epoch=epoch):
+            optimizer.zero_grad()
+            square(net(x)).mean().backward()
+            optimizer.step()
+        assert_same(dict(zip(recorder.layers, recorder.pop_epoch(epoch, N), strict=True)), want)
+
+
+def test_what_is_behind_a_head_of_zeros_is_proved_later(proofs):
+    net = Net(lambda h: h)
+    nn.init.zeros_(net.b.weight)
+    train(net, batches(N, N, N, N))
+    assert len(proofs) == 2  # the first step has moved the head
+
+
+def test_mixing_behind_a_gate_that_starts_at_zero_is_found():
+    net = Net(lambda h: h)
+    net.gate = nn.Parameter(torch.zeros(()))
+    net.between = lambda h: h + net.gate * h.mean(0)
+    with pytest.raises(UnsupportedError, match="several samples depend"):
+        train(net, batches(N, N, N))
+
+
+def test_an_order_of_data_that_changes_is_followed(proofs):
+    """As of packed sequences that are sorted by length."""
+    net = Net(lambda h: h)
+    inner = net.forward
+    net.forward = lambda x: inner(x[(order := torch.randperm(len(x)))])[order.argsort()]
+    torch.manual_seed(3)
+    train(net, batches(N, N, N))
+
+
+class Counting(nn.Module):
+    """Draws random numbers and counts its calls, which a checkpoint repeats."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, h):
+        self.calls += 1
+        return functional.dropout(self.linear(h), 0.5)
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_a_proof_leaves_nothing_behind(records):
+    def run(records):
+        torch.manual_seed(1)
+        net = nn.Sequential(Counting(), nn.Linear(D, 2))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        recorder = ImportanceRecorder(net, optimizer)
+        net[1].weight.register_hook(lambda g: g * torch.rand(()).clamp(1.0, 1.0))
+        for step in range(3):
+            index = range(step * N, (step + 1) * N)
+            with recorder.step(index, epoch=1) if records else nullcontext():
+                optimizer.zero_grad()
+                h = checkpoint(net[0], data(N, D), use_reentrant=False)
+                square(net[1](h)).mean().backward()
+                optimizer.step()
+        return [*net.state_dict().values(), torch.get_rng_state()]
+
+    assert all(map(torch.equal, run(records), run(False)))
+
+
+def test_two_recorders_do_not_disturb_each_others_proofs():
+    net, x = Net(lambda h: h), data(N, D)
+    want = expected(net, square(net(x)) / N)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorders = [ImportanceRecorder(net, optimizer) for _ in range(2)]
+    with recorders[0].step(range(N), epoch=1), recorders[1].step(range(N), epoch=1):
+        square(net(x)).mean().backward()
+        optimizer.step()
+    for recorder in recorders:
+        assert_same(dict(zip(recorder.layers, recorder.pop_epoch(1, N), strict=True)), want)
+
+
+@pytest.mark.parametrize(
+    "change", [torch.relu_, lambda h: h.mul_(0.5), lambda h: h.add_(1), lambda h: h.clamp_(min=0)]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_change_in_place_of_what_a_linear_layer_returns_is_exact(change, bias):
+    class Positions(Net):
+        def forward(self, x):
+            return self.b(change(self.a(x)))
+
+    net = Positions(None)
+    net.a = nn.Linear(D, D, bias=bias)
+    train(net, [data(N, T, D) for _ in range(3)])
+
+
+@pytest.mark.parametrize("positions", [N, 2 * N])
+@pytest.mark.parametrize("learned", ["table", "product"])
+def test_positions_in_a_plain_attribute_are_refused(positions, learned):
+    class Positions(Net):
+        def __init__(self):
+            super().__init__(None)
+            self.place = nn.Embedding(positions, D)
+            self.index = torch.arange(positions)
+            self.basis = torch.eye(positions)
+
+        def forward(self, x):
+            table = self.place(self.index)
+            table = table if learned == "table" else self.basis @ self.place.weight
+            return self.b(self.a(x + table).tanh())
+
+    with pytest.raises(UnsupportedError, match="register_buffer"):
+        record(Positions(), lambda z: square(z).mean(), data(N, positions, D))
+
+
+def test_a_loss_without_a_second_derivative_is_said_to_be_unchecked():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            ctx.save_for_backward(z)
+            return z.square().sum()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, delta):
+            return 2 * delta * ctx.saved_tensors[0]
+
+    net, x = Net(lambda h: h), data(N, D)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(net, optimizer)
+
+    def step():
+        with recorder.step(range(N), epoch=1):
+            Once.apply(net(x)).backward()
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match="no second derivative"):
+        step()
+    assert recorder.to_dataset().importance.attrs["loss"].startswith("not checked")
+
+
+def test_what_another_optimizer_moves_has_no_importance_here():
+    net, x = Net(lambda h: h), data(N, D)
+    want = expected(net, square(net(x)) / N)
+    first = torch.optim.SGD(net.a.parameters(), lr=0.1)
+    second = torch.optim.Adam([*net.b.parameters(), net.gamma])
+    recorder = ImportanceRecorder(net, first)
+
+    def step():
+        with recorder.step(range(N), epoch=1):
+            square(net(x)).mean().backward()
+            second.step()
+            first.step()
+
+    with pytest.warns(UserWarning, match="Adam moves b as well"):
+        step()
+    result = recorder.to_dataset().importance.sel(epoch=1)
+    torch.testing.assert_close(torch.tensor(result.sel(layer="a").values), want["a"].float())
+    assert result.sel(layer="b").isnull().all()
+
+
+def test_a_sparse_table_is_exact():
+    def run(sparse):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Embedding(9, D, sparse=sparse), nn.Flatten(), nn.Linear(3 * D, 2))
+        index = torch.arange(N)[:, None] + torch.tensor([0, 1, 1])
+        return record(net, lambda z: square(z).mean(), index)
+
+    assert_same(run(True), run(False))
+
+
+def test_a_learning_rate_that_is_a_tensor_is_written(tmp_path):
+    net = Net(lambda h: h)
+    optimizer = torch.optim.SGD(net.parameters(), lr=torch.tensor(0.1))
+    recorder = ImportanceRecorder(net, optimizer)
+    with recorder.step(range(N), epoch=1):
+        square(net(data(N, D))).mean().backward()
+        optimizer.step()
+    result = recorder.to_dataset()
+    assert result.importance.attrs["learning_rate"] == pytest.approx(0.1)
+    result.to_zarr(tmp_path / "result.zarr")
+
+
+def test_names_of_samples_are_refused_with_what_to_do():
+    net = Net(lambda h: h)
+    recorder = ImportanceRecorder(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    with (
+        pytest.raises(ConfigError, match=r"whole numbers(.|\n)*enumerate"),
+        recorder.step([f"image-{i}" for i in range(N)], epoch=1),
+    ):
+        pass
+
+
+def test_identifiers_that_are_no_positions_are_refused_with_what_to_do():
+    net = Net(lambda h: h)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(net, optimizer)
+    with recorder.step([10**13 + i for i in range(N)], epoch=1):
+        square(net(data(N, D))).mean().backward()
+        optimizer.step()
+    with pytest.raises(ConfigError, match=r"6 samples(.|\n)*return_inverse"):
+        recorder.to_dataset()
+
+
+# Networks of which every dimension is the number of samples.
+
+
+def by_row(h):
+    return h / h.square().mean(-1, keepdim=True).add(1).sqrt()
+
+
+BLOCKS = {
+    "linear": lambda n: nn.Linear(n, n),
+    "no bias": lambda n: nn.Linear(n, n, bias=False),
+    "norm": lambda n: nn.LayerNorm(n),
+    "conv": lambda n: nn.Conv1d(n, n, 3, padding=1),
+    "groups": lambda n: nn.GroupNorm(1, n),
+    "rnn": lambda n: First(nn.RNN(n, n, batch_first=True)),
+    "lstm": lambda n: First(nn.LSTM(n, n, batch_first=True)),
+    "gru": lambda n: First(nn.GRU(n, n, batch_first=True)),
+    "attention": lambda n: First(nn.MultiheadAttention(n, 1, batch_first=True)),
+    "turned": lambda n: Turned(nn.Linear(n, n)),
+    "scale": lambda n: Scale(n),
+    "places": lambda n: Places(n),
+    "prelu": lambda n: nn.PReLU(n),
+    "folded": lambda n: Joined(nn.Linear(n, n)),
+    "rows": lambda n: Applied(by_row),
+    "tanh": lambda n: nn.Tanh(),
+}
+
+
+class First(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, h):
+        attends = isinstance(self.inner, nn.MultiheadAttention)
+        return self.inner(h, h, h)[0] if attends else self.inner(h)[0]
+
+
+class Turned(First):
+    """Mixes positions, as an MLP-Mixer does."""
+
+    def forward(self, h):
+        return self.inner(h.transpose(1, 2)).transpose(1, 2)
+
+
+class Joined(First):
+    def forward(self, h):
+        return self.inner(h.reshape(-1, h.shape[-1])).view_as(h)
+
+
+class Applied(First):
+    def forward(self, h):
+        return self.inner(h)
+
+
+class Scale(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.randn(n, 1)), nn.Parameter(torch.randn(n))
+
+    def forward(self, h):
+        return h * self.scale + self.shift
+
+
+class Places(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.place = nn.Embedding(n, n)
+
+    def forward(self, h):
+        return h + self.place(torch.arange(h.shape[1]))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    st.integers(2, 5),
+    st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=4),
+    st.sampled_from(["all", "last", "mean"]),
+    st.sampled_from(sorted(OPTIMIZERS)),
+)
+def test_networks_whose_dimensions_are_all_alike_are_exact(n, names, end, optimizer):
+    torch.manual_seed(n)
+    net = nn.Sequential(nn.Linear(n, n), *(BLOCKS[name](n) for name in names), nn.Linear(n, n))
+    take = {"all": lambda z: z, "last": lambda z: z[:, -1], "mean": lambda z: z.mean(1)}[end]
+    made = OPTIMIZERS[optimizer](net.parameters())
+    recorder = ImportanceRecorder(net, made)
+    for step in range(3):
+        x = torch.randn(n, n, n)
+        want = expected(net, square(take(net(x))) / n, made)
+        with recorder.step(range(n), epoch=step):
+            made.zero_grad()
+            square(take(net(x))).mean().backward()
+            made.step()
+        assert_same(dict(zip(recorder.layers, recorder.pop_epoch(step, n), strict=True)), want)

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import logging
+import pickle
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,11 @@ def test_lightning_that_does_not_step_by_itself_is_refused(pl, lightning_model):
 def test_lightning_with_a_compiled_model_is_refused(pl, lightning_model):
     with pytest.raises(UnsupportedError, match="without compilation"):
         fit(pl, torch.compile(lightning_model()), LightningImportance(2))
+
+
+def test_lightning_carries_it_to_other_processes():
+    importance = pickle.loads(pickle.dumps(LightningImportance("sample", batch_dim=1)))
+    assert (importance._index, importance._options) == ("sample", {"batch_dim": 1})
 
 
 def test_lightning_of_several_processes_is_refused(pl, lightning_model, monkeypatch):
