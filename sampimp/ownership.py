@@ -39,6 +39,10 @@ Arbitrary; only for devices on which sums are not deterministic.
 """
 
 
+BLOCK = 2**19
+"""Values of an output gradient that are projected at once, in float64; arbitrary."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """How samples lie along an axis of R rows."""
@@ -267,14 +271,18 @@ class Signs:
         values = values.reshape(self.shape)
         if values.is_complex():
             values = torch.view_as_real(values).flatten(-2)
-        if values.device.type != "mps":
-            values = values.double()  # so that no entry is lost in the sum
+        # So that no entry is lost in the sum.
+        dtype = values.dtype if values.device.type == "mps" else torch.float64
         if self.free == values.dim():
-            return values.unsqueeze(-1)
-        rows = values.flatten(self.free)
-        generator = torch.Generator().manual_seed(rows.shape[-1])
-        directions = torch.randn(rows.shape[-1], 2, generator=generator, dtype=torch.float64)
-        return rows @ directions.to(rows)
+            return values.to(dtype).unsqueeze(-1)
+        rows = values.flatten(self.free).flatten(0, -2) if self.free else values.flatten()[None]
+        features = rows.shape[-1]
+        generator = torch.Generator().manual_seed(features)
+        directions = torch.randn(features, 2, generator=generator, dtype=torch.float64)
+        directions = directions.to(values.device, dtype)
+        few = max(1, BLOCK // max(1, features))
+        parts = [part.to(dtype) @ directions for part in rows.split(few)]
+        return torch.cat(parts).unflatten(0, self.shape[: self.free]) if self.free else parts[0][0]
 
     def _compare(self, values: Tensor, number: int) -> None:
         if self._base is None:  # zero in the first pass, and not now: parts that cancelled
@@ -398,23 +406,28 @@ def couples(
         firsts = torch.autograd.grad(
             list(roots), ends, list(gradients), create_graph=True, allow_unused=True
         )
-        directions = [
-            None
-            if first is None or not first.requires_grad
-            else torch.randn(first.shape, generator=generator, dtype=torch.float64).to(first)
-            for first in firsts
+        known = [
+            (first, layout)
+            for first, (_, _, layout) in zip(firsts, edges, strict=True)
+            if first is not None and first.requires_grad
         ]
+        if not known:
+            # Linear; or of somebody's function, whose derivative need not say what it is of.
+            return None if any(isinstance(node, _OWN) for node in cut.above) else False
         for sign_N in sign_patterns(size)[1:]:
             chosen_N = (1 - sign_N) / 2
-            part = sum(
-                (first * direction * rows_of(chosen_N, layout, first)).sum()
-                for first, direction, (_, _, layout) in zip(firsts, directions, edges, strict=True)
-                if first is not None and direction is not None
+            directions = [
+                torch.randn(first.shape, generator=generator, dtype=_real(first)).to(first)
+                * rows_of(chosen_N, layout, first)
+                for first, layout in known
+            ]
+            seconds = torch.autograd.grad(
+                [first for first, _ in known],
+                ends,
+                directions,
+                retain_graph=True,
+                allow_unused=True,
             )
-            if not isinstance(part, Tensor) or not part.requires_grad:
-                # Linear; or of somebody's function, whose derivative need not say what it is of.
-                return None if any(isinstance(node, _OWN) for node in cut.above) else False
-            seconds = torch.autograd.grad(part, ends, retain_graph=True, allow_unused=True)
             for second, (_, _, layout) in zip(seconds, edges, strict=True):
                 if second is None:
                     continue
@@ -428,6 +441,10 @@ def couples(
 
 
 _OWN = torch.autograd.function.BackwardCFunction
+
+
+def _real(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def rows_of(values_N: Tensor, layout: Layout, like: Tensor) -> Tensor:

@@ -232,38 +232,44 @@ class Proof:
             for use, is_reached in zip(self._uses, reached, strict=True)
         ]
         order = self._order_of_loss(layouts, cut)
-        loss = SUM
-        if self._coupled_loss == "refuse":
-            with side_effects_undone(self._model), _noted(roots):
-                found = couples(cut, roots, gradients, self._batch.size)
-                # Where the cut is the model's outputs, the loss may be known as a function of them.
-                at_outputs = all((edge.node, edge.number) in self._outputs for edge in cut.edges)
-                if found is not True and at_outputs:
-                    by_change = self._tape.couples(roots, gradients, self._batch.size)
-                    found = found if by_change is None else by_change
-            if found:
-                raise CoupledLossError(
-                    expected="a loss that is a sum over samples, each with outputs of its own",
-                    got="one that mixes the outputs of several samples, so that they have no "
-                    "parts of it",
-                    where="the loss",
-                    todo="train on a sum or mean of the samples' losses; or say that the loss's "
-                    'derivative at the outputs is meant as a constant: coupled_loss="constant"',
-                )
-            if found is None:
-                loss = UNCHECKED
-                warnings.warn(
-                    "this loss has no second derivative, so it was not checked that it is a sum "
-                    "over samples",
-                    stacklevel=2,
-                )
-        else:
-            loss = COUPLED
+        loss = self._loss(cut, roots, gradients)
         complete = order is None and all(
             not is_reached or use.exempt or (layout is not None and layout.kind != "listed")
             for use, layout, is_reached in zip(self._uses, layouts, reached, strict=True)
         )
         return Proved(layouts, order, complete, loss)
+
+    def _loss(self, cut: Cut, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> str:
+        """Return what the loss is; raise an error if it couples samples."""
+        if self._coupled_loss == "constant":
+            return COUPLED
+        size = self._batch.size
+        # Where the cut is the model's outputs, the loss may be known as a function of them.
+        at_outputs = all((edge.node, edge.number) in self._outputs for edge in cut.edges)
+        if at_outputs and self._tape.is_sum(roots):
+            return SUM
+        with side_effects_undone(self._model), _noted(roots):
+            found = couples(cut, roots, gradients, size)
+            if at_outputs and found is not True:
+                by_change = self._tape.couples(roots, gradients, size)
+                found = found if by_change is None else by_change
+        if found:
+            raise CoupledLossError(
+                expected="a loss that is a sum over samples, each with outputs of its own",
+                got="one that mixes the outputs of several samples, so that they have no parts of "
+                "it",
+                where="the loss",
+                todo="train on a sum or mean of the samples' losses; or say that the loss's "
+                'derivative at the outputs is meant as a constant: coupled_loss="constant"',
+            )
+        if found is None:
+            warnings.warn(
+                "this loss has no second derivative, so it was not checked that it is a sum over "
+                "samples",
+                stacklevel=2,
+            )
+            return UNCHECKED
+        return SUM
 
     def _go_back(
         self,

@@ -5,15 +5,16 @@ largest losses, a median) has no second derivative that would show it. Where the
 outside the model, its operations are carried out again at outputs that are changed for some
 samples: the first derivatives at all others must stay as they are.
 
-Map: `Tape` (operations, and how to carry them out again), `Tape.couples` (the comparison).
+Map: `Tape` (operations), `Tape.is_sum` (by their names), `Tape.couples` (by carrying them out).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sampimp.ownership import Layout, rows_of, sign_patterns
 
@@ -22,6 +23,30 @@ CHANGES = (0.5, 2.0, 8.0)
 
 Arbitrary; so that other samples become the largest, or the next, and that bounds are passed.
 """
+
+
+BY_ROW = {
+    functional.cross_entropy,
+    functional.nll_loss,
+    functional.mse_loss,
+    functional.l1_loss,
+    functional.smooth_l1_loss,
+    functional.huber_loss,
+    functional.binary_cross_entropy,
+    functional.binary_cross_entropy_with_logits,
+    functional.kl_div,
+}
+"""Losses that are a sum or mean over the rows of their input."""
+REDUCTIONS = {torch.sum, torch.mean, Tensor.sum, Tensor.mean}
+LINEAR = REDUCTIONS | {
+    *(Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten),
+    *(Tensor.squeeze, torch.squeeze, Tensor.unsqueeze, torch.unsqueeze, Tensor.contiguous),
+    *(Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.__getitem__),
+    *(Tensor.float, Tensor.double, Tensor.to, Tensor.neg, Tensor.__neg__),
+    *(Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__),
+    *(Tensor.div, torch.div, Tensor.__truediv__),
+}
+"""Operations that are linear in one argument."""
 
 
 class Tape:
@@ -63,7 +88,7 @@ class Tape:
             changed_N = (1 - sign_N) / 2
             changes = {}
             for key, (output, layout) in self.outputs.items():
-                noise = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+                noise = torch.randn(output.shape, generator=generator)
                 spread = size_of_change * (output.detach().std(correction=0) + 1e-3)
                 changes[key] = noise.to(output) * spread * rows_of(changed_N, layout, output)
             found = self._derivatives(roots, gradients, changes)
@@ -75,6 +100,26 @@ class Tape:
                 if bool(difference > 64 * torch.finfo(output.dtype).eps * base[key].abs().max()):
                     return True
         return False
+
+    def is_sum(self, roots: Sequence[Tensor]) -> bool:
+        """Return whether tensors are losses of PyTorch's, by row, of which a sum or mean is taken.
+
+        As most are, which need no test.
+        """
+        made = set(self.outputs)
+        reduced = False
+        for function, args, kwargs, outputs in self._operations:
+            given = [one for one in (*args, *kwargs.values()) if _has(made, one)]
+            if not given:
+                continue
+            kinds = LINEAR if reduced else LINEAR | BY_ROW
+            if function not in kinds or len(given) > 1 or not isinstance(outputs, Tensor):
+                return False
+            if not reduced and function in REDUCTIONS:
+                return False  # what comes then may be of several rows
+            reduced |= function in BY_ROW
+            made.add(id(outputs))
+        return reduced and all(id(root) in made for root in roots)
 
     def _agree(
         self,
@@ -125,7 +170,7 @@ class Tape:
         return dict(zip(leaves, found, strict=True))
 
 
-def _has(now: Mapping[int, Any], value: Any) -> bool:
+def _has(now: Container[int], value: Any) -> bool:
     if isinstance(value, Mapping):
         return _has(now, list(value.values()))
     if isinstance(value, list | tuple):
