@@ -3,10 +3,11 @@
 Each network takes one step plain and one recorded within a round, in random order; the result is
 the median over rounds of the ratio, with its quartiles. What records is the recorder around the
 plain step; in a study it is the study's own step, with the optimizer's fused form. Peak memory is
-that of three steps, times that of the plain ones: what PyTorch allocates in those after the first
-(which compares, and takes a gradient of the largest parameter more), the same in every run; and
-what Linux calls resident, above what it was before any step. That counts what the C library keeps,
-by luck of the heap (a tenth more or less), and pages of code that are used first, 5 to 10 MB.
+that of three steps, times that of the plain ones: what PyTorch allocates in those that prove
+nothing, the same in every run; and what Linux calls resident, above what it was before any step.
+That counts what the C library keeps, by luck of the heap (a tenth more or less), and pages of code
+that are used first, 5 to 10 MB. An epoch's first step proves whose the rows are, and is measured by
+itself: its time and what PyTorch allocates, times those of a plain step.
 """
 
 import multiprocessing
@@ -34,7 +35,7 @@ from sampimp.models import build_model
 
 HEADINGS = (
     *("network", "optimizer", "batch", "ms", "times plain", "middle half"),
-    *("allocated", "resident"),
+    *("allocated", "resident", "an epoch's first", "allocated there"),
 )
 
 
@@ -104,6 +105,7 @@ class Contender:
         self.model, self.inputs, self.labels = make()
         self.fused: FusedStep | None = None
         self.recorder: ImportanceRecorder | None = None
+        self.epoch = 1
         in_study = records and name.endswith("in a study")
         self.optimizer = optimizer(self.model.parameters(), lr=1e-3, fused=in_study)
         if in_study:
@@ -118,7 +120,7 @@ class Contender:
             self.fused(self.inputs, self.labels)
             return
         index = range(self.size)
-        with self.recorder.step(index, epoch=1) if self.recorder else nullcontext():
+        with self.recorder.step(index, epoch=self.epoch) if self.recorder else nullcontext():
             self.optimizer.zero_grad()
             functional.cross_entropy(self.model(self.inputs), self.labels).backward()
             self.optimizer.step()
@@ -135,14 +137,15 @@ def resident(name: str, records: bool, threads: int) -> int:
     return memory("VmHWM") - before
 
 
-def allocated(name: str, records: bool, threads: int) -> int:
-    """Return the bytes that PyTorch takes for steps at most."""
+def allocated(name: str, records: bool, threads: int, proves: bool = False) -> int:
+    """Return the bytes that PyTorch takes for steps at most, or for an epoch's first."""
     torch.set_num_threads(threads)
     contender = Contender(name, records)
-    for _ in range(2):  # with the proof of whose the rows are
+    for _ in range(2):  # which are proved
         contender.step()
+    contender.epoch += proves
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for _ in range(3):
+        for _ in range(1 if proves else 3):
             contender.step()
     result = profiler.profiler
     assert result is not None
@@ -172,12 +175,21 @@ def measure(name: str, rounds: int, threads: int) -> tuple[str, ...]:
             if number >= 0:
                 seconds[records].append(time.perf_counter() - start)
     ratios = [b / a for a, b in zip(seconds[False], seconds[True], strict=True)]
+    first = []
+    for _ in range(max(1, rounds // 10)):
+        contenders[True].epoch += 1
+        start = time.perf_counter()
+        contenders[True].step()
+        first.append((time.perf_counter() - start) / statistics.median(seconds[False]))
     lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         peaks = [
             [pool.apply(peak, (name, records, threads)) for records in (False, True)]
             for peak in (allocated, resident)
         ]
+        peaks += [[peaks[0][0], pool.apply(allocated, (name, True, threads, True))]]
+    compared = [f"{recorded / plain:.2f}" for plain, recorded in peaks]
+    compared.insert(2, f"{statistics.median(first):.1f}")
     return (
         name,
         CASES[name][1].__name__,
@@ -185,7 +197,7 @@ def measure(name: str, rounds: int, threads: int) -> tuple[str, ...]:
         f"{1e3 * statistics.median(seconds[False]):.1f}",
         f"{middle:.2f}",
         f"{lower:.2f} to {upper:.2f}",
-        *(f"{recorded / plain:.2f}" for plain, recorded in peaks),
+        *compared,
     )
 
 
@@ -221,7 +233,7 @@ def main(
     console.print(words, highlight=False)
     if out is not None:
         lines = ["| " + " | ".join(cells) + " |" for cells in (HEADINGS, *rows)]
-        lines.insert(1, "|:---|:---|---:|---:|---:|---:|---:|---:|")
+        lines.insert(1, "|:---|:---|---:|---:|---:|---:|---:|---:|---:|---:|")
         out.write_text("\n".join([*lines, "", words, ""]))
 
 
