@@ -1085,8 +1085,8 @@ _SCALINGS: dict[Callable[..., Any], tuple[bool, int]] = {
 
 
 _SEEN = (
-    "leave out what hides operations: compiled or scripted modules, autograd.Functions, "
-    "checkpoint(use_reentrant=True)"
+    "leave out what hides operations or changes gradients: compiled or scripted modules, "
+    "autograd.Functions, checkpoint(use_reentrant=True), DistributedDataParallel"
 )
 
 
@@ -1176,6 +1176,9 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tenso
                     yield item
 
 
+_WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}
+
+
 def _mixing(what: str, where: str) -> UnsupportedError:
     return UnsupportedError(
         expected="operations that treat each sample of a batch on its own",
@@ -1188,6 +1191,13 @@ def _mixing(what: str, where: str) -> UnsupportedError:
 
 def _require_watchable(model: nn.Module, batch_norm: str) -> None:
     for name, module in model.named_modules():
+        if type(module).__name__ in _WRAPPERS:
+            raise UnsupportedError(
+                expected="a model that is trained by one process on one device",
+                got=type(module).__name__,
+                where=f"module {name}" if name else "the model itself",
+                todo="train without it; a study of the paper's network has --workers-per-trial",
+            )
         where = f"module {name}" if name else "the model itself"
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl:
             raise UnsupportedError(

@@ -29,6 +29,7 @@ from sampimp.ownership import (
     OUTSIDE,
     ZERO,
     Cut,
+    Edge,
     Graph,
     Layout,
     Signs,
@@ -196,16 +197,19 @@ class Proof:
             cut = graph.cut(lambda node, number: self._outputs.get((node, number)))
             if cut.edges and not cut.above & (nodes | graph.below(cut)):
                 yield cut
-        for kind in ("outer", "inner"):
-            stop = self._stop(nodes, kind)
-            cut = graph.cut(stop)
+        for kind in ("outer", "inner", "plain"):
+            cut = graph.cut(self._stop(nodes, kind))
             if cut.edges:
                 yield cut
-            if all(edge.layout.kind == "plain" for edge in cut.edges):
+            if not any(map(self._is_guess, cut.edges)):
                 return
 
     def _stop(self, nodes: set[Node], kind: str) -> Callable[[Node, int], Layout | None]:
-        """Return the layout of an edge with an axis of N, or of a use whose rows are joined."""
+        """Return which edges have an axis of N where it is expected, or else are those of uses.
+
+        These may have samples and positions joined, or the axis elsewhere ("plain"): a guess, which
+        holds only if the data below agree.
+        """
         size = self._batch.size
 
         def stop(node: Node, number: int) -> Layout | None:
@@ -213,10 +217,15 @@ class Proof:
             plain = Layout(self._batch.axis(len(shape), 1), "plain")
             if plain.fits(shape, size):
                 return plain
-            joined = Layout(0, kind)
-            return joined if node in nodes and shape and joined.fits(shape, size) else None
+            axes = range(len(shape)) if kind == "plain" else range(min(1, len(shape)))
+            guesses = (Layout(axis, kind) for axis in axes if node in nodes)
+            return next((guess for guess in guesses if guess.fits(shape, size)), None)
 
         return stop
+
+    def _is_guess(self, edge: Edge) -> bool:
+        ndim = len(edge.node._input_metadata[edge.number].shape)
+        return edge.layout.kind != "plain" or edge.layout.axis != self._batch.axis(ndim, 1)
 
     def _prove(
         self,
@@ -367,7 +376,7 @@ class Proof:
                 raise self._lost(use)  # a row of the loss that is of several samples of the data
             known = True
         if not known:
-            if any(edge.layout.kind != "plain" for edge in cut.edges):
+            if any(map(self._is_guess, cut.edges)):
                 raise self._no_samples()
             return None
         plain = torch.arange(size)
@@ -420,8 +429,8 @@ class Proof:
             "made of, one for each index of the step",
             got=f"none between the loss and a layer whose output has shape {use.shapes[0]}",
             where=self._where(use),
-            todo="name as many samples as the batch has, and batch_dim=1 where positions come "
-            "before samples; let the loss be of all samples",
+            todo="name as many samples as the batch has, and where it comes in parts those of each: "
+            "step([index_1, index_2], ...); batch_dim=1 where positions come before samples",
         )
 
     def _lost(self, use: Use) -> UnsupportedError:

@@ -575,9 +575,14 @@ def generic(
         return values.unsqueeze(axis).movedim(axis + 1, 0)
 
     name = getattr(function, "__name__", str(function))
+    if name.endswith("_") and not name.endswith("__"):
+        raise UnsupportedError(
+            expected="operations with parameters that leave their arguments as they are",
+            got=f"{name}, which changes its first one",
+            where="an operation with parameters",
+            todo="write h = h * gamma for h *= gamma or h.mul_(gamma), and so for the others",
+        )
     try:
-        if name.endswith("_") and not name.endswith("__"):
-            raise RuntimeError("it changes its first argument; write h = h * gamma for h *= gamma")
         with torch.enable_grad():
             gradients = torch.func.vmap(of_one)([apart(tensors[i]) for i in varying], apart(delta))
     except (RuntimeError, ValueError) as error:
