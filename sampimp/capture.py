@@ -16,7 +16,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ import sampimp.recurrent  # noqa: F401  (both register their rules)
 from sampimp.errors import ConfigError, UnsupportedError
 from sampimp.factors import Explicit, Factor, Outer, Product, squares, total
 from sampimp.graph import Inside
+from sampimp.models import evaluation_mode
 from sampimp.optimizers import Derivative, Diagonal, UpdateDerivative
 from sampimp.rows import (
     ON_ROWS,
@@ -1415,10 +1416,14 @@ def snapshot_importance(
 ) -> Tensor:
     """Return the importance that every sample would have at the model's present parameters.
 
+    The model is in evaluation mode meanwhile. So it is defined for networks with dropout, none of
+    which acts, and with BatchNorm, which then uses its running statistics and mixes no samples; of
+    a BatchNorm that keeps none it is not.
+
     Parameters
     ----------
     model
-        As for `Capture`; left as it is, gradients too.
+        As for `Capture`; left as it is, gradients and the modules' `training` too.
     inputs, labels
         Shapes (N, ...) and (N,).
     rate
@@ -1432,15 +1437,19 @@ def snapshot_importance(
     Tensor of shape (layer, N)
         On the CPU, in the model's precision.
     """
-    capture = Capture(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rates = {id(parameter): float(rate) for parameter in trained}
-    for inputs_N, labels_N in zip(inputs.split(chunk), labels.split(chunk), strict=True):
-        with capture.step([len(labels_N)], accumulates=False):
-            loss = functional.cross_entropy(model(inputs_N), labels_N, reduction="sum")
-            torch.autograd.grad(loss, trained)
-        capture.finish(rates)
-        capture.accept()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    # cuDNN goes back through a recurrent layer in training mode alone.
+    kernels = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    with evaluation_mode(model), kernels:
+        capture = Capture(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        rates = {id(parameter): float(rate) for parameter in trained}
+        for inputs_N, labels_N in zip(inputs.split(chunk), labels.split(chunk), strict=True):
+            with capture.step([len(labels_N)], accumulates=False):
+                loss = functional.cross_entropy(model(inputs_N), labels_N, reduction="sum")
+                torch.autograd.grad(loss, trained)
+            capture.finish(rates)
+            capture.accept()
     return capture.take()[capture.forward_order]
 
 

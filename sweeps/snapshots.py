@@ -159,8 +159,9 @@ def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> li
     commit = trial.read_json("COMMIT.json")
     stored = StoredVariable.of(trial, "parameters", layout, commit)
     flat_P = stored.read(layout.states.index(epoch))
+    # By the trial's own seed: a network may have made buffers by it, which are not stored.
     model = build_model(
-        training.model, info.input_shape, training.hidden, len(info.class_names), seed=0
+        training.model, info.input_shape, training.hidden, len(info.class_names), commit["seed"]
     )
     load_parameters(model, torch.from_numpy(flat_P))
     device = torch.device(training.device)

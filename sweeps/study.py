@@ -25,7 +25,7 @@ from rich.markup import escape
 from sampimp.capture import forward_layers
 from sampimp.config import TrainingConfig, TrialConfig, check_choice
 from sampimp.data import Source, dataset_key, scale_inputs
-from sampimp.errors import ConfigError, ResourceError, StoreError
+from sampimp.errors import ConfigError, ResourceError, StoreError, UnsupportedError
 from sampimp.folder import Folder
 from sampimp.models import build_model, parameter_layers
 from sampimp.plan import DatasetInfo, Plan, PlannedTrial, read_commits, read_plan
@@ -342,6 +342,18 @@ def make_plan(config: StudyConfig, sources: Mapping[str, Source]) -> Plan:
         shape = source.train_values.shape[1:]
         classes = len(source.class_names)
         network = build_model(config.model, shape, config.hidden, classes, seed=0)
+        try:
+            order = forward_layers(network, torch.zeros(2, *shape))
+        except UnsupportedError as error:
+            if "BatchNorm" not in error.got:
+                raise
+            raise UnsupportedError(
+                expected=error.expected,
+                got=error.got,
+                where=f"option --model {config.model}, {error.where}",
+                todo="replace it (GroupNorm, LayerNorm), or freeze it with the statistics that it "
+                "has: call its .eval() in the function that makes the model",
+            ) from None
         infos[key] = DatasetInfo(
             name=source.name,
             digest=source.digest,
@@ -350,7 +362,7 @@ def make_plan(config: StudyConfig, sources: Mapping[str, Source]) -> Plan:
             input_shape=shape,
             class_names=source.class_names,
             layers=tuple(parameter_layers(network)),
-            forward_order=forward_layers(network, torch.zeros(2, *shape)),
+            forward_order=order,
         )
     return Plan(
         datasets=infos,

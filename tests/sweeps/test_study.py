@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import sys
 from collections import namedtuple
 from io import StringIO
 
@@ -13,7 +14,13 @@ from ray.exceptions import OutOfMemoryError
 from rich.console import Console
 
 from sampimp.data import load_source
-from sampimp.errors import ConfigError, ResourceError, StoreError, UserError
+from sampimp.errors import (
+    ConfigError,
+    ResourceError,
+    StoreError,
+    UnsupportedError,
+    UserError,
+)
 from sampimp.folder import Folder
 from sampimp.schema import REFERENCES, STRATEGIES
 from sweeps import cluster as cluster_module
@@ -152,6 +159,45 @@ def test_a_negative_seed_is_refused_before_anything_is_written(run_untrained, tm
         run_untrained(tmp_path / "study", *DIGITS, "--strategies", "rand", "--seeds", "-1")
     four_parts(caught.value)
     assert not (tmp_path / "study" / "study.json").exists()
+
+
+@pytest.fixture
+def own_models(tmp_path, monkeypatch):
+    """Write a module of a person's own networks, which `--model` can name."""
+
+    def write(text, name="own_models"):
+        folder = tmp_path / "packages"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(folder)  # which forgets what was found there
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    return write
+
+
+BATCH_NORM = """
+from torch import nn
+
+def make(input_shape, class_count):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+
+def freeze(input_shape, class_count):
+    model = make(input_shape, class_count)
+    model[2].eval()
+    return model
+"""
+
+
+def test_a_batch_norm_is_refused_with_what_a_study_offers(own_models, run_untrained, tmp_path):
+    own_models(BATCH_NORM)
+    arguments = (*DIGITS, "--dry-run", "--model")
+    with pytest.raises(UnsupportedError, match="BatchNorm1d, which mixes them") as caught:
+        run_untrained(tmp_path / "study", *arguments, "own_models:make")
+    message = four_parts(caught.value)
+    assert "option --model own_models:make, module 2" in message
+    assert ".eval() in the function that makes the model" in message
+    assert "batch_norm=" not in message  # an argument of the recorder's
+    assert run_untrained(tmp_path / "study", *arguments, "own_models:freeze")[0] == 0
 
 
 # ------------------------------------------------------------------------------- --out
