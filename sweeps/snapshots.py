@@ -20,7 +20,7 @@ from sampimp.config import OPTIMIZERS
 from sampimp.data import Dataset, Scaling, Source, scale_inputs
 from sampimp.errors import ConfigError, StoreError
 from sampimp.folder import Folder
-from sampimp.models import build_model, load_parameters
+from sampimp.models import build_model, load_parameters, require_network
 from sampimp.plan import Plan, read_commits, require_plan
 from sampimp.store import SNAPSHOTS, StoredVariable, read_source, write_snapshot
 from sampimp.training import use_deterministic_algorithms
@@ -28,7 +28,13 @@ from sweeps.ingest import quiet_ray_data
 
 
 def score_snapshots(
-    out: str, every: int, console: Console, *, cpus: float = 1, gpus: float = 0
+    out: str,
+    every: int,
+    console: Console,
+    *,
+    model: str | None = None,
+    cpus: float = 1,
+    gpus: float = 0,
 ) -> int:
     """Score every so many epochs of every committed trial that stored their parameters.
 
@@ -40,6 +46,8 @@ def score_snapshots(
         Epochs between two snapshots.
     console
         Where progress is shown.
+    model
+        The study's network; needed where that is `package.module:function`, which is code to run.
     cpus, gpus
         What scoring one epoch takes at a time.
 
@@ -53,10 +61,11 @@ def score_snapshots(
     StoreError
         There is no study.
     ConfigError
-        Parameters of these epochs were not stored.
+        Parameters of these epochs were not stored, or the network is another one or not named.
     """
     folder = Folder.of(out)
     plan = require_plan(folder)
+    check_model(plan, model)
     epochs = check_epochs(plan, every)
     scored: dict[str, dict[str, list[str]]] = folder.read_json(SNAPSHOTS) or {}
     rows = [
@@ -86,6 +95,23 @@ def score_snapshots(
             progress.advance(task)
     folder.write_json(SNAPSHOTS, scored)
     return len(rows)
+
+
+def check_model(plan: Plan, model: str | None) -> None:
+    """Raise ConfigError where a study's network is not the one that was named.
+
+    A store may be somebody else's, and its `package.module:function` any function at all, which
+    would be imported and called: so a person has to name it as well.
+    """
+    name = plan.training.model
+    if model == name or (model is None and ":" not in name):
+        return
+    raise ConfigError(
+        expected=f"option --model {name}",
+        got="none" if model is None else f"--model {model}",
+        where="study.json, which names the network",
+        todo="name it if you know that function and trust it: it is imported and called",
+    )
 
 
 def check_epochs(plan: Plan, every: int) -> list[int]:
@@ -163,6 +189,7 @@ def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> li
     model = build_model(
         training.model, info.input_shape, training.hidden, len(info.class_names), commit["seed"]
     )
+    require_network(training.model, model, info.network)
     load_parameters(model, torch.from_numpy(flat_P))
     device = torch.device(training.device)
     if device.type == "cuda":

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import ray
 import torch
 import tyro
@@ -27,7 +28,7 @@ from sampimp.config import TrainingConfig, TrialConfig, check_choice
 from sampimp.data import Source, dataset_key, scale_inputs
 from sampimp.errors import ConfigError, ResourceError, StoreError, UnsupportedError
 from sampimp.folder import Folder
-from sampimp.models import build_model, parameter_layers
+from sampimp.models import build_model, identify_network, parameter_layers
 from sampimp.plan import DatasetInfo, Plan, PlannedTrial, read_commits, read_plan
 from sampimp.schema import (
     REFERENCE_SEED,
@@ -244,6 +245,7 @@ def run(config: StudyConfig, console: Console) -> int:
             str(folder),
             config.snapshot_every,
             console,
+            model=config.model,
             cpus=config.cpus_per_trial,
             gpus=config.gpus_per_trial,
         )
@@ -342,6 +344,8 @@ def make_plan(config: StudyConfig, sources: Mapping[str, Source]) -> Plan:
         shape = source.train_values.shape[1:]
         classes = len(source.class_names)
         network = build_model(config.model, shape, config.hidden, classes, seed=0)
+        samples = torch.from_numpy(source.train_values[:4] / np.float32(source.full_scale))
+        identity = identify_network(config.model, network, samples) if ":" in config.model else None
         try:
             order = forward_layers(network, torch.zeros(2, *shape))
         except UnsupportedError as error:
@@ -363,6 +367,7 @@ def make_plan(config: StudyConfig, sources: Mapping[str, Source]) -> Plan:
             class_names=source.class_names,
             layers=tuple(parameter_layers(network)),
             forward_order=order,
+            network=identity,
         )
     return Plan(
         datasets=infos,

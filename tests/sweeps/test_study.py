@@ -1,5 +1,6 @@
 """What a study is, and every mistake that is answered before anything is trained."""
 
+import json
 import shutil
 import socket
 import sys
@@ -13,6 +14,7 @@ from ray import tune
 from ray.exceptions import OutOfMemoryError
 from rich.console import Console
 
+from sampimp.cube import open_cube
 from sampimp.data import load_source
 from sampimp.errors import (
     ConfigError,
@@ -198,6 +200,70 @@ def test_a_batch_norm_is_refused_with_what_a_study_offers(own_models, run_untrai
     assert ".eval() in the function that makes the model" in message
     assert "batch_norm=" not in message  # an argument of the recorder's
     assert run_untrained(tmp_path / "study", *arguments, "own_models:freeze")[0] == 0
+
+
+LINEAR = """
+from torch import nn
+
+def make(input_shape, class_count):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, class_count))
+    model[1].weight.data.mul_(1)
+    return model
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "different"),
+    [
+        ("return model", "return model  # the same", "source"),
+        (
+            "nn.Linear(64, class_count)",
+            "nn.Linear(64, class_count, bias=False)",
+            "source, parameter shapes (1.bias absent, was [10])",
+        ),
+        ("mul_(1)", "mul_(2)", "source, initial values, outputs for the same samples"),
+    ],
+)
+def test_another_network_of_the_same_name_is_refused(
+    own_models, run_untrained, tmp_path, before, after, different
+):
+    out = tmp_path / "study"
+    arguments = (*DIGITS, "--model", "own_models:make", "--strategies", "rand", "--seeds", "1")
+    own_models(LINEAR)
+    put_plan(out, *arguments)
+    stored = (out / "study.json").read_bytes()
+    own_models(LINEAR)
+    assert run_untrained(out, *arguments, "--dry-run")[0] == 0
+    own_models(LINEAR.replace(before, after))
+    write_npz(tmp_path / "mine.npz", train_inputs=np.zeros((12, 64)), test_inputs=np.zeros((3, 64)))
+    with pytest.raises(ConfigError, match="when the study began") as caught:
+        run_untrained(out, *arguments)
+    message = four_parts(caught.value)
+    assert f"another one; different: {different}\n" in message
+    assert str(out) in message
+    # Nor does a data set that is added bring another network.
+    added = (*arguments, "--datasets", f"npz:{tmp_path / 'mine.npz'}")
+    with pytest.raises(ConfigError, match="different: source\n"):
+        run_untrained(out, *added)
+    own_models(LINEAR)
+    assert run_untrained(out, *added, "--dry-run")[0] == 0
+    assert (out / "study.json").read_bytes() == stored
+
+
+def test_a_study_that_did_not_note_its_network_is_read_and_not_continued(
+    own_models, run_untrained, tmp_path
+):
+    out = tmp_path / "study"
+    arguments = (*DIGITS, "--model", "own_models:make", "--strategies", "rand", "--seeds", "1")
+    own_models(LINEAR)
+    put_plan(out, *arguments)
+    plan = json.loads((out / "study.json").read_text())
+    del plan["datasets"]["digits"]["network"]
+    (out / "study.json").write_text(json.dumps(plan))
+    assert open_cube(out)["digits/make"].sizes["epoch"] == 3
+    with pytest.raises(ConfigError, match="noted its name alone") as caught:
+        run_untrained(out, *arguments)
+    assert "can still be read" in four_parts(caught.value)
 
 
 # ------------------------------------------------------------------------------- --out
