@@ -35,7 +35,7 @@ import secrets
 import socket
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +49,7 @@ from zarr.storage import ObjectStore
 
 from sampimp.data import Source
 from sampimp.errors import RecordError, StoreError, UserError
-from sampimp.folder import Folder, open_store, put_whole, reaching
+from sampimp.folder import Folder, check_links, local_root, open_store, put_whole, reaching
 from sampimp.schema import CURVES, VARIABLES, EpochRecord, Layout, digest
 
 KEPT_CHECKPOINTS = 2
@@ -473,16 +473,33 @@ def stored_snapshots(
 
 
 class _Store(ObjectStore):
-    """A folder or bucket as Zarr sees it, with the errors of `sampimp.folder`."""
+    """A folder or bucket as Zarr sees it, with the errors and the rule of links of `folder`."""
+
+    def _check(self, key: str) -> None:
+        if (root := local_root(self.store)) is not None:
+            check_links(root, key)
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
+        self._check(key)
         with reaching(f"{key} of {self.store}"):
             return await super().get(key, prototype, byte_range)
 
+    async def get_partial_values(
+        self,
+        prototype: BufferPrototype,
+        key_ranges: Iterable[tuple[str, ByteRequest | None]],
+    ) -> list[Buffer | None]:
+        ranges = list(key_ranges)
+        for key, _ in ranges:
+            self._check(key)
+        with reaching(self.store):
+            return await super().get_partial_values(prototype, ranges)
+
     async def set(self, key: str, value: Buffer) -> None:
         self._check_writable()
+        self._check(key)
         with reaching(f"{key} of {self.store}"):
             await put_whole(self.store, key, value.as_buffer_like())
 
@@ -493,13 +510,23 @@ class _Store(ObjectStore):
             with reaching(f"{key} of {self.store}"):
                 await super().set_if_not_exists(key, value)
 
+    async def delete(self, key: str) -> None:
+        self._check(key)
+        with reaching(f"{key} of {self.store}"):
+            await super().delete(key)
+
     async def delete_dir(self, prefix: str) -> None:
+        if (root := local_root(self.store)) is not None:
+            (Folder(root) / prefix).remove()
+            return
         with reaching(f"{prefix} of {self.store}"):
             await super().delete_dir(prefix)
 
 
 def zarr_store(folder: Folder) -> ObjectStore:
     """Return a folder as a Zarr store."""
+    if folder.is_local:
+        check_links(folder.root, folder.path)
     return _Store(open_store(str(folder)))
 
 
