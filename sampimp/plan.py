@@ -38,6 +38,8 @@ class DatasetInfo:
     """Layer and size of every tensor of the network's parameters, in order."""
     forward_order: tuple[str, ...] = ()
     """Names of the layers in the order in which they are called; by default as registered."""
+    chunks: str = ""
+    """Digest of the digests of its chunks in the store; empty where it was stored without."""
     network: NetworkIdentity | None = None
     """What a network of one's own is; None for the others, and in studies that did not note it."""
 
@@ -227,11 +229,11 @@ class Plan:
             strategy: tuple(sorted({*self.grid.get(strategy, ()), *other.grid.get(strategy, ())}))
             for strategy in dict.fromkeys((*self.grid, *other.grid))
         }
-        # The network stays as it was noted first: what is nearly equal is not to drift.
-        datasets = {
-            key: replace(info, network=self.datasets[key].network) if key in self.datasets else info
-            for key, info in {**self.datasets, **other.datasets}.items()
-        }
+        datasets = {**self.datasets, **other.datasets}
+        for key, info in self.datasets.items():
+            # As they were noted first: what is nearly equal does not drift, and a data set that
+            # was stored without digests has none.
+            datasets[key] = replace(datasets[key], network=info.network, chunks=info.chunks)
         return replace(self, datasets=datasets, grid=grid)
 
     def _require_same_network(self, other: "Plan", where: str) -> None:

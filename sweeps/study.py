@@ -36,8 +36,9 @@ from sampimp.schema import (
     REFERENCES,
     SORTED_STRATEGIES,
     STRATEGIES,
+    digest_json,
 )
-from sampimp.store import read_source, write_source
+from sampimp.store import chunk_table, read_source, write_source
 from sampimp.strategies import make_schedule
 from sampimp.training import TrainingRun
 from sweeps.cluster import Cluster, check_shared, connect
@@ -367,6 +368,7 @@ def make_plan(config: StudyConfig, sources: Mapping[str, Source]) -> Plan:
             class_names=source.class_names,
             layers=tuple(parameter_layers(network)),
             forward_order=order,
+            chunks=digest_json(chunk_table(source)),
             network=identity,
         )
     return Plan(
