@@ -4,13 +4,12 @@ python sweeps/score_snapshots.py OUT --every 5
 python sweeps/score_snapshots.py OUT --every 5 --model package.module:function
 """
 
-import sys
-
 import tyro
 from rich.console import Console
 
 from sampimp.errors import UserError
 from sweeps.cluster import connect
+from sweeps.door import run_door
 from sweeps.snapshots import score_snapshots
 
 
@@ -57,4 +56,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_door(main)

@@ -5,7 +5,6 @@ python sweeps/status.py OUT --verify      also compare every chunk with its dige
 python sweeps/status.py OUT --withdraw    and take what is damaged out, to be trained again
 """
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from sampimp.store import (
     stored_snapshots,
     withdraw,
 )
+from sweeps.door import run_door
 from sweeps.progress import format_clock
 
 QUIET = 60.0
@@ -238,4 +238,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_door(main)
