@@ -38,7 +38,7 @@ RAY = (
         f"tests/sweeps/test_{name}.py"
         for name in (
             *("cluster", "consolidate", "door", "full_study", "ingest", "s3"),
-            *("schedulers", "snapshots", "study", "workers"),
+            *("readme", "schedulers", "snapshots", "study", "workers"),
         )
     ),
 )
