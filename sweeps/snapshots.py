@@ -5,6 +5,7 @@ scores all samples there and writes them, one writer for each whole chunk. It ne
 store, so it can be asked for long after a study is done. What is scored is not scored again.
 """
 
+import io
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any
@@ -14,6 +15,7 @@ import ray
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
 from sampimp.capture import snapshot_importance
 from sampimp.config import OPTIMIZERS
@@ -22,7 +24,7 @@ from sampimp.errors import ConfigError, StoreError
 from sampimp.folder import Folder
 from sampimp.models import build_model, load_parameters, require_network
 from sampimp.plan import Plan, read_commits, require_plan
-from sampimp.store import SNAPSHOTS, StoredVariable, read_source, write_snapshot
+from sampimp.store import CHECKPOINTS, SNAPSHOTS, StoredVariable, read_source, write_snapshot
 from sampimp.training import use_deterministic_algorithms
 from sweeps.ingest import quiet_ray_data
 
@@ -190,6 +192,7 @@ def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> li
         training.model, info.input_shape, training.hidden, len(info.class_names), commit["seed"]
     )
     require_network(training.model, model, info.network)
+    _require_constant_buffers(model, trial)
     load_parameters(model, torch.from_numpy(flat_P))
     device = torch.device(training.device)
     if device.type == "cuda":
@@ -201,3 +204,29 @@ def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> li
         rate=training.rate(epoch) / training.batch_size,
     )
     return write_snapshot(trial, layout, epoch, importance.float().numpy())
+
+
+def _require_constant_buffers(model: nn.Module, trial: Folder) -> None:
+    """Raise ConfigError if training has changed buffers: of an epoch, parameters alone are stored.
+
+    Those of the last checkpoint are compared with those of the start.
+    """
+    buffers = dict(model.named_buffers())
+    checkpoints = trial / CHECKPOINTS
+    if not buffers or not checkpoints.folders():
+        return
+    state = checkpoints.read_bytes(f"{checkpoints.folders()[-1]}/state.pt") or b""
+    stored = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")["model"]
+    changed = [
+        name
+        for name, values in buffers.items()
+        if name in stored and not torch.equal(values, stored[name])
+    ]
+    if changed:
+        raise ConfigError(
+            expected="a network whose buffers stay as they are at the start",
+            got=f"others after training: {', '.join(changed[:5])}",
+            where=str(trial),
+            todo="use the in-step importance; snapshots are scored at stored parameters, and the "
+            "buffers of each epoch are not stored",
+        )

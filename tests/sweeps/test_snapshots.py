@@ -1,5 +1,6 @@
 """Snapshot importance: every sample at the fixed, stored parameters of an epoch."""
 
+import io
 import json
 import shutil
 from io import StringIO
@@ -17,7 +18,7 @@ from sampimp.folder import Folder
 from sampimp.models import build_model
 from sweeps import score_snapshots as door
 from sweeps import status
-from sweeps.snapshots import check_epochs, score_snapshots
+from sweeps.snapshots import _require_constant_buffers, check_epochs, score_snapshots
 from sweeps.study import make_plan, parse
 
 SAMPLES = (0, 1, 733, 1499)
@@ -168,6 +169,23 @@ def test_what_a_store_names_is_imported_only_if_a_person_names_it(
     with pytest.raises(ConfigError, match="one that returns int"):
         build_model("foreign:make", (1, 8, 8), (), 10, seed=0)
     assert trace.exists()
+
+
+def test_buffers_that_training_has_changed_are_refused(tmp_path):
+    trial = Folder.of(tmp_path)
+    model = torch.nn.BatchNorm1d(2)
+    for number, mean in enumerate((0.0, 0.5), start=1):
+        _require_constant_buffers(model, trial)
+        state = io.BytesIO()
+        trained = torch.nn.BatchNorm1d(2)
+        trained.running_mean.fill_(mean)
+        torch.save({"model": trained.state_dict()}, state)
+        trial.write_bytes(
+            f"checkpoints/epoch-00000{number}-attempt-0001/state.pt", state.getvalue()
+        )
+    with pytest.raises(ConfigError, match="others after training: running_mean"):
+        _require_constant_buffers(model, trial)
+    _require_constant_buffers(torch.nn.Linear(2, 2), trial)
 
 
 @pytest.mark.parametrize(("stored", "every"), [(0, 5), (2, 5), (2, 1)])
