@@ -94,7 +94,7 @@ def identify_network(name: str, network: nn.Module, inputs: Tensor) -> NetworkId
     network
         As `build_model` makes it by seed 0.
     inputs
-        A few training samples, between 0 and 1.
+        A few training samples, in "unit" scaling.
 
     Raises
     ------
