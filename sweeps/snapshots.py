@@ -100,20 +100,26 @@ def score_snapshots(
 
 
 def check_model(plan: Plan, model: str | None) -> None:
-    """Raise ConfigError where a study's network is not the one that was named.
+    """Raise ConfigError where a study's network is not the one that was named, or is not known.
 
     A store may be somebody else's, and its `package.module:function` any function at all, which
     would be imported and called: so a person has to name it as well.
     """
     name = plan.training.model
-    if model == name or (model is None and ":" not in name):
-        return
-    raise ConfigError(
-        expected=f"option --model {name}",
-        got="none" if model is None else f"--model {model}",
-        where="study.json, which names the network",
-        todo="name it if you know that function and trust it: it is imported and called",
-    )
+    if model != name and (model is not None or ":" in name):
+        raise ConfigError(
+            expected=f"option --model {name}",
+            got="none" if model is None else f"--model {model}",
+            where="study.json, which names the network",
+            todo="name it if you know that function and trust it: it is imported and called",
+        )
+    if ":" in name and any(info.network is None for info in plan.datasets.values()):
+        raise ConfigError(
+            expected=f"a study that notes what its network {name} is",
+            got="one of an earlier version, which noted its name alone",
+            where="study.json",
+            todo="use the in-step importance: nobody can tell whether the network is the same",
+        )
 
 
 def check_epochs(plan: Plan, every: int) -> list[int]:
