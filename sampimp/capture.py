@@ -17,7 +17,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ from sampimp.config import check_choice
 from sampimp.errors import ConfigError, UnsupportedError
 from sampimp.factors import Explicit, Factor, Outer, Product, squares, total
 from sampimp.graph import Inside
+from sampimp.models import evaluation_mode
 from sampimp.optimizers import Derivative, Diagonal, UpdateDerivative
 from sampimp.ownership import Layout, joined_rows
 from sampimp.proof import COUPLED, SUM, UNCHECKED, Proof, Proved, Use, is_running
@@ -1632,10 +1633,14 @@ def snapshot_importance(
 ) -> Tensor:
     """Return the importance that every sample would have at the model's present parameters.
 
+    The model is in evaluation mode meanwhile. So it is defined for networks with dropout, none of
+    which acts, and with BatchNorm, which then uses its running statistics and mixes no samples; of
+    a BatchNorm that keeps none it is not.
+
     Parameters
     ----------
     model
-        As for `Capture`; left as it is, gradients too.
+        As for `Capture`; left as it is, gradients and the modules' `training` too.
     inputs, labels
         Shapes (N, ...) and (N,).
     rate
@@ -1649,15 +1654,19 @@ def snapshot_importance(
     Tensor of shape (layer, N)
         On the CPU, in the model's precision.
     """
-    capture = Capture(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rates = {id(parameter): float(rate) for parameter in trained}
-    for inputs_N, labels_N in zip(inputs.split(chunk), labels.split(chunk), strict=True):
-        with capture.step([len(labels_N)], accumulates=False):
-            loss = functional.cross_entropy(model(inputs_N), labels_N, reduction="sum")
-            torch.autograd.grad(loss, trained)
-        capture.finish(rates)
-        capture.accept()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    # cuDNN goes back through a recurrent layer in training mode alone.
+    kernels = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    with evaluation_mode(model), kernels:
+        capture = Capture(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        rates = {id(parameter): float(rate) for parameter in trained}
+        for inputs_N, labels_N in zip(inputs.split(chunk), labels.split(chunk), strict=True):
+            with capture.step([len(labels_N)], accumulates=False):
+                loss = functional.cross_entropy(model(inputs_N), labels_N, reduction="sum")
+                torch.autograd.grad(loss, trained)
+            capture.finish(rates)
+            capture.accept()
     return capture.take()[capture.forward_order]
 
 

@@ -1,15 +1,18 @@
 """What decides the numbers of a run, as frozen dataclasses that check themselves.
 
 The defaults are the paper's (Gao & Jojic 2017, section 3.1). A trial's fingerprint is the digest of
-everything in its `TrialConfig`, of the data, of the code's version and of the reference run that it
-sorts by: two trials with one fingerprint are the same experiment.
+everything in its `TrialConfig`, of the data, of the code's version, of the reference run that it
+sorts by, and of what a network of one's own is: two trials with one fingerprint are the same
+experiment.
 """
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from sampimp.errors import ConfigError
 from sampimp.schema import REFERENCES, STRATEGIES, digest_json
@@ -103,6 +106,78 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NetworkIdentity:
+    """What a network of one's own is; its name, `package.module:function`, does not tell."""
+
+    source: str
+    """SHA-256 of the source that it comes from."""
+    parameters: tuple[tuple[str, tuple[int, ...]], ...]
+    """Name and shape of each parameter."""
+    initial: tuple[tuple[float, ...], ...]
+    """Mean, root mean square, first and last value of each parameter at the start, by seed 0."""
+    outputs: tuple[tuple[float, ...], ...]
+    """Logits of a few training samples at that start, in evaluation mode."""
+
+    @property
+    def exact(self) -> dict[str, Any]:
+        """The part that is the same on every machine, and enters fingerprints."""
+        return {"source": self.source, "parameters": self.parameters}
+
+    def differences(self, other: "NetworkIdentity") -> list[str]:
+        """Return in words what of the other network is not as it is here.
+
+        Examples
+        --------
+        >>> network = NetworkIdentity(
+        ...     source="0f", parameters=(("0.bias", (2,)),), initial=((1.0,),), outputs=((3.0,),)
+        ... )
+        >>> import dataclasses
+        >>> changed = dataclasses.replace(network, source="1f", outputs=((3.1,),))
+        >>> network.differences(changed)
+        ['source', 'outputs for the same samples']
+        """
+        words = ["source"] if self.source != other.source else []
+        if self.parameters != other.parameters:
+            here, there = dict(self.parameters), dict(other.parameters)
+            names = [n for n in {**here, **there} if here.get(n) != there.get(n)]
+            changes = [
+                f"{name} {_shape_words(there.get(name))}, was {_shape_words(here.get(name))}"
+                for name in names[:3]
+            ]
+            changes += [f"{len(names) - 3} more"] if names[3:] else []
+            return [*words, f"parameter shapes ({'; '.join(changes) or 'their order'})"]
+        pairs = zip(self.initial, other.initial, strict=True)
+        if not all(_nearly_equal(*pair) for pair in pairs):
+            words.append("initial values")
+        if not _nearly_equal(self.outputs, other.outputs):
+            words.append("outputs for the same samples")
+        return words
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "NetworkIdentity":
+        """Return the identity that `dataclasses.asdict` and JSON made a mapping of."""
+        return cls(
+            source=value["source"],
+            parameters=tuple((name, tuple(shape)) for name, shape in value["parameters"]),
+            initial=tuple(map(tuple, value["initial"])),
+            outputs=tuple(map(tuple, value["outputs"])),
+        )
+
+
+def _nearly_equal(expected: Any, values: Any) -> bool:
+    """Return whether values agree to 1e-4 of the largest: processors differ in their rounding."""
+    expected, values = np.asarray(expected), np.asarray(values)
+    tolerance = 1e-4 * np.nanmax(np.abs(expected), initial=0)
+    return expected.shape == values.shape and np.allclose(
+        values, expected, rtol=0, atol=tolerance, equal_nan=True
+    )
+
+
+def _shape_words(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialConfig:
     """One training run: which data, which batches, which initialisation."""
 
@@ -122,7 +197,13 @@ class TrialConfig:
         for name in ("seed", "order_seed"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
 
-    def fingerprint(self, code: str, data_digest: str, reference_digest: str | None) -> str:
+    def fingerprint(
+        self,
+        code: str,
+        data_digest: str,
+        reference_digest: str | None,
+        network: NetworkIdentity | None = None,
+    ) -> str:
         """Return the SHA-256 that identifies the run's numbers.
 
         Parameters
@@ -133,19 +214,22 @@ class TrialConfig:
             Digest of the data set's values.
         reference_digest
             Digest of the record that a sorted strategy sorts by; None for the other strategies.
+        network
+            What a network of one's own is; None for the others, whose code is this package's.
         """
         trial = asdict(self)
         for name in ("model", "optimizer", "schedule"):  # they came later: the paper's go unnamed
             if trial["training"][name] == getattr(TrainingConfig, name):
                 del trial["training"][name]
-        return digest_json(
-            {
-                "trial": trial,
-                "data": data_digest,
-                "reference": reference_digest,
-                "code": code,
-            }
-        )
+        identity = {
+            "trial": trial,
+            "data": data_digest,
+            "reference": reference_digest,
+            "code": code,
+        }
+        if network is not None:
+            identity["network"] = network.exact
+        return digest_json(identity)
 
     def trial_id(self, fingerprint: str) -> str:
         """Return the name of the trial's folder, such as mnist-nlo-seed3-1f0c9a2b."""

@@ -3,7 +3,8 @@
 `open_cube` matches the plan with the commits and lays a dask array over the records, one block for
 each chunk that a trial wrote. No array is opened before a block is computed: 300 trials open as
 fast as their COMMIT.json files can be read. A chunk that is read is compared with its digest, so
-that a damaged one is an error and never a number. A trial that is not committed is NaN and is not
+that a damaged one is an error and never a number; of a data set, the labels when the cube is
+opened, and images when they are read. A trial that is not committed is NaN and is not
 looked at. What is open does not change: trials committed later are there when it is opened again.
 
 Opened while the study grows, a trial is NaN or whole: it is there from its COMMIT.json on, which is
@@ -22,10 +23,11 @@ import numpy as np
 import xarray as xr
 
 from sampimp.config import OPTIMIZERS
+from sampimp.errors import RecordError
 from sampimp.folder import Folder
 from sampimp.plan import Plan, PlannedTrial, read_commits, require_plan
 from sampimp.schema import CURVES, REFERENCES, STRATEGIES, VARIABLES, Layout, digest_json
-from sampimp.store import SNAPSHOTS, StoredVariable, open_array, open_source, stored_snapshots
+from sampimp.store import SNAPSHOTS, StoredSource, StoredVariable, open_source, stored_snapshots
 
 
 def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
@@ -50,6 +52,8 @@ def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
     ------
     StoreError
         There is no study.
+    RecordError
+        A data set is not the one that was stored.
     """
     folder = Folder.of(out)
     plan = require_plan(folder)
@@ -122,13 +126,20 @@ def _open_node(
         ),
     }
     stored = folder / "datasets" / f"{key}.zarr"
-    source = open_source(stored)
+    source = open_source(stored, info.digest, info.chunks)
     if source is not None:
-        labels = np.asarray(open_array(folder.root, f"{stored.path}/train_labels")[:])
+        labels = source.read("train_labels")
         coords["label"] = ("sample", labels, {"long_name": "class of the sample"})
-        values: Any = source["train_values"]
+        values = _StoredValues(source)
         if values.ndim == 4 and values.dtype == np.uint8:
-            variables["image"] = (("sample", "row", "column", "channel"), _images(stored, values))
+            variables["image"] = (("sample", "row", "column", "channel"), _images(values))
+    elif any(trial.commit for trial in trials):
+        raise RecordError(
+            expected="the data set that the committed trials were trained on",
+            got="none, or one that is not complete",
+            where=str(stored),
+            todo="run the study's own command again: the data set is stored again",
+        )
     if layout.states:
         coords["state"] = (
             "state",
@@ -269,24 +280,34 @@ class _StoredValues:
     A Zarr array would take its store along, and that the credentials of a bucket.
     """
 
-    def __init__(self, folder: Folder, values: Any) -> None:
-        self.root, self.path = folder.root, f"{folder.path}/train_values"
-        self.shape, self.dtype, self.ndim = values.shape, values.dtype, values.ndim
+    def __init__(self, source: StoredSource) -> None:
+        stored = source.table["arrays"]["train_values"]
+        self.source, self.rows = source, stored["rows"]
+        self.shape, self.dtype = tuple(stored["shape"]), np.dtype(stored["dtype"])
+        self.ndim = len(self.shape)
 
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return np.asarray(open_array(self.root, self.path)[index])
+    def __getitem__(self, index: tuple[slice | int, ...]) -> np.ndarray:
+        """Read a region; `index` has slices and integers, one for each dimension."""
+        rows, *others = index
+        region = rows if isinstance(rows, slice) else slice(rows, rows + 1)
+        chosen = range(self.shape[0])[region]
+        if not chosen:
+            return np.empty((0, *self.shape[1:]), self.dtype)[(slice(None), *others)]
+        values = self.source.read("train_values", min(chosen), max(chosen) + 1)
+        inner = slice(None, None, rows.step) if isinstance(rows, slice) else 0
+        return values[(inner, *others)]
 
 
-def _images(folder: Folder, values: Any) -> da.Array:
+def _images(values: _StoredValues) -> da.Array:
     """Return stored images [N, C, H, W] lazily as [N, H, W, C], 0 to 255."""
     stored = da.from_array(
-        _StoredValues(folder, values),
-        chunks=values.chunks,
-        name=f"image-{digest_json([str(folder), values.shape])}",
+        values,
+        chunks=(values.rows, *values.shape[1:]),
+        name=f"image-{digest_json([str(values.source.folder), values.source.table])}",
         asarray=False,
         fancy=False,
         meta=np.empty((0,) * values.ndim, values.dtype),
     )
     images = da.moveaxis(stored, 1, 3)
-    full_scale = values.attrs["full_scale"]
+    full_scale = values.source.table["full_scale"]
     return images if full_scale == 255 else (images * (255 / full_scale)).astype(np.uint8)

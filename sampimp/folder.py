@@ -4,12 +4,16 @@ Every object is put whole or not at all: obstore renames a finished file, and a 
 by itself. What is read as missing is None; what cannot be reached at all is a `StoreError`, whose
 message is made here: the text of S3's own errors can hold a session token.
 
+A symbolic link that leads out of a local root is refused with its path, whatever is to be done. Of
+a link that stays inside, the link is deleted and never what it leads to. The root itself may be a
+link or lie below some: a person chose it.
+
 A bucket is asked again for `PATIENCE` while its server does not answer. A request that hangs is
 ended after `TIMEOUT` and asked again, so that nobody waits for more than four minutes. Credentials,
 region and endpoint come from the AWS_* variables or from a profile in ~/.aws, and stay in obstore.
 
-Map: `Folder`; `open_store`, `put_whole` and `reaching` for who reads and writes the same place in
-another format (`sampimp.store`).
+Map: `Folder`; `open_store`, `put_whole`, `check_links`, `local_root` and `reaching` for who reads
+and writes the same place in another format (`sampimp.store`).
 """
 
 import configparser
@@ -18,7 +22,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -169,14 +172,21 @@ class Folder:
         return self._list()[1]
 
     def size(self) -> int:
-        """Return the bytes of all that is in it."""
-        if self._is_absent:
-            return 0
-        pages = self._ask(lambda store: list(obstore.list(store, self._prefix)))
-        return sum(item["size"] for page in pages for item in page)
+        """Return the bytes of all that is in it, without what links lead to."""
+        if not self.is_local:
+            pages = self._ask(lambda store: list(obstore.list(store, self._prefix)))
+            return sum(item["size"] for page in pages for item in page)
+        check_links(self.root, self.path)
+        total = 0
+        for parent, _, names in os.walk(str(self)):
+            for path in (os.path.join(parent, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    total += 0 if os.path.islink(path) else os.stat(path).st_size
+        return total
 
     def delete(self, name: str) -> None:
-        """Delete one object; nothing happens where there is none."""
+        """Delete one object, or a link; nothing happens where there is none."""
+        self._check_parents(self._key(name))
         with contextlib.suppress(FileNotFoundError):
             self._ask(lambda store: obstore.delete(store, self._key(name)))
 
@@ -187,13 +197,41 @@ class Folder:
         return not folders and not set(objects) - {_WRITE_TEST}
 
     def remove(self) -> None:
-        """Delete everything in it, one object after the other."""
+        """Delete everything in it; links are deleted, and what they lead to is not.
+
+        Raises
+        ------
+        StoreError
+            It is, or holds, a link that leads out of the root: nothing is deleted then.
+        """
+        if self.is_local:
+            self._remove_tree()
+            return
         pages = self._ask(lambda store: list(obstore.list(store, self._prefix)))
         paths = [item["path"] for page in pages for item in page]
         with contextlib.suppress(FileNotFoundError):  # somebody else deletes it at the same time
             self._ask(lambda store: obstore.delete(store, paths))
+
+    def _remove_tree(self) -> None:
+        check_links(self.root, self.path)
+        self._check_parents(self.path)
+        is_link = bool(self.path) and os.path.islink(str(self))
+        tree = [] if is_link else list(os.walk(str(self), topdown=False))
+        paths = [os.path.join(parent, n) for parent, inner, outer in tree for n in inner + outer]
+        for path in paths:
+            check_links(self.root, os.path.relpath(path, self.root))
+        for path in [str(self)] if is_link else paths:
+            if os.path.islink(path) or not os.path.isdir(path):
+                with contextlib.suppress(FileNotFoundError), reaching(self):
+                    os.unlink(path)
+        for folder, _, _ in tree:
+            with contextlib.suppress(OSError):  # somebody else deletes it, or writes into it
+                os.rmdir(folder)
+
+    def _check_parents(self, key: str) -> None:
+        """Raise StoreError if a link is on the way to what is to be deleted."""
         if self.is_local:
-            shutil.rmtree(str(self), ignore_errors=True)  # the empty folders that are left
+            check_links(self.root, str(PurePosixPath(key).parent), passable=False)
 
     def check_reachable(self) -> None:
         """Raise StoreError unless the bucket is there, answers and lets us in; a disk always is.
@@ -213,6 +251,8 @@ class Folder:
         """Return the names of the folders and of the objects in it, each sorted."""
         if self._is_absent:
             return [], []
+        if self.is_local:
+            check_links(self.root, self.path)
         found = self._ask(lambda store: obstore.list_with_delimiter(store, self._prefix))
         folders = (PurePosixPath(path).name for path in found["common_prefixes"])
         objects = (PurePosixPath(item["path"]).name for item in found["objects"])
@@ -245,7 +285,10 @@ class Folder:
         return f"{self.path}/" if self.path else ""
 
     def _key(self, name: str) -> str:
-        return str(PurePosixPath(self.path, name))
+        key = str(PurePosixPath(self.path, name))
+        if self.is_local:
+            check_links(self.root, key)
+        return key
 
 
 def _json_bytes(value: Any) -> bytes:
@@ -280,6 +323,40 @@ def open_store(url: str, patience: timedelta = PATIENCE) -> LocalStore | S3Store
             where=url,
             todo="choose another --out or mend its permissions",
         ) from None
+
+
+def check_links(root: str, path: str, *, passable: bool = True) -> None:
+    """Raise StoreError if the way from a local root to a path, relative to it, leads out of it.
+
+    Parameters
+    ----------
+    root
+        An absolute path, which may be a link itself.
+    path
+        With slashes; the last part may be a link as well.
+    passable
+        Whether a link that stays below the root may be on the way.
+    """
+    home, place = os.path.realpath(root), root
+    for part in path.strip("/").split("/"):
+        place = os.path.join(place, part)
+        if part != ".." and not os.path.islink(place):
+            continue
+        target = os.path.realpath(place)
+        if not passable or os.path.commonpath([home, target]) != home:
+            raise StoreError(
+                expected="no symbolic link that leads out of the folder"
+                if passable
+                else "folders and no symbolic link on the way to what is deleted",
+                got=f"one to {target}",
+                where=place,
+                todo="remove the link, or put what it leads to in its place; nothing was touched",
+            )
+
+
+def local_root(store: LocalStore | S3Store) -> str | None:
+    """Return the root of a store on a disk; None for a bucket."""
+    return str(store.prefix) if isinstance(store, LocalStore) else None
 
 
 async def put_whole(store: LocalStore | S3Store, key: str, content: Any) -> None:

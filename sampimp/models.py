@@ -5,20 +5,31 @@ section asks for convolutional and recurrent networks. All take images (N, C, H,
 (N, classes). The recurrent ones and the transformer read an image as a sequence of its rows, as is
 usual for MNIST. Layers are registered in the order in which they are called; none mixes samples.
 
+Map: `build_model` (a network by its name) and the builders; `identify_network` and
+`require_network` (what one's own is); `evaluation_mode`; `parameter_layers`, `flatten_parameters`
+and `load_parameters` (a network's parameters as one vector).
+
 Shape suffixes: N samples, C channels, H rows, W columns, T positions, E entries of an embedding.
 """
 
+import hashlib
 import importlib
+import inspect
 import math
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from socket import gethostname
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sampimp.config import MODELS, check_choice
+from sampimp.config import MODELS, NetworkIdentity, check_choice
 from sampimp.errors import ConfigError
 
 
@@ -44,7 +55,7 @@ def build_model(
     Raises
     ------
     ConfigError
-        There is no such network, or the samples are no images.
+        There is no such network, the samples are no images, or the function returns something else.
     """
     if name == "mlp":
         return build_mlp(input_shape, hidden, class_count, seed)
@@ -61,7 +72,105 @@ def build_model(
             )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return make(tuple(input_shape), class_count)
+        network = make(tuple(input_shape), class_count)
+    if not isinstance(network, nn.Module):
+        raise ConfigError(
+            expected="a function that returns a torch.nn.Module",
+            got=f"one that returns {type(network).__name__}",
+            where=f"option --model {name}",
+            todo="return the network; it is called with the shape of a sample and the number of "
+            "classes",
+        )
+    return network
+
+
+def identify_network(name: str, network: nn.Module, inputs: Tensor) -> NetworkIdentity:
+    """Return what a network of one's own is.
+
+    Parameters
+    ----------
+    name
+        Its `package.module:function`.
+    network
+        As `build_model` makes it by seed 0.
+    inputs
+        A few training samples, in "unit" scaling.
+
+    Raises
+    ------
+    ConfigError
+        Its source cannot be read.
+    """
+    with evaluation_mode(network), torch.no_grad():
+        outputs = network(inputs).double().flatten(1)
+    return NetworkIdentity(
+        source=_source_digest(name),
+        parameters=_parameter_shapes(network),
+        initial=tuple(
+            (
+                float(values.mean()),
+                float(values.square().mean().sqrt()),
+                *map(float, values[:1]),
+                *map(float, values[-1:]),
+            )
+            for parameter in network.parameters()
+            for values in [parameter.detach().double().flatten()]
+        ),
+        outputs=tuple(map(tuple, outputs.tolist())),
+    )
+
+
+def require_network(name: str, network: nn.Module, identity: NetworkIdentity | None) -> None:
+    """Raise ConfigError unless a network is, in source and parameters, the one of a study.
+
+    Parameters
+    ----------
+    name
+        As for `build_model`.
+    network
+        What is to be trained, or scored.
+    identity
+        Of the study's network; None where it has none, so that there is nothing to compare.
+    """
+    if identity is None:
+        return
+    here = replace(identity, source=_source_digest(name), parameters=_parameter_shapes(network))
+    differences = identity.differences(here)
+    if differences:
+        raise ConfigError(
+            expected=f"the network that the study knows as {name}",
+            got=f"another one; different: {', '.join(differences)}",
+            where=f"module {name.partition(':')[0]} on {gethostname()}",
+            todo="install the same version of it on every machine, and change nothing in it while "
+            "the study runs",
+        )
+
+
+def _parameter_shapes(network: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(p.shape)) for name, p in network.named_parameters())
+
+
+def _source_digest(name: str) -> str:
+    """Return the SHA-256 of the source of a function's modules.
+
+    These are the module that is named, and the one that defines the function, which is another
+    where a package passes a name on, or where the function is a partial or decorated one.
+    """
+    function: Any = _import(name)
+    while isinstance(function, partial) or hasattr(function, "__wrapped__"):
+        function = function.func if isinstance(function, partial) else function.__wrapped__
+    sha = hashlib.sha256()
+    for module in dict.fromkeys([name.partition(":")[0], function.__module__]):
+        try:
+            sha.update(inspect.getsource(sys.modules[module]).encode())
+        except (KeyError, OSError, TypeError) as error:
+            raise ConfigError(
+                expected="a network whose source can be read, since that is what it is known by",
+                got=str(error),
+                where=f"module {module}, option --model {name}",
+                todo="define the function in a .py file of your own, which may call any other",
+            ) from None
+    return sha.hexdigest()
 
 
 def _import(name: str) -> Callable[[tuple[int, ...], int], nn.Module]:
@@ -250,6 +359,36 @@ def parameter_layers(model: nn.Module) -> list[tuple[str, int]]:
         (name.rpartition(".")[0] or "model", parameter.numel())
         for name, parameter in model.named_parameters()
     ]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode for a block; then each has its own `training` again.
+
+    The flags are set one by one: `model.train()` would start a BatchNorm again that its author has
+    frozen by `.eval()`. PyTorch's fused encoder layer, which evaluation mode switches on, is kept
+    off: it rounds otherwise than the layer that trains.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
+    >>> with evaluation_mode(model):
+    ...     [module.training for module in model.modules()]
+    [False, False, False]
+    >>> [module.training for module in model.modules()]
+    [True, False, True]
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, training in flags:
+            module.training = training
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from sampimp.config import TrainingConfig, TrialConfig
+from sampimp.config import NetworkIdentity, TrainingConfig, TrialConfig
 from sampimp.errors import ConfigError, RecordError, StoreError
 from sampimp.folder import Folder
 from sampimp.schema import (
@@ -38,6 +38,10 @@ class DatasetInfo:
     """Layer and size of every tensor of the network's parameters, in order."""
     forward_order: tuple[str, ...] = ()
     """Names of the layers in the order in which they are called; by default as registered."""
+    chunks: str = ""
+    """Digest of the digests of its chunks in the store; empty where it was stored without."""
+    network: NetworkIdentity | None = None
+    """What a network of one's own is; None for the others, and in studies that did not note it."""
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -146,14 +150,14 @@ class Plan:
         references: dict[str, tuple[str, str]] = {}  # data set: trial_id, digest of the record
         resolved = []
         for trial in self.trials():  # references come first
-            data_digest = self.datasets[trial.dataset].digest
+            info = self.datasets[trial.dataset]
             reference_id = reference_digest = None
             if trial.strategy in SORTED_STRATEGIES:
                 if trial.dataset not in references:
                     resolved.append(PlannedTrial(trial, None, None, None, None))
                     continue
                 reference_id, reference_digest = references[trial.dataset]
-            fingerprint = trial.fingerprint(self.code, data_digest, reference_digest)
+            fingerprint = trial.fingerprint(self.code, info.digest, reference_digest, info.network)
             trial_id = trial.trial_id(fingerprint)
             commit = commits.get(trial_id)
             if commit is not None and commit["fingerprint"] != fingerprint:
@@ -185,6 +189,9 @@ class Plan:
                         "class_names": tuple(info["class_names"]),
                         "layers": tuple((name, size) for name, size in info["layers"]),
                         "forward_order": tuple(info.get("forward_order", ())),
+                        "network": NetworkIdentity.from_json(info["network"])
+                        if info.get("network")
+                        else None,
                     }
                 )
                 for key, info in value["datasets"].items()
@@ -204,6 +211,7 @@ class Plan:
         ConfigError
             The two differ in anything else, so that one cube cannot hold both.
         """
+        self._require_same_network(other, where)
         mine, theirs = (_flat(plan) for plan in (self, other))
         differing = [
             f"{name} {mine[name]!r} (asked for: {theirs[name]!r})"
@@ -221,7 +229,43 @@ class Plan:
             strategy: tuple(sorted({*self.grid.get(strategy, ()), *other.grid.get(strategy, ())}))
             for strategy in dict.fromkeys((*self.grid, *other.grid))
         }
-        return replace(self, datasets={**self.datasets, **other.datasets}, grid=grid)
+        datasets = {**self.datasets, **other.datasets}
+        for key, info in self.datasets.items():
+            # As they were noted first: what is nearly equal does not drift, and a data set that
+            # was stored without digests has none.
+            datasets[key] = replace(datasets[key], network=info.network, chunks=info.chunks)
+        return replace(self, datasets=datasets, grid=grid)
+
+    def _require_same_network(self, other: "Plan", where: str) -> None:
+        """Raise ConfigError unless a network of one's own is the same in both plans."""
+        name = self.training.model
+        if ":" not in name or name != other.training.model:
+            return
+        if any(info.network is None for info in self.datasets.values()):
+            raise ConfigError(
+                expected=f"a study that notes what its network {name} is",
+                got="one of an earlier version, which noted its name alone",
+                where=where,
+                todo="choose another --out; this one can still be read, but not continued, since "
+                "nobody can tell whether the network is the same",
+            )
+        differences: dict[str, None] = {}
+        for key, there in other.datasets.items():
+            assert there.network is not None
+            if key in self.datasets:
+                here = self.datasets[key].network
+            else:  # a data set that is added has parameters of its own, and the same source
+                source = next(iter(self.datasets.values())).network.source  # type: ignore[union-attr]
+                here = replace(there.network, source=source)
+            assert here is not None
+            differences |= dict.fromkeys(here.differences(there.network))
+        if differences:
+            raise ConfigError(
+                expected=f"the network that {name} was when the study began",
+                got=f"another one; different: {', '.join(differences)}",
+                where=where,
+                todo="put the function back to what it was, or choose another --out",
+            )
 
 
 def _flat(plan: Plan) -> dict[str, Any]:

@@ -429,7 +429,7 @@ class Proof:
             "made of, one for each index of the step",
             got=f"none between the loss and a layer whose output has shape {use.shapes[0]}",
             where=self._where(use),
-            todo="name as many samples as the batch has, and where it comes in parts those of each: "
+            todo="name as many samples as the batch has, of each part where it comes in parts: "
             "step([index_1, index_2], ...); batch_dim=1 where positions come before samples",
         )
 

@@ -23,7 +23,7 @@ its epochs are in.
 
 Map: `TrialRecord` (one attempt's writer), `StoredVariable` (a reader, which compares every chunk
 with its digest), `find_damage` and `withdraw`, `last_sign`, `write_snapshot` and
-`stored_snapshots`, `read_difficulty`, `write_source` and `read_source` (data sets).
+`stored_snapshots`, `read_difficulty`, `write_source`, `read_source` and `StoredSource` (data sets).
 """
 
 import contextlib
@@ -35,7 +35,7 @@ import secrets
 import socket
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,8 +49,8 @@ from zarr.storage import ObjectStore
 
 from sampimp.data import Source
 from sampimp.errors import RecordError, StoreError, UserError
-from sampimp.folder import Folder, open_store, put_whole, reaching
-from sampimp.schema import CURVES, VARIABLES, EpochRecord, Layout, digest
+from sampimp.folder import Folder, check_links, local_root, open_store, put_whole, reaching
+from sampimp.schema import CURVES, VARIABLES, EpochRecord, Layout, digest, digest_json
 
 KEPT_CHECKPOINTS = 2
 """The newest, and the one before in case the newest was cut off while it was written."""
@@ -61,6 +61,12 @@ SNAPSHOTS = "snapshots.json"
 
 ATTEMPTS, CHECKPOINTS, ERRORS = "attempts", "checkpoints", "errors"
 """Folders of a trial."""
+
+SOURCE_ARRAYS = ("train_values", "train_labels", "test_values", "test_labels")
+"""The arrays of a data set."""
+
+SOURCE_CHUNK = 2**22
+"""Most bytes of one of their chunks, if one sample has no more (arbitrary)."""
 
 
 class SupersededError(RecordError):
@@ -473,16 +479,33 @@ def stored_snapshots(
 
 
 class _Store(ObjectStore):
-    """A folder or bucket as Zarr sees it, with the errors of `sampimp.folder`."""
+    """A folder or bucket as Zarr sees it, with the errors and the rule of links of `folder`."""
+
+    def _check(self, key: str) -> None:
+        if (root := local_root(self.store)) is not None:
+            check_links(root, key)
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
+        self._check(key)
         with reaching(f"{key} of {self.store}"):
             return await super().get(key, prototype, byte_range)
 
+    async def get_partial_values(
+        self,
+        prototype: BufferPrototype,
+        key_ranges: Iterable[tuple[str, ByteRequest | None]],
+    ) -> list[Buffer | None]:
+        ranges = list(key_ranges)
+        for key, _ in ranges:
+            self._check(key)
+        with reaching(self.store):
+            return await super().get_partial_values(prototype, ranges)
+
     async def set(self, key: str, value: Buffer) -> None:
         self._check_writable()
+        self._check(key)
         with reaching(f"{key} of {self.store}"):
             await put_whole(self.store, key, value.as_buffer_like())
 
@@ -493,13 +516,23 @@ class _Store(ObjectStore):
             with reaching(f"{key} of {self.store}"):
                 await super().set_if_not_exists(key, value)
 
+    async def delete(self, key: str) -> None:
+        self._check(key)
+        with reaching(f"{key} of {self.store}"):
+            await super().delete(key)
+
     async def delete_dir(self, prefix: str) -> None:
+        if (root := local_root(self.store)) is not None:
+            (Folder(root) / prefix).remove()
+            return
         with reaching(f"{prefix} of {self.store}"):
             await super().delete_dir(prefix)
 
 
 def zarr_store(folder: Folder) -> ObjectStore:
     """Return a folder as a Zarr store."""
+    if folder.is_local:
+        check_links(folder.root, folder.path)
     return _Store(open_store(str(folder)))
 
 
@@ -509,26 +542,43 @@ def open_array(root: str, path: str) -> zarr.Array:
     return zarr.open_array(_Store(open_store(root)), path=path, mode="r", zarr_format=3)
 
 
+def chunk_table(source: Source) -> dict[str, Any]:
+    """Return how a data set is stored, with each chunk's digest, in types that JSON can hold."""
+    arrays = {}
+    for name in SOURCE_ARRAYS:
+        values = getattr(source, name)
+        rows = max(1, min(len(values), SOURCE_CHUNK // max(1, values[0].nbytes)))
+        starts = range(0, len(values), rows)
+        arrays[name] = {
+            "shape": list(values.shape),
+            "dtype": values.dtype.str,
+            "rows": rows,
+            "digests": [digest(values[start : start + rows]) for start in starts],
+        }
+    return {"full_scale": source.full_scale, "arrays": arrays}
+
+
 def write_source(folder: Folder, source: Source) -> None:
-    """Store a data set: its values before scaling, and its labels."""
+    """Store a data set: its values before scaling, its labels, and the digest of each chunk."""
     group = zarr.open_group(zarr_store(folder), mode="w", zarr_format=3)
-    for part in ("train", "test"):
-        for kind in ("values", "labels"):
-            values = getattr(source, f"{part}_{kind}")
-            rows = max(1, min(len(values), 2**22 // max(1, values[0].nbytes)))  # chunks of 4 MiB
-            array = group.create_array(
-                f"{part}_{kind}",
-                shape=values.shape,
-                chunks=(rows, *values.shape[1:]),
-                dtype=values.dtype,
-                attributes={"full_scale": source.full_scale} if kind == "values" else {},
-            )
-            array[:] = values
-    group.attrs.update(  # last: without it the data set is not complete
+    table = chunk_table(source)
+    for name, stored in table["arrays"].items():
+        values = getattr(source, name)
+        array = group.create_array(
+            name,
+            shape=values.shape,
+            chunks=(stored["rows"], *values.shape[1:]),
+            dtype=values.dtype,
+            attributes={"full_scale": source.full_scale} if name.endswith("values") else {},
+        )
+        array[:] = values
+    # Last, and by one put: without them the data set is not complete.
+    group.update_attributes(
         {
             "name": source.name,
             "class_names": list(source.class_names),
             "digest": source.digest,
+            "chunks": table,
         }
     )
 
@@ -538,12 +588,154 @@ def open_for_writing(folder: Folder, name: str) -> zarr.Array:
     return zarr.open_array(zarr_store(folder), path=name, mode="r+", zarr_format=3)
 
 
-def open_source(folder: Folder) -> zarr.Group | None:
-    """Return a stored data set as its arrays, or None if it is not there or not complete."""
-    if folder.read_bytes("zarr.json") is None:
+@dataclass(frozen=True)
+class StoredSource:
+    """A data set of a study, each chunk compared with its digest when it is read.
+
+    Parameters
+    ----------
+    folder
+        OUT/datasets/KEY.zarr.
+    attrs
+        What is said of it beside its arrays.
+    table
+        As `chunk_table`; without "digests" where the data set was stored by an earlier version.
+    """
+
+    folder: Folder
+    attrs: Mapping[str, Any]
+    table: Mapping[str, Any]
+
+    @property
+    def is_verifiable(self) -> bool:
+        """Whether its chunks have digests."""
+        return "chunks" in self.attrs
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the rows of one array from `start` to `stop`.
+
+        Raises
+        ------
+        RecordError
+            What is stored is not what was written.
+        """
+        shape, rows = self.table["arrays"][name]["shape"], self.table["arrays"][name]["rows"]
+        stop = shape[0] if stop is None else stop
+        first, last = start // rows, -(-stop // rows)
+        chunks = [self._read_chunk(name, number) for number in range(first, last)]
+        return np.concatenate(chunks)[start - first * rows : stop - first * rows]
+
+    def damage(self) -> Iterator[str]:
+        """Yield in words each place that does not hold what was written."""
+        for name, stored in self.table["arrays"].items():
+            for number in range(len(stored.get("digests", ()))):
+                try:
+                    self._read_chunk(name, number)
+                except RecordError as error:
+                    yield f"{self._place(name, number)}: {error.got}"
+
+    def _read_chunk(self, name: str, number: int) -> np.ndarray:
+        stored = self.table["arrays"][name]
+        start, stop = number * stored["rows"], (number + 1) * stored["rows"]
+        try:
+            array = _open_uncached(self.folder, name)
+            form = [list(array.shape), array.dtype.str]
+            values = np.asarray(array[start:stop])
+            found = digest(values)
+            if form != [stored["shape"], stored["dtype"]]:
+                found = f"an array {form[1]} {form[0]}"
+        except StoreError:
+            raise  # the store cannot be reached, which says nothing of what it holds
+        except Exception as error:  # of Zarr and of each codec, as the damage happens to fall
+            found = str(error).partition("\n")[0] or type(error).__name__
+        expected = stored["digests"][number] if "digests" in stored else found
+        if found != expected:
+            raise _source_error(
+                expected=f"a chunk with digest {expected[:16]}, in the data set with digest "
+                f"{self.attrs['digest']}",
+                got=found[:16] if len(found) == len(expected) else found,
+                where=f"{self.folder}, {self._place(name, number)}",
+            )
+        return values
+
+    def _place(self, name: str, number: int) -> str:
+        rows = self.table["arrays"][name]["rows"]
+        last = min((number + 1) * rows, self.table["arrays"][name]["shape"][0]) - 1
+        return f"{name}, rows {number * rows} to {last}"
+
+
+def _source_error(expected: str, got: str, where: str) -> RecordError:
+    return RecordError(
+        expected=expected,
+        got=got,
+        where=where,
+        todo="delete this data set's folder and run the study's own command again: the data set is "
+        "read from its source, and stored again",
+    )
+
+
+def _open_uncached(folder: Folder, name: str) -> zarr.Array:
+    return zarr.open_array(zarr_store(folder), path=name, mode="r", zarr_format=3)
+
+
+def open_source(
+    folder: Folder, expected_digest: str | None = None, expected_chunks: str = ""
+) -> StoredSource | None:
+    """Return a stored data set, of which nothing is read; None if it is not there or not complete.
+
+    Parameters
+    ----------
+    folder
+        OUT/datasets/KEY.zarr.
+    expected_digest, expected_chunks
+        What the plan says of it; nothing is compared where it says nothing.
+
+    Raises
+    ------
+    RecordError
+        It is not the one of the plan.
+    """
+    attrs = (folder.read_json("zarr.json") or {}).get("attributes", {})
+    if "digest" not in attrs:
         return None
-    group = zarr.open_group(zarr_store(folder), mode="r", zarr_format=3)
-    return group if "digest" in group.attrs else None
+    table = attrs.get("chunks")
+    for what, found, expected in (
+        ("digest", attrs["digest"], expected_digest or attrs["digest"]),
+        ("digests of its chunks", digest_json(table), expected_chunks or digest_json(table)),
+    ):
+        if found != expected:
+            raise _source_error(
+                expected=f"the data set of the plan, {what} {expected[:16]}",
+                got="none" if table is None and what != "digest" else found[:16],
+                where=f"{folder}/zarr.json",
+            )
+    if table is None:
+        table = _table_without_digests(folder)
+    return StoredSource(folder, attrs, table)
+
+
+def _table_without_digests(folder: Folder) -> dict[str, Any]:
+    try:
+        arrays = {name: _open_uncached(folder, name) for name in SOURCE_ARRAYS}
+        return {
+            "full_scale": arrays["train_values"].attrs["full_scale"],
+            "arrays": {
+                name: {
+                    "shape": list(array.shape),
+                    "dtype": array.dtype.str,
+                    "rows": array.chunks[0],
+                }
+                for name, array in arrays.items()
+            },
+        }
+    except StoreError:
+        raise
+    except Exception as error:  # as in `StoredSource`
+        raise _source_error(
+            expected=f"the arrays {', '.join(SOURCE_ARRAYS)}",
+            got=str(error).partition("\n")[0] or type(error).__name__,
+            where=str(folder),
+        ) from None
 
 
 def read_source(folder: Folder) -> Source | None:
@@ -554,26 +746,20 @@ def read_source(folder: Folder) -> Source | None:
     RecordError
         Its values are not those that were stored.
     """
-    group = open_source(folder)
-    if group is None:
+    stored = open_source(folder)
+    if stored is None:
         return None
-    attrs = dict(group.attrs)
     source = Source(
-        name=str(attrs["name"]),
-        full_scale=float(group["train_values"].attrs["full_scale"]),  # type: ignore[arg-type]
-        class_names=tuple(attrs["class_names"]),  # type: ignore[arg-type]
-        **{
-            f"{part}_{kind}": np.asarray(group[f"{part}_{kind}"][:])  # type: ignore[index]
-            for part in ("train", "test")
-            for kind in ("values", "labels")
-        },
+        name=stored.attrs["name"],
+        full_scale=stored.table["full_scale"],
+        class_names=tuple(stored.attrs["class_names"]),
+        **{name: stored.read(name) for name in SOURCE_ARRAYS},
     )
-    if source.digest != attrs["digest"]:
-        raise RecordError(
-            expected=f"a data set with digest {attrs['digest']}",
+    if source.digest != stored.attrs["digest"]:
+        raise _source_error(
+            expected=f"a data set with digest {stored.attrs['digest']}",
             got=source.digest,
             where=str(folder),
-            todo="delete this folder; the data set is read again from its source",
         )
     return source
 

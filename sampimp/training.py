@@ -5,7 +5,7 @@
         for batch in schedule(t):
             theta = theta - rate (gradient of the batch's mean loss + weight decay theta)
             importance of the batch's samples, from that very step
-        NLL of every training sample and the errors, at the end of the epoch
+        NLL of every training sample and the errors, at the end of the epoch, in evaluation mode
         yield the record of epoch t
 
 Where several workers share a run, each is in a process of its own with all of this; the update is
@@ -33,7 +33,12 @@ from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import Dataset
 from sampimp.errors import RecordError
 from sampimp.fused import FusedStep
-from sampimp.models import build_model, flatten_parameters, parameter_layers
+from sampimp.models import (
+    build_model,
+    evaluation_mode,
+    flatten_parameters,
+    parameter_layers,
+)
 from sampimp.schema import EpochRecord
 from sampimp.strategies import Schedule, batch_positions
 from sampimp.workers import ALONE, Workers
@@ -257,17 +262,19 @@ def evaluate(
 ) -> tuple[np.ndarray, float]:
     """Return the NLL of every sample, shape (N,) in nats, and the fraction misclassified.
 
-    Each worker evaluates its share, and has the result of all. The logarithm of the softmax is
-    taken in float64: in float32 a confident sample's NLL is a multiple of 6e-8 and often 0, and the
-    strategies sort by it.
+    The model is in evaluation mode meanwhile: nothing is dropped, and a BatchNorm uses the
+    statistics that it has and does not add to them. Each worker evaluates its share, and has the
+    result of all. The logarithm of the softmax is taken in float64: in float32 a confident sample's
+    NLL is a multiple of 6e-8 and often 0, and the strategies sort by it.
     """
     nll, wrong = [], torch.zeros((), dtype=torch.int64, device=labels.device)
     own = workers.share(len(labels))
-    for inputs_N, labels_N in zip(
-        inputs[own].split(EVALUATION_CHUNK), labels[own].split(EVALUATION_CHUNK), strict=True
-    ):
-        logits = model(inputs_N).double()
-        nll.append(functional.cross_entropy(logits, labels_N, reduction="none"))
-        wrong += (logits.argmax(1) != labels_N).sum()
+    with evaluation_mode(model):
+        for inputs_N, labels_N in zip(
+            inputs[own].split(EVALUATION_CHUNK), labels[own].split(EVALUATION_CHUNK), strict=True
+        ):
+            logits = model(inputs_N).double()
+            nll.append(functional.cross_entropy(logits, labels_N, reduction="none"))
+            wrong += (logits.argmax(1) != labels_N).sum()
     workers.sum([wrong])
     return workers.gather(torch.cat(nll), own, len(labels)).cpu().numpy(), int(wrong) / len(labels)

@@ -4,13 +4,12 @@ python sweeps/consolidate.py OUT                        into OUT/consolidated
 python sweeps/consolidate.py OUT --to s3://bucket/mnist-study
 """
 
-import sys
-
 import tyro
 from rich.console import Console
 
 from sampimp.consolidate import consolidate
 from sampimp.errors import UserError
+from sweeps.door import run_door
 
 
 def run(out: tyro.conf.Positional[str], /, to: str | None = None) -> int:
@@ -46,4 +45,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_door(main)

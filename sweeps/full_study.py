@@ -7,7 +7,6 @@ python sweeps/full_study.py --help                all options
 """
 
 import io
-import sys
 
 from rich.console import Console
 
@@ -16,6 +15,7 @@ from sampimp.folder import Folder
 from sampimp.plan import read_commits
 from sampimp.schema import __version__, digest_json
 from sampimp.store import SNAPSHOTS
+from sweeps.door import INTERRUPTED, run_door
 from sweeps.jobs import send
 from sweeps.study import parse, run
 
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         errors.print(str(error), style="red", markup=False, highlight=False)
         return 2
     except KeyboardInterrupt:
-        errors.print("Interrupted. What is committed is kept; the same command continues.")
+        errors.print(INTERRUPTED)
         return 130
 
 
@@ -59,4 +59,4 @@ def report(out: str, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_door(main)

@@ -1,15 +1,15 @@
 """The door to snapshot importance: score a study that is done.
 
 python sweeps/score_snapshots.py OUT --every 5
+python sweeps/score_snapshots.py OUT --every 5 --model package.module:function
 """
-
-import sys
 
 import tyro
 from rich.console import Console
 
 from sampimp.errors import UserError
 from sweeps.cluster import connect
+from sweeps.door import run_door
 from sweeps.snapshots import score_snapshots
 
 
@@ -17,6 +17,7 @@ def score(
     out: tyro.conf.Positional[str],
     /,
     every: int = 5,
+    model: str | None = None,
     address: str | None = None,
     cpus: int = 1,
     gpus: float = 0.0,
@@ -29,6 +30,8 @@ def score(
         The study's folder or s3:// URL.
     every
         Epochs between two snapshots; the paper's section 3.2 has five.
+    model
+        The study's network, where it is package.module:function: it is imported only if named here.
     address
         Ray cluster; else RAY_ADDRESS, else that of `ray start` here, else one is started.
     cpus
@@ -38,7 +41,7 @@ def score(
     """
     console = Console(soft_wrap=True)
     console.print(f"{connect(address)}.")
-    count = score_snapshots(out, every, console, cpus=cpus, gpus=gpus)
+    count = score_snapshots(out, every, console, model=model, cpus=cpus, gpus=gpus)
     console.print(f"{count} epochs scored; the others were there already.")
     return 0
 
@@ -53,4 +56,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_door(main)

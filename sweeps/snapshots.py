@@ -5,6 +5,7 @@ scores all samples there and writes them, one writer for each whole chunk. It ne
 store, so it can be asked for long after a study is done. What is scored is not scored again.
 """
 
+import io
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any
@@ -14,21 +15,28 @@ import ray
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
 from sampimp.capture import snapshot_importance
 from sampimp.config import OPTIMIZERS
 from sampimp.data import Dataset, Scaling, Source, scale_inputs
 from sampimp.errors import ConfigError, StoreError
 from sampimp.folder import Folder
-from sampimp.models import build_model, load_parameters
+from sampimp.models import build_model, load_parameters, require_network
 from sampimp.plan import Plan, read_commits, require_plan
-from sampimp.store import SNAPSHOTS, StoredVariable, read_source, write_snapshot
+from sampimp.store import CHECKPOINTS, SNAPSHOTS, StoredVariable, read_source, write_snapshot
 from sampimp.training import use_deterministic_algorithms
 from sweeps.ingest import quiet_ray_data
 
 
 def score_snapshots(
-    out: str, every: int, console: Console, *, cpus: float = 1, gpus: float = 0
+    out: str,
+    every: int,
+    console: Console,
+    *,
+    model: str | None = None,
+    cpus: float = 1,
+    gpus: float = 0,
 ) -> int:
     """Score every so many epochs of every committed trial that stored their parameters.
 
@@ -40,6 +48,8 @@ def score_snapshots(
         Epochs between two snapshots.
     console
         Where progress is shown.
+    model
+        The study's network; needed where that is `package.module:function`, which is code to run.
     cpus, gpus
         What scoring one epoch takes at a time.
 
@@ -53,10 +63,11 @@ def score_snapshots(
     StoreError
         There is no study.
     ConfigError
-        Parameters of these epochs were not stored.
+        Parameters of these epochs were not stored, or the network is another one or not named.
     """
     folder = Folder.of(out)
     plan = require_plan(folder)
+    check_model(plan, model)
     epochs = check_epochs(plan, every)
     scored: dict[str, dict[str, list[str]]] = folder.read_json(SNAPSHOTS) or {}
     rows = [
@@ -86,6 +97,29 @@ def score_snapshots(
             progress.advance(task)
     folder.write_json(SNAPSHOTS, scored)
     return len(rows)
+
+
+def check_model(plan: Plan, model: str | None) -> None:
+    """Raise ConfigError where a study's network is not the one that was named, or is not known.
+
+    A store may be somebody else's, and its `package.module:function` any function at all, which
+    would be imported and called: so a person has to name it as well.
+    """
+    name = plan.training.model
+    if model != name and (model is not None or ":" in name):
+        raise ConfigError(
+            expected=f"option --model {name}",
+            got="none" if model is None else f"--model {model}",
+            where="study.json, which names the network",
+            todo="name it if you know that function and trust it: it is imported and called",
+        )
+    if ":" in name and any(info.network is None for info in plan.datasets.values()):
+        raise ConfigError(
+            expected=f"a study that notes what its network {name} is",
+            got="one of an earlier version, which noted its name alone",
+            where="study.json",
+            todo="use the in-step importance: nobody can tell whether the network is the same",
+        )
 
 
 def check_epochs(plan: Plan, every: int) -> list[int]:
@@ -159,9 +193,12 @@ def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> li
     commit = trial.read_json("COMMIT.json")
     stored = StoredVariable.of(trial, "parameters", layout, commit)
     flat_P = stored.read(layout.states.index(epoch))
+    # By the trial's own seed: a network may have made buffers by it, which are not stored.
     model = build_model(
-        training.model, info.input_shape, training.hidden, len(info.class_names), seed=0
+        training.model, info.input_shape, training.hidden, len(info.class_names), commit["seed"]
     )
+    require_network(training.model, model, info.network)
+    _require_constant_buffers(model, trial)
     load_parameters(model, torch.from_numpy(flat_P))
     device = torch.device(training.device)
     if device.type == "cuda":
@@ -173,3 +210,29 @@ def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> li
         rate=training.rate(epoch) / training.batch_size,
     )
     return write_snapshot(trial, layout, epoch, importance.float().numpy())
+
+
+def _require_constant_buffers(model: nn.Module, trial: Folder) -> None:
+    """Raise ConfigError if training has changed buffers: of an epoch, parameters alone are stored.
+
+    Those of the last checkpoint are compared with those of the start.
+    """
+    buffers = dict(model.named_buffers())
+    checkpoints = trial / CHECKPOINTS
+    if not buffers or not checkpoints.folders():
+        return
+    state = checkpoints.read_bytes(f"{checkpoints.folders()[-1]}/state.pt") or b""
+    stored = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")["model"]
+    changed = [
+        name
+        for name, values in buffers.items()
+        if name in stored and not torch.equal(values, stored[name])
+    ]
+    if changed:
+        raise ConfigError(
+            expected="a network whose buffers stay as they are at the start",
+            got=f"others after training: {', '.join(changed[:5])}",
+            where=str(trial),
+            todo="use the in-step importance; snapshots are scored at stored parameters, and the "
+            "buffers of each epoch are not stored",
+        )

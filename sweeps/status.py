@@ -5,7 +5,6 @@ python sweeps/status.py OUT --verify      also compare every chunk with its dige
 python sweeps/status.py OUT --withdraw    and take what is damaged out, to be trained again
 """
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from sampimp.errors import UserError
+from sampimp.errors import RecordError, UserError
 from sampimp.folder import Folder
 from sampimp.plan import Plan, PlannedTrial, read_commits, require_plan
 from sampimp.store import (
@@ -24,9 +23,12 @@ from sampimp.store import (
     LastSign,
     find_damage,
     last_sign,
+    open_source,
+    read_source,
     stored_snapshots,
     withdraw,
 )
+from sweeps.door import run_door
 from sweeps.progress import format_clock
 
 QUIET = 60.0
@@ -139,6 +141,44 @@ def verify(
     return damaged
 
 
+def verify_datasets(folder: Folder, plan: Plan, committed: bool, console: Console) -> bool:
+    """Compare every chunk of the stored data sets with its digest; return whether all are right.
+
+    `committed` says whether trials are: then the data sets have to be there.
+    """
+    sound = True
+    for key, info in plan.datasets.items():
+        where = folder / "datasets" / f"{key}.zarr"
+        try:
+            stored = open_source(where, info.digest, info.chunks)
+            missing = ["it is missing, or not complete"] if stored is None and committed else []
+            damage = [*missing, *(stored.damage() if stored else ())]
+            if stored is not None and not stored.is_verifiable:
+                read_source(where)
+        except RecordError as error:
+            damage = [f"{error.summary}, {error.where}"]
+        if damage:
+            sound = False
+            more = f" and {len(damage) - 1} more places" if damage[1:] else ""
+            console.print(f"[bold]data set {key} is damaged[/]: {damage[0]}{more}", highlight=False)
+            console.print(
+                f"  Delete {where}: the command that trained the study stores it again.",
+                markup=False,
+                highlight=False,
+            )
+        elif stored is not None and stored.is_verifiable:
+            console.print(
+                f"data set {key} verified: every chunk is as it was written.", highlight=False
+            )
+        elif stored is not None:
+            console.print(
+                f"data set {key} is unverified when it is read: it was stored before chunks had "
+                "digests. As a whole, it is as it was written.",
+                highlight=False,
+            )
+    return sound
+
+
 def withdraw_all(folder: Folder, trial_ids: Sequence[str], console: Console) -> None:
     """Take damaged trials out of a study, and their snapshots."""
     snapshots = folder.read_json(SNAPSHOTS)
@@ -175,14 +215,16 @@ def report(
     plan = require_plan(folder)
     statuses = inspect(folder, plan)
     describe(folder, statuses, console)
-    damaged = {}
+    damaged, sound = {}, True
     if verify_chunks or withdraw_damaged:
         damaged = verify(folder, plan, statuses, console)
+        committed = any(status.trial.commit is not None for status in statuses)
+        sound = verify_datasets(folder, plan, committed, console)
     if damaged and withdraw_damaged:
         withdraw_all(folder, list(damaged), console)
     elif damaged:
         console.print("--withdraw takes them out of the study, to be trained again.")
-    return 1 if damaged else 0
+    return 1 if damaged or not sound else 0
 
 
 def main(arguments: list[str]) -> int:
@@ -196,4 +238,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_door(main)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import ray
 import torch
 import tyro
@@ -25,9 +26,9 @@ from rich.markup import escape
 from sampimp.capture import forward_layers
 from sampimp.config import TrainingConfig, TrialConfig, check_choice
 from sampimp.data import Source, dataset_key, scale_inputs
-from sampimp.errors import ConfigError, ResourceError, StoreError
+from sampimp.errors import ConfigError, ResourceError, StoreError, UnsupportedError
 from sampimp.folder import Folder
-from sampimp.models import build_model, parameter_layers
+from sampimp.models import build_model, identify_network, parameter_layers
 from sampimp.plan import DatasetInfo, Plan, PlannedTrial, read_commits, read_plan
 from sampimp.schema import (
     REFERENCE_SEED,
@@ -35,8 +36,9 @@ from sampimp.schema import (
     REFERENCES,
     SORTED_STRATEGIES,
     STRATEGIES,
+    digest_json,
 )
-from sampimp.store import read_source, write_source
+from sampimp.store import chunk_table, read_source, write_source
 from sampimp.strategies import make_schedule
 from sampimp.training import TrainingRun
 from sweeps.cluster import Cluster, check_shared, connect
@@ -244,6 +246,7 @@ def run(config: StudyConfig, console: Console) -> int:
             str(folder),
             config.snapshot_every,
             console,
+            model=config.model,
             cpus=config.cpus_per_trial,
             gpus=config.gpus_per_trial,
         )
@@ -342,6 +345,20 @@ def make_plan(config: StudyConfig, sources: Mapping[str, Source]) -> Plan:
         shape = source.train_values.shape[1:]
         classes = len(source.class_names)
         network = build_model(config.model, shape, config.hidden, classes, seed=0)
+        samples = torch.from_numpy(source.train_values[:4] / np.float32(source.full_scale))
+        identity = identify_network(config.model, network, samples) if ":" in config.model else None
+        try:
+            order = forward_layers(network, torch.zeros(2, *shape))
+        except UnsupportedError as error:
+            if "BatchNorm" not in error.got:
+                raise
+            raise UnsupportedError(
+                expected=error.expected,
+                got=error.got,
+                where=f"option --model {config.model}, {error.where}",
+                todo="replace it (GroupNorm, LayerNorm), or freeze it with the statistics that it "
+                "has: call its .eval() in the function that makes the model",
+            ) from None
         infos[key] = DatasetInfo(
             name=source.name,
             digest=source.digest,
@@ -350,7 +367,9 @@ def make_plan(config: StudyConfig, sources: Mapping[str, Source]) -> Plan:
             input_shape=shape,
             class_names=source.class_names,
             layers=tuple(parameter_layers(network)),
-            forward_order=forward_layers(network, torch.zeros(2, *shape)),
+            forward_order=order,
+            chunks=digest_json(chunk_table(source)),
+            network=identity,
         )
     return Plan(
         datasets=infos,

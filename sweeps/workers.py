@@ -27,7 +27,7 @@ from sampimp.config import TrialConfig
 from sampimp.data import Dataset, Source, scale_inputs
 from sampimp.errors import RecordError, ResourceError
 from sampimp.folder import Folder
-from sampimp.models import flatten_parameters
+from sampimp.models import flatten_parameters, require_network
 from sampimp.plan import Plan
 from sampimp.schema import EpochRecord, digest
 from sampimp.store import read_difficulty
@@ -71,6 +71,8 @@ class RunMaker:
         trial = self._plan.trials()[config["position"]]
         schedule = self._schedule(trial, config["reference_id"])
         run = TrainingRun(trial, self._read_data(trial), schedule, workers=workers)
+        network = self._plan.datasets[trial.dataset].network
+        require_network(self._plan.training.model, run.model, network)
         if checkpoint is not None:
             epoch, state = checkpoint
             run.restore(state, epoch)

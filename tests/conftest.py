@@ -37,8 +37,8 @@ RAY = (
     *(
         f"tests/sweeps/test_{name}.py"
         for name in (
-            *("cluster", "consolidate", "full_study", "ingest", "s3"),
-            *("schedulers", "snapshots", "study", "workers"),
+            *("cluster", "consolidate", "door", "full_study", "ingest", "s3"),
+            *("readme", "schedulers", "snapshots", "study", "workers"),
         )
     ),
 )

@@ -1,9 +1,8 @@
 """`full_study.py` without the report."""
 
-import sys
-
 from sweeps import full_study
+from sweeps.door import run_door
 
 if __name__ == "__main__":
     full_study.report = lambda out, console: None
-    sys.exit(full_study.main(sys.argv[1:]))
+    run_door(full_study.main)

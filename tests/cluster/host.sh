@@ -13,10 +13,11 @@ mount -t proc proc /proc
 
 tmp=$folder/tmp
 mkdir -p "$tmp" "$folder/home/.ssh" "$folder/run" "$folder/shm"
+hidden=$(readlink -f /tmp) # it may be a symbolic link
 for keep in "$@"; do
-    case $keep in /tmp/*)
-        mkdir -p "$tmp/${keep#/tmp/}"
-        mount --rbind "$keep" "$tmp/${keep#/tmp/}" ;;
+    case $keep in "$hidden"/*)
+        mkdir -p "$tmp/${keep#"$hidden"/}"
+        mount --rbind "$keep" "$tmp/${keep#"$hidden"/}" ;;
     esac
 done
 mount --rbind "$tmp" /tmp

@@ -7,15 +7,18 @@
 set -eu
 mount -t tmpfs tmpfs /srv
 mkdir -p /srv/laptop/tmp
+tmp=$(readlink -f /tmp) # it may be a symbolic link
 while [ "$1" != -- ]; do
-    case $1 in /tmp/*)
-        mkdir -p "/srv/laptop/tmp/${1#/tmp/}"
-        mount --rbind "$1" "/srv/laptop/tmp/${1#/tmp/}" ;;
+    case $1 in "$tmp"/*)
+        mkdir -p "/srv/laptop/tmp/${1#"$tmp"/}"
+        mount --rbind "$1" "/srv/laptop/tmp/${1#"$tmp"/}" ;;
     esac
     shift
 done
 shift
+here=$PWD
 mount --rbind /srv/laptop/tmp /tmp
+cd "$here" # the folder that is seen now, not the one that is hidden
 chmod 1777 /tmp
 mount -t tmpfs tmpfs /dev/shm
 

@@ -12,7 +12,8 @@ from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import Source, scale_inputs
 from sampimp.folder import Folder
 from sampimp.plan import DatasetInfo, Plan, read_commits
-from sampimp.store import TrialRecord, read_difficulty, write_source
+from sampimp.schema import digest_json
+from sampimp.store import TrialRecord, chunk_table, read_difficulty, write_source
 from sampimp.strategies import SORT_KEY, make_schedule
 from sampimp.training import TrainingRun
 
@@ -180,6 +181,7 @@ def make_plan(sources, grid, **changes):
                 input_shape=source.train_values.shape[1:],
                 class_names=source.class_names,
                 layers=layers_of_source(source),
+                chunks=digest_json(chunk_table(source)),
             )
             for key, source in sources.items()
         },

@@ -1,6 +1,9 @@
 """The paper's network: layout, initialisation, and parameters as one flat vector."""
 
+import importlib
 import math
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ from sampimp.models import (
     build_mlp,
     build_model,
     flatten_parameters,
+    identify_network,
     load_parameters,
     parameter_layers,
+    require_network,
 )
 
 
@@ -131,3 +136,136 @@ def test_a_network_of_ones_own():
 def test_a_network_that_is_not_there_is_said(name, shape, words):
     with pytest.raises(ConfigError, match=words):
         build_model(name, shape, (), 3, seed=1)
+
+
+def test_a_function_has_to_return_a_network():
+    with pytest.raises(ConfigError, match="one that returns float") as caught:
+        build_model("math:dist", (1.0,), (), (3.0,), seed=1)
+    assert "option --model math:dist" in str(caught.value)
+
+
+# What a network of one's own is.
+
+NETWORK = """
+import functools
+from torch import nn
+from helpers import tools
+
+def make(input_shape, class_count, width=4, active=nn.ReLU):
+    layers = nn.Linear(6, width), active(), nn.Linear(width, class_count)
+    return nn.Sequential(*layers)
+
+narrow = functools.partial(make, width=3)
+decorated = tools.decorate(make)
+
+class Network(nn.Sequential):
+    def __init__(self, input_shape, class_count):
+        super().__init__(nn.Linear(6, class_count))
+
+def helped(input_shape, class_count):
+    return tools.network(class_count)
+"""
+
+TOOLS = """
+import functools
+from torch import nn
+
+def decorate(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        return function(*args)
+    return wrapper
+
+SCALE = 1.0
+
+def network(class_count):
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, class_count))
+    model[0].weight.data *= SCALE
+    return model
+"""
+
+
+@pytest.fixture
+def identify(tmp_path, monkeypatch):
+    """Return what identifies a network of a package after one of its files was changed."""
+    for package in ("nets", "helpers"):
+        (tmp_path / package).mkdir()
+    files = {
+        "nets/__init__.py": "from nets.inner import make as passed_on",
+        "nets/inner.py": NETWORK,
+        "helpers/__init__.py": "",
+        "helpers/tools.py": TOOLS,
+    }
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two versions within one second
+    inputs = torch.linspace(0, 1, 18).reshape(3, 6)
+
+    def forget():
+        for module in [m for m in sys.modules if m.partition(".")[0] in ("nets", "helpers")]:
+            del sys.modules[module]
+        importlib.invalidate_caches()
+
+    def call(function, file=None, before="", after=""):
+        for path, text in files.items():
+            assert path != file or before in text
+            content = text.replace(before, after) if path == file else text
+            (tmp_path / path).write_text(content)
+        forget()
+        module = "nets" if function == "passed_on" else "nets.inner"
+        name = f"{module}:{function}"
+        network = build_model(name, (6,), (), 3, seed=0)
+        return identify_network(name, network, inputs), network
+
+    yield call
+    forget()
+
+
+@pytest.mark.parametrize("function", ["make", "passed_on", "narrow", "decorated", "Network"])
+def test_the_source_that_defines_a_network_is_in_its_identity(identify, function):
+    first, _ = identify(function)
+    assert first.differences(identify(function)[0]) == []
+    # Nothing but the source tells it: ReLU6 is ReLU here, and has no parameters.
+    changed, _ = identify(function, "nets/inner.py", "active=nn.ReLU", "active=nn.ReLU6")
+    assert first.differences(changed) == ["source"]
+    assert first.exact != changed.exact
+
+
+def test_of_a_helper_parameters_initial_values_and_outputs_are_compared(identify):
+    first, _ = identify("helped")
+    unseen, _ = identify("helped", "helpers/tools.py", "SCALE = 1.0", "SCALE = 1.0  # as it was")
+    assert first.differences(unseen) == []
+    nearly, _ = identify("helped", "helpers/tools.py", "SCALE = 1.0", "SCALE = 1.00002")
+    assert first.differences(nearly) == []
+    assert nearly != first
+    scaled, _ = identify("helped", "helpers/tools.py", "SCALE = 1.0", "SCALE = 1.01")
+    assert first.differences(scaled) == ["initial values", "outputs for the same samples"]
+    active, _ = identify("helped", "helpers/tools.py", "nn.ReLU", "nn.Tanh")
+    assert first.differences(active) == ["outputs for the same samples"]
+    before, after = "(6, 4), nn.ReLU(), nn.Linear(4", "(6, 5), nn.ReLU(), nn.Linear(5"
+    wider, _ = identify("helped", "helpers/tools.py", before, after)
+    assert first.differences(wider) == [
+        "parameter shapes (0.weight [5, 6], was [4, 6]; 0.bias [5], was [4]; "
+        "2.weight [3, 5], was [3, 4])"
+    ]
+    deeper, _ = identify("helped", "helpers/tools.py", "nn.ReLU()", "nn.PReLU()")
+    assert first.differences(deeper) == ["parameter shapes (1.weight [1], was absent)"]
+
+
+def test_a_worker_with_other_source_or_parameters_is_refused(identify):
+    identity, network = identify("make")
+    require_network("nets.inner:make", network, identity)
+    require_network("mlp", network, None)
+    for changed, words in (
+        (replace(identity, source="0"), "different: source"),
+        (replace(identity, parameters=identity.parameters[1:]), "0.weight"),
+    ):
+        with pytest.raises(ConfigError, match=words) as caught:
+            require_network("nets.inner:make", network, changed)
+        assert "module nets.inner on " in str(caught.value)
+
+
+def test_a_network_without_source_is_refused():
+    network = torch.nn.Linear(2, 3)
+    with pytest.raises(ConfigError, match="source can be read") as caught:
+        identify_network("math:dist", network, torch.zeros(1, 2))
+    assert "module math" in str(caught.value)

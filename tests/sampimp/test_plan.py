@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sampimp.config import TrainingConfig, TrialConfig
+from sampimp.config import NetworkIdentity, TrainingConfig, TrialConfig
 from sampimp.errors import ConfigError, RecordError, StoreError
 from sampimp.folder import Folder
 from sampimp.plan import Plan, read_commits, read_plan
@@ -167,6 +167,41 @@ def test_code_data_and_reference_change_the_fingerprint():
         for values in [("1", "2", None), ("9", "2", None), ("1", "9", None), ("1", "2", "9")]
     }
     assert len(prints) == 4
+
+
+NETWORK = NetworkIdentity(
+    source="0" * 64,
+    parameters=(("0.weight", (3, 4)), ("0.bias", (3,))),
+    initial=((0.1, 1.0, 0.5, -0.5), (0.0, 0.0, 0.0, 0.0)),
+    outputs=((1.0, 2.0, 3.0),),
+)
+
+
+def with_network(plan, network):
+    """Return the plan of a network of one's own."""
+    training = dataclasses.replace(plan.training, model="nets:make")
+    infos = {key: dataclasses.replace(info, network=network) for key, info in plan.datasets.items()}
+    return dataclasses.replace(plan, training=training, datasets=infos)
+
+
+def test_source_and_parameters_of_a_network_of_ones_own_are_part_of_the_identity():
+    def fingerprints(network):
+        trials = with_network(make_plan({"rand": (1, 2)}), network).resolve({})
+        return [trial.fingerprint for trial in trials]
+
+    first = fingerprints(NETWORK)
+    # What differs between processors is not.
+    assert first == fingerprints(dataclasses.replace(NETWORK, initial=(), outputs=()))
+    assert not set(first) & set(fingerprints(dataclasses.replace(NETWORK, source="1" * 64)))
+    assert not set(first) & set(fingerprints(dataclasses.replace(NETWORK, parameters=())))
+    assert not set(first) & set(fingerprints(None))
+
+
+def test_the_network_that_was_noted_first_stays():
+    nearly = dataclasses.replace(NETWORK, outputs=((1.0, 2.0, 3.0001),))
+    mine, theirs = (with_network(make_plan(), network) for network in (NETWORK, nearly))
+    assert mine.joined(theirs, "OUT") == mine
+    assert Plan.from_json(json.loads(json.dumps(mine.to_json()))) == mine
 
 
 def test_json_round_trip():

@@ -329,6 +329,76 @@ def test_nll_and_error_are_those_of_numpy():
     assert 0 < error < 0.5
 
 
+# Networks that behave otherwise in training; they are evaluated as in use.
+
+
+def with_dropout(input_shape, class_count):
+    middle = (torch.nn.Linear(*input_shape, 32), torch.nn.ReLU(), torch.nn.Dropout(0.5))
+    return torch.nn.Sequential(*middle, torch.nn.Linear(32, class_count))
+
+
+def with_batch_norm(input_shape, class_count):
+    middle = (torch.nn.Linear(*input_shape, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+    return torch.nn.Sequential(*middle, torch.nn.Linear(8, class_count))
+
+
+def with_frozen_batch_norm(input_shape, class_count):
+    model = with_batch_norm(input_shape, class_count)
+    model[1].eval()
+    model[1].running_mean.copy_(torch.linspace(-1, 1, 8))
+    model[1].running_var.copy_(torch.linspace(0.5, 2, 8))
+    return model
+
+
+def nll_by_numpy(model, inputs, labels):
+    """Return the NLL of a network of the above, in use, and the fraction misclassified."""
+    values = inputs.astype(np.float64)
+    for module in model:
+        state = {name: tensor.double().numpy() for name, tensor in module.state_dict().items()}
+        if isinstance(module, torch.nn.Linear):
+            values = values @ state["weight"].T + state["bias"]
+        elif isinstance(module, torch.nn.BatchNorm1d):
+            values = (values - state["running_mean"]) / np.sqrt(state["running_var"] + module.eps)
+            values = values * state["weight"] + state["bias"]
+        elif isinstance(module, torch.nn.ReLU):
+            values = np.maximum(values, 0)
+    nll = -log_softmax(values)[np.arange(len(labels)), labels]
+    return nll, (values.argmax(1) != labels).mean()
+
+
+@pytest.mark.parametrize(
+    ("network", "record"),
+    [(with_dropout, True), (with_frozen_batch_norm, True), (with_batch_norm, False)],
+)
+def test_nll_and_errors_are_those_of_the_network_in_use(network, record):
+    data = make_data(samples=60, tests=200, inputs=4)
+    run = make_run(data, record=record, model=f"{__name__}:{network.__name__}", batch_size=20)
+    before = [module.training for module in run.model.modules()]
+    *_, epoch = run.records()
+    nll, error = nll_by_numpy(run.model, data.train_inputs, data.train_labels)
+    np.testing.assert_allclose(epoch.arrays["nll"], nll, rtol=1e-4, atol=1e-6)
+    assert epoch.arrays["train_error"] == error
+    nll, error = nll_by_numpy(run.model, data.test_inputs, data.test_labels)
+    np.testing.assert_allclose(epoch.arrays["test_nll"], nll.mean(), rtol=1e-4)
+    assert epoch.arrays["test_error"] == error
+    assert [module.training for module in run.model.modules()] == before
+    if network is with_batch_norm:  # 4 epochs of 3 batches, and no more by being evaluated
+        assert run.model[1].num_batches_tracked == 12
+    if network is with_frozen_batch_norm:
+        assert run.model[1].num_batches_tracked == 0
+        torch.testing.assert_close(run.model[1].running_mean, torch.linspace(-1, 1, 8))
+
+
+def test_an_evaluation_that_fails_leaves_the_modes_as_they_were():
+    model = with_frozen_batch_norm((4,), 3)
+    before = [module.training for module in model.modules()]
+    assert len(set(before)) == 2
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        evaluate(model, torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))
+    assert [module.training for module in model.modules()] == before
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 @pytest.fixture
 def determinism_is_restored(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back

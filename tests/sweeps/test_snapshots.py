@@ -1,5 +1,7 @@
 """Snapshot importance: every sample at the fixed, stored parameters of an epoch."""
 
+import io
+import json
 import shutil
 from io import StringIO
 
@@ -13,8 +15,10 @@ from sampimp.cube import SNAPSHOTS
 from sampimp.data import load_source
 from sampimp.errors import ConfigError
 from sampimp.folder import Folder
+from sampimp.models import build_model
 from sweeps import score_snapshots as door
-from sweeps.snapshots import check_epochs, score_snapshots
+from sweeps import status
+from sweeps.snapshots import _require_constant_buffers, check_epochs, score_snapshots
 from sweeps.study import make_plan, parse
 
 SAMPLES = (0, 1, 733, 1499)
@@ -135,6 +139,55 @@ def test_the_door_says_what_is_wrong(scored, cluster, monkeypatch, capsys, tmp_p
         assert words in error
         assert "Traceback" not in error
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_a_store_names_is_imported_only_if_a_person_names_it(
+    scored, cluster, monkeypatch, capsys, tmp_path
+):
+    """The store is somebody else's; its module leaves a file where it is imported."""
+    out, trace = tmp_path / "study", tmp_path / "imported"
+    shutil.copytree(scored, out)
+    (tmp_path / "foreign.py").write_text(
+        f"import pathlib\n\npathlib.Path({str(trace)!r}).touch()\n\n\n"
+        "def make(*arguments):\n    return 0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(door, "connect", lambda address: cluster)
+    plan = json.loads((out / "study.json").read_text())
+    plan["training"]["model"] = "foreign:make"
+    (out / "study.json").write_text(json.dumps(plan))
+
+    sampimp.open_cube(out)
+    assert status.main([str(out), "--verify"]) == 0
+    capsys.readouterr()
+    for named, words in (
+        ((), "Expected option --model foreign:make\n     Got none"),
+        (("--model", "cnn"), "Expected option --model foreign:make\n     Got --model cnn"),
+        (("--model", "foreign:make"), "which noted its name alone"),  # nor was it ever the study's
+    ):
+        assert door.main([str(out), "--every", "1", *named]) == 2
+        assert words in capsys.readouterr().err
+    assert not trace.exists()
+    with pytest.raises(ConfigError, match="one that returns int"):
+        build_model("foreign:make", (1, 8, 8), (), 10, seed=0)
+    assert trace.exists()
+
+
+def test_buffers_that_training_has_changed_are_refused(tmp_path):
+    trial = Folder.of(tmp_path)
+    model = torch.nn.BatchNorm1d(2)
+    for number, mean in enumerate((0.0, 0.5), start=1):
+        _require_constant_buffers(model, trial)
+        state = io.BytesIO()
+        trained = torch.nn.BatchNorm1d(2)
+        trained.running_mean.fill_(mean)
+        torch.save({"model": trained.state_dict()}, state)
+        trial.write_bytes(
+            f"checkpoints/epoch-00000{number}-attempt-0001/state.pt", state.getvalue()
+        )
+    with pytest.raises(ConfigError, match="others after training: running_mean"):
+        _require_constant_buffers(model, trial)
+    _require_constant_buffers(torch.nn.Linear(2, 2), trial)
 
 
 @pytest.mark.parametrize(("stored", "every"), [(0, 5), (2, 5), (2, 1)])

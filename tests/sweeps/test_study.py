@@ -1,7 +1,9 @@
 """What a study is, and every mistake that is answered before anything is trained."""
 
+import json
 import shutil
 import socket
+import sys
 from collections import namedtuple
 from io import StringIO
 
@@ -12,8 +14,15 @@ from ray import tune
 from ray.exceptions import OutOfMemoryError
 from rich.console import Console
 
+from sampimp.cube import open_cube
 from sampimp.data import load_source
-from sampimp.errors import ConfigError, ResourceError, StoreError, UserError
+from sampimp.errors import (
+    ConfigError,
+    ResourceError,
+    StoreError,
+    UnsupportedError,
+    UserError,
+)
 from sampimp.folder import Folder
 from sampimp.schema import REFERENCES, STRATEGIES
 from sweeps import cluster as cluster_module
@@ -152,6 +161,109 @@ def test_a_negative_seed_is_refused_before_anything_is_written(run_untrained, tm
         run_untrained(tmp_path / "study", *DIGITS, "--strategies", "rand", "--seeds", "-1")
     four_parts(caught.value)
     assert not (tmp_path / "study" / "study.json").exists()
+
+
+@pytest.fixture
+def own_models(tmp_path, monkeypatch):
+    """Write a module of a person's own networks, which `--model` can name."""
+
+    def write(text, name="own_models"):
+        folder = tmp_path / "packages"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(folder)  # which forgets what was found there
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    return write
+
+
+BATCH_NORM = """
+from torch import nn
+
+def make(input_shape, class_count):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+
+def freeze(input_shape, class_count):
+    model = make(input_shape, class_count)
+    model[2].eval()
+    return model
+"""
+
+
+def test_a_batch_norm_is_refused_with_what_a_study_offers(own_models, run_untrained, tmp_path):
+    own_models(BATCH_NORM)
+    arguments = (*DIGITS, "--dry-run", "--model")
+    with pytest.raises(UnsupportedError, match="BatchNorm1d, which mixes them") as caught:
+        run_untrained(tmp_path / "study", *arguments, "own_models:make")
+    message = four_parts(caught.value)
+    assert "option --model own_models:make, module 2" in message
+    assert ".eval() in the function that makes the model" in message
+    assert "batch_norm=" not in message  # an argument of the recorder's
+    assert run_untrained(tmp_path / "study", *arguments, "own_models:freeze")[0] == 0
+
+
+LINEAR = """
+from torch import nn
+
+def make(input_shape, class_count):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, class_count))
+    model[1].weight.data.mul_(1)
+    return model
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "different"),
+    [
+        ("return model", "return model  # the same", "source"),
+        (
+            "nn.Linear(64, class_count)",
+            "nn.Linear(64, class_count, bias=False)",
+            "source, parameter shapes (1.bias absent, was [10])",
+        ),
+        ("mul_(1)", "mul_(2)", "source, initial values, outputs for the same samples"),
+    ],
+)
+def test_another_network_of_the_same_name_is_refused(
+    own_models, run_untrained, tmp_path, before, after, different
+):
+    out = tmp_path / "study"
+    arguments = (*DIGITS, "--model", "own_models:make", "--strategies", "rand", "--seeds", "1")
+    own_models(LINEAR)
+    put_plan(out, *arguments)
+    stored = (out / "study.json").read_bytes()
+    own_models(LINEAR)
+    assert run_untrained(out, *arguments, "--dry-run")[0] == 0
+    own_models(LINEAR.replace(before, after))
+    write_npz(tmp_path / "mine.npz", train_inputs=np.zeros((12, 64)), test_inputs=np.zeros((3, 64)))
+    with pytest.raises(ConfigError, match="when the study began") as caught:
+        run_untrained(out, *arguments)
+    message = four_parts(caught.value)
+    assert f"another one; different: {different}\n" in message
+    assert str(out) in message
+    # Nor does a data set that is added bring another network.
+    added = (*arguments, "--datasets", f"npz:{tmp_path / 'mine.npz'}")
+    with pytest.raises(ConfigError, match="different: source\n"):
+        run_untrained(out, *added)
+    own_models(LINEAR)
+    assert run_untrained(out, *added, "--dry-run")[0] == 0
+    assert (out / "study.json").read_bytes() == stored
+
+
+def test_a_study_that_did_not_note_its_network_is_read_and_not_continued(
+    own_models, run_untrained, tmp_path
+):
+    out = tmp_path / "study"
+    arguments = (*DIGITS, "--model", "own_models:make", "--strategies", "rand", "--seeds", "1")
+    own_models(LINEAR)
+    put_plan(out, *arguments)
+    plan = json.loads((out / "study.json").read_text())
+    del plan["datasets"]["digits"]["network"]
+    (out / "study.json").write_text(json.dumps(plan))
+    assert open_cube(out)["digits/make"].sizes["epoch"] == 3
+    with pytest.raises(ConfigError, match="noted its name alone") as caught:
+        run_untrained(out, *arguments)
+    assert "can still be read" in four_parts(caught.value)
 
 
 # ------------------------------------------------------------------------------- --out

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from sampimp.plan import read_commits
 from sweeps import study
 from sweeps.cluster import Cluster, Machines
 from sweeps.study import check_cluster, concurrent_trials, make_plan, parse
-from sweeps.workers import Team
+from sweeps.workers import RunMaker, Team
 
 TWO = ("--workers-per-trial", "2", "--strategies", "nlo", "--seeds", "1")
 """The reference run, and one that sorts by it, for which the processes are kept."""
@@ -124,6 +125,30 @@ def test_workers_that_come_apart_are_an_error(cluster, tmp_path):
     team._helpers = [SimpleNamespace(advance=another)]
     with pytest.raises(RecordError, match="the same parameters on every worker"):
         next(team.records(run))
+
+
+def test_a_worker_with_another_network_does_not_train(cluster, tmp_path, monkeypatch):
+    (tmp_path / "own_nets.py").write_text(
+        "from torch import nn\n\n\ndef make(shape, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    source = load_source("digits")
+    options = ("--strategies", "rand", "--seeds", "1", "--epochs", "2")
+    config = parse(["--preset", "digits", "--model", "own_nets:make", *options])
+    plan = make_plan(config, {"digits": source})
+    reference = ray.put(source)
+
+    def make(plan):
+        maker = RunMaker(str(tmp_path / "study"), plan, {"digits": reference})
+        return maker.make({"position": 0, "reference_id": None}, None)
+
+    assert make(plan).model[1].out_features == 10
+    info = plan.datasets["digits"]
+    older = replace(info, network=replace(info.network, source="0" * 64))
+    with pytest.raises(ConfigError, match="another one; different: source") as caught:
+        make(replace(plan, datasets={"digits": older}))
+    assert "on every machine" in str(caught.value)
 
 
 def test_the_number_of_workers_is_part_of_a_trials_identity():

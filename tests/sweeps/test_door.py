@@ -1,0 +1,120 @@
+"""A command ends with its exit code and without a traceback, whenever Ctrl-C comes."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import TRAIN, Driver
+
+from sweeps.door import INTERRUPTED
+
+COMMAND = """
+import atexit, os, signal, sys, threading, time
+from sweeps.door import run_door
+
+def main(arguments):
+    atexit.register(time.sleep, 0.3)
+    threading.Thread(target=time.sleep, args=(0.3,)).start()  # the interpreter waits for it
+    try:
+        print("begun", flush=True)
+        {body}
+        print("done", flush=True)
+        return 7
+    except KeyboardInterrupt:
+        print("answered", flush=True)
+        return 130
+
+run_door(main)
+"""
+
+
+def start(body, **options):
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND.format(body=body)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def press(process, pause):
+    """Press Ctrl-C again and again until the process is gone; return how often."""
+    count = 0
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        count += 1
+        time.sleep(pause)
+    return count
+
+
+@pytest.mark.parametrize("pause", [0, 0.001, 0.02])
+def test_ctrl_c_in_the_last_moments_is_not_heard(pause):
+    for delay in (0, 0.01, 0.05, 0.2):
+        process = start("pass")
+        lines = [process.stdout.readline(), process.stdout.readline()]
+        assert lines == ["begun\n", "done\n"]
+        time.sleep(delay)
+        assert press(process, pause) > 3
+        # In the instants before its exit code is known, it is interrupted as any other.
+        assert (process.returncode, process.stdout.read()) in (
+            (7, ""),
+            (130, "answered\n"),
+            (130, f"{INTERRUPTED}\n"),
+        )
+
+
+@pytest.mark.parametrize("pause", [0, 0.001, 0.02])
+def test_ctrl_c_pressed_again_and_again_is_heard_once(pause):
+    process = start("time.sleep(60)")
+    assert process.stdout.readline() == "begun\n"
+    assert press(process, pause) > 3
+    assert (process.returncode, process.stdout.read()) == (130, "answered\n")
+
+
+def test_what_is_swallowed_can_be_pressed_again():
+    swallow = "from sweeps import door; door.PAUSE = 0.2\n        "
+    swallow += "try:\n            print('ready', flush=True)\n            time.sleep(60)\n"
+    swallow += "        except KeyboardInterrupt:\n"
+    swallow += "            print('swallowed', flush=True)\n        time.sleep(60)"
+    process = start(swallow)
+    assert [process.stdout.readline(), process.stdout.readline()] == ["begun\n", "ready\n"]
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "swallowed\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert (process.wait(), process.stdout.read()) == (130, "answered\n")
+
+
+def test_a_command_in_the_background_is_not_interrupted():
+    process = start(
+        "time.sleep(1)", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    )
+    assert process.stdout.readline() == "begun\n"
+    press(process, 0.02)
+    assert (process.returncode, process.stdout.read()) == (7, "done\n")
+
+
+def test_a_study_that_ends_says_nothing_of_ctrl_c(finished):
+    """Nothing is left to train, so it ends as soon as its own Ray has begun, and ends that."""
+    driver = Driver(finished.out, finished.arguments, door=TRAIN)
+    try:
+        lines = []
+        while not lines or "are committed" not in lines[-1]:
+            lines.append(driver.process.stdout.readline())
+            assert lines[-1], lines
+        pressed = 0
+        while driver.process.poll() is None:
+            driver.interrupt()
+            pressed += 1
+            time.sleep(0.005)
+        text = "".join(lines) + driver.process.stdout.read()
+        assert pressed > 3
+        assert driver.process.returncode in (0, 130), text
+        assert "Traceback" not in text
+        assert "Exception" not in text
+        assert text.splitlines()[-1] in (lines[-1].rstrip(), INTERRUPTED)
+    finally:
+        driver.close()
