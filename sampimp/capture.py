@@ -41,7 +41,7 @@ from sampimp.models import evaluation_mode
 from sampimp.optimizers import Derivative, Diagonal, UpdateDerivative
 from sampimp.ownership import Layout, joined_rows
 from sampimp.proof import COUPLED, SUM, UNCHECKED, Proof, Proved, Use, is_running
-from sampimp.rows import MOVES, SORTS, DataRows, as_sequence, moves_samples
+from sampimp.rows import INDEXING, DataRows, as_sequence, moves_samples
 from sampimp.rules import LOOKS, RULES, SUMS, Batch, feature_axes, generic
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
 from sampimp.tape import Tape
@@ -244,6 +244,7 @@ class Capture(TorchFunctionMode):
         if compares:
             self._require_same_parameters()
             self._find_buffers()
+            self._proved = {key: self._proved[key] for key in self._fresh}
             self._fresh.clear()
         self._sums: dict[int, Tensor] = {}  # by row: of the samples' gradients, to be compared
         self._most: dict[int, Tensor] = {}  # by row: what they would be if none were opposed
@@ -318,6 +319,8 @@ class Capture(TorchFunctionMode):
         self._outputs: dict[tuple[Node, int], Layout] = {}  # of the model, on the samples' axis
         self._tape = Tape()
         self._signature = 0  # of the operations so far
+        self._first_node = 0  # its number in the thread
+        self._retained: list[Tensor] = []  # whose gradients somebody keeps
         self._moves = self._moves_above = False  # whether samples may have other rows each time
         self._layouts: list[Layout | None] | None = None  # of the uses
         self._joins: dict[Any, Tensor | None] = {}
@@ -474,13 +477,18 @@ class Capture(TorchFunctionMode):
         if function in _BACKWARDS:
             self._before_backward(function, args, kwargs)
             return function(*args, **kwargs)
+        if function is Tensor.retain_grad:
+            self._retained.append(args[0])
         if function in _SCALINGS and self._known(args[0]):
             return self._scale(function, args, kwargs)
         if not torch.is_grad_enabled():  # an evaluation, or inside an autograd.Function
             rows = [self._rows[id(one)] for one in _tensors(args, kwargs) if id(one) in self._rows]
             if rows and _is_inside_function():
                 self._hidden.update(rows)
-            return function(*args, **kwargs)
+            output = function(*args, **kwargs)
+            if self._data.is_moved_by(function):
+                self._data.follow(function, args, kwargs, as_sequence(output))
+            return output
         if function is functional.multi_head_attention_forward:
             return self._open(function, args, kwargs)
         output = function(*args, **kwargs)
@@ -508,6 +516,8 @@ class Capture(TorchFunctionMode):
             for tensor in (output,) if isinstance(output, Tensor) else output:
                 if isinstance(tensor, Tensor) and id(tensor) not in self._free:
                     setattr(tensor, self._tag, roots)
+        elif isinstance(output, Tensor) and function in _MAKES_NOISE:
+            self._data.note_made(output)
         return output
 
     def _roots(self, tensor: Tensor) -> frozenset[int] | None:
@@ -631,15 +641,52 @@ class Capture(TorchFunctionMode):
         has_gradient: bool,
     ) -> None:
         """Note what an operation on samples may do to their rows."""
-        settings = _settings(args), _settings(kwargs.values()) if kwargs else ()
-        self._signature = hash((self._signature, function, settings))
         if has_gradient:
-            if moves_samples(function, args, kwargs, self._batch):
+            moved = moves_samples(function, args, kwargs, self._batch)
+            exact = function in INDEXING
+            if function in (Tensor.__getitem__, Tensor.__setitem__):  # exact where samples may be
+                entries = args[1] if isinstance(args[1], tuple) else (args[1],)
+                first = self._settings(entries[: self._batch.dim + 1], True)
+                args = (args[0], *entries[self._batch.dim + 1 :], *args[2:])
+            else:
+                first = ()
+            settings = first, self._settings(args, exact), self._settings(kwargs.values(), exact)
+            self._signature = hash((self._signature, function, settings))
+            if moved:
                 # What comes after the model's outputs moves no sample that a parameter meets.
                 self._moves_above = True
                 self._moves |= not self._outputs
-        elif self._data.active or function in MOVES or function in SORTS:
+        elif self._data.is_moved_by(function):
             self._data.follow(function, args, kwargs, outputs)
+
+    def _settings(self, values: Iterable[Any], exact: bool) -> tuple[Any, ...]:
+        """Return what arguments say of an operation: where they come from, axes and choices.
+
+        Lengths only where whole numbers are to be exact.
+        """
+        found: list[Any] = []
+        for value in values:
+            if isinstance(value, Tensor):
+                node = value.grad_fn
+                if node is not None:  # numbers of nodes count on from operation to operation
+                    number = node._sequence_nr()
+                    self._first_node = self._first_node or number
+                    found.append((number - self._first_node, value.output_nr))
+                elif value.ndim or value.device.type != "cpu":
+                    found.append(self._rows.get(id(value), -value.ndim - 1))
+                else:
+                    found.append(_kind_of_number(value.item()))
+            elif isinstance(value, int):
+                found.append(value if exact or -_AXIS < value < _AXIS else None)
+            elif isinstance(value, float):
+                found.append(_kind_of_number(value))
+            elif isinstance(value, str):
+                found.append(value)
+            elif isinstance(value, list | tuple):
+                found.append(self._settings(value, exact))
+            elif isinstance(value, slice):
+                found.append(self._settings((value.start, value.stop, value.step), exact))
+        return tuple(found)
 
     def _note_outputs(self, _model: nn.Module, _args: Any, outputs: Any) -> None:
         """Note which outputs of the model have the samples' axis."""
@@ -665,8 +712,11 @@ class Capture(TorchFunctionMode):
         data = None
         if function in RULES and varying and all(map(_is_data, varying)):
             data = self._data.of(varying[0])
-        if data is not None and not data.is_ordered(self._batch.size):
-            self._moves = True
+            if data is not None and data.is_nobodys:
+                data = None
+            if data is not None:
+                self._moves |= not data.is_ordered(self._batch.size)
+                self._signature = hash((self._signature, data.axis))
         return Use(
             function=function,
             args=args,
@@ -733,26 +783,14 @@ class Capture(TorchFunctionMode):
     ) -> list[Layout | None]:
         """Return how samples lie in each use: as was proved of such a pass, or as a proof finds."""
         size = self._batch.size
+        key = self._signature, self._settings(roots, False)
+        known = self._proved.get(key)
+        if known is not None and self._fits(known):
+            holds = known.complete and key in self._fresh and not self._moves
+            if holds or size < 2:
+                return known.layouts
         if size < 2:
             return [self._alone(use) for use in self._uses]
-        # A node's number counts on from operation to operation: which of them the loss is.
-        first = self._edges[0][0][0]._sequence_nr()
-        ends = (root.grad_fn._sequence_nr() - first for root in roots if root.grad_fn is not None)
-        key = (self._signature, *ends)
-        known = self._proved.get(key)
-        if (
-            known is not None
-            and known.complete
-            and known.count > 1  # what starts at zero may hide what is behind it
-            and key in self._fresh
-            and not self._moves
-            and len(known.layouts) == len(self._uses)
-            and all(
-                layout is None or layout.fits(use.rows_shape, size)
-                for use, layout in zip(self._uses, known.layouts, strict=True)
-            )
-        ):
-            return known.layouts
         self._proof = Proof(
             self._uses,
             self._edges,
@@ -763,19 +801,46 @@ class Capture(TorchFunctionMode):
             self._tape,
             self._coupled_loss,
         )
+        kept = [tensor.grad for tensor in self._retained]
         try:
             proved = self._proof.run(roots, gradients)
         finally:
             self._proof = None
-        proved.count += known.count if known is not None else 0
+            for tensor, gradient in zip(self._retained, kept, strict=True):
+                tensor.grad = gradient
+        self._complete(proved, known)
         self._proved[key] = proved
         self._fresh.add(key)
         self._order = proved.order
         self.loss = max(self.loss, proved.loss, key=(SUM, UNCHECKED, COUPLED).index)
         return proved.layouts
 
+    def _fits(self, proved: Proved) -> bool:
+        """Return whether this pass can have the layouts of another one."""
+        return len(proved.layouts) == len(self._uses) and all(
+            layout is None or layout.fits(use.rows_shape, self._batch.size)
+            for use, layout in zip(self._uses, proved.layouts, strict=True)
+        )
+
+    def _complete(self, proved: Proved, known: Proved | None) -> None:
+        """Say whether a proof holds for later steps, after earlier ones of the same operations."""
+        if known is not None:
+            proved.count += known.count
+            # Once rows lay otherwise, nothing but a proof tells how they lie.
+            proved.varies = known.varies or any(
+                layout is not None
+                and before is not None
+                and (layout.axis, layout.kind) != (before.axis, before.kind)
+                for layout, before in zip(proved.layouts, known.layouts, strict=False)
+            )
+        proved.varies |= any(one is not None and one.kind == "listed" for one in proved.layouts)
+        # What is zero may hide what is behind it, until it has moved: gates, heads, biases.
+        used = {row for use in self._uses for row in use.roots}
+        zero = any(not bool(self.parameters[row].detach().any()) for row in used)
+        proved.complete &= not proved.varies and (not zero or proved.count >= _ZEROS)
+
     def _alone(self, use: Use) -> Layout:
-        """Return the layout of a use where there is one sample, or none."""
+        """Return the layout of a use where there is one sample, or none, and no proof."""
         shape = use.rows_shape
         if not shape:
             raise UnsupportedError(
@@ -1065,10 +1130,8 @@ _IDLE = {
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.is_contiguous),
 }
 """What is called often and concerns no importance."""
-_MAKES_DATA = {
-    *(torch.tensor, torch.as_tensor, torch.from_numpy),
-    *(torch.rand, torch.randn, torch.randint, torch.normal),
-}
+_MAKES_NOISE = {torch.rand, torch.randn, torch.randint, torch.normal}
+_MAKES_DATA = {torch.tensor, torch.as_tensor, torch.from_numpy, *_MAKES_NOISE}
 """What makes data of the samples inside a step, where there is as much as there are samples."""
 _EXPANSIONS = {
     *(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat)
@@ -1105,25 +1168,16 @@ def _is_data(tensor: Tensor) -> bool:
     return not tensor.requires_grad or tensor.is_leaf
 
 
-def _settings(values: Iterable[Any]) -> tuple[Any, ...]:
-    """Return what arguments say of an operation but its tensors: axes and choices, not lengths."""
-    found: list[Any] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value.ndim)
-        elif isinstance(value, int):
-            found.append(value if -_AXIS < value < _AXIS else None)
-        elif isinstance(value, str):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found.append(_settings(value))
-        elif isinstance(value, slice):
-            found.append(_settings((value.start, value.stop, value.step)))
-    return tuple(found)
-
-
 _AXIS = 9
 """Whole numbers beyond it are lengths, and no axes; arbitrary."""
+
+_ZEROS = 8
+"""Most steps that are proved because a parameter is zero; arbitrary. Some stay zero for ever."""
+
+
+def _kind_of_number(value: float) -> float | None:
+    """Return 0 or 1, by which a factor may hide what it multiplies; None for other numbers."""
+    return value if value in (0.0, 1.0) else None
 
 
 def _whole_of(output: Tensor) -> Tensor:

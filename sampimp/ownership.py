@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-ZERO, MIXED, OUTSIDE = -1, -2, -3
-"""Owners that are no sample: a row without gradient; of several samples; not from the cut."""
+ZERO, MIXED, OUTSIDE, UNKNOWN = -1, -2, -3, -4
+"""Owners that are no sample: a row without gradient; of several samples; not from the cut; not
+finite."""
 
 TOLERANCE = 64
 """Multiples of the rounding error eps between two passes that are not bit for bit equal.
@@ -297,10 +298,7 @@ class Signs:
         self._mixed |= ~(same | opposite)
 
     def owners(self, size: int) -> Tensor:
-        """Return the sample of each row, of the shape of the free axes, or ZERO, MIXED, OUTSIDE.
-
-        Rows whose gradient is not finite count as ZERO: nothing is known of them.
-        """
+        """Return the sample of each row, of the shape of the free axes, or what else it is."""
         if self._base is None:
             return torch.full(self.shape[: self.free], ZERO)
         assert self._code is not None
@@ -308,7 +306,8 @@ class Signs:
         owners = self._code - 1
         owners[self._code == 0] = OUTSIDE
         owners[self._mixed | (self._code > size)] = MIXED
-        owners[((self._base == 0).all(-1) & ~self._mixed) | ~self._base.isfinite().all(-1)] = ZERO
+        owners[(self._base == 0).all(-1) & ~self._mixed] = ZERO
+        owners[~self._base.isfinite().all(-1)] = UNKNOWN
         return owners.cpu()
 
 
@@ -318,7 +317,7 @@ def layouts_of(owners: Tensor, axes: Sequence[int], size: int) -> Iterator[Layou
     Parameters
     ----------
     owners
-        Of the shape of the free axes; without MIXED and OUTSIDE.
+        Of the shape of the free axes; no longer MIXED, OUTSIDE or UNKNOWN.
     axes
         The free axes, the one on which samples are expected first.
     size
@@ -328,7 +327,10 @@ def layouts_of(owners: Tensor, axes: Sequence[int], size: int) -> Iterator[Layou
     for kind in ("plain", "outer", "inner"):
         for axis, owner_R in by_axis.items():
             layout = Layout(axis, kind)
-            if owner_R is None or not layout.fits(owners.shape, size):
+            is_joined = kind != "plain" and owner_R is not None and len(owner_R) > size
+            if owner_R is None or not (kind == "plain" or is_joined):
+                continue
+            if not layout.fits(owners.shape, size):
                 continue
             expected = layout.samples(len(owner_R), size)
             if bool(((owner_R == expected) | (owner_R == ZERO)).all()):
@@ -399,6 +401,8 @@ def couples(
     is piecewise linear (a hinge on differences of samples' scores, a median) has no second
     derivative that would show it.
     """
+    # Of somebody's function, whose second derivative need not say what the first one is of.
+    has_own = any(isinstance(node, _OWN) for node in cut.above)
     edges = list(dict.fromkeys((edge.node, edge.number, edge.layout) for edge in cut.edges))
     ends = [GradientEdge(node, number) for node, number, _ in edges]
     generator = torch.Generator().manual_seed(0)
@@ -412,8 +416,7 @@ def couples(
             if first is not None and first.requires_grad
         ]
         if not known:
-            # Linear; or of somebody's function, whose derivative need not say what it is of.
-            return None if any(isinstance(node, _OWN) for node in cut.above) else False
+            return None if has_own else False
         for sign_N in sign_patterns(size)[1:]:
             chosen_N = (1 - sign_N) / 2
             directions = [
@@ -431,13 +434,18 @@ def couples(
             for second, (_, _, layout) in zip(seconds, edges, strict=True):
                 if second is None:
                     continue
-                largest = second.abs().max()
-                others = (second * rows_of(1 - chosen_N, layout, second)).abs().max()
-                if bool(others > 4 * torch.finfo(second.dtype).eps * largest):
+                others = second[_where(rows_of(chosen_N, layout, second) == 0, second)]
+                if not bool(others.isfinite().all()):
+                    return None
+                if bool(others.any()):  # of a sum it is exactly zero: a product with zeros
                     return True
     except RuntimeError:
         return None
-    return False
+    return None if has_own else False
+
+
+def _where(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.expand(like.shape)
 
 
 _OWN = torch.autograd.function.BackwardCFunction
@@ -482,7 +490,9 @@ def side_effects_undone(model: nn.Module) -> Iterator[Callable[[], None]]:
         restore()
 
 
-def sequence_owners(owners: Sequence[Tensor], count: int, packed: Tensor | None) -> Tensor | None:
+def sequence_owners(
+    owners: Sequence[Tensor], count: int, packed: Tensor | None, batch_first: bool
+) -> Tensor | None:
     """Return the owner of each sequence of a recurrent layer, (R,); None if one has several.
 
     Parameters
@@ -493,22 +503,20 @@ def sequence_owners(owners: Sequence[Tensor], count: int, packed: Tensor | None)
         Number of sequences, R.
     packed
         The sequence of each row of the first output, where that is packed.
+    batch_first
+        Whether it is (R, T).
     """
     result = torch.full((count,), ZERO)
     for number, output in enumerate(owners):
-        found: list[Tensor | None] = []
         if packed is not None and number == 0:
             most = torch.full((count,), ZERO).scatter_reduce(0, packed, output, "amax")
-            found = [most if bool(((output == most[packed]) | (output == ZERO)).all()) else None]
+            is_one = bool(((output == most[packed]) | (output == ZERO)).all())
+            found = most if is_one else None
         else:
-            axes = [axis for axis in reversed(range(output.dim())) if output.shape[axis] == count]
-            found = [along(output, axis) for axis in axes]
-        agreeing = [
-            one
-            for one in found
-            if one is not None and bool(((one == result) | (one == ZERO) | (result == ZERO)).all())
-        ]
-        if not agreeing:
+            found = along(output, 0 if output.dim() == 1 or (batch_first and not number) else 1)
+        if found is None:
             return None
-        result = torch.maximum(result, agreeing[0])
+        if bool(((found != result) & (found != ZERO) & (result != ZERO)).any()):
+            return None
+        result = torch.maximum(result, found)
     return result

@@ -27,6 +27,7 @@ from sampimp.graph import Inside
 from sampimp.ownership import (
     MIXED,
     OUTSIDE,
+    UNKNOWN,
     ZERO,
     Cut,
     Edge,
@@ -40,13 +41,13 @@ from sampimp.ownership import (
     side_effects_undone,
     sign_patterns,
 )
-from sampimp.recurrent import packed_sequences
+from sampimp.recurrent import is_batch_first, packed_sequences
 from sampimp.rows import Rows
 from sampimp.rules import LOOKS, Batch
 from sampimp.tape import Tape
 
-RUNNING: set[int] = set()
-"""Numbers of the backward passes of proofs that are run, which are no pass of any recorder."""
+_running = 0
+"""How many proofs are run now, whose backward passes are no pass of any recorder."""
 
 SUM, COUPLED, UNCHECKED = (
     "sum over samples",
@@ -54,6 +55,9 @@ SUM, COUPLED, UNCHECKED = (
     "not checked: it has no second derivative",
 )
 """What a loss is, as far as that is known."""
+
+AXES = 5
+"""On how many axes samples are looked for where no output has them as expected; arbitrary."""
 
 
 class CoupledLossError(UnsupportedError):
@@ -115,6 +119,8 @@ class Proved:
     """`SUM`, `COUPLED` or `UNCHECKED`."""
     count: int = 1
     """How many steps were proved."""
+    varies: bool = False
+    """Whether rows have lain in different ways."""
 
 
 class Proof:
@@ -175,6 +181,10 @@ class Proof:
         UnsupportedError
             Samples are mixed; or it cannot be told which rows are theirs.
         """
+        with _announced():
+            return self._run(roots, gradients)
+
+    def _run(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Proved:
         nodes = {node for edges in self._edges for node, _ in edges}
         starts = [(root.grad_fn, root.output_nr) if root.grad_fn else None for root in roots]
         graph = Graph(starts, nodes)
@@ -197,29 +207,32 @@ class Proof:
             cut = graph.cut(lambda node, number: self._outputs.get((node, number)))
             if cut.edges and not cut.above & (nodes | graph.below(cut)):
                 yield cut
-        for kind in ("outer", "inner", "plain"):
-            cut = graph.cut(self._stop(nodes, kind))
-            if cut.edges:
-                yield cut
-            if not any(map(self._is_guess, cut.edges)):
-                return
+        guesses = [Layout(0, "outer"), Layout(0, "inner")]
+        guesses += [Layout(axis, "plain") for axis in range(AXES)]
+        for least in (1, 2):  # one axis of N may also be one of classes
+            for guess in guesses:
+                cut = graph.cut(self._stop(nodes, guess, least))
+                if cut.edges:
+                    yield cut
+                if not any(map(self._is_guess, cut.edges)) and not cut.above & nodes:
+                    break
 
-    def _stop(self, nodes: set[Node], kind: str) -> Callable[[Node, int], Layout | None]:
+    def _stop(
+        self, nodes: set[Node], guess: Layout, least: int
+    ) -> Callable[[Node, int], Layout | None]:
         """Return which edges have an axis of N where it is expected, or else are those of uses.
 
-        These may have samples and positions joined, or the axis elsewhere ("plain"): a guess, which
-        holds only if the data below agree.
+        These may have samples and positions joined, or the axis elsewhere: a guess, which holds
+        only if the data below agree.
         """
         size = self._batch.size
 
         def stop(node: Node, number: int) -> Layout | None:
             shape = tuple(node._input_metadata[number].shape)
             plain = Layout(self._batch.axis(len(shape), 1), "plain")
-            if plain.fits(shape, size):
+            if len(shape) >= least and plain.fits(shape, size):
                 return plain
-            axes = range(len(shape)) if kind == "plain" else range(min(1, len(shape)))
-            guesses = (Layout(axis, kind) for axis in axes if node in nodes)
-            return next((guess for guess in guesses if guess.fits(shape, size)), None)
+            return guess if node in nodes and guess.fits(shape, size) else None
 
         return stop
 
@@ -236,16 +249,14 @@ class Proof:
         gradients: Sequence[Tensor | None],
     ) -> Proved:
         self._go_back(graph, cut, roots, gradients)
-        layouts = [
-            self._layout(use) if is_reached else None
+        found = [
+            self._layout(use) if is_reached else (None, True)
             for use, is_reached in zip(self._uses, reached, strict=True)
         ]
-        order = self._order_of_loss(layouts, cut)
+        layouts = [layout for layout, _ in found]
+        order = self._order_of_loss(layouts, graph, cut)
         loss = self._loss(cut, roots, gradients)
-        complete = order is None and all(
-            not is_reached or use.exempt or (layout is not None and layout.kind != "listed")
-            for use, layout, is_reached in zip(self._uses, layouts, reached, strict=True)
-        )
+        complete = order is None and all(is_known for _, is_known in found)
         return Proved(layouts, order, complete, loss)
 
     def _loss(self, cut: Cut, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> str:
@@ -257,7 +268,7 @@ class Proof:
         at_outputs = all((edge.node, edge.number) in self._outputs for edge in cut.edges)
         if at_outputs and self._tape.is_sum(roots):
             return SUM
-        with side_effects_undone(self._model), _noted(roots):
+        with side_effects_undone(self._model):
             found = couples(cut, roots, gradients, size)
             if at_outputs and found is not True:
                 by_change = self._tape.couples(roots, gradients, size)
@@ -302,7 +313,7 @@ class Proof:
             torch.ones_like(root) if gradient is None else gradient
             for root, gradient in zip(roots, gradients, strict=True)
         ]
-        with side_effects_undone(self._model) as undo, _noted(roots):
+        with side_effects_undone(self._model) as undo:
             for number, sign_N in enumerate(sign_patterns(self._batch.size)):
                 self._pass = number
                 with cut.signs(sign_N):
@@ -314,59 +325,76 @@ class Proof:
                             retain_graph=True,
                             allow_unused=True,
                         )
-                    except RuntimeError as error:
+                    except UnsupportedError:
+                        raise
+                    except Exception as error:  # of whatever the graph holds
                         raise self._not_repeated(error) from error
                 for (signs, _), gradient in zip(lowest, found, strict=True):
                     signs.see(gradient, number)
                 undo()
         self._pass = None
 
-    def _layout(self, use: Use) -> Layout | None:
-        """Return how samples lie in a use; None where its gradient is zero or does not count."""
-        size = self._batch.size
-        owners = [signs.owners(size) for signs in self._signs[use.position]]
+    def _layout(self, use: Use) -> tuple[Layout | None, bool]:
+        """Return how samples lie in a use, and whether that is all there is to know.
+
+        None where its gradient is zero or does not count.
+        """
         if not use.rows_shape:
             raise self._misplaced(use)
-        if use.exempt:
-            rows: Tensor | None = torch.full(use.rows_shape, ZERO)
-        elif any(bool((one == MIXED).any()) for one in owners):
+        size, axes = self._batch.size, use.axes(self._batch)
+        owners = [signs.owners(size) for signs in self._signs[use.position]]
+        is_finite = not any(bool((one == UNKNOWN).any()) for one in owners)
+        if use.exempt or not is_finite:  # of a loss that is not finite nothing can be told
+            rows = torch.full(use.rows_shape, ZERO)
+            return next(layouts_of(rows, axes, size), None), use.exempt
+        if any(bool((one == MIXED).any()) for one in owners):
             raise self._mixed(use)
-        elif any(bool((one == OUTSIDE).any()) for one in owners):
+        if any(bool((one == OUTSIDE).any()) for one in owners):
             raise self._no_samples(use)
-        elif use.function in LOOKS:
-            packed = packed_sequences(use.args, use.kwargs)
-            rows = sequence_owners(owners, use.rows_shape[0], packed)
-        else:
-            rows = owners[0]
-        if rows is None:
+        found_rows = self._rows(use, owners)
+        if found_rows is None:
             raise self._misplaced(use)
-        if not use.exempt and bool((rows == ZERO).all()):
-            return None
-        data = use.data
-        found = list(layouts_of(rows, use.axes(self._batch), size))
-        if use.exempt:
-            return found[0] if found else None
-        if data is not None and use.function not in LOOKS:
-            found = [layout for layout in found if layout.axis == data.axis]
+        if bool((found_rows == ZERO).all()):
+            return None, False
+        found = list(layouts_of(found_rows, axes, size))
+        if use.data is not None and use.function not in LOOKS:
+            found = [layout for layout in found if layout.axis == use.data.axis]
         if not found:
             raise self._misplaced(use)
-        return found[0]
+        # Of few rows with a gradient, several layouts may agree: which is right, others will tell.
+        is_only = sum(layout.kind != "listed" for layout in found) == 1
+        return found[0], is_only
 
-    def _order_of_loss(self, layouts: Sequence[Layout | None], cut: Cut) -> Tensor | None:
+    def _rows(self, use: Use, owners: Sequence[Tensor]) -> Tensor | None:
+        """Return the owners of rows; of a recurrent layer, of sequences, or None of several."""
+        if use.function not in LOOKS:
+            return owners[0]
+        packed = packed_sequences(use.args, use.kwargs)
+        batch_first = is_batch_first(use.function, use.args, use.kwargs)
+        return sequence_owners(owners, use.rows_shape[0], packed, batch_first)
+
+    def _order_of_loss(
+        self, layouts: Sequence[Layout | None], graph: Graph, cut: Cut
+    ) -> Tensor | None:
         """Return the sample of each row of the loss, as the data say; None in the batch's order."""
         size = self._batch.size
         order = torch.full((size,), ZERO)
-        known = False
+        told: list[int] = []  # uses whose data say which samples they are
         for use, layout in zip(self._uses, layouts, strict=True):
-            if use.data is None or layout is None or use.exempt:
+            if use.data is None or layout is None:
                 continue
-            if use.data.samples is None:
+            is_ordered = use.data.is_ordered(size)
+            if use.data.samples is None or (use.exempt and not is_ordered):
                 raise self._lost(use)
+            if use.exempt:
+                continue
             owners = self._row_owners(use, layout)
             samples = use.data.samples[: len(owners)]
             if len(samples) != len(owners):
                 continue
-            seen = (owners >= 0) & (samples >= 0)
+            seen = owners >= 0
+            if bool((samples[seen] < 0).any()):
+                raise self._lost(use)  # rows that are no sample's, with a gradient
             owners, samples = owners[seen], samples[seen]
             before = order[owners]
             if bool(((before != ZERO) & (before != samples)).any()):
@@ -374,10 +402,13 @@ class Proof:
             order[owners] = samples
             if bool((order[owners] != samples).any()):
                 raise self._lost(use)  # a row of the loss that is of several samples of the data
-            known = True
-        if not known:
-            if any(map(self._is_guess, cut.edges)):
+            if len(samples):
+                told.append(use.position)
+        for edge in filter(self._is_guess, cut.edges):
+            below = graph.below(Cut([edge], set()))
+            if not any(self._edges[position][0][0] in below for position in told):
                 raise self._no_samples()
+        if not told:
             return None
         plain = torch.arange(size)
         if bool(((order == plain) | (order == ZERO)).all()):
@@ -389,11 +420,9 @@ class Proof:
     def _row_owners(self, use: Use, layout: Layout) -> Tensor:
         """Return the owner of each row on a layout's axis, ZERO where there is no gradient."""
         owners = [signs.owners(self._batch.size) for signs in self._signs[use.position]]
-        if use.function in LOOKS:
-            packed = packed_sequences(use.args, use.kwargs)
-            rows = sequence_owners(owners, use.rows_shape[0], packed)
-        else:
-            rows = along(owners[0], layout.axis)
+        owners = [one.where(one != UNKNOWN, ZERO) for one in owners]
+        rows = self._rows(use, owners)
+        rows = rows if rows is None or use.function in LOOKS else along(rows, layout.axis)
         assert rows is not None  # a layout was found
         return rows
 
@@ -442,36 +471,29 @@ class Proof:
             todo="put the batch into its order outside the block",
         )
 
-    def _not_repeated(self, error: RuntimeError) -> UnsupportedError:
+    def _not_repeated(self, error: Exception) -> UnsupportedError:
         return UnsupportedError(
             expected="a backward pass that can be run several times",
-            got=str(error).strip().splitlines()[0],
+            got=(str(error).strip() or type(error).__name__).splitlines()[0],
             where="the step",
             todo="leave out what forbids it, as checkpoint(use_reentrant=True)",
         )
 
 
 def is_running() -> bool:
-    """Return whether the backward pass that calls this is one of a proof."""
-    return bool(RUNNING) and torch._C._current_graph_task_id() in RUNNING
+    """Return whether a proof is run, so that gradients come of it."""
+    return _running > 0
 
 
 @contextmanager
-def _noted(roots: Sequence[Tensor]) -> Iterator[None]:
-    """Note the numbers of the backward passes that begin at these tensors."""
-    numbers: set[int] = set()
-
-    def note(_: Any) -> None:
-        numbers.add(torch._C._current_graph_task_id())
-        RUNNING.update(numbers)
-
-    handles = [root.grad_fn.register_prehook(note) for root in roots if root.grad_fn is not None]
+def _announced() -> Iterator[None]:
+    """Let all recorders know that backward passes are a proof's."""
+    global _running
+    _running += 1
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-        RUNNING.difference_update(numbers)
+        _running -= 1
 
 
 def _is_data(value: Any) -> bool:

@@ -345,6 +345,12 @@ def packed_sequences(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor
     return torch.cat([torch.arange(size) for size in sizes.tolist()]) if is_packed else None
 
 
+def is_batch_first(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether the outputs of torch.lstm, ... are (N, T, H), from its arguments."""
+    is_cell = getattr(function, "__name__", "").endswith("_cell")
+    return not is_cell and Call.of(*args, **kwargs).batch_first
+
+
 _LAYER = "MkldnnRnnLayerBackward0"
 _VALUES = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
 """Nodes of values @ weight^T, and where they keep the values."""

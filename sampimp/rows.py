@@ -10,12 +10,13 @@ activations that may put samples on other rows by value, from step to step).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sampimp.rules import Batch
 
@@ -30,6 +31,14 @@ class Rows:
 
     is_plain: bool = False
     """Whether it is known that row n is that of sample n."""
+
+    is_made: bool = False
+    """Whether they were made in the block, as noise is: of what they are added to, if anything."""
+
+    @property
+    def is_nobodys(self) -> bool:
+        """Whether no row is a sample's, as of noise."""
+        return self.samples is not None and bool((self.samples < 0).all())
 
     def is_ordered(self, size: int) -> bool:
         """Return whether the samples are in the batch's order, perhaps joined with positions."""
@@ -82,6 +91,18 @@ class DataRows:
             self._plain[axis] = Rows(axis, torch.arange(self._batch.size), is_plain=True)
         return self._plain[axis]
 
+    def is_moved_by(self, function: Callable[..., Any]) -> bool:
+        """Return whether an operation on data has to be followed."""
+        return self.active or function in MOVES or function in SORTS or function in MAKES
+
+    def note_made(self, data: Tensor) -> None:
+        """Note that rows are made in the block, of nothing."""
+        rows = self.of(data)
+        if rows is not None and rows.is_plain:
+            made = replace(rows, is_made=True)
+            data._sampimp_rows = self._token, made  # type: ignore[attr-defined]
+            self.active = True
+
     def _noted(self, data: Tensor) -> Rows | None:
         """Return a note of this pass."""
         token, rows = getattr(data, "_sampimp_rows", (None, None))
@@ -95,6 +116,10 @@ class DataRows:
         outputs: Sequence[Any],
     ) -> None:
         """Note the rows of an operation's outputs, which are data."""
+        if function in MAKES:
+            for output in outputs:
+                self.note_made(output)
+            return
         args = args or (kwargs.get("input", kwargs.get("tensors")),)
         kwargs = {name: one for name, one in kwargs.items() if name not in ("input", "tensors")}
         if function in SORTS:
@@ -135,6 +160,8 @@ class DataRows:
     ) -> Sequence[Any] | None:
         """Return what an operation makes of the numbers of the rows, on the CPU."""
         named = {name: _on_cpu(value) for name, value in kwargs.items()}
+        if function is torch._C._nn.pad_sequence:
+            args, named = args[:2], {**named, "padding_value": -1}
         for whole in (False, True):  # as views of a row's number, or where that fails as copies
             numbered = [
                 self._numbered_all(value, whole or function in IN_PLACE)
@@ -159,6 +186,8 @@ class DataRows:
         elif function in (torch.index_select, Tensor.index_select):
             index = args[2] if len(args) > 2 else kwargs.get("index")
         if self._index is None or not isinstance(index, list | np.ndarray | Tensor):
+            return False
+        if self._noted(args[0]) is not None:  # no data set, but a batch
             return False
         index = torch.as_tensor(index)
         if index.dtype not in (torch.int32, torch.int64) or index.shape != self._index.shape:
@@ -187,17 +216,25 @@ class DataRows:
             return UNKNOWN
         expected = self._batch.axis(output.dim(), int(output.is_floating_point()))
         strides = zip(numbers.stride(), numbers.shape, strict=True)
-        varying = [axis for axis, (stride, size) in enumerate(strides) if stride and size > 1]
+        varying = {axis for axis, (stride, size) in enumerate(strides) if stride and size > 1}
         axes = sorted(range(numbers.dim()), key=lambda axis: (axis != expected, axis))
+        mixed = None
         for axis in axes:
             rows = numbers.movedim(axis, 0)
-            first = rows.flatten(1)[:, :1] if numbers.dim() > 1 else numbers[:, None]
-            if not set(varying) - {axis} or bool((rows.flatten(1) == first).all()):
-                samples = first[:, 0].clone()
-                if bool((samples < -1).any()):
-                    return UNKNOWN
-                return None if bool((samples == -1).all()) else Rows(axis, samples)
-        return UNKNOWN
+            rows = rows.flatten(1) if numbers.dim() > 1 else rows[:, None]
+            if not varying - {axis}:  # views of one number a row
+                rows = rows[:, :1]
+            if bool((rows < -1).any()):
+                return UNKNOWN
+            most, least = rows.amax(1), rows.where(rows != -1, len(rows) + rows.max()).amin(1)
+            if bool(((most == least) | (most == -1)).all()):
+                return Rows(axis, most)
+            own = torch.arange(len(rows))
+            if (
+                axis == expected and len(rows) == self._batch.size
+            ):  # with parts of others, as cutmix
+                mixed = Rows(axis, own) if bool((rows == own[:, None]).any(1).all()) else None
+        return mixed or UNKNOWN
 
     def _note(self, data: Tensor, rows: Rows | None) -> None:
         if hasattr(data, "_sampimp_rows"):
@@ -217,17 +254,24 @@ class DataRows:
         """
         given = [*as_sequence(args[0]), *args[1:], *kwargs.values()]
         inputs = [one for one in given if _is_tensor(one) and one.dim() and self._batch.varies(one)]
-        noted = [one for one in inputs if self._noted(one)]
-        if not noted or any(self.of(one) for one in inputs if not self._noted(one)):
+        known = [(one, self.of(one)) for one in inputs]
+        told = [(one, rows) for one, rows in known if rows is not None]
+        if any(not self._noted(one) for one, _ in told):
             return
-        rows = self.of(noted[0])
-        assert rows is not None
+        moved = [(one, rows) for one, rows in told if not (rows.is_made or rows.is_nobodys)]
+        if not told:
+            return
+        moved.sort(key=lambda pair: pair[1].samples is None)
+        source, rows = (moved or told)[0]
         for output in outputs:
             if not _is_tensor(output) or not output.dim():
                 continue
-            kept = rows.samples is not None and output.dim() == noted[0].dim()
-            fits = kept and output.shape[rows.axis] == len(noted[0].movedim(rows.axis, 0))
-            self._note(output, rows if fits else UNKNOWN)
+            kept = rows.samples is not None and output.dim() == source.dim()
+            fits = kept and output.shape[rows.axis] == source.shape[rows.axis]
+            if not rows.is_made:
+                self._note(output, rows if fits else UNKNOWN)
+            elif fits:
+                self.note_made(output)
 
 
 def moves_samples(
@@ -237,19 +281,31 @@ def moves_samples(
 
     Such a step is proved each time. Lengths decide only whether an axis can have samples.
     """
-    if function not in BY_VALUE or batch.size < 2:
+    if batch.size < 2 or not (function in BY_VALUE or function in PRODUCTS):
         return False
+    given = [*args, *kwargs.values()]
+    if function in PRODUCTS:  # of activations with a matrix that is made of data
+        factors = [one for value in given for one in as_sequence(value) if _is_tensor(one)]
+        factors = [one for one in factors if batch.varies(one)]
+        return any(one.requires_grad for one in factors) and any(
+            not one.requires_grad and one.dim() >= 2 and batch.size in one.shape[-2:]
+            for one in factors
+        )
     values = args[0] if args else kwargs.get("input")
+    if function in TABLES:
+        table = args[1] if len(args) > 1 else kwargs.get("weight")
+        return isinstance(table, Tensor) and table.requires_grad and batch.varies(table)
     if not isinstance(values, Tensor) or not values.dim():
         return False
     if function in (Tensor.__getitem__, Tensor.__setitem__):
         return _index_moves(values, args[1], batch)
     place, default = BY_VALUE[function]
-    axis = args[place] if len(args) > place >= 0 else kwargs.get("dim", default)
+    axis = args[place] if len(args) > place >= 0 else kwargs.get("dim", kwargs.get("dims", default))
     if function in PIECES:
         pieces = _pieces(function, values, axis, args, kwargs) if axis in (0, batch.dim) else 0
         return pieces == batch.size
-    return not isinstance(axis, int) or _may_have_samples(values, axis, batch)
+    axes = range(values.dim()) if axis is None else as_sequence(axis)
+    return any(_may_have_samples(values, one, batch) for one in axes)
 
 
 def _pieces(function: Callable[..., Any], values: Tensor, axis: int, args: Any, kwargs: Any) -> int:
@@ -258,14 +314,12 @@ def _pieces(function: Callable[..., Any], values: Tensor, axis: int, args: Any, 
     number = args[1] if len(args) > 1 else next(iter(kwargs.values()), None)
     if function in (torch.split, Tensor.split):
         return size if number == 1 else 0
-    return size if function in WHOLE or number == size else 0
+    return size if function in WHOLE or (isinstance(number, int) and number == size) else 0
 
 
 def _may_have_samples(values: Tensor, axis: int, batch: Batch) -> bool:
-    """Return whether samples may be on an axis, by its length: features are seldom N."""
-    size = values.shape[axis]
-    is_last = axis % values.dim() == values.dim() - 1 and values.dim() > 1
-    return size == batch.size or (size % batch.size == 0 and not is_last)
+    """Return whether samples may be on an axis: the first, the batch's, or one as long."""
+    return axis % values.dim() in (0, batch.dim) or values.shape[axis] == batch.size
 
 
 def _index_moves(values: Tensor, index: Any, batch: Batch) -> bool:
@@ -339,6 +393,7 @@ MOVES: dict[Any, tuple[int, ...]] = _both(
             (0,),
         ),
         "where": (1, 2),
+        "copy_": (0, 1),
         "__setitem__": (0, 2),
         **dict.fromkeys(_names("masked_scatter masked_scatter_ index_put index_put_"), (0, 2)),
         **dict.fromkeys(_names("scatter scatter_ index_copy index_copy_"), (0, 3)),
@@ -350,10 +405,24 @@ for _name in ("T", "mT", "H", "mH"):
     MOVES[getattr(Tensor, _name).__get__] = (0,)
 
 MOVES[torch._VF._pack_padded_sequence] = (0,)
+MAKES = set(
+    _both(
+        dict.fromkeys(
+            _names(
+                "rand_like randn_like randint_like zeros_like ones_like empty_like full_like",
+                "new_zeros new_ones new_full new_empty bernoulli",
+            ),
+            0,
+        )
+    )
+)
+"""Operations whose results have nothing of their arguments' rows."""
 SORTS = set(_both(dict.fromkeys(_names("sort msort topk"), 0)))
 """Operations that may take every feature of a row from another one."""
+MOVES[torch._C._nn.pad_sequence] = (0,)
+MOVES[functional.embedding] = (1,)
 IN_PLACE = {Tensor.__setitem__} | set(
-    _both(dict.fromkeys(_names("masked_scatter_ index_put_ scatter_ index_copy_"), 0))
+    _both(dict.fromkeys(_names("masked_scatter_ index_put_ scatter_ index_copy_ copy_"), 0))
 )
 """Those of them that write into their first argument."""
 
@@ -372,12 +441,19 @@ BY_VALUE: dict[Any, tuple[int, int | None]] = _both(
         **dict.fromkeys(_names("roll take_along_dim"), (2, None)),
         **dict.fromkeys(_names("take masked_select masked_scatter masked_scatter_"), (-1, None)),
         **dict.fromkeys(_names("index_put index_put_ repeat_interleave"), (-1, None)),
-        **dict.fromkeys(_names("__getitem__ __setitem__"), (-1, None)),
+        **dict.fromkeys(_names("__getitem__ __setitem__ segment_reduce"), (-1, None)),
     }
-)
+) | dict.fromkeys((functional.embedding, functional.embedding_bag), (-1, None))
 """Operations that move entries by values, which the signature of a step does not have.
 
 The position of the axis among their arguments (-1: none), and its default (None: any axis)."""
+TABLES = {functional.embedding, functional.embedding_bag}
+PRODUCTS = set(
+    _both(dict.fromkeys(_names("matmul mm bmm einsum tensordot addmm baddbmm __matmul__"), 0))
+) | {torch.sparse.mm, functional.linear}
+"""Products, which move rows where a factor is a permutation."""
+INDEXING = set(_both(dict.fromkeys(_names("select narrow split tensor_split chunk unfold"), 0)))
+"""Operations of which whole numbers say which rows are taken."""
 WHOLE = set(_both({"unbind": 0, "__iter__": 0}))
 PIECES = WHOLE | set(_both(dict.fromkeys(_names("split chunk tensor_split"), 0)))
 """Operations whose pieces somebody may put together in another order."""

@@ -195,8 +195,9 @@ def rewritten(weight):
 def record(net, function):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     recorder = ImportanceRecorder(net, optimizer)
+    given = inputs()
     with recorder.step(range(N), epoch=1):
-        sums(function(net, *inputs())).mean().backward()
+        sums(function(net, *given)).mean().backward()
         optimizer.step()
     found = recorder.pop_epoch(1, N)
     return dict(zip(recorder.layers, found, strict=True))
