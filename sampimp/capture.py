@@ -41,7 +41,7 @@ from sampimp.models import evaluation_mode
 from sampimp.optimizers import Derivative, Diagonal, UpdateDerivative
 from sampimp.ownership import Layout, joined_rows
 from sampimp.proof import COUPLED, SUM, UNCHECKED, Proof, Proved, Use, is_running
-from sampimp.rows import INDEXING, DataRows, as_sequence, moves_samples
+from sampimp.rows import INDEXING, SIZES, DataRows, as_sequence, moves_samples
 from sampimp.rules import LOOKS, RULES, SUMS, Batch, feature_axes, generic
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
 from sampimp.tape import Tape
@@ -529,6 +529,10 @@ class Capture(TorchFunctionMode):
                 return None
         return own if tensor.requires_grad else _NOTHING
 
+    def _is_fixed(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is a parameter or a buffer, or a view of one."""
+        return id(tensor) in self._free or id(tensor._base) in self._free
+
     def _varies(self, value: Any) -> bool:
         """Return whether a tensor depends on the samples."""
         return isinstance(value, Tensor) and self._roots(value) is None
@@ -642,8 +646,10 @@ class Capture(TorchFunctionMode):
     ) -> None:
         """Note what an operation on samples may do to their rows."""
         if has_gradient:
-            moved = moves_samples(function, args, kwargs, self._batch)
+            moved = moves_samples(function, args, kwargs, self._batch, self._is_fixed)
             exact = function in INDEXING
+            if function in SIZES:
+                args, kwargs = args[:1], {}
             if function in (Tensor.__getitem__, Tensor.__setitem__):  # exact where samples may be
                 entries = args[1] if isinstance(args[1], tuple) else (args[1],)
                 first = self._settings(entries[: self._batch.dim + 1], True)
@@ -787,10 +793,10 @@ class Capture(TorchFunctionMode):
         known = self._proved.get(key)
         if known is not None and self._fits(known):
             holds = known.complete and key in self._fresh and not self._moves
-            if holds or size < 2:
+            if holds:
                 return known.layouts
         if size < 2:
-            return [self._alone(use) for use in self._uses]
+            return self._find_layouts_of_one()
         self._proof = Proof(
             self._uses,
             self._edges,
@@ -814,6 +820,13 @@ class Capture(TorchFunctionMode):
         self._order = proved.order
         self.loss = max(self.loss, proved.loss, key=(SUM, UNCHECKED, COUPLED).index)
         return proved.layouts
+
+    def _find_layouts_of_one(self) -> list[Layout | None]:
+        """Return how one sample, or none, lies in each use: as in a pass of several, if any."""
+        alike = (one for one in self._proved.values() if self._fits(one) and not one.varies)
+        known = next(alike, None)
+        layouts = known.layouts if known is not None else [None] * len(self._uses)
+        return [layout or self._alone(use) for use, layout in zip(self._uses, layouts, strict=True)]
 
     def _fits(self, proved: Proved) -> bool:
         """Return whether this pass can have the layouts of another one."""
@@ -849,8 +862,8 @@ class Capture(TorchFunctionMode):
                 where=self._place(min(use.roots)),
                 todo="give the samples an axis, also where there is one",
             )
-        axis = self._batch.axis(len(shape) + use.features, 1)
-        axis = 0 if use.function in LOOKS or axis >= len(shape) else axis
+        axes = use.axes(self._batch)
+        axis = next((axis for axis in axes if shape[axis] == self._batch.size), axes[0])
         return Layout(axis, "outer" if self._batch.size else "plain")
 
     # What comes back.
@@ -1130,7 +1143,10 @@ _IDLE = {
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.is_contiguous),
 }
 """What is called often and concerns no importance."""
-_MAKES_NOISE = {torch.rand, torch.randn, torch.randint, torch.normal}
+_MAKES_NOISE = {
+    *(torch.rand, torch.randn, torch.randint, torch.normal),
+    *(torch.randperm, torch.multinomial),
+}
 _MAKES_DATA = {torch.tensor, torch.as_tensor, torch.from_numpy, *_MAKES_NOISE}
 """What makes data of the samples inside a step, where there is as much as there are samples."""
 _EXPANSIONS = {

@@ -5,7 +5,8 @@ and every output gradient is linear in v. Before the user's backward pass, the g
 again with some v_i = -1: in pass b, where bit b of i + 1 is set. A change of sign is exact in every
 floating-point format, so a row that belongs to one sample comes back bit for bit as it was, or
 negated, and the passes in which it was negated spell its sample. Any other row depends on several
-samples. This takes ceil(log2(N + 1)) + 1 passes, which compute no gradient of a parameter.
+samples. A last pass with some v_i = 2 finds gradients that are scaled by the norm of all. This
+takes ceil(log2(N + 1)) + 2 passes, which compute no gradient of a parameter.
 
 The signs are applied at the *cut*: the edges of autograd's graph on which the samples' axis is met
 first on the way down from the loss, preferably those of the model's outputs. What is above the cut
@@ -226,6 +227,14 @@ def sign_patterns(size: int) -> list[Tensor]:
     return [torch.ones_like(codes), *bits]
 
 
+def weight_pattern(size: int) -> Tensor:
+    """Return the weights of the samples in the last pass, (N,): 2 for every other one.
+
+    What scales the gradients of all samples by their norm, as hooks do, keeps it when signs change.
+    """
+    return 1 + torch.arange(1, size + 1) % 2
+
+
 class Signs:
     """The owners of the rows of one output gradient, found from pass to pass.
 
@@ -284,6 +293,15 @@ class Signs:
         few = max(1, BLOCK // max(1, features))
         parts = [part.to(dtype) @ directions for part in rows.split(few)]
         return torch.cat(parts).unflatten(0, self.shape[: self.free]) if self.free else parts[0][0]
+
+    def weigh(self, gradient: Tensor | None) -> None:
+        """Take the gradient of the pass with other weights: rows of other samples have to stay."""
+        if self._base is None or self._code is None or self._mixed is None:
+            return
+        stays = self._code % 2 == 0
+        values = 0 * self._base if gradient is None else self._projected(gradient.detach())
+        same = ((values - self._base).abs() <= self._scale).all(-1)
+        self._mixed |= stays & ~same & self._base.isfinite().all(-1)
 
     def _compare(self, values: Tensor, number: int) -> None:
         if self._base is None:  # zero in the first pass, and not now: parts that cancelled

@@ -40,6 +40,7 @@ from sampimp.ownership import (
     sequence_owners,
     side_effects_undone,
     sign_patterns,
+    weight_pattern,
 )
 from sampimp.recurrent import is_batch_first, packed_sequences
 from sampimp.rows import Rows
@@ -55,6 +56,9 @@ SUM, COUPLED, UNCHECKED = (
     "not checked: it has no second derivative",
 )
 """What a loss is, as far as that is known."""
+
+_WEIGHTS = -1
+"""Number of the pass with other weights."""
 
 AXES = 5
 """On how many axes samples are looked for where no output has them as expected; arbitrary."""
@@ -164,9 +168,14 @@ class Proof:
     def see(self, use: Use, gradients: Sequence[Tensor | None]) -> None:
         """Take the gradients of a use's outputs in the pass that is run."""
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            if self._pass is not None:
-                for signs, gradient in zip(self._signs[use.position], gradients, strict=True):
-                    signs.see(gradient, self._pass)
+            for signs, gradient in zip(self._signs[use.position], gradients, strict=True):
+                self._take(signs, gradient)
+
+    def _take(self, signs: Signs, gradient: Tensor | None) -> None:
+        if self._pass == _WEIGHTS:
+            signs.weigh(gradient)
+        elif self._pass is not None:
+            signs.see(gradient, self._pass)
 
     def run(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Proved:
         """Return whose the rows are.
@@ -314,8 +323,9 @@ class Proof:
             for root, gradient in zip(roots, gradients, strict=True)
         ]
         with side_effects_undone(self._model) as undo:
-            for number, sign_N in enumerate(sign_patterns(self._batch.size)):
-                self._pass = number
+            size = self._batch.size
+            passes = [*enumerate(sign_patterns(size)), (_WEIGHTS, weight_pattern(size))]
+            for self._pass, sign_N in passes:
                 with cut.signs(sign_N):
                     try:
                         found = torch.autograd.grad(
@@ -330,7 +340,7 @@ class Proof:
                     except Exception as error:  # of whatever the graph holds
                         raise self._not_repeated(error) from error
                 for (signs, _), gradient in zip(lowest, found, strict=True):
-                    signs.see(gradient, number)
+                    self._take(signs, gradient)
                 undo()
         self._pass = None
 

@@ -93,7 +93,7 @@ class DataRows:
 
     def is_moved_by(self, function: Callable[..., Any]) -> bool:
         """Return whether an operation on data has to be followed."""
-        return self.active or function in MOVES or function in SORTS or function in MAKES
+        return self.active or function in FOLLOWED
 
     def note_made(self, data: Tensor) -> None:
         """Note that rows are made in the block, of nothing."""
@@ -126,7 +126,7 @@ class DataRows:
             self._follow_sort(args, kwargs, outputs)
             return
         if function not in MOVES:
-            self._follow_values(args, kwargs, outputs)
+            self._follow_values(function, args, kwargs, outputs)
             return
         if self._is_fetched(function, args, kwargs):
             return
@@ -219,6 +219,8 @@ class DataRows:
         varying = {axis for axis, (stride, size) in enumerate(strides) if stride and size > 1}
         axes = sorted(range(numbers.dim()), key=lambda axis: (axis != expected, axis))
         mixed = None
+        if not numbers.numel():
+            return None
         for axis in axes:
             rows = numbers.movedim(axis, 0)
             rows = rows.flatten(1) if numbers.dim() > 1 else rows[:, None]
@@ -246,14 +248,26 @@ class DataRows:
         self.active = True
 
     def _follow_values(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Sequence[Any]
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        outputs: Sequence[Any],
     ) -> None:
         """Note rows that stay where they are: those of the batch, if any input has them so.
 
         As by mixup, or by turning some of the images round.
         """
         given = [*as_sequence(args[0]), *args[1:], *kwargs.values()]
+        given = [one for value in given for one in as_sequence(value)]
         inputs = [one for one in given if _is_tensor(one) and one.dim() and self._batch.varies(one)]
+        if function in PRODUCTS and _is_tensor(args[0]) and _is_tensor(args[1]):
+            left = self.of(args[0]) if self._batch.varies(args[0]) else None
+            right = self.of(args[1]) if self._batch.varies(args[1]) else None
+            if left is None and right is not None and right.axis == max(0, args[1].dim() - 2):
+                for output in outputs:  # perhaps with a permutation
+                    self._note(output, UNKNOWN)
+                return
         known = [(one, self.of(one)) for one in inputs]
         told = [(one, rows) for one, rows in known if rows is not None]
         if any(not self._noted(one) for one, _ in told):
@@ -275,20 +289,26 @@ class DataRows:
 
 
 def moves_samples(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: Batch
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    batch: Batch,
+    is_fixed: Callable[[Tensor], bool],
 ) -> bool:
     """Return whether an operation may put samples on other rows, by values that may change.
 
-    Such a step is proved each time. Lengths decide only whether an axis can have samples.
+    Such a step is proved each time. Lengths decide only whether an axis can have samples; what
+    is a buffer or a parameter (`is_fixed`) does not change from step to step.
     """
     if batch.size < 2 or not (function in BY_VALUE or function in PRODUCTS):
         return False
     given = [*args, *kwargs.values()]
     if function in PRODUCTS:  # of activations with a matrix that is made of data
         factors = [one for value in given for one in as_sequence(value) if _is_tensor(one)]
-        factors = [one for one in factors if batch.varies(one)]
-        return any(one.requires_grad for one in factors) and any(
-            not one.requires_grad and one.dim() >= 2 and batch.size in one.shape[-2:]
+        return any(one.requires_grad and batch.varies(one) for one in factors) and any(
+            one.dim() >= 2
+            and batch.size in one.shape[-2:]
+            and not (one.requires_grad or is_fixed(one))
             for one in factors
         )
     values = args[0] if args else kwargs.get("input")
@@ -303,7 +323,7 @@ def moves_samples(
     axis = args[place] if len(args) > place >= 0 else kwargs.get("dim", kwargs.get("dims", default))
     if function in PIECES:
         pieces = _pieces(function, values, axis, args, kwargs) if axis in (0, batch.dim) else 0
-        return pieces == batch.size
+        return pieces >= batch.size
     axes = range(values.dim()) if axis is None else as_sequence(axis)
     return any(_may_have_samples(values, one, batch) for one in axes)
 
@@ -314,7 +334,8 @@ def _pieces(function: Callable[..., Any], values: Tensor, axis: int, args: Any, 
     number = args[1] if len(args) > 1 else next(iter(kwargs.values()), None)
     if function in (torch.split, Tensor.split):
         return size if number == 1 else 0
-    return size if function in WHOLE or (isinstance(number, int) and number == size) else 0
+    by_value = isinstance(number, Tensor)
+    return size if function in WHOLE or by_value or number == size else 0
 
 
 def _may_have_samples(values: Tensor, axis: int, batch: Batch) -> bool:
@@ -454,6 +475,10 @@ PRODUCTS = set(
 """Products, which move rows where a factor is a permutation."""
 INDEXING = set(_both(dict.fromkeys(_names("select narrow split tensor_split chunk unfold"), 0)))
 """Operations of which whole numbers say which rows are taken."""
+SIZES = set(_both(dict.fromkeys(_names("view reshape expand broadcast_to repeat tile"), 0)))
+"""Operations of which whole numbers are lengths alone."""
 WHOLE = set(_both({"unbind": 0, "__iter__": 0}))
 PIECES = WHOLE | set(_both(dict.fromkeys(_names("split chunk tensor_split"), 0)))
 """Operations whose pieces somebody may put together in another order."""
+FOLLOWED = {*MOVES, *SORTS, *MAKES, *PRODUCTS}
+"""Operations on data that have to be followed always."""

@@ -25,6 +25,7 @@ What has no rule goes through `generic`: exact as well, slower. Shape suffixes a
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -554,25 +555,16 @@ def generic(
         if isinstance(leaf, Tensor) and not batch.varies(leaf) and leaf.requires_grad
     ]
 
-    def of_one(parts: Sequence[Tensor], delta_1: Tensor) -> tuple[Tensor, ...]:
-        def function_of(*parameters: Tensor) -> Tensor:
-            values = list(tensors)
-            for i, value in (
-                *zip(varying, parts, strict=True),
-                *zip(free, parameters, strict=True),
-            ):
-                values[i] = value
-            own_args, own_kwargs = tree_unflatten(values, structure)
-            return function(*own_args, **own_kwargs)
+    def of_one(parts: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+        values = list(tensors)
+        for i, value in (*zip(varying, parts, strict=True), *zip(free, parameters, strict=True)):
+            values[i] = value
+        own_args, own_kwargs = tree_unflatten(values, structure)
+        return function(*own_args, **own_kwargs)
 
-        return torch.func.vjp(function_of, *(tensors[i] for i in free))[1](delta_1)
-
-    def apart(values: Tensor) -> Tensor:
-        axes = [batch.dim, *range(values.dim())]
-        axis = next((axis for axis in axes if values.shape[axis : axis + 1] == (batch.size,)), None)
-        if axis is None:
-            return batch.first(values, values.dim())  # which says what is missing
-        return values.unsqueeze(axis).movedim(axis + 1, 0)
+    def gradients_of_one(parts: Sequence[Tensor], delta_1: Tensor) -> tuple[Tensor, ...]:
+        parameters = [tensors[i] for i in free]
+        return torch.func.vjp(lambda *given: of_one(parts, given), *parameters)[1](delta_1)
 
     name = getattr(function, "__name__", str(function))
     if name.endswith("_") and not name.endswith("__"):
@@ -584,7 +576,12 @@ def generic(
         )
     try:
         with torch.enable_grad():
-            gradients = torch.func.vmap(of_one)([apart(tensors[i]) for i in varying], apart(delta))
+            inputs = [tensors[i] for i in varying]
+            if batch.size == 1:  # wherever its axis is
+                gradients = tuple(one.unsqueeze(0) for one in gradients_of_one(inputs, delta))
+            else:
+                parts = _parts(batch, inputs, delta, of_one, free, tensors)
+                gradients = torch.func.vmap(gradients_of_one)(parts, _apart(delta, batch.dim))
     except (RuntimeError, ValueError) as error:
         raise UnsupportedError(
             expected="an operation with a rule, or one that torch.func.vmap can differentiate",
@@ -594,3 +591,49 @@ def generic(
         ) from error
     for i, gradient in zip(free, gradients, strict=True):
         yield leaves[i], Explicit(gradient)
+
+
+def _parts(
+    batch: Batch,
+    inputs: Sequence[Tensor],
+    delta: Tensor,
+    of_one: Callable[..., Tensor],
+    free: Sequence[int],
+    tensors: Sequence[Any],
+) -> list[Tensor]:
+    """Return inputs with each sample as a batch of one, (N, ...).
+
+    Where several axes of an input have N entries, that of the samples is the one by which the
+    samples' outputs are the operation's.
+    """
+    choices = [
+        [
+            axis
+            for axis in dict.fromkeys([batch.dim, *range(values.dim())])
+            if values.shape[axis : axis + 1] == (batch.size,)
+        ]
+        for values in inputs
+    ]
+    for values, axes in zip(inputs, choices, strict=True):
+        if not axes:
+            batch.first(values, values.dim())  # which says what is missing
+    parameters = [tensors[i] for i in free]
+    several = list(product(*choices))
+    for places in several[1:] and several:
+        parts = [_apart(values, axis) for values, axis in zip(inputs, places, strict=True)]
+        try:
+            with torch.no_grad():
+                found = torch.func.vmap(lambda *one: of_one(one, parameters))(*parts)
+                whole = of_one(inputs, parameters)
+        except (RuntimeError, ValueError):
+            continue
+        if found.shape == _apart(delta, batch.dim).shape and torch.allclose(
+            found, _apart(whole, batch.dim), rtol=1e-3
+        ):
+            return parts
+    return [_apart(values, axes[0]) for values, axes in zip(inputs, choices, strict=True)]
+
+
+def _apart(values: Tensor, axis: int) -> Tensor:
+    """Return each sample as a batch of one: (N, ..., 1, ...)."""
+    return values.unsqueeze(axis).movedim(axis + 1, 0)

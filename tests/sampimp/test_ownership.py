@@ -729,6 +729,323 @@ def test_identifiers_that_are_no_positions_are_refused_with_what_to_do():
         recorder.to_dataset()
 
 
+# What changes from step to step, after the first was proved.
+
+
+class Inner(nn.Module):
+    """A layer between two moves of its input, which change with the step."""
+
+    def __init__(self, there, back=lambda h, step: h):
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.m, self.b = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, 2)
+        self.there, self.back, self.step = there, back, 0
+
+    def forward(self, x):
+        h = self.there(self.a(x).tanh(), self.step)
+        return self.b(self.back(self.m(h).tanh(), self.step))
+
+
+def train_by_step(net, steps=5, x=lambda step: data(N, D) + step, **options):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(net, optimizer, **options)
+    want = []
+    for step in range(steps):
+        net.step = step
+        want.append(expected(net, square(net(x(step))) / N))
+        with recorder.step(range(step * N, (step + 1) * N), epoch=1):
+            optimizer.zero_grad()
+            square(net(x(step))).mean().backward()
+            optimizer.step()
+    whole = {layer: torch.cat([one[layer] for one in want]) for layer in want[0]}
+    got = recorder.pop_epoch(1, steps * N)
+    assert_same(dict(zip(recorder.layers, got, strict=True)), whole)
+
+
+def order_of(step, size=N):
+    """Return the batch's order in the first two steps, and then others."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.arange(size) if step < 2 else torch.randperm(size, generator=generator)
+
+
+def matrix(step):
+    return torch.eye(N)[order_of(step).tolist()]
+
+
+def halves(h, step):
+    first, second = h.chunk(2)
+    return torch.cat([first, second] if step < 2 else [second, first])
+
+
+MOVED_LATER = {
+    "by an index": (lambda h, k: h[order_of(k)], lambda h, k: h[order_of(k).argsort()]),
+    "with a row more": (
+        lambda h, k: torch.cat([h, torch.zeros(1, D)])[order_of(k)],
+        lambda h, k: torch.cat([h, torch.zeros(1, D)])[order_of(k).argsort()],
+    ),
+    "as a table": (
+        lambda h, k: functional.embedding(order_of(k), h),
+        lambda h, k: functional.embedding(order_of(k).argsort(), h),
+    ),
+    "by a matrix": (lambda h, k: matrix(k) @ h, lambda h, k: matrix(k).T @ h),
+    "by halves": (halves, halves),
+    "by a loop": (
+        lambda h, k: torch.stack([h[i] for i in order_of(k).tolist()]),
+        lambda h, k: torch.stack([h[i] for i in order_of(k).argsort().tolist()]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MOVED_LATER)
+def test_rows_that_are_moved_in_later_steps_are_their_samples(case):
+    train_by_step(Inner(*MOVED_LATER[case]))
+
+
+MIXED_LATER = {
+    "a factor that was zero": lambda h, k: h + (0.0 if k < 2 else 0.3) * h.mean(0),
+    "what was detached": lambda h, k: h - (h.mean(0).detach() if k < 2 else h.mean(0)),
+    "another of two": lambda h, k: h + (h.exp(), h.mean(0, keepdim=True))[k > 1],
+    "a weight that was one": lambda h, k: (w := 1.0 if k < 2 else 0.5) * h + (1 - w) * h.flip(0),
+}
+
+
+@pytest.mark.parametrize("case", MIXED_LATER)
+def test_mixing_that_begins_in_a_later_step_is_refused(case):
+    with pytest.raises(UnsupportedError, match="several samples depend"):
+        train_by_step(Inner(MIXED_LATER[case]))
+
+
+def test_heads_that_take_turns_are_exact():
+    class Heads(Inner):
+        def forward(self, x):
+            h = self.a(x).tanh()
+            return (self.m(h), self.b(h))[self.step % 2 if self.step > 1 else 0]
+
+    train_by_step(Heads(None), steps=6)
+
+
+def test_joined_rows_of_which_few_have_a_gradient_are_told_apart_later():
+    class Tokens(Inner):
+        def forward(self, x):
+            rows = self.a(x.transpose(0, 1).reshape(-1, D)).view(T, N, D).transpose(0, 1)
+            label = [[1, 4, 0, 2, 3, 1], [0, 0, 0, 1, 1, 1]][self.step > 1]
+            return self.b(rows[torch.arange(N), label])
+
+    train_by_step(Tokens(None), x=lambda step: data(N, T, D) + step)
+
+
+@pytest.mark.parametrize("start", ["warm-up", "accumulated"])
+def test_a_gate_is_proved_until_it_has_opened(start):
+    net = Net(lambda h: h)
+    net.gate = nn.Parameter(torch.zeros(()))
+    net.between = lambda h: h + net.gate * torch.softmax(h @ h.T, 1) @ h
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0 if start == "warm-up" else 0.1)
+    recorder = ImportanceRecorder(net, optimizer)
+
+    def steps():
+        for step in range(4):
+            parts = [data(N, D), data(N, D) + 1] if start == "accumulated" else [data(N, D)]
+            index = [range(N * i, N * (i + 1)) for i in range(len(parts))]
+            with recorder.step(index, epoch=1):
+                optimizer.zero_grad()
+                for x in parts:
+                    square(net(x)).mean().backward()
+                optimizer.step()
+            optimizer.param_groups[0]["lr"] = 0.1 * (step > 0)
+
+    with pytest.raises(UnsupportedError, match="several samples depend"):
+        steps()
+
+
+# Data that the block puts into another order.
+
+
+def cut_and_mixed(x, order):
+    x = x.clone()
+    x[:, 2:] = x[order][:, 2:]
+    return x
+
+
+def filled(x, order):
+    return torch.empty_like(x).copy_(x[order])
+
+
+def by_no_grad(x, order):
+    with torch.no_grad():
+        return x[order] * 2
+
+
+REORDERED = {
+    "without gradients": by_no_grad,
+    "with noise": lambda x, order: x[order] + 0.1 * torch.randn_like(x),
+    "with a mask": lambda x, order: x[order] * (torch.rand(N, 1) > 0.3),
+    "copied": filled,
+    "as a table": lambda x, order: functional.embedding(order, x),
+    "twice": lambda x, order: x[order][torch.arange(N)],
+    "with a column of ones": lambda x, order: torch.cat([x[order][:, 1:], torch.ones(N, 1)], 1),
+    "chosen": lambda x, order: torch.where(x[order] > 0, x[order], 0 * x[order]),
+}
+
+
+@pytest.mark.parametrize("case", REORDERED)
+def test_data_in_another_order_are_followed(case):
+    net, x, order = Net(lambda h: h), data(N, D), torch.tensor([2, 0, 3, 5, 1, 4])
+    torch.manual_seed(4)
+    moved = REORDERED[case](x, order)
+    want = expected(net, square(net(moved)) / N)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(net, optimizer)
+    with recorder.step(range(N), epoch=1):
+        torch.manual_seed(4)
+        square(net(REORDERED[case](x, order))).mean().backward()
+        optimizer.step()
+    for layer, beta in zip(recorder.layers, recorder.pop_epoch(1, N), strict=True):
+        torch.testing.assert_close(beta[order], want[layer], rtol=1e-9, atol=1e-15)
+
+
+def test_what_keeps_a_part_of_each_sample_is_that_samples():
+    net, x, order = Net(lambda h: h), data(N, D), torch.tensor([2, 0, 3, 5, 1, 4])
+    want = expected(net, square(net(cut_and_mixed(x, order))) / N)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(net, optimizer)
+    with recorder.step(range(N), epoch=1):
+        square(net(cut_and_mixed(x, order))).mean().backward()
+        optimizer.step()
+    assert_same(dict(zip(recorder.layers, recorder.pop_epoch(1, N), strict=True)), want)
+
+
+@pytest.mark.parametrize("count", [2, 7])
+@pytest.mark.parametrize("joined", [True, False])
+def test_rows_of_no_sample_are_given_to_none(count, joined):
+    net, x, others = Net(lambda h: h), data(N, D), data(count * N, D)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(net, optimizer)
+
+    def step():
+        with recorder.step(range(N), epoch=1):
+            if joined:
+                square(net(torch.cat([x, others]))).mean().backward()
+            else:
+                (square(net(x)).mean() + square(net(others)).mean()).backward()
+
+    with pytest.raises(UnsupportedError, match=r"rows of data of which|none between the loss"):
+        step()
+
+
+# Single findings.
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_step_that_is_not_finite_is_said_to_be_none(first):
+    net, x = Net(lambda h: h), data(N, D)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(net, optimizer)
+    for step in range(2):
+        with recorder.step(range(step * N, step * N + N), epoch=1):
+            optimizer.zero_grad()
+            (square(net(x)).mean() * (float("nan") if step >= first else 1)).backward()
+            optimizer.step()
+    result = recorder.to_dataset().importance
+    assert result.attrs["not_finite_epochs"] == [1]
+    assert result.sel(epoch=1, layer="a")[first * N :].isnull().all()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_of_as_many_steps_as_samples_is_each_samples(kind):
+    class Positions(Net):
+        def forward(self, x):
+            h = self.rnn(self.a(x))[0]
+            return self.b(h[torch.arange(N), [2, 0, 3, 5, 1, 4]])
+
+    net = Positions(None)
+    net.rnn = kind(D, D, batch_first=True)
+    x = data(N, N, D)
+    want = expected(net, square(net(x)) / N)
+    assert_same(record(net, lambda z: square(z).mean(), x), want)
+
+
+def test_a_mean_over_samples_behind_a_recurrent_layer_is_refused():
+    class Mean(Net):
+        def forward(self, x):
+            return self.b(self.rnn(x)[0].mean(0))
+
+    net = Mean(None)
+    net.rnn = nn.LSTM(D, D, batch_first=True)
+    with pytest.raises(UnsupportedError, match=r"several samples|its samples elsewhere"):
+        record(net, lambda z: square(z).mean(), data(N, N, D))
+
+
+def test_a_loss_whose_second_derivative_is_not_finite_is_looked_at_otherwise():
+    def kernel(z):
+        return torch.exp(-(z[:, None] - z[None]).norm(dim=-1)).sum()
+
+    with pytest.raises(UnsupportedError, match="a loss that is a sum over samples"):
+        record(Net(lambda h: h), kernel, data(N, D))
+
+
+def test_a_small_coupling_beside_a_large_term_is_found():
+    def loss(z):
+        return 1e6 * z[0].square().sum() + (z[1] * z[2]).sum()
+
+    with pytest.raises(UnsupportedError, match="a loss that is a sum over samples"):
+        record(Net(lambda h: h).float(), loss, data(N, D).float())
+
+
+@pytest.mark.parametrize("hook", [lambda g: g / g.norm(), lambda g: g - g.mean(0)])
+def test_a_hook_that_joins_the_samples_gradients_is_refused(hook):
+    class Hooked(Net):
+        def forward(self, x):
+            h = self.a(x)
+            h.register_hook(hook)
+            return self.b(h.tanh())
+
+    with pytest.raises(UnsupportedError, match="several samples depend"):
+        record(Hooked(None), lambda z: square(z).mean(), data(N, D))
+
+
+def test_recorders_of_two_models_in_a_row_both_record():
+    first, second = nn.Linear(D, D), nn.Linear(D, 2)
+    both = nn.Sequential(first, nn.Tanh(), second)
+    x = data(N, D)
+    want = expected(both, both(x).square().sum(1) / N)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (first, second)]
+    recorders = [
+        ImportanceRecorder(model, optimizer)
+        for model, optimizer in zip((first, second), optimizers, strict=True)
+    ]
+    with recorders[0].step(range(N), epoch=1), recorders[1].step(range(N), epoch=1):
+        both(x).square().sum(1).mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for recorder, layer in zip(recorders, ("0", "2"), strict=True):
+        torch.testing.assert_close(recorder.pop_epoch(1, N)[0], want[layer], rtol=1e-9, atol=0)
+
+
+def test_gradients_that_somebody_retains_are_the_users_passs():
+    def run(records):
+        net = Net(lambda h: h)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        recorder = ImportanceRecorder(net, optimizer)
+        with recorder.step(range(N), epoch=1) if records else nullcontext():
+            z = net(data(N, D))
+            z.retain_grad()
+            square(z).mean().backward()
+            optimizer.step()
+        return z.grad
+
+    assert torch.equal(run(True), run(False))
+
+
+def test_pieces_by_a_tensor_are_exact():
+    net = Net(lambda h: torch.stack([one.mean(0) for one in torch.tensor_split(h, CUTS)]))
+    x = data(2 * N, D)
+    want = expected(net, square(net(x)) / N)
+    assert_same(record(net, lambda z: square(z).mean(), x), want)
+
+
+CUTS = torch.tensor([1, 3, 5, 8, 10])
+
+
 # Networks of which every dimension is the number of samples.
 
 

@@ -30,6 +30,14 @@ run_door(main)
 """
 
 
+@pytest.fixture(autouse=True)
+def hears_ctrl_c():
+    """Also where the tests run in a shell's background, whose children would not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(body, **options):
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND.format(body=body)],
