@@ -55,8 +55,8 @@ class SmallGPT(nn.Module):
     def forward(self, words: Tensor) -> Tensor:
         """Return logits (N, words, T)."""
         count = words.shape[1]
-        mask = nn.Transformer.generate_square_subsequent_mask(count)
-        inner = self.word(words) + self.place(torch.arange(count))
+        mask = nn.Transformer.generate_square_subsequent_mask(count, device=words.device)
+        inner = self.word(words) + self.place(torch.arange(count, device=words.device))
         for block in self.blocks:
             inner = block(inner, mask, is_causal=True)
         return (self.norm(inner) @ self.word.weight.T).transpose(1, 2)
