@@ -98,10 +98,15 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], type, int
 class Contender:
     """A network, to be trained step by step."""
 
-    def __init__(self, name: str, records: bool) -> None:
+    def __init__(self, name: str, records: bool, device: str = "cpu") -> None:
         make, optimizer, self.size = CASES[name]
         torch.manual_seed(0)
-        self.model, self.inputs, self.labels = make()
+        model, inputs, labels = make()
+        self.model, self.inputs, self.labels = (
+            model.to(device),
+            inputs.to(device),
+            labels.to(device),
+        )
         self.fused: FusedStep | None = None
         self.recorder: ImportanceRecorder | None = None
         in_study = records and name.endswith("in a study")
