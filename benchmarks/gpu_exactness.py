@@ -64,6 +64,10 @@ SCALE = torch.tensor([0.4, 1.3, -0.7], dtype=torch.float64)
 """Weights of the samples' losses (arbitrary)."""
 
 
+class PlainStepError(RuntimeError):
+    """A plain step does not work here either, so that a recorded one cannot be judged."""
+
+
 class Checks:
     """Counts and names what was checked under one row of the table."""
 
@@ -71,6 +75,7 @@ class Checks:
         self._report, self._what, self._bound = report, what, bound
         self._largest, self._place, self._count = 0.0, "", 0
         self._refused: list[str] = []
+        self._unknown: list[str] = []
         self._failures: list[str] = []
 
     def check(self, name: str, error_of: Callable[[], float]) -> None:
@@ -83,6 +88,8 @@ class Checks:
                 self._refused.append(name)
             else:
                 self._fail(name, one_line(refusal))
+        except PlainStepError as error_of_plain:
+            self._unknown.append(f"{name} ({one_line(error_of_plain)})")
         except Exception as failure:  # of any kind: the others are to be checked all the same
             self._fail(name, one_line(failure))
         else:
@@ -104,6 +111,8 @@ class Checks:
             outcome = f"{len(self._failures)} FAILED, first {self._failures[0]}"
         if self._refused:
             outcome += f"; {len(self._refused)} refused, as documented: {', '.join(self._refused)}"
+        if self._unknown:
+            outcome += f"; not known, since the plain step fails: {', '.join(self._unknown)}"
         self._report.row(self._what, str(self._count), largest, bound, outcome)
         return not self._failures
 
@@ -170,15 +179,28 @@ def error_of_step(
         for group in moved.param_groups:
             group.update(settings)
         want = oracles.importance_by_update(case.model, moved, gradients)
-    twin = case_on(name, device, dtype)
-    kind, options = oracles.OPTIMIZERS[optimizer]
-    on_device = kind(twin.model.parameters(), lr=0.1, **options, **form)
     state = copy.deepcopy(moved.state_dict())
     for group in state["param_groups"]:
         group.update(form)
-    on_device.load_state_dict(state)
+
+    def make() -> tuple[Any, torch.optim.Optimizer]:
+        twin = case_on(name, device, dtype)
+        kind, options = oracles.OPTIMIZERS[optimizer]
+        own = kind(twin.model.parameters(), lr=0.1, **options, **form)
+        own.load_state_dict(copy.deepcopy(state))
+        return twin, own
+
     with default_dtype(dtype):
-        got = networks.recorded(twin, on_device, SCALE.to(device, dtype))
+        try:
+            got = networks.recorded(*make(), SCALE.to(device, dtype))
+        except UnsupportedError:
+            raise
+        except Exception:
+            with plain_step():
+                twin, own = make()
+                twin.losses().sum().backward()
+                own.step()
+            raise
     if got.keys() != want.keys():
         raise RuntimeError(f"layers {list(got)}, expected {list(want)}")
     largest = 0.0
@@ -189,6 +211,15 @@ def error_of_step(
         if not torch.isfinite(error):
             return torch.inf
     return largest
+
+
+@contextmanager
+def plain_step() -> Iterator[None]:
+    """Let an error say that recording has no part in it."""
+    try:
+        yield
+    except Exception as error:
+        raise PlainStepError(str(error)) from error
 
 
 def train(
@@ -241,7 +272,9 @@ def differing_entries(name: str, kind: type[Any], device: str, quick: bool) -> f
     for records in (False, True):
         model, batches = network_of_study(name, device, quick)
         optimizer = kind(model.parameters(), lr=1e-2)
-        train(model, optimizer, batches, ImportanceRecorder(model, optimizer) if records else None)
+        recorder = ImportanceRecorder(model, optimizer) if records else None
+        with nullcontext() if records else plain_step():
+            train(model, optimizer, batches, recorder)
         trained.append([parameter.detach() for parameter in model.parameters()])
     return float(sum(int((a != b).sum()) for a, b in zip(*trained, strict=True)))
 
@@ -277,27 +310,19 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def wait(name: str, kind: type[Any], device: str, quick: bool) -> float:
-    """Raise an error if a recorded step after the first waits for the GPU; a plain one comes first.
+def guard(step: int) -> Any:
+    """Return a context in which steps after the first must not wait."""
+    return no_waiting() if step else nullcontext()
 
-    What PyTorch itself waits for in such a step is no fault of recording, and the error says so.
-    """
+
+def wait(name: str, kind: type[Any], device: str, quick: bool) -> float:
+    """Raise an error if a recorded step after the first waits for the GPU, a plain one not."""
     for records in (False, True):
         model, batches = network_of_study(name, device, quick)
         optimizer = kind(model.parameters(), lr=1e-2)
         recorder = ImportanceRecorder(model, optimizer) if records else None
-        try:
-            train(
-                model,
-                optimizer,
-                batches,
-                recorder,
-                lambda step: no_waiting() if step else nullcontext(),
-            )
-        except RuntimeError as error:
-            if not records:
-                raise RuntimeError(f"the plain step waits: {error}") from error
-            raise
+        with nullcontext() if records else plain_step():
+            train(model, optimizer, batches, recorder, guard)
     return 0.0
 
 
@@ -307,7 +332,7 @@ def wait_of_study(kind: type[Any], device: str, quick: bool) -> float:
     assert isinstance(model, nn.Sequential)
     step = FusedStep(model, kind(model.parameters(), lr=1e-2, fused=True), record=True)
     for number, batch in enumerate(batches):
-        with no_waiting() if number else nullcontext():
+        with guard(number):
             step(*batch)
     return 0.0
 
