@@ -143,31 +143,31 @@ def run(device: Literal["cpu", "cuda"], quick: bool, directory: Path) -> bool:
         device,
     )
     rounds = 3 if quick else ROUNDS
-    measured: list[tuple[str, str, Callable[[], tuple[str, ...]]]] = []
-    for name in NETWORKS[:1] if quick else NETWORKS:
-        measured.append((name, "float32", partial(measure, name, device, None, rounds)))
-    for name in HALF[:1] if quick else HALF:
-        own = partial(measure, name, device, torch.bfloat16, rounds)
-        measured.append((name, "bfloat16 autocast", own))
-    for name in COMPILED:
-        compiled = partial(measure_compiled, name, device, rounds)
-        measured.append((name, "float32, plain, torch.compile", compiled))
     ratios = []
-    for name, precision, function in measured:
+
+    def add_row(name: str, precision: str, function: Callable[[], tuple[str, ...]]) -> None:
         labels = (name, CASES[name][1].__name__, precision)
-        if "compile" in precision and device == "cpu":
-            report.row(*labels, NEEDS_CUDA)
-            continue
         try:
             cells = function()
         except Exception as error:  # of any kind: the others are to be measured all the same
-            report.row(*labels, one_line(error))
+            cells = (one_line(error),)
         else:
-            report.row(*labels, *cells)
-            ratios.append(f"{name} {cells[1]}" if precision == "float32" else "")
+            ratios.append(f"{name}, {precision}: {cells[1]}")
+        report.row(*labels, *cells)
         if device == "cuda":
             torch.cuda.empty_cache()
-    report.summarise(
-        f"recorded over plain: {'; '.join(filter(None, ratios)) or 'nothing measured'}"
-    )
+
+    for precision, dtype, names in (
+        ("float32", None, NETWORKS),
+        ("bfloat16 autocast", torch.bfloat16, HALF),
+    ):
+        for name in names[:1] if quick else names:
+            add_row(name, precision, partial(measure, name, device, dtype, rounds))
+    report.summarise(f"recorded over plain: {'; '.join(ratios)}")
+    for name in COMPILED:
+        compiled = "plain, torch.compile"
+        if device == "cuda":
+            add_row(name, compiled, partial(measure_compiled, name, device, rounds))
+        else:
+            report.row(name, CASES[name][1].__name__, compiled, NEEDS_CUDA)
     return True

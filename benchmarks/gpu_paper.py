@@ -53,13 +53,7 @@ def reference_run(
 
 
 def spearman(left: np.ndarray, right: np.ndarray) -> float:
-    """Return the correlation of ranks of values without ties.
-
-    Examples
-    --------
-    >>> spearman(np.array([1.0, 5.0, 2.0]), np.array([10.0, 90.0, 80.0]))
-    1.0
-    """
+    """Return the correlation of the ranks of values without ties."""
     left_ranks, right_ranks = (values.argsort().argsort() for values in (left, right))
     return float(np.corrcoef(left_ranks, right_ranks)[0, 1])
 

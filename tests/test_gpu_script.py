@@ -164,6 +164,12 @@ def test_the_wheels_are_pinned(load):
     assert all("==" in pin for pin in wheels.pins(names))
 
 
+def test_samples_in_the_same_and_in_the_opposite_order_correlate_so(load):
+    spearman, left = load("gpu_paper").spearman, np.array([1.0, 5.0, 2.0])
+    assert spearman(left, left**3) == pytest.approx(1)
+    assert spearman(left, 1 / left) == pytest.approx(-1)
+
+
 def test_the_reference_is_a_run_of_the_paper(load):
     paper = load("gpu_paper")
     assert paper.REFERENCE.stat().st_size < 250_000
