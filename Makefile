@@ -70,7 +70,7 @@ gpu:
 		$(PYTHON) -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile \
 			--target "$$site" gpu-wheels/*.whl || echo "Going on with this machine's own packages."; fi; \
 	if [ -d gpu-wheels/mnist ]; then export SAMPIMP_DATA="$${SAMPIMP_DATA:-gpu-wheels}"; fi; \
-	PYTHONPATH="$$site:$(CURDIR)" $(PYTHON) benchmarks/gpu.py $(GPU_OPTIONS)
+	PYTHONPATH="$$site:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu.py $(GPU_OPTIONS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -280,23 +280,32 @@ def differing_entries(name: str, kind: type[Any], device: str, quick: bool) -> f
 
 
 def differing_entries_of_study(kind: type[Any], device: str, quick: bool) -> float:
-    """Return the same of the written-out step and of autograd."""
-    trained = []
-    for written_out in (False, True):
-        model, batches = network_of_study("mlp", device, quick)
-        assert isinstance(model, nn.Sequential)
-        optimizer = kind(model.parameters(), lr=1e-2, fused=True)
-        if written_out:
-            step = FusedStep(model, optimizer, record=True)
-            for batch in batches:
-                step(*batch)
-        else:
-            for inputs, labels in batches:
-                optimizer.zero_grad()
-                functional.cross_entropy(model(inputs).double(), labels).backward()
-                optimizer.step()
-        trained.append([parameter.detach() for parameter in model.parameters()])
+    """Return the same of a study's step, which is written out."""
+    trained = [written_out(kind, device, quick, record=record) for record in (False, True)]
     return float(sum(int((a != b).sum()) for a, b in zip(*trained, strict=True)))
+
+
+def differing_entries_from_autograd(kind: type[Any], device: str, quick: bool) -> float:
+    """Return in how many entries the parameters after a study's steps and autograd's differ."""
+    model, batches = network_of_study("mlp", device, quick)
+    optimizer = kind(model.parameters(), lr=1e-2, fused=True)
+    with plain_step():
+        for inputs, labels in batches:
+            optimizer.zero_grad()
+            functional.cross_entropy(model(inputs).double(), labels).backward()
+            optimizer.step()
+    own = written_out(kind, device, quick, record=True)
+    return float(sum(int((a != b).sum()) for a, b in zip(model.parameters(), own, strict=True)))
+
+
+def written_out(kind: type[Any], device: str, quick: bool, *, record: bool) -> list[Tensor]:
+    """Return the parameters after a study's steps."""
+    model, batches = network_of_study("mlp", device, quick)
+    assert isinstance(model, nn.Sequential)
+    step = FusedStep(model, kind(model.parameters(), lr=1e-2, fused=True), record=record)
+    for batch in batches:
+        step(*batch)
+    return [parameter.detach() for parameter in model.parameters()]
 
 
 @contextmanager
@@ -366,7 +375,7 @@ def run(device: Literal["cpu", "cuda"], quick: bool, directory: Path) -> bool:
         checks = Checks(report, what, bound)
         for name in cases:
             # Masks are drawn otherwise in another precision.
-            if dtype == torch.float64 or not case_with_gradients(name, device)[0].random:
+            if dtype == torch.float64 or not networks.CASES[name]().random:
                 own = partial(error_of_step, name, optimizer, device, dtype, settings=settings)
                 checks.check(name, own)
         holds.append(checks.close())
@@ -393,6 +402,12 @@ def run(device: Literal["cpu", "cuda"], quick: bool, directory: Path) -> bool:
         differing_entries,
         differing_entries_of_study,
     )
+    checks = Checks(report, "the same of a study's step and autograd's; claimed on a CPU alone")
+    for kind in (torch.optim.SGD, torch.optim.AdamW):
+        own = partial(differing_entries_from_autograd, kind, device, quick)
+        checks.check(kind.__name__, own)
+    held = checks.close()
+    holds.append(held or device == "cuda")
     torch.use_deterministic_algorithms(False)
     waiting = "a recorded step after the epoch's first waits for nothing"
     if device == "cuda":
