@@ -89,7 +89,8 @@ class Checks:
             else:
                 self._fail(name, one_line(refusal))
         except PlainStepError as error_of_plain:
-            self._unknown.append(f"{name} ({one_line(error_of_plain)})")
+            cause = error_of_plain.__cause__ or error_of_plain
+            self._unknown.append(f"{name} ({one_line(cause)})")
         except Exception as failure:  # of any kind: the others are to be checked all the same
             self._fail(name, one_line(failure))
         else:
