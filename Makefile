@@ -19,7 +19,7 @@ define install
 @touch $@
 endef
 
-.PHONY: help study test check bench chaos cluster-test clean
+.PHONY: help study test check bench chaos cluster-test gpu gpu-wheels clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # Two installs into one environment at once would break it (make -j).
@@ -32,6 +32,8 @@ help:
 	@echo "make chaos   a study that is killed again and again, against one that is left alone (minutes)"
 	@echo "make cluster-test   ray up on hosts in namespaces: one is cut off, one dies (root; 6 minutes)"
 	@echo "make bench   training steps with and without recording, against BackPACK and Opacus"
+	@echo "make gpu-wheels   fetch what a GPU machine without a package index may lack, into gpu-wheels/"
+	@echo "make gpu     on a GPU: exactness, the cost of recording, CUDA graphs, the paper's run (8 minutes)"
 	@echo "make clean   remove the environment and the caches; results/ stays"
 
 study: $(VENV)/.installed
@@ -57,6 +59,18 @@ bench: $(VENV)/.installed-bench
 		$(BIN)/python benchmarks/step.py --threads $$threads --out benchmarks/step-$$threads.md && \
 		$(BIN)/python benchmarks/models.py --threads $$threads --out benchmarks/models-$$threads.md \
 		|| exit 1; done
+
+gpu-wheels: $(VENV)/.installed
+	@$(BIN)/python benchmarks/gpu_wheels.py
+
+# Not in $(VENV): a GPU machine has its own PyTorch, and perhaps no package index.
+gpu:
+	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && \
+	if ls gpu-wheels/*.whl >/dev/null 2>&1; then \
+		$(PYTHON) -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile \
+			--target "$$site" gpu-wheels/*.whl || echo "Going on with this machine's own packages."; fi; \
+	if [ -d gpu-wheels/mnist ]; then export SAMPIMP_DATA="$${SAMPIMP_DATA:-gpu-wheels}"; fi; \
+	PYTHONPATH="$$site:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu.py $(GPU_OPTIONS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

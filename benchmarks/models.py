@@ -56,8 +56,8 @@ class SmallGPT(nn.Module):
     def forward(self, words: Tensor) -> Tensor:
         """Return logits (N, words, T)."""
         count = words.shape[1]
-        mask = nn.Transformer.generate_square_subsequent_mask(count)
-        inner = self.word(words) + self.place(torch.arange(count))
+        mask = nn.Transformer.generate_square_subsequent_mask(count, device=words.device)
+        inner = self.word(words) + self.place(torch.arange(count, device=words.device))
         for block in self.blocks:
             inner = block(inner, mask, is_causal=True)
         return (self.norm(inner) @ self.word.weight.T).transpose(1, 2)
@@ -99,10 +99,15 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], type, int
 class Contender:
     """A network, to be trained step by step."""
 
-    def __init__(self, name: str, records: bool) -> None:
+    def __init__(self, name: str, records: bool, device: str = "cpu") -> None:
         make, optimizer, self.size = CASES[name]
         torch.manual_seed(0)
-        self.model, self.inputs, self.labels = make()
+        model, inputs, labels = make()
+        self.model, self.inputs, self.labels = (
+            model.to(device),
+            inputs.to(device),
+            labels.to(device),
+        )
         self.fused: FusedStep | None = None
         self.recorder: ImportanceRecorder | None = None
         self.epoch = 1

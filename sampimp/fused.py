@@ -103,9 +103,11 @@ class FusedStep:
             for layer, product in zip(self._layers, products, strict=True)
             for parameter, factor in ((layer.weight, product), (layer.bias, product.left))
         ]
-        torch.stack([squares(*one) for one in found], out=self._norms.rows(len(labels), logits_NC))
+        rows = self._norms.rows(len(labels), logits_NC)
+        torch.stack([squares(*one) for one in found], out=rows)
         rates = [1.0 if isinstance(one, Diagonal) else one for _, one in found]
         self._norms.accept(len(labels), rates)
+        self._latest = rows, rates
 
     def take(self) -> Tensor | None:
         """Return beta (layer, samples) of the steps since the last call; None if not recorded."""
@@ -113,6 +115,19 @@ class FusedStep:
             return None
         rows, rates = self._norms.take()
         return (rows * rates.square()).unflatten(0, (-1, 2)).sum(1)  # weight and bias
+
+    def latest(self) -> Tensor:
+        """Return beta (layer, samples) of the last step, on its device, without waiting for it.
+
+        In a CUDA graph behind the step, the tensor holds that of the last replay: a replay runs no
+        Python and writes where the captured step wrote, so that `take` does not know of it.
+        """
+        rows, rates = self._latest
+        squared_rates = (
+            torch.tensor(rates, dtype=rows.dtype).square().tolist()
+        )  # as `take` has them
+        scaled = [row * rate for row, rate in zip(rows, squared_rates, strict=True)]
+        return torch.stack(scaled).unflatten(0, (-1, 2)).sum(1)
 
     def _forward(self, inputs_NI: Tensor) -> list[Tensor]:
         """Return each layer's input, and the logits."""

@@ -582,6 +582,16 @@ def _add_weight_decay(step: ParameterStep) -> None:
 
 def _number(setting: float | Tensor) -> Any:
     """Return a setting or a count as a number, or as the tensor it is on an accelerator."""
-    if isinstance(setting, Tensor):
-        return setting.item() if setting.device.type == "cpu" else setting.squeeze()
-    return setting
+    if not isinstance(setting, Tensor):
+        return setting
+    return setting.item() if setting.device.type == "cpu" else _on_device(setting)
+
+
+def _on_device(setting: Tensor) -> Tensor:
+    """Return a number that stays where it is.
+
+    In float64, where there is such: in float32, in which optimizers hold their counts there,
+    1 - 0.999^t has four digits at first.
+    """
+    number = setting.squeeze()
+    return number if number.device.type == "mps" else number.double()

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune, rnn
 
+from sampimp.capture import ImportanceRecorder
+
 N, T = 3, 4
 """Samples of a batch, and positions."""
 
@@ -56,10 +58,21 @@ class Case:
         return sum(map(losses, (outputs,) if isinstance(outputs, Tensor) else outputs))
 
 
+def recorded(case: Case, optimizer: torch.optim.Optimizer, scale: Tensor) -> dict[str, Tensor]:
+    """Return {layer: beta (sample,)} of a step on the weighted sum of a case's losses."""
+    recorder = ImportanceRecorder(case.model, optimizer, **case.options)
+    with recorder.step(range(len(scale)), epoch=1):
+        optimizer.zero_grad()
+        (scale * case.losses()).sum().backward()
+        optimizer.step()
+    return dict(zip(recorder.layers, recorder.pop_epoch(1, len(scale)), strict=True))
+
+
 def losses(output: Tensor) -> Tensor:
     """Return losses that depend on each entry of a sample's output in another way."""
     output = output.flatten(1)
-    weights = torch.linspace(0, 2, output.shape[1], dtype=output.dtype).cos()
+    places = torch.linspace(0, 2, output.shape[1], dtype=output.dtype, device=output.device)
+    weights = places.cos()
     return (weights * output + 0.3 * output.square()).sum(1)
 
 
@@ -130,7 +143,7 @@ def from_learned_states(model: nn.Module, x: Tensor, lengths: Tensor | None = No
     own = own if len(own) > 1 else own[0]
     if lengths is None:
         return model.out(model.rnn(x, own)[0])
-    return samples_first(model.rnn(rnn.pack_padded_sequence(x, lengths, True), own))
+    return samples_first(model.rnn(rnn.pack_padded_sequence(x, lengths.cpu(), True), own))
 
 
 def cell_from_learned_states(model: nn.Module, x: Tensor) -> Tensor:
@@ -140,7 +153,7 @@ def cell_from_learned_states(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def packed(model: nn.Module, x: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-    result = model.rnn(rnn.pack_padded_sequence(x, lengths, True, enforce_sorted=False))
+    result = model.rnn(rnn.pack_padded_sequence(x, lengths.cpu(), True, enforce_sorted=False))
     output, _ = rnn.pad_packed_sequence(result[0], batch_first=True, total_length=T)
     return model.out(output), *samples_first(result)
 
@@ -175,7 +188,7 @@ def tied_gates(model: nn.Module, x: Tensor) -> Any:
 
 
 def of_low_rank(model: nn.Module, x: Tensor) -> Tensor:
-    return torch.gru_cell(x, torch.zeros(len(x), 3), model.a @ model.b, w_hh=model.w)
+    return torch.gru_cell(x, x.new_zeros(len(x), 3), model.a @ model.b, w_hh=model.w)
 
 
 def recurrent_cases(kind: type[nn.Module], cell: type[nn.Module], **own: Any) -> dict[str, Any]:
@@ -277,7 +290,7 @@ def self_attention(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def masked_attention(model: nn.Module, x: Tensor, padding: Tensor) -> tuple[Tensor, ...]:
-    causal = torch.ones(T, T, dtype=torch.bool).triu(1)
+    causal = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
     return model.attention(x, x, x, key_padding_mask=padding, attn_mask=causal)
 
 
@@ -310,8 +323,8 @@ class Gpt(nn.Module):
         self.head.weight = self.words.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
-        hidden = self.words(x) + self.places(torch.arange(x.shape[1]))
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
+        hidden = self.words(x) + self.places(torch.arange(x.shape[1], device=x.device))
         logits = self.head(self.block(hidden, src_mask=mask.to(hidden.dtype), is_causal=True))
         return functional.cross_entropy(logits[:, :-1].transpose(1, 2), x[:, 1:], reduction="none")
 
@@ -622,7 +635,9 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "a row of constants for each sample": lambda: Case(  # as BERT makes its types of tokens
         Calls(
-            lambda s, x: s.l(x + s.types(torch.ones(x.shape[:2], dtype=torch.long))),
+            lambda s, x: s.l(
+                x + s.types(torch.ones(x.shape[:2], dtype=torch.long, device=x.device))
+            ),
             types=nn.Embedding(2, 4),
             l=nn.Linear(4, 3),
         ),
@@ -632,7 +647,12 @@ CASES: dict[str, Callable[[], Case]] = {
         Calls(
             lambda s, x: positions_first(
                 lambda x: (
-                    x * s.types(torch.arange(2).repeat(T // 2)[:, None].expand(T, x.shape[1]))
+                    x
+                    * s.types(
+                        torch.arange(2, device=x.device)
+                        .repeat(T // 2)[:, None]
+                        .expand(T, x.shape[1])
+                    )
                 ),
                 x,
             ),

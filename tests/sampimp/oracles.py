@@ -1,4 +1,7 @@
-"""What the tests of `sampimp` share: oracles that know none of its formulas, and tiny studies."""
+"""What the tests of `sampimp` share: oracles that know none of its formulas, and tiny studies.
+
+`benchmarks/gpu.py` uses the oracles too, where there is no Zarr: the studies import it themselves.
+"""
 
 import copy
 import itertools
@@ -10,10 +13,6 @@ from torch.nn import functional
 
 from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import Source, scale_inputs
-from sampimp.folder import Folder
-from sampimp.plan import DatasetInfo, Plan, read_commits
-from sampimp.schema import digest_json
-from sampimp.store import TrialRecord, chunk_table, read_difficulty, write_source
 from sampimp.strategies import SORT_KEY, make_schedule
 from sampimp.training import TrainingRun
 
@@ -85,6 +84,40 @@ def importance_by_two_steps(model, optimizer, inputs, labels, reduction="mean", 
     return torch.stack(columns, dim=1)
 
 
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"weight_decay": 0.1}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "adam": (torch.optim.Adam, {"weight_decay": 0.1, "amsgrad": True, "betas": (0.8, 0.9)}),
+    "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
+    "rmsprop": (torch.optim.RMSprop, {"weight_decay": 0.1}),
+    "rmsprop, centered": (torch.optim.RMSprop, {"centered": True, "momentum": 0.9}),
+    "adagrad": (torch.optim.Adagrad, {"lr_decay": 0.1, "weight_decay": 0.1}),
+}
+"""By name: class and settings, so that every rule of `sampimp.optimizers` is met."""
+
+
+def moved_optimizer(name, model, gradients):
+    """Return an optimizer whose moments are those of two steps, at the parameters as they are."""
+    kind, options = OPTIMIZERS[name]
+    optimizer = kind(model.parameters(), lr=0.1, **options)
+    before = copy.deepcopy(model.state_dict())
+    for phase in (0, 2):
+        for key, parameter in model.named_parameters():
+            if key in gradients:
+                own = gradients[key]
+                weights = torch.arange(phase, phase + len(own)).to(own).sin() + 0.4
+                parameter.grad = torch.tensordot(weights, own, 1)
+        optimizer.step()
+    model.load_state_dict(before)
+    return optimizer
+
+
+def weighted(gradients, scale):
+    """Return the gradients of losses that have a weight."""
+    return {k: torch.einsum("n,n...->n...", scale, own) for k, own in gradients.items()}
+
+
 def layer_of(name):
     """Return the module that owns a parameter, as the recorder names it."""
     return name.rpartition(".")[0] or "model"
@@ -128,7 +161,8 @@ def importance_by_update(model, optimizer, gradients):
     moves = torch.autograd.grad(
         products, vectors, [gradients[name] for name in sums], is_grads_batched=True
     )
-    betas = {layer_of(name): torch.zeros(len(moves[0])) for name in names.values()}
+    zero = torch.zeros(len(moves[0]), device=moves[0].device)
+    betas = {layer_of(name): zero.clone() for name in names.values()}
     for name, move in zip(sums, moves, strict=True):
         # Where all second moments are 0, so are the gradients, and the root has no derivative.
         known = move.where(gradients[name] != 0, 0)
@@ -158,6 +192,10 @@ def make_source(samples=24, tests=9, classes=3, shape=(1, 2, 2), seed=0, name="m
 
 def make_plan(sources, grid, **changes):
     """Return a plan over small data sets, with a small network."""
+    from sampimp.plan import DatasetInfo, Plan
+    from sampimp.schema import digest_json
+    from sampimp.store import chunk_table
+
     settings = {"hidden": (5, 4), "epochs": 3, "batch_size": 5, "learning_rate": 0.3}
     training = TrainingConfig(**(settings | changes))
 
@@ -212,6 +250,9 @@ def identity_of(planned):
 
 def start_study(out, plan, sources):
     """Write the plan and its data sets, and no trial."""
+    from sampimp.folder import Folder
+    from sampimp.store import write_source
+
     folder = Folder.of(out)
     folder.write_json("study.json", plan.to_json())
     for key, source in sources.items():
@@ -224,6 +265,9 @@ def run_trials(folder, plan, sources, *, commit=lambda trial: True):
 
     A trial for which `commit` is false is trained and written, and not committed.
     """
+    from sampimp.plan import read_commits
+    from sampimp.store import TrialRecord, read_difficulty
+
     done = {}
     for _ in range(2):  # the references, then those that sort by them
         for planned in plan.resolve(read_commits(folder)):

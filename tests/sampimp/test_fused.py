@@ -129,6 +129,17 @@ def test_without_recording_the_parameters_are_the_same_and_nothing_is_taken():
     assert step.take() is None
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_latest_steps_importance_is_that_which_is_taken(kind):
+    model = build_mlp((6,), (8, 7), 3, seed=1)
+    step = FusedStep(model, kind(model.parameters(), lr=0.1), record=True)
+    latest = []
+    for batch in make_batches([5, 4], 6, 3, None):
+        step(*batch)
+        latest.append(step.latest())
+    assert_same_bytes([torch.cat(latest, 1)], [step.take()])
+
+
 def test_what_was_taken_is_not_taken_again():
     model = build_mlp((6,), (8,), 3, seed=1)
     step = make_step(model)

@@ -303,6 +303,29 @@ def test_every_implementation_and_a_tensor_rate_have_the_same_derivative(kind):
             assert_close(got, torch.as_tensor(true, dtype=torch.float64), rtol=1e-12)
 
 
+@pytest.mark.parametrize("kind", [optim.Adam, optim.AdamW])
+def test_a_count_on_an_accelerator_is_exact(kind, monkeypatch):
+    """There it is float32, and stays where it is: as if this were an accelerator."""
+
+    def derive():
+        rng = np.random.default_rng(0)
+        (weight,) = make_parameters(rng, [(3, 2)])
+        derivative = UpdateDerivative(optimizer := kind([weight], lr=0.1, fused=True))
+        found = []
+        for _ in range(3):
+            set_gradients(rng, [weight])
+            found += recorded_step(optimizer, derivative)
+        return torch.stack(found)
+
+    expected, read = derive(), optimizers._number
+    monkeypatch.setattr(
+        optimizers,
+        "_number",
+        lambda one: optimizers._on_device(one) if isinstance(one, torch.Tensor) else read(one),
+    )
+    assert_close(derive(), expected, rtol=1e-12, atol=1e-16)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("chosen", [{}, {"weight_decay": 0.1}, {"amsgrad": True}])
 def test_large_parameters_are_done_in_parts(monkeypatch, memory_format, chosen):

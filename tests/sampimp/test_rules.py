@@ -39,16 +39,8 @@ SCALE = torch.tensor([0.4, 1.3, -0.7], dtype=torch.float64)
 # Of the copies in the oracles, which are no leaves, and of functions that vmap loops over.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:There is a perf")
 
-OPTIMIZERS = {
-    "sgd": (torch.optim.SGD, {"weight_decay": 0.1}),
-    "momentum": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
-    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-    "adam": (torch.optim.Adam, {"weight_decay": 0.1, "amsgrad": True, "betas": (0.8, 0.9)}),
-    "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
-    "rmsprop": (torch.optim.RMSprop, {"weight_decay": 0.1}),
-    "rmsprop, centered": (torch.optim.RMSprop, {"centered": True, "momentum": 0.9}),
-    "adagrad": (torch.optim.Adagrad, {"lr_decay": 0.1, "weight_decay": 0.1}),
-}
+OPTIMIZERS, moved_optimizer = oracles.OPTIMIZERS, oracles.moved_optimizer
+recorded, weighted = networks.recorded, oracles.weighted
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -85,32 +77,6 @@ def test_no_tensor_outlives_its_step(name):
     assert counts[2] == counts[1]
 
 
-def moved_optimizer(name, model, gradients):
-    """Return an optimizer whose moments are those of two steps, at the parameters as they are."""
-    kind, options = OPTIMIZERS[name]
-    optimizer = kind(model.parameters(), lr=0.1, **options)
-    before = copy.deepcopy(model.state_dict())
-    for phase in (0, 2):
-        for key, parameter in model.named_parameters():
-            if key in gradients:
-                own = gradients[key]
-                weights = torch.arange(phase, phase + len(own), dtype=own.dtype).sin() + 0.4
-                parameter.grad = torch.tensordot(weights, own, 1)
-        optimizer.step()
-    model.load_state_dict(before)
-    return optimizer
-
-
-def recorded(case, optimizer, scale):
-    """Return {layer: beta (sample,)} of a step on the weighted sum of a case's losses."""
-    recorder = ImportanceRecorder(case.model, optimizer, **case.options)
-    with recorder.step(range(len(scale)), epoch=1):
-        optimizer.zero_grad()
-        (scale * case.losses()).sum().backward()
-        optimizer.step()
-    return dict(zip(recorder.layers, recorder.pop_epoch(1, len(scale)), strict=True))
-
-
 def assert_equal(got, want):
     """Assert equality to 1e-9 of each layer's largest value."""
     assert got.keys() == want.keys()
@@ -123,11 +89,6 @@ def assert_equal(got, want):
 def case(request):
     torch.manual_seed(1)
     return CASES[request.param]()
-
-
-def weighted(gradients, scale):
-    """Return the gradients of losses that have a weight."""
-    return {k: torch.einsum("n,n...->n...", scale, own) for k, own in gradients.items()}
 
 
 @pytest.fixture(scope="module")

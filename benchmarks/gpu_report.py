@@ -1,0 +1,97 @@
+"""What the parts of `gpu.py` share: a table that is printed and written row by row, and a clock."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from sampimp.schema import __version__
+
+NEEDS_CUDA = "needs CUDA"
+"""In the place of a number that only a GPU can give."""
+
+
+@dataclass
+class Report:
+    """A table in Markdown. Each row is printed and on the disk before the next one is measured."""
+
+    path: Path
+    title: str
+    headings: tuple[str, ...]
+    device: str
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Print the title and what the numbers depend on."""
+        print(f"\n{self.title}", flush=True)
+        self.note(describe(self.device))
+        print(" | ".join(self.headings), flush=True)
+
+    def row(self, *cells: str) -> None:
+        """Add a row; cells that are missing stay empty."""
+        self.rows.append((*cells, *[""] * (len(self.headings) - len(cells))))
+        print(" | ".join(cells), flush=True)
+        self._write()
+
+    def note(self, text: str) -> None:
+        """Add a line below the table."""
+        self.notes.append(text)
+        print(text, flush=True)
+        self._write()
+
+    def summarise(self, text: str) -> None:
+        """Add a line that `gpu.py` repeats at its end."""
+        self.notes.append(text)
+        print(f"{SUMMARY}{text}", flush=True)
+        self._write()
+
+    def _write(self) -> None:
+        lines = [self.headings, (":---",) * len(self.headings), *self.rows]
+        table = ["| " + " | ".join(cells) + " |" for cells in lines]
+        self.path.write_text("\n\n".join([f"# {self.title}", "\n".join(table), *self.notes]) + "\n")
+
+
+SUMMARY = "Summary: "
+"""How a line begins that `gpu.py` repeats at its end."""
+
+
+def describe(device: str) -> str:
+    """Return the processor or card and the versions."""
+    words = [f"torch {torch.__version__}", f"Python {platform.python_version()}"]
+    words += [f"sampimp {__version__}", f"{os.cpu_count()} CPU cores"]
+    if device == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        memory = f"{card.total_memory / 2**30:.0f} GiB"
+        words = [card.name, memory, f"CUDA {torch.version.cuda}", *words]
+        words.append(f"cuDNN {torch.backends.cudnn.version()}")
+    return "; ".join(words)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error as the cell of a table, with the one that it came after."""
+    first = error
+    while first.__context__ is not None:
+        first = first.__context__
+    texts = [f"{type(one).__name__}: {one}" for one in dict.fromkeys((error, first))]
+    words = [" ".join(text.replace("|", "/").split()) for text in texts]
+    # Arbitrary: CUDA's errors go on with advice.
+    return "; after ".join(text if len(text) <= 300 else f"{text[:300]} ..." for text in words)
+
+
+def seconds(device: str, function: Callable[[], object]) -> float:
+    """Return how long a function takes: by CUDA's events, on a CPU by its clock."""
+    if device == "cpu":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
