@@ -207,7 +207,8 @@ class Proof:
             except CoupledLossError:
                 raise  # another cut, nearer to the loss, could but hide it
             except UnsupportedError as error:
-                refused = refused or error
+                if not any(map(self._is_guess, cut.edges)):
+                    refused = refused or error
         raise refused or self._no_samples()
 
     def _cuts(self, graph: Graph, nodes: set[Node]) -> Iterator[Cut]:
