@@ -646,22 +646,23 @@ class Capture(TorchFunctionMode):
     ) -> None:
         """Note what an operation on samples may do to their rows."""
         if has_gradient:
-            moved = moves_samples(function, args, kwargs, self._batch, self._is_fixed)
-            exact = function in INDEXING
-            if function in SIZES:
-                args, kwargs = args[:1], {}
-            if function in (Tensor.__getitem__, Tensor.__setitem__):  # exact where samples may be
-                entries = args[1] if isinstance(args[1], tuple) else (args[1],)
-                first = self._settings(entries[: self._batch.dim + 1], True)
-                args = (args[0], *entries[self._batch.dim + 1 :], *args[2:])
-            else:
-                first = ()
-            settings = first, self._settings(args, exact), self._settings(kwargs.values(), exact)
-            self._signature = hash((self._signature, function, settings))
-            if moved:
+            if moves_samples(function, args, kwargs, self._batch, self._is_fixed):
                 # What comes after the model's outputs moves no sample that a parameter meets.
                 self._moves_above = True
                 self._moves |= not self._outputs
+            exact = function in INDEXING
+            settings: tuple[Any, ...] = ()
+            if function in SIZES:
+                args, kwargs = args[:1], {}
+            elif function is Tensor.__getitem__ or function is Tensor.__setitem__:
+                entries = args[1] if isinstance(args[1], tuple) else (args[1],)
+                lead = self._batch.dim + 1  # axes on which samples may be: exact there
+                settings = self._settings(entries[:lead], True)
+                args = (args[0], *entries[lead:], *args[2:])
+            settings += self._settings(args, exact)
+            if kwargs:
+                settings += self._settings(kwargs.values(), exact)
+            self._signature = hash((self._signature, function, settings))
         elif self._data.is_moved_by(function):
             self._data.follow(function, args, kwargs, outputs)
 
@@ -892,7 +893,8 @@ class Capture(TorchFunctionMode):
         """Take the gradient of the one output."""
         gradient = gradients[number]
         if not self._is_proved(use, [gradient]) and gradient is not None:
-            self._on_gradient(use, gradient.reshape(use.shapes[0]))
+            shape = use.shapes[0]
+            self._on_gradient(use, gradient if gradient.shape == shape else gradient.reshape(shape))
 
     def _is_proved(self, use: Use, gradients: Sequence[Tensor | None]) -> bool:
         """Return whether gradients come of a proof, this recorder's or another's."""

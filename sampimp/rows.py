@@ -38,7 +38,9 @@ class Rows:
     @property
     def is_nobodys(self) -> bool:
         """Whether no row is a sample's, as of noise."""
-        return self.samples is not None and bool((self.samples < 0).all())
+        if self.is_plain or self.samples is None:
+            return False
+        return bool((self.samples < 0).all())
 
     def is_ordered(self, size: int) -> bool:
         """Return whether the samples are in the batch's order, perhaps joined with positions."""
@@ -302,14 +304,16 @@ def moves_samples(
     """
     if batch.size < 2 or not (function in BY_VALUE or function in PRODUCTS):
         return False
-    given = [*args, *kwargs.values()]
+    given = (*args, *kwargs.values())
     if function in PRODUCTS:  # of activations with a matrix that is made of data
         factors = [one for value in given for one in as_sequence(value) if _is_tensor(one)]
-        return any(one.requires_grad and batch.varies(one) for one in factors) and any(
-            one.dim() >= 2
-            and batch.size in one.shape[-2:]
-            and not (one.requires_grad or is_fixed(one))
+        matrices = (
+            one
             for one in factors
+            if not one.requires_grad and one.ndim > 1 and batch.size in one.shape[-2:]
+        )
+        return any(not is_fixed(one) for one in matrices) and any(
+            one.requires_grad and batch.varies(one) for one in factors
         )
     values = args[0] if args else kwargs.get("input")
     if function in TABLES:
