@@ -40,8 +40,8 @@ from sampimp.graph import Inside
 from sampimp.models import evaluation_mode
 from sampimp.optimizers import Derivative, Diagonal, UpdateDerivative
 from sampimp.ownership import Layout, joined_rows
-from sampimp.proof import COUPLED, SUM, UNCHECKED, Proof, Proved, Use, is_running
-from sampimp.rows import INDEXING, SIZES, DataRows, as_sequence, moves_samples
+from sampimp.proof import COUPLED, SUM, UNCHECKED, Proof, Proved, Use, is_proved_now
+from sampimp.rows import INDEXING, SIZES, DataRows, as_sequence, moves_samples, note_range
 from sampimp.rules import LOOKS, RULES, SUMS, Batch, feature_axes, generic
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
 from sampimp.tape import Tape
@@ -149,8 +149,7 @@ class Capture(TorchFunctionMode):
     Attributes
     ----------
     loss
-        "sum over samples", as the proofs found; "not checked" where a loss has no second
-        derivative; "coupled, its outer derivative taken as a constant".
+        One of `sampimp.proof.SUM`, `UNCHECKED` and `COUPLED`: the weakest of all proofs so far.
 
     Raises
     ------
@@ -234,7 +233,7 @@ class Capture(TorchFunctionMode):
             Whether the passes put their gradients where the optimizer takes them.
         compares
             Whether to hold what is seen against what there is: the model's parameters, and the sum
-            of the samples' gradients against the batch's.
+            of the samples' gradients against the batch's; and to prove anew whose the rows are.
         indices
             By which the samples may be fetched inside.
         """
@@ -260,6 +259,7 @@ class Capture(TorchFunctionMode):
         # By id: row, version; and the gradient, so that no other one gets its id.
         self._gradients: dict[int, tuple[int, int, Tensor]] = {}
         self._scales: list[tuple[int, int, Tensor | float]] = []  # row; samples so far; factor
+        self._notes = object()  # by which tensors are known to be noted in this step
         self._begin_pass()
         handle = self._model.register_forward_hook(self._note_outputs)
         with self:
@@ -268,7 +268,7 @@ class Capture(TorchFunctionMode):
             finally:
                 handle.remove()
                 self._gradients = {}
-                for kept in (self._edges, self._outputs, self._uses, self._tape):
+                for kept in (self._edges, self._outputs, self._uses, self._tape, self._retained):
                     kept.clear()  # what keeps the graph
                 for _, inside in self._waiting:  # of a pass that came to no end
                     inside.close()
@@ -313,13 +313,13 @@ class Capture(TorchFunctionMode):
         size = self._sizes[self._done] if self._done < len(self._sizes) else 0
         self._batch = Batch(size, self._batch_dim, self._varies)
         named = self._indices[self._done] if self._done < len(self._indices) else None
-        self._data = DataRows(self._batch, named)
+        self._data = DataRows(self._batch, named, self._notes)
         self._uses: list[Use] = []
         self._edges: list[list[tuple[Node, int]]] = []  # of the watched outputs of each use
         self._outputs: dict[tuple[Node, int], Layout] = {}  # of the model, on the samples' axis
         self._tape = Tape()
         self._signature = 0  # of the operations so far
-        self._first_node = 0  # its number in the thread
+        self._first_node: int | None = None  # its number in the thread
         self._retained: list[Tensor] = []  # whose gradients somebody keeps
         self._moves = self._moves_above = False  # whether samples may have other rows each time
         self._layouts: list[Layout | None] | None = None  # of the uses
@@ -516,6 +516,8 @@ class Capture(TorchFunctionMode):
             for tensor in (output,) if isinstance(output, Tensor) else output:
                 if isinstance(tensor, Tensor) and id(tensor) not in self._free:
                     setattr(tensor, self._tag, roots)
+            if function is torch.arange and len(args) == 1 and isinstance(output, Tensor):
+                note_range(output)
         elif isinstance(output, Tensor) and function in _MAKES_NOISE:
             self._data.note_made(output)
         return output
@@ -578,8 +580,8 @@ class Capture(TorchFunctionMode):
             whole = _whole_of(output)
             node, number = whole.grad_fn, whole.output_nr
             assert node is not None  # of parameters, and no parameter itself
-            node.register_prehook(partial(self._on_node, use, number))
             self._edges.append([(node, number)])
+            node.register_prehook(partial(self._on_node, use, number))
             return output
         # A hook that knew the outputs it is on would keep them for good: 1.5 MB a step.
         empty = [
@@ -677,14 +679,17 @@ class Capture(TorchFunctionMode):
                 node = value.grad_fn
                 if node is not None:  # numbers of nodes count on from operation to operation
                     number = node._sequence_nr()
-                    self._first_node = self._first_node or number
+                    if self._first_node is None:
+                        self._first_node = number
                     found.append((number - self._first_node, value.output_nr))
                 elif value.ndim or value.device.type != "cpu":
-                    found.append(self._rows.get(id(value), -value.ndim - 1))
+                    found.append(self._rows.get(id(value), ("data", value.ndim)))
                 else:
                     found.append(_kind_of_number(value.item()))
             elif isinstance(value, int):
-                found.append(value if exact or -_AXIS < value < _AXIS else None)
+                # Not as a number below 0: hash(-1) is hash(-2).
+                is_told = exact or -_AXIS < value < _AXIS
+                found.append((value < 0, abs(value)) if is_told else None)
             elif isinstance(value, float):
                 found.append(_kind_of_number(value))
             elif isinstance(value, str):
@@ -766,12 +771,12 @@ class Capture(TorchFunctionMode):
                     self._most[row] = self._most[row] * abs(own)
         return output
 
-    # Whose the rows are.
+    # Which sample each row belongs to.
 
     def _before_backward(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Find out whose the rows of each use are, before a backward pass."""
+        """Prove the row-to-sample mapping before the first backward call of a pass."""
         name = "grad_outputs" if function is torch.autograd.grad else "grad_tensors"
         place = 2 if function is torch.autograd.grad else 1
         if function is Tensor.backward:
@@ -783,11 +788,12 @@ class Capture(TorchFunctionMode):
             given = [None] * len(roots) if gradients is None else list(as_sequence(gradients))
             pairs = [(r, g) for r, g in zip(roots, given, strict=True) if r.grad_fn is not None]
             if self._uses and pairs and self._layouts is None:
+                # None where no gradient comes to any use, as from a discriminator's own loss.
                 self._layouts = self._find_layouts([r for r, _ in pairs], [g for _, g in pairs])
 
     def _find_layouts(
         self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]
-    ) -> list[Layout | None]:
+    ) -> list[Layout | None] | None:
         """Return how samples lie in each use: as was proved of such a pass, or as a proof finds."""
         size = self._batch.size
         key = self._signature, self._settings(roots, False)
@@ -815,6 +821,8 @@ class Capture(TorchFunctionMode):
             self._proof = None
             for tensor, gradient in zip(self._retained, kept, strict=True):
                 tensor.grad = gradient
+        if proved is None:
+            return None
         self._complete(proved, known)
         self._proved[key] = proved
         self._fresh.add(key)
@@ -848,7 +856,7 @@ class Capture(TorchFunctionMode):
                 for layout, before in zip(proved.layouts, known.layouts, strict=False)
             )
         proved.varies |= any(one is not None and one.kind == "listed" for one in proved.layouts)
-        # What is zero may hide what is behind it, until it has moved: gates, heads, biases.
+        # A parameter that is zero hides mixing below it until it moves: gates, heads, biases.
         used = {row for use in self._uses for row in use.roots}
         zero = any(not bool(self.parameters[row].detach().any()) for row in used)
         proved.complete &= not proved.varies and (not zero or proved.count >= _ZEROS)
@@ -900,7 +908,9 @@ class Capture(TorchFunctionMode):
         """Return whether gradients come of a proof, this recorder's or another's."""
         if self._proof is not None:
             self._proof.see(use, gradients)
-        return self._proof is not None or is_running()
+            return True
+        edges = self._edges[use.position] if use.position < len(self._edges) else []
+        return bool(edges) and is_proved_now(edges[0][0])
 
     def _on_gradient(self, use: Use, delta: Any) -> None:
         if use.done:
@@ -947,7 +957,7 @@ class Capture(TorchFunctionMode):
                 todo="call loss.backward() or torch.autograd.backward() in the thread of the block",
             )
         layout = self._layouts[use.position]
-        if layout is None:  # no gradient has come here in the proof
+        if layout is None:  # its gradient was zero in the proof, or the loss does not depend on it
             self._leave(use)
             return
         rows = use.rows_shape[layout.axis]
@@ -1374,6 +1384,7 @@ class ImportanceRecorder:
                 todo="make the optimizer from this model's parameters",
             )
         self._epoch: int | None = None
+        self._checked: int | None = None  # the epoch of which a step was compared
         self._indices: list[Tensor] = []  # of the steps of this epoch since the last flush
         self._parts: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by epoch: indices and beta
         self._largest_batch = 0
@@ -1452,10 +1463,10 @@ class ImportanceRecorder:
                 self._capture.finish(self._derivative.after())
             self._capture.resume()
 
-        is_first = epoch != self._epoch
-        if is_first:
+        if epoch != self._epoch:
             self._flush()
             self._epoch = epoch
+        is_first = epoch != self._checked
         moved_by: dict[str, list[Tensor]] = {}  # another optimizer, by its class
 
         def after_any_update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -1491,6 +1502,8 @@ class ImportanceRecorder:
                 where=f"epoch {epoch}",
                 todo="put exactly one update into the block",
             )
+        if updates == 1:
+            self._checked = epoch
         for kind, moved in moved_by.items():
             self._leave_out(kind, moved)
         self._capture.accept()
@@ -1529,7 +1542,7 @@ class ImportanceRecorder:
         summed = self._summed(self._parts[epoch], sample_count)
         del self._parts[epoch]
         if epoch == self._epoch:
-            self._epoch = None  # what comes is checked as an epoch's first step is
+            self._epoch = self._checked = None  # what comes is checked as an epoch's first step
         return summed[self._capture.forward_order]
 
     def _flush(self) -> None:

@@ -51,6 +51,7 @@ class Inside:
         """Take what the nodes have saved."""
         assert self._watch.reader is not None  # it is closed later
         self._watch.reader.open(self._nodes)
+        self._watch.is_open = True
         self._nodes = ()
 
     @property
@@ -71,10 +72,11 @@ class _Watch:
     def __init__(self, reader: Reader, count: int) -> None:
         self.reader: Reader | None = reader
         self.missing = count
+        self.is_open = False  # only then gradients are those of the user's pass
 
     def take(self, position: int, gradients: Gradients) -> None:
         """Give the reader what came to a node."""
-        if self.reader is not None:
+        if self.reader is not None and self.is_open:
             self.reader.take(position, gradients)
             self.missing -= 1
 

@@ -144,16 +144,17 @@ class Graph:
                     descend(consumer, position, node, number)
         return Cut(edges, above)
 
-    def below(self, cut: "Cut") -> set[Node]:
-        """Return the nodes that are reached through a cut."""
-        found: set[Node] = set()
-        waiting = [edge.node for edge in cut.edges]
-        while waiting:
-            node = waiting.pop()
-            if node not in found:
-                found.add(node)
-                waiting += [child for child, _ in node.next_functions if child is not None]
-        return found
+
+def nodes_below(edges: Sequence[Edge]) -> set[Node]:
+    """Return the nodes that are reached through edges."""
+    found: set[Node] = set()
+    waiting = [edge.node for edge in edges]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [child for child, _ in node.next_functions if child is not None]
+    return found
 
 
 @dataclass
@@ -248,7 +249,6 @@ class Signs:
 
     def __init__(self, shape: Sequence[int], free: int) -> None:
         self.shape, self.free = tuple(shape), free
-        self._pass = 0
         self._base: Tensor | None = None
         self._code: Tensor | None = None
         self._mixed: Tensor | None = None
@@ -452,18 +452,16 @@ def couples(
             for second, (_, _, layout) in zip(seconds, edges, strict=True):
                 if second is None:
                     continue
-                others = second[_where(rows_of(chosen_N, layout, second) == 0, second)]
+                others = second[(rows_of(chosen_N, layout, second) == 0).expand(second.shape)]
                 if not bool(others.isfinite().all()):
                     return None
                 if bool(others.any()):  # of a sum it is exactly zero: a product with zeros
                     return True
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return None
     return None if has_own else False
-
-
-def _where(rows: Tensor, like: Tensor) -> Tensor:
-    return rows.expand(like.shape)
 
 
 _OWN = torch.autograd.function.BackwardCFunction

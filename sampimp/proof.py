@@ -1,10 +1,11 @@
 """Prove, before a backward pass, which sample each row of each use of parameters belongs to.
 
     find a cut between the loss and the uses       (`sampimp.ownership`)
-    for each pattern of signs of the samples:
+    for each pattern of signs of the samples, and one of weights:
         go back from the loss with those signs at the cut, to the uses' outputs and no further
     each row was left or negated, and spells its sample by that; or it is of several samples: refuse
-    what is above the cut is a sum over samples, by its second derivative: or refuse
+    what is above the cut is a sum over samples, by name (`sampimp.tape`), or by its second
+    derivative and by changes of the model's outputs: or refuse
     rows whose sample the data say (`sampimp.rows`) say which sample each row of the loss is
 
 Nothing is left behind: gradients, buffers and random states are as before, and the graph too.
@@ -37,6 +38,7 @@ from sampimp.ownership import (
     along,
     couples,
     layouts_of,
+    nodes_below,
     sequence_owners,
     side_effects_undone,
     sign_patterns,
@@ -47,8 +49,8 @@ from sampimp.rows import Rows
 from sampimp.rules import LOOKS, Batch
 from sampimp.tape import Tape
 
-_running = 0
-"""How many proofs are run now, whose backward passes are no pass of any recorder."""
+_proving: list[Mapping[Node, bool]] = []
+"""The graphs of the proofs that are run now, whose backward passes are no recorder's."""
 
 SUM, COUPLED, UNCHECKED = (
     "sum over samples",
@@ -177,8 +179,8 @@ class Proof:
         elif self._pass is not None:
             signs.see(gradient, self._pass)
 
-    def run(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Proved:
-        """Return whose the rows are.
+    def run(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Proved | None:
+        """Return whose the rows are; None where no gradient comes to any use.
 
         Parameters
         ----------
@@ -190,16 +192,24 @@ class Proof:
         UnsupportedError
             Samples are mixed; or it cannot be told which rows are theirs.
         """
-        with _announced():
-            return self._run(roots, gradients)
-
-    def _run(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Proved:
         nodes = {node for edges in self._edges for node, _ in edges}
         starts = [(root.grad_fn, root.output_nr) if root.grad_fn else None for root in roots]
         graph = Graph(starts, nodes)
         reached = [edges[0][0] in graph.leads for edges in self._edges]
         if not any(reached):
-            return Proved([None] * len(self._uses), None, True, SUM)
+            return None
+        with _announced(graph):
+            return self._find(graph, nodes, reached, roots, gradients)
+
+    def _find(
+        self,
+        graph: Graph,
+        nodes: set[Node],
+        reached: Sequence[bool],
+        roots: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> Proved:
+        """Return what the first cut proves at which nothing is against it."""
         refused: UnsupportedError | None = None
         for cut in self._cuts(graph, nodes):
             try:
@@ -215,14 +225,18 @@ class Proof:
         """Yield cuts: at the model's outputs, or where the samples' axis is met first."""
         if self._outputs:
             cut = graph.cut(lambda node, number: self._outputs.get((node, number)))
-            if cut.edges and not cut.above & (nodes | graph.below(cut)):
+            if cut.edges and not cut.above & (nodes | nodes_below(cut.edges)):
                 yield cut
         guesses = [Layout(0, "outer"), Layout(0, "inner")]
         guesses += [Layout(axis, "plain") for axis in range(AXES)]
+        tried: list[set[tuple[Node, int]]] = []
         for least in (1, 2):  # one axis of N may also be one of classes
             for guess in guesses:
                 cut = graph.cut(self._stop(nodes, guess, least))
-                if cut.edges:
+                places = {(edge.node, edge.number) for edge in cut.edges}
+                is_new = any(map(self._is_guess, cut.edges)) or places not in tried
+                tried.append(places)
+                if cut.edges and is_new:
                     yield cut
                 if not any(map(self._is_guess, cut.edges)) and not cut.above & nodes:
                     break
@@ -258,24 +272,22 @@ class Proof:
         roots: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
     ) -> Proved:
-        self._go_back(graph, cut, roots, gradients)
+        self._run_passes(graph, cut, roots, gradients)
         found = [
             self._layout(use) if is_reached else (None, True)
             for use, is_reached in zip(self._uses, reached, strict=True)
         ]
         layouts = [layout for layout, _ in found]
-        order = self._order_of_loss(layouts, graph, cut)
+        order = self._order_of_loss(layouts, cut)
         loss = self._loss(cut, roots, gradients)
         complete = order is None and all(is_known for _, is_known in found)
         return Proved(layouts, order, complete, loss)
 
     def _loss(self, cut: Cut, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> str:
         """Return what the loss is; raise an error if it couples samples."""
-        if self._coupled_loss == "constant":
-            return COUPLED
         size = self._batch.size
         # Where the cut is the model's outputs, the loss may be known as a function of them.
-        at_outputs = all((edge.node, edge.number) in self._outputs for edge in cut.edges)
+        at_outputs = all(self._tape.holds(edge.node, edge.number) for edge in cut.edges)
         if at_outputs and self._tape.is_sum(roots):
             return SUM
         with side_effects_undone(self._model):
@@ -283,6 +295,8 @@ class Proof:
             if at_outputs and found is not True:
                 by_change = self._tape.couples(roots, gradients, size)
                 found = found if by_change is None else by_change
+        if found and self._coupled_loss == "constant":
+            return COUPLED
         if found:
             raise CoupledLossError(
                 expected="a loss that is a sum over samples, each with outputs of its own",
@@ -301,7 +315,7 @@ class Proof:
             return UNCHECKED
         return SUM
 
-    def _go_back(
+    def _run_passes(
         self,
         graph: Graph,
         cut: Cut,
@@ -355,9 +369,12 @@ class Proof:
         size, axes = self._batch.size, use.axes(self._batch)
         owners = [signs.owners(size) for signs in self._signs[use.position]]
         is_finite = not any(bool((one == UNKNOWN).any()) for one in owners)
-        if use.exempt or not is_finite:  # of a loss that is not finite nothing can be told
+        if use.exempt:
+            return None, True
+        if not is_finite:  # nothing can be told but that importance is not finite either
             rows = torch.full(use.rows_shape, ZERO)
-            return next(layouts_of(rows, axes, size), None), use.exempt
+            found = (one for one in layouts_of(rows, axes, size) if one.kind != "listed")
+            return next(found, None), False
         if any(bool((one == MIXED).any()) for one in owners):
             raise self._mixed(use)
         if any(bool((one == OUTSIDE).any()) for one in owners):
@@ -367,14 +384,14 @@ class Proof:
             raise self._misplaced(use)
         if bool((found_rows == ZERO).all()):
             return None, False
-        found = list(layouts_of(found_rows, axes, size))
+        fitting = list(layouts_of(found_rows, axes, size))
         if use.data is not None and use.function not in LOOKS:
-            found = [layout for layout in found if layout.axis == use.data.axis]
-        if not found:
+            fitting = [layout for layout in fitting if layout.axis == use.data.axis]
+        if not fitting:
             raise self._misplaced(use)
-        # Of few rows with a gradient, several layouts may agree: which is right, others will tell.
-        is_only = sum(layout.kind != "listed" for layout in found) == 1
-        return found[0], is_only
+        # With few nonzero rows several layouts may fit; later proofs decide.
+        is_only = sum(layout.kind != "listed" for layout in fitting) == 1
+        return fitting[0], is_only
 
     def _rows(self, use: Use, owners: Sequence[Tensor]) -> Tensor | None:
         """Return the owners of rows; of a recurrent layer, of sequences, or None of several."""
@@ -384,20 +401,18 @@ class Proof:
         batch_first = is_batch_first(use.function, use.args, use.kwargs)
         return sequence_owners(owners, use.rows_shape[0], packed, batch_first)
 
-    def _order_of_loss(
-        self, layouts: Sequence[Layout | None], graph: Graph, cut: Cut
-    ) -> Tensor | None:
+    def _order_of_loss(self, layouts: Sequence[Layout | None], cut: Cut) -> Tensor | None:
         """Return the sample of each row of the loss, as the data say; None in the batch's order."""
         size = self._batch.size
         order = torch.full((size,), ZERO)
         told: list[int] = []  # uses whose data say which samples they are
         for use, layout in zip(self._uses, layouts, strict=True):
-            if use.data is None or layout is None:
+            if use.data is None or (layout is None and not use.exempt):
                 continue
             is_ordered = use.data.is_ordered(size)
             if use.data.samples is None or (use.exempt and not is_ordered):
                 raise self._lost(use)
-            if use.exempt:
+            if layout is None:
                 continue
             owners = self._row_owners(use, layout)
             samples = use.data.samples[: len(owners)]
@@ -416,7 +431,7 @@ class Proof:
             if len(samples):
                 told.append(use.position)
         for edge in filter(self._is_guess, cut.edges):
-            below = graph.below(Cut([edge], set()))
+            below = nodes_below([edge])
             if not any(self._edges[position][0][0] in below for position in told):
                 raise self._no_samples()
         if not told:
@@ -477,7 +492,7 @@ class Proof:
         return UnsupportedError(
             expected="data in the order of the step's index, or put into another order inside by "
             "whole rows",
-            got="rows of data of which it is not known whose they are",
+            got="data whose rows could not be matched with the step's samples",
             where=self._where(use),
             todo="put the batch into its order outside the block",
         )
@@ -491,20 +506,19 @@ class Proof:
         )
 
 
-def is_running() -> bool:
-    """Return whether a proof is run, so that gradients come of it."""
-    return _running > 0
+def is_proved_now(node: Node) -> bool:
+    """Return whether a proof is running over a node, so that what comes there is not the user's."""
+    return any(node in graph for graph in _proving)
 
 
 @contextmanager
-def _announced() -> Iterator[None]:
-    """Let all recorders know that backward passes are a proof's."""
-    global _running
-    _running += 1
+def _announced(graph: Graph) -> Iterator[None]:
+    """Let all recorders know that backward passes over a graph are a proof's."""
+    _proving.append(graph.leads)
     try:
         yield
     finally:
-        _running -= 1
+        _proving.remove(graph.leads)
 
 
 def _is_data(value: Any) -> bool:

@@ -33,7 +33,7 @@ class Rows:
     """Whether it is known that row n is that of sample n."""
 
     is_made: bool = False
-    """Whether they were made in the block, as noise is: of what they are added to, if anything."""
+    """Whether they were created in the block (noise): with data, they take the data's samples."""
 
     @property
     def is_nobodys(self) -> bool:
@@ -65,17 +65,19 @@ class DataRows:
         As for rules.
     index
         By which the samples of the pass may be fetched inside; None if it is not known.
+    step
+        The same object in all passes of a step.
 
     Attributes
     ----------
     active
         Whether there are data whose rows are not those of the batch. If not, only the operations in
-        `MOVES` need to be followed.
+        `FOLLOWED` need to be followed.
     """
 
-    def __init__(self, batch: Batch, index: Tensor | None) -> None:
-        self._batch, self._index = batch, index
-        self._token = object()  # of its notes: data may be met again in another pass
+    def __init__(self, batch: Batch, index: Tensor | None, step: object) -> None:
+        self._batch, self._index, self._step = batch, index, step
+        self._pass = object()  # data may be met again in another pass
         self.active = False
         self._plain: dict[int, Rows] = {}  # by axis
 
@@ -98,17 +100,19 @@ class DataRows:
         return self.active or function in FOLLOWED
 
     def note_made(self, data: Tensor) -> None:
-        """Note that rows are made in the block, of nothing."""
+        """Note that a tensor was created in the block from no sample."""
         rows = self.of(data)
         if rows is not None and rows.is_plain:
             made = replace(rows, is_made=True)
-            data._sampimp_rows = self._token, made  # type: ignore[attr-defined]
+            data._sampimp_rows = self._step, self._pass, made  # type: ignore[attr-defined]
             self.active = True
 
     def _noted(self, data: Tensor) -> Rows | None:
         """Return a note of this pass."""
-        token, rows = getattr(data, "_sampimp_rows", (None, None))
-        return rows if token is self._token else None
+        step, number, rows = getattr(data, "_sampimp_rows", (None, None, None))
+        if step is not self._step:
+            return None
+        return rows if number is self._pass else UNKNOWN  # moved before its own pass had begun
 
     def follow(
         self,
@@ -125,31 +129,36 @@ class DataRows:
         args = args or (kwargs.get("input", kwargs.get("tensors")),)
         kwargs = {name: one for name, one in kwargs.items() if name not in ("input", "tensors")}
         if function in SORTS:
-            self._follow_sort(args, kwargs, outputs)
+            self._follow_sort(function, args, kwargs, outputs)
             return
         if function not in MOVES:
             self._follow_values(function, args, kwargs, outputs)
-            return
-        if self._is_fetched(function, args, kwargs):
             return
         places = MOVES[function]
         values = [one for place in places for one in as_sequence(args[place : place + 1])]
         tensors = [one for value in values for one in as_sequence(value) if _is_tensor(one)]
         if not any(self.of(one) for one in tensors if self._batch.varies(one)):
             return
-        moved = self._moved(function, places, args, kwargs)
+        if self._is_fetched(function, args, kwargs):
+            return
+        named = [one for name, one in kwargs.items() if _is_tensor(one) and name != "index"]
+        moved = None if named else self._moved(function, places, args, kwargs)
         for output, numbers in zip(outputs, moved or [None] * len(outputs), strict=False):
             if _is_tensor(output):
                 self._note(output, self._compressed(numbers, output))
 
     def _follow_sort(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Sequence[Any]
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        outputs: Sequence[Any],
     ) -> None:
         """Note that rows are no sample's, of which each feature was sorted along the samples."""
         rows = self.of(args[0])
-        dim = args[0].dim()
-        along = {n % dim for n in (*args[1:], kwargs.get("dim", -1)) if type(n) is int and dim}
-        if rows is not None and dim > 1 and rows.axis in along:
+        place, default = SORTS[function]
+        axis = args[place] if len(args) > place else kwargs.get("dim", default)
+        if rows is not None and args[0].dim() > 1 and axis % args[0].dim() == rows.axis:
             for output in outputs:
                 self._note(output, UNKNOWN)
 
@@ -246,7 +255,7 @@ class DataRows:
         known = self.of(data)
         if rows is None or (known is not None and _are_same(rows, known)):
             return
-        data._sampimp_rows = self._token, rows  # type: ignore[attr-defined]
+        data._sampimp_rows = self._step, self._pass, rows  # type: ignore[attr-defined]
         self.active = True
 
     def _follow_values(
@@ -358,6 +367,9 @@ def _index_moves(values: Tensor, index: Any, batch: Batch) -> bool:
             has_samples = axis < values.dim() and _may_have_samples(values, axis, batch)
             if isinstance(entry, Tensor | np.ndarray | list) and has_samples:
                 chosen = torch.as_tensor(entry)
+                if getattr(entry, "_sampimp_range", False) and len(entry) == values.shape[axis]:
+                    axis += 1
+                    continue
                 flat = chosen.flatten()
                 if chosen.dtype == torch.bool or chosen.numel() != max(chosen.shape, default=0):
                     return True
@@ -377,6 +389,11 @@ def _on_cpu(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)([_on_cpu(one) for one in value])
     return value.cpu() if _is_tensor(value) else value
+
+
+def note_range(tensor: Tensor) -> None:
+    """Note that a tensor is 0, 1, 2, ..., so that nobody has to read it from its device."""
+    tensor._sampimp_range = True  # type: ignore[attr-defined]
 
 
 def _is_tensor(value: Any) -> bool:
@@ -442,8 +459,9 @@ MAKES = set(
     )
 )
 """Operations whose results have nothing of their arguments' rows."""
-SORTS = set(_both(dict.fromkeys(_names("sort msort topk"), 0)))
-"""Operations that may take every feature of a row from another one."""
+SORTS: dict[Any, tuple[int, int]] = _both({"sort": (1, -1), "topk": (2, -1), "msort": (9, 0)})
+"""Operations that may take every feature of a row from another one: the position of the axis among
+their arguments, and its default."""
 MOVES[torch._C._nn.pad_sequence] = (0,)
 MOVES[functional.embedding] = (1,)
 IN_PLACE = {Tensor.__setitem__} | set(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn import functional
 
 from sampimp.ownership import Layout, rows_of, sign_patterns
@@ -37,16 +38,14 @@ BY_ROW = {
     functional.kl_div,
 }
 """Losses that are a sum or mean over the rows of their input."""
-REDUCTIONS = {torch.sum, torch.mean, Tensor.sum, Tensor.mean}
-LINEAR = REDUCTIONS | {
-    *(Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten),
-    *(Tensor.squeeze, torch.squeeze, Tensor.unsqueeze, torch.unsqueeze, Tensor.contiguous),
-    *(Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.__getitem__),
-    *(Tensor.float, Tensor.double, Tensor.to, Tensor.neg, Tensor.__neg__),
+CASTS = {Tensor.float, Tensor.double, Tensor.to, Tensor.contiguous}
+JOINS = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten}
+LINEAR = CASTS | {
+    *(torch.sum, torch.mean, Tensor.sum, Tensor.mean, Tensor.neg, Tensor.__neg__),
     *(Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__),
-    *(Tensor.div, torch.div, Tensor.__truediv__),
+    *(Tensor.div, torch.div, Tensor.__truediv__, Tensor.view, Tensor.reshape, Tensor.__getitem__),
 }
-"""Operations that are linear in one argument."""
+"""Operations that are linear in their first argument."""
 
 
 class Tape:
@@ -61,6 +60,12 @@ class Tape:
         """Keep an operation, if the model has returned."""
         if self.outputs:
             self._operations.append((function, args, kwargs, outputs))
+
+    def holds(self, node: Node, number: int) -> bool:
+        """Return whether a node's output is one from which the operations begin."""
+        return any(
+            one.grad_fn is node and one.output_nr == number for one, _ in self.outputs.values()
+        )
 
     def clear(self) -> None:
         """Forget all operations, and their tensors."""
@@ -106,20 +111,34 @@ class Tape:
 
         As most are, which need no test.
         """
-        made = set(self.outputs)
-        reduced = False
+        made = {key: output.shape[-1] for key, (output, layout) in self.outputs.items()}
+        # What a loss by row may be given: outputs with samples first, or rows of them joined.
+        rows = {key for key, (output, layout) in self.outputs.items() if layout.axis == 0}
+        rows = {key for key in rows if self.outputs[key][0].dim() > 1}
+        losses: set[int] = set()
         for function, args, kwargs, outputs in self._operations:
             given = [one for one in (*args, *kwargs.values()) if _has(made, one)]
             if not given:
                 continue
-            kinds = LINEAR if reduced else LINEAR | BY_ROW
-            if function not in kinds or len(given) > 1 or not isinstance(outputs, Tensor):
+            if len(given) > 1 or not args or given[0] is not args[0]:
                 return False
-            if not reduced and function in REDUCTIONS:
-                return False  # what comes then may be of several rows
-            reduced |= function in BY_ROW
-            made.add(id(outputs))
-        return reduced and all(id(root) in made for root in roots)
+            if not isinstance(outputs, Tensor):
+                return False
+            source = id(args[0])
+            if source in losses:
+                if function not in LINEAR:
+                    return False
+                losses.add(id(outputs))
+            elif function in BY_ROW and source in rows:
+                losses.add(id(outputs))
+            elif function in CASTS:
+                rows |= {id(outputs)} if source in rows else set()
+            elif function in JOINS and outputs.dim() == 2 and outputs.shape[1] == made[source]:
+                rows.add(id(outputs))
+            else:
+                return False
+            made[id(outputs)] = outputs.shape[-1] if outputs.dim() else 0
+        return bool(losses) and all(id(root) in losses for root in roots)
 
     def _agree(
         self,
@@ -165,6 +184,8 @@ class Tape:
                 found = torch.autograd.grad(
                     starts, list(leaves.values()), list(gradients), materialize_grads=True
                 )
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, KeyError, TypeError):
             return None
         return dict(zip(leaves, found, strict=True))

@@ -48,7 +48,7 @@ def make(name, kind, device="meta", **options):
 @OPTIMIZERS
 @pytest.mark.parametrize("name", MODELS)
 def test_recording_reads_nothing_from_the_device_before_the_epochs_end(name, kind, monkeypatch):
-    # But for proofs, which are in the first steps of an epoch; here one on the CPU.
+    # But for the proof in an epoch's first step; here one on the CPU.
     layouts = []
     find = Capture._find_layouts
 

@@ -153,7 +153,7 @@ MOVED = {
     "turned round": (lambda n, x, s: n(x.flip(0)), [3, 2, 1, 0]),
     "in another order before a part": (lambda n, x, s: n.b(n.a(x)[ORDER]), ORDER.tolist()),
 }
-LOST = "rows of data of which it is not known"
+LOST = "data whose rows could not be matched"
 MIXED = "several samples depend"
 COUPLED = "mixes the outputs of several samples"
 REFUSED = {
