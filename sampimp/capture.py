@@ -111,8 +111,8 @@ class _Pause(threading.local):
 _PAUSE = _Pause()
 
 
-class _Together(torch.autograd.Function):
-    """Hands several outputs on as copies, and their gradients to one receiver."""
+class _JointOutputs(torch.autograd.Function):
+    """Copy outputs so that one callback gets all their gradients."""
 
     @staticmethod
     def forward(
@@ -233,7 +233,7 @@ class Capture(TorchFunctionMode):
             Whether the passes put their gradients where the optimizer takes them.
         compares
             Whether to hold what is seen against what there is: the model's parameters, and the sum
-            of the samples' gradients against the batch's; and to prove anew whose the rows are.
+            of the samples' gradients against the batch's; and to prove the row-to-sample mapping anew.
         indices
             By which the samples may be fetched inside.
         """
@@ -292,9 +292,9 @@ class Capture(TorchFunctionMode):
         self._begin_pass()
 
     def pause(self) -> None:
-        """Watch no longer, nor let others: an optimizer's own arithmetic is nobody's.
+        """Suspend recording in this thread: arithmetic in `optimizer.step()` is not the model's.
 
-        To leave the mode instead would leave the one that was entered last, which may be another's.
+        Modes are a stack; popping could remove another recorder's.
         """
         if not _PAUSE.holders:
             _PAUSE.guard = torch._C.DisableTorchFunction()
@@ -461,7 +461,7 @@ class Capture(TorchFunctionMode):
         positions = range(len(self.layers))
         return sorted(positions, key=lambda i: rank.get(self.layers[i], len(called)))
 
-    # What is called.
+    # Forward: every torch function passes here.
 
     def __torch_function__(
         self,
@@ -593,7 +593,7 @@ class Capture(TorchFunctionMode):
         places = [i for i, one in enumerate(outputs) if any(one is other for other in hooked)]
         # As copies: where one output was made of another (an LSTM cell's of its c), the gradient of
         # that one would have both parts in it.
-        copies = _Together.apply(partial(self._on_gradients, use, empty, places), *hooked)
+        copies = _JointOutputs.apply(partial(self._on_gradients, use, empty, places), *hooked)
         self._edges.append([(copy.grad_fn, copy.output_nr) for copy in copies])
         output = list(outputs)
         for i, copy in zip(places, copies, strict=True):
@@ -875,7 +875,7 @@ class Capture(TorchFunctionMode):
         axis = next((axis for axis in axes if shape[axis] == self._batch.size), axes[0])
         return Layout(axis, "outer" if self._batch.size else "plain")
 
-    # What comes back.
+    # Backward: output gradients arrive.
 
     def _on_gradients(
         self,
@@ -996,8 +996,7 @@ class Capture(TorchFunctionMode):
                 for one in _tensors(use.args, use.kwargs)
                 if self._varies(one) and id(one._base) not in self._free  # an expanded parameter
             ]
-        # As long as somebody keeps the loss, the hook is kept, and what it holds: activations that
-        # autograd has let go, in whose place the next step would have to take fresh memory.
+        # Drop references: a live `loss` would keep these activations.
         use.args, use.kwargs, use.seen = (), {}, None
 
     def _joined(self, layout: Layout, rows: int, device: torch.device) -> Tensor | None:
