@@ -232,8 +232,8 @@ class Capture(TorchFunctionMode):
         accumulates
             Whether the passes put their gradients where the optimizer takes them.
         compares
-            Whether to hold what is seen against what there is: the model's parameters, and the sum
-            of the samples' gradients against the batch's; and to prove the row-to-sample mapping anew.
+            Whether to compare what is seen with what there is: the model's parameters, and the sum
+            of the samples' gradients with the batch's; and to prove the row-to-sample mapping anew.
         indices
             By which the samples may be fetched inside.
         """

@@ -41,6 +41,9 @@ Arbitrary; only for devices on which sums are not deterministic.
 """
 
 
+PASSING = {"_JointOutputsBackward"}
+"""Functions of our own that pass gradients on as they are."""
+
 BLOCK = 2**19
 """Values of an output gradient that are projected at once, in float64; arbitrary."""
 
@@ -420,7 +423,10 @@ def couples(
     derivative that would show it.
     """
     # Of somebody's function, whose second derivative need not say what the first one is of.
-    has_own = any(isinstance(node, _OWN) for node in cut.above)
+    has_own = any(
+        isinstance(node, torch.autograd.function.BackwardCFunction) and node.name() not in PASSING
+        for node in cut.above
+    )
     edges = list(dict.fromkeys((edge.node, edge.number, edge.layout) for edge in cut.edges))
     ends = [GradientEdge(node, number) for node, number, _ in edges]
     generator = torch.Generator().manual_seed(0)
@@ -462,9 +468,6 @@ def couples(
     except RuntimeError:
         return None
     return None if has_own else False
-
-
-_OWN = torch.autograd.function.BackwardCFunction
 
 
 def _real(values: Tensor) -> torch.dtype:
