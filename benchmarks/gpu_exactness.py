@@ -321,12 +321,15 @@ def no_waiting() -> Iterator[None]:
 
 
 def guard(step: int) -> Any:
-    """Return a context in which steps after the first must not wait."""
-    return no_waiting() if step else nullcontext()
+    """Return a context in which steps that prove nothing must not wait.
+
+    An epoch's first step is proved, and the second too where a parameter starts at zero.
+    """
+    return no_waiting() if step > 1 else nullcontext()
 
 
 def wait(name: str, kind: type[Any], device: str, quick: bool) -> float:
-    """Raise an error if a recorded step after the first waits for the GPU, a plain one not."""
+    """Raise an error if a recorded step that proves nothing waits for the GPU, a plain one not."""
     for records in (False, True):
         model, batches = network_of_study(name, device, quick)
         optimizer = kind(model.parameters(), lr=1e-2)

@@ -243,10 +243,9 @@ class DataRows:
             if bool(((most == least) | (most == -1)).all()):
                 return Rows(axis, most)
             own = torch.arange(len(rows))
-            if (
-                axis == expected and len(rows) == self._batch.size
-            ):  # with parts of others, as cutmix
-                mixed = Rows(axis, own) if bool((rows == own[:, None]).any(1).all()) else None
+            is_expected = axis == expected and len(rows) == self._batch.size
+            if is_expected and bool((rows == own[:, None]).any(1).all()):
+                mixed = Rows(axis, own)  # with parts of others, as by cutmix
         return mixed or UNKNOWN
 
     def _note(self, data: Tensor, rows: Rows | None) -> None:
@@ -272,7 +271,7 @@ class DataRows:
         given = [*as_sequence(args[0]), *args[1:], *kwargs.values()]
         given = [one for value in given for one in as_sequence(value)]
         inputs = [one for one in given if _is_tensor(one) and one.dim() and self._batch.varies(one)]
-        if function in PRODUCTS and _is_tensor(args[0]) and _is_tensor(args[1]):
+        if function in PRODUCTS and len(args) > 1 and all(map(_is_tensor, args[:2])):
             left = self.of(args[0]) if self._batch.varies(args[0]) else None
             right = self.of(args[1]) if self._batch.varies(args[1]) else None
             if left is None and right is not None and right.axis == max(0, args[1].dim() - 2):
