@@ -166,6 +166,7 @@ class Proof:
         self._tape, self._coupled_loss = tape, coupled_loss
         self._signs: list[list[Signs]] = []
         self._pass: int | None = None
+        self._is_finite = True
 
     def see(self, use: Use, gradients: Sequence[Tensor | None]) -> None:
         """Take the gradients of a use's outputs in the pass that is run."""
@@ -279,7 +280,7 @@ class Proof:
         ]
         layouts = [layout for layout, _ in found]
         order = self._order_of_loss(layouts, cut)
-        loss = self._loss(cut, roots, gradients)
+        loss = self._loss(cut, roots, gradients) if self._is_finite else SUM
         complete = order is None and all(is_known for _, is_known in found)
         return Proved(layouts, order, complete, loss)
 
@@ -371,6 +372,7 @@ class Proof:
         is_finite = not any(bool((one == UNKNOWN).any()) for one in owners)
         if use.exempt:
             return None, True
+        self._is_finite &= is_finite
         if not is_finite:  # nothing can be told but that importance is not finite either
             rows = torch.full(use.rows_shape, ZERO)
             found = (one for one in layouts_of(rows, axes, size) if one.kind != "listed")

@@ -626,13 +626,15 @@ def _parts(
     key = batch.dim, delta.shape, *said
     places = several[0] if len(several) == 1 else _PLACES.get((function, key))
     parameters = [tensors[i] for i in free]
+    reason = "on which axis of its arguments the samples are cannot be told"
     for candidate in several if places is None else ():
         parts = [_apart(values, axis) for values, axis in zip(inputs, candidate, strict=True)]
         try:
             with torch.no_grad():
                 found = torch.func.vmap(lambda *one: of_one(one, parameters))(*parts)
                 whole = _apart(of_one(inputs, parameters), batch.dim)
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError) as error:
+            reason = str(error)
             continue
         close = 4 * torch.finfo(found.dtype).eps ** 0.5
         if found.shape == whole.shape and torch.allclose(
@@ -641,7 +643,7 @@ def _parts(
             places = _PLACES[function, key] = candidate
             break
     if places is None:
-        raise RuntimeError("on which axis of its arguments the samples are cannot be told")
+        raise RuntimeError(reason)
     return [_apart(values, axis) for values, axis in zip(inputs, places, strict=True)]
 
 
