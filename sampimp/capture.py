@@ -41,7 +41,7 @@ from sampimp.models import evaluation_mode
 from sampimp.optimizers import Derivative, Diagonal, UpdateDerivative
 from sampimp.ownership import Layout, joined_rows
 from sampimp.proof import COUPLED, SUM, UNCHECKED, Proof, Proved, Use, is_proved_now
-from sampimp.rows import INDEXING, SIZES, DataRows, as_sequence, moves_samples, note_range
+from sampimp.rows import INDEXING, SIZES, DataRows, as_sequence, is_data, moves_samples, note_range
 from sampimp.rules import LOOKS, RULES, SUMS, Batch, feature_axes, generic
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
 from sampimp.tape import Tape
@@ -722,7 +722,7 @@ class Capture(TorchFunctionMode):
     ) -> Use:
         """Return a use of parameters, with what its data say of the samples' order."""
         data = None
-        if function in RULES and varying and all(map(_is_data, varying)):
+        if function in RULES and varying and all(map(is_data, varying)):
             data = self._data.of(varying[0])
             if data is not None and data.is_nobodys:
                 data = None
@@ -1189,10 +1189,6 @@ def _some_of(gradient: Tensor) -> Tensor:
 
 def _dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.layout == torch.sparse_coo else gradient
-
-
-def _is_data(tensor: Tensor) -> bool:
-    return not tensor.requires_grad or tensor.is_leaf
 
 
 _AXIS = 9

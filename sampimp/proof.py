@@ -45,7 +45,7 @@ from sampimp.ownership import (
     weight_pattern,
 )
 from sampimp.recurrent import is_batch_first, packed_sequences
-from sampimp.rows import Rows
+from sampimp.rows import Rows, is_data
 from sampimp.rules import LOOKS, Batch
 from sampimp.tape import Tape
 
@@ -324,6 +324,7 @@ class Proof:
         gradients: Sequence[Tensor | None],
     ) -> None:
         """Run the passes, each with other signs."""
+        self._is_finite = True
         self._signs = [
             [Signs(shape, len(shape) - use.features) for shape in use.shapes] for use in self._uses
         ]
@@ -458,7 +459,7 @@ class Proof:
 
     def _mixed(self, use: Use) -> UnsupportedError:
         todo = "leave out what mixes them, as a mean over the batch, or attention between samples"
-        if use.data is not None or all(map(_is_data, use.args)):
+        if use.data is not None or all(map(is_data, use.args)):
             todo += "; make a buffer (register_buffer) of a tensor that depends on no sample"
         return UnsupportedError(
             expected="operations that treat each sample of a batch on its own",
@@ -521,10 +522,6 @@ def _announced(graph: Graph) -> Iterator[None]:
         yield
     finally:
         _proving.remove(graph.leads)
-
-
-def _is_data(value: Any) -> bool:
-    return not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf
 
 
 def _name(use: Use) -> str:

@@ -395,6 +395,11 @@ def note_range(tensor: Tensor) -> None:
     tensor._sampimp_range = True  # type: ignore[attr-defined]
 
 
+def is_data(value: Any) -> bool:
+    """Return whether a value is not made of parameters: data, or no tensor."""
+    return not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf
+
+
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
