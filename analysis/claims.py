@@ -27,8 +27,8 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
-from analysis import kernels
-from analysis.runs import PAPER, codes_of_labels, short_name
+from sampimp.analysis import kernels
+from sampimp.analysis.runs import PAPER, codes_of_labels, short_name
 
 Estimate = tuple[float, float, float]
 """A number and the two ends of its interval; NaN ends where there is none."""
@@ -912,8 +912,10 @@ def claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Dataset:
     cube
         One node of the cube.
     results
-        Computed results by their key in `analysis.study.RESULTS`; those that are missing leave
-        their claims at "not enough data". `analysis.study.analyse` makes them, and this table.
+        Computed results by their key in `sampimp.analysis.analyse.RESULTS`; those that are missing
+        leave
+        their claims at "not enough data". `sampimp.analysis.analyse.analyse` makes them, and this
+        table.
 
     Returns
     -------
@@ -923,8 +925,8 @@ def claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Dataset:
 
     Examples
     --------
-    >>> from analysis.runs import small_cube
-    >>> from analysis.study import analyse
+    >>> from sampimp.analysis.runs import small_cube
+    >>> from sampimp.analysis.analyse import analyse
     >>> table = analyse(small_cube())["claims"].set_index(claim="sentence")
     >>> table["verdict"].sel(claim="Easy samples act early, hard samples late.").item()
     'holds'

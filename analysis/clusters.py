@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 from sklearn.cluster import KMeans
 
-from analysis.runs import class_name, codes_of_labels, label_result, place_of, reference_run
+from sampimp.analysis.runs import class_name, codes_of_labels, label_result, place_of, reference_run
 from sampimp.errors import ConfigError
 
 PAPER_CLASSES = {"5": 20, "five": 20, "horse": 30}
@@ -35,7 +35,7 @@ def default_class(cube: xr.Dataset) -> int:
 
     Examples
     --------
-    >>> from analysis.runs import small_cube
+    >>> from sampimp.analysis.runs import small_cube
     >>> default_class(small_cube())
     1
     """
@@ -53,7 +53,7 @@ def cluster_count(cube: xr.Dataset, label: int) -> int:
 
     Examples
     --------
-    >>> from analysis.runs import small_cube
+    >>> from sampimp.analysis.runs import small_cube
     >>> cluster_count(small_cube(), 1)  # 40 samples
     2
     """
@@ -100,7 +100,7 @@ def clusters(
 
     Examples
     --------
-    >>> from analysis.runs import small_cube
+    >>> from sampimp.analysis.runs import small_cube
     >>> result = clusters(small_cube(), label=1, count=3)
     >>> result["size"].values.tolist(), result.attrs["class_name"]
     ([26, 9, 5], 'horse')

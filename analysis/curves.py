@@ -11,7 +11,7 @@ Map: `strategy_curves`.
 import numpy as np
 import xarray as xr
 
-from analysis.runs import codes_of_labels, label_result, require, sum_samples
+from sampimp.analysis.runs import codes_of_labels, label_result, require, sum_samples
 from sampimp.schema import CURVES, VARIABLES
 
 
@@ -34,7 +34,7 @@ def strategy_curves(cube: xr.Dataset) -> xr.Dataset:
 
     Examples
     --------
-    >>> from analysis.runs import small_cube
+    >>> from sampimp.analysis.runs import small_cube
     >>> result = strategy_curves(small_cube())
     >>> result["runs"].sel(strategy="rsio").values.tolist()
     [3, 3, 2, 2, 2, 2]

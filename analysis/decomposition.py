@@ -11,8 +11,8 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from analysis import kernels
-from analysis.runs import (
+from sampimp.analysis import kernels
+from sampimp.analysis.runs import (
     codes_of_labels,
     label_result,
     lazy,
@@ -74,7 +74,7 @@ def decomposition(cube: xr.Dataset) -> xr.Dataset:
 
     Examples
     --------
-    >>> from analysis.runs import small_cube
+    >>> from sampimp.analysis.runs import small_cube
     >>> result = decomposition(small_cube())
     >>> dict(result["importance_by_class"].sizes)
     {'epoch': 6, 'layer': 4, 'label': 3}
@@ -135,7 +135,8 @@ def importance_groups(cube: xr.Dataset, overall: xr.DataArray | None = None) -> 
 
     The groups are known only after a pass over the whole run, and a second one sums them: without
     `overall`, dask keeps the run's chunks (40 MB for the paper's network) from the first to the
-    second. `analysis.study.analyse` gives it, and reads twice. (`dask.graph_manipulation.clone`,
+    second. `sampimp.analysis.analyse.analyse` gives it, and reads twice.
+    (`dask.graph_manipulation.clone`,
     made for this, does not survive the fusing of tasks in dask 2026.8.)
 
     Parameters
@@ -158,7 +159,7 @@ def importance_groups(cube: xr.Dataset, overall: xr.DataArray | None = None) -> 
 
     Examples
     --------
-    >>> from analysis.runs import small_cube
+    >>> from sampimp.analysis.runs import small_cube
     >>> importance_groups(small_cube())["share"].round(2).values
     array([0.4 , 0.28, 0.32])
 
@@ -227,7 +228,7 @@ def importance_histogram(cube: xr.Dataset, bins: int = BINS) -> xr.Dataset:
 
     Examples
     --------
-    >>> from analysis.runs import small_cube
+    >>> from sampimp.analysis.runs import small_cube
     >>> result = importance_histogram(small_cube())
     >>> int(result["count"].sum()), round(float(result["gini"]), 2)
     (120, 0.65)

@@ -13,9 +13,9 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from analysis import kernels
-from analysis.decomposition import folds_of
-from analysis.runs import (
+from sampimp.analysis import kernels
+from sampimp.analysis.decomposition import folds_of
+from sampimp.analysis.runs import (
     label_result,
     lazy,
     model_importance,
@@ -60,7 +60,7 @@ def importance_against_nll(cube: xr.Dataset, *, resamples: int = kernels.RESAMPL
 
     Examples
     --------
-    >>> from analysis.runs import small_cube
+    >>> from sampimp.analysis.runs import small_cube
     >>> result = importance_against_nll(small_cube())
     >>> bool(result["when_rank_correlation"] > 0.9)
     True

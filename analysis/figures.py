@@ -186,7 +186,8 @@ def draw_stability(stability: xr.Dataset) -> Figure:
     ----------
     stability
         `rank_correlation(reference, epoch, pair)`, its `rank_correlation_interval` (with `bound`)
-        and `layer_rank_correlation(reference, epoch, layer, pair)`; of `analysis.stability`.
+        and `layer_rank_correlation(reference, epoch, layer, pair)`; of
+        `sampimp.analysis.stability`.
 
     Returns
     -------
@@ -265,7 +266,7 @@ def draw_decomposition(decomposition: xr.Dataset, class_names: Sequence[str] = (
     ----------
     decomposition
         `importance_by_layer(epoch, layer)`, `importance_by_class(epoch, layer, label)` and
-        `class_size(label)`, in parameter²; of `analysis.decomposition`.
+        `class_size(label)`, in parameter²; of `sampimp.analysis.decomposition`.
     class_names
         Names of the labels 0, 1, 2 ...; without them the labels are shown.
 
@@ -487,7 +488,7 @@ def draw_clusters(clusters: xr.Dataset, images: xr.DataArray | None = None) -> F
     ----------
     clusters
         `profile(cluster, epoch, layer)`, `size(cluster)` and `nll_quantile(cluster, quantile)` in
-        nats; of `analysis.clusters`.
+        nats; of `sampimp.analysis.clusters`.
     images
         uint8, `(cluster, rank, row, column, channel)`: the representatives of each cluster;
         without images (the data is a table) that column is left out.

@@ -14,8 +14,8 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from analysis import kernels
-from analysis.runs import label_result, lazy, place_of, require, started
+from sampimp.analysis import kernels
+from sampimp.analysis.runs import label_result, lazy, place_of, require, started
 from sampimp.errors import ConfigError, RecordError
 from sampimp.schema import REFERENCE_SEED
 
@@ -59,7 +59,7 @@ def parameter_paths(
 
     Examples
     --------
-    >>> from analysis.runs import small_cube
+    >>> from sampimp.analysis.runs import small_cube
     >>> result = parameter_paths(small_cube())
     >>> dict(result["path"].sizes)
     {'strategy': 9, 'state': 7, 'component': 3}

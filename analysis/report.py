@@ -1,12 +1,13 @@
 """The report of a study: every analysis, all figures and one page that needs nothing but itself.
 
-`write_report` opens the cube, lets `analysis.study.analyse` compute what it allows for each data
+`write_report` opens the cube, lets `sampimp.analysis.analyse.analyse` compute what it allows for
+each data
 set, and writes under `OUT/analysis/NODE/` the results (Zarr, one a result) and the figures (PNG and
 PDF), and last `OUT/analysis/report.html`. What cannot be computed (parameters not stored, too few
 seeds, a study still running) is said in its place. `OUT` is a folder or an `s3://` URL: `_Writer`
 is the one place that writes.
 
-    python -m analysis.report OUT [--scheduler threads|distributed|ray]
+    python -m sampimp.analysis.report OUT [--scheduler threads|distributed|ray]
 
 Map: `write_report` (all of it), `Report` and `Section` (what it found), `FIGURES` and
 `draw_figures` (which figure from which result), `render_page` (the HTML), `summary_table` and
@@ -35,15 +36,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from analysis import figures
-from analysis.runs import short_name
-from analysis.schedulers import Scheduler, use_scheduler
-from analysis.study import analyse
-from sampimp.cube import open_cube
+from sampimp.analysis import figures
+from sampimp.analysis.analyse import analyse
+from sampimp.analysis.runs import short_name
+from sampimp.analysis.schedulers import Scheduler, use_scheduler
 from sampimp.errors import RecordError, UserError
-from sampimp.folder import Folder
-from sampimp.plan import read_commits, read_plan
-from sampimp.store import zarr_store
+from sampimp.store.cube import open_cube
+from sampimp.store.location import Folder
+from sampimp.store.plan import read_commits, read_plan
+from sampimp.store.record import zarr_store
 
 __all__ = [
     "FIGURES",
@@ -90,7 +91,7 @@ class Plan:
     title
         The question that it answers.
     result
-        The key of `analysis.study.analyse`'s dictionary.
+        The key of `sampimp.analysis.analyse.analyse`'s dictionary.
     needs
         Variables without which there is nothing to see.
     caption
@@ -244,7 +245,7 @@ class Section:
     facts
         What was run, as words: (name, value).
     results
-        Of `analysis.study.analyse`, in memory.
+        Of `sampimp.analysis.analyse.analyse`, in memory.
     drawn
         The figures.
     """
@@ -405,7 +406,7 @@ def draw_figures(
     cube
         The node that the results are of: for its images and the names of its classes.
     results
-        Of `analysis.study.analyse`.
+        Of `sampimp.analysis.analyse.analyse`.
     say
         Called before each figure.
 
@@ -446,7 +447,7 @@ def draw_figures(
 
 
 def _left_out(results: Mapping[str, xr.Dataset]) -> dict[str, str]:
-    """Return why results are missing, by their key, as `analysis.study.analyse` says it."""
+    """Return why results are missing, by key, in the words of `analyse`."""
     lines = results["claims"].attrs.get("left_out", "") if "claims" in results else ""
     pairs = (line.partition(": ") for line in str(lines).splitlines())
     return {key: reason.rstrip(".") for key, _, reason in pairs}
@@ -517,7 +518,7 @@ def strategy_rows(results: Mapping[str, xr.Dataset]) -> list[StrategyRow]:
     Parameters
     ----------
     results
-        Of `analysis.study.analyse`; `strategy_curves` is read.
+        Of `sampimp.analysis.analyse.analyse`; `strategy_curves` is read.
     """
     curves = results.get("strategy_curves")
     if curves is None or "test_error" not in curves:
@@ -550,7 +551,7 @@ def describe_runs(
     cube
         One node of the cube.
     results
-        Of `analysis.study.analyse`.
+        Of `sampimp.analysis.analyse.analyse`.
     planned
         Trials of the plan, where it is known.
     """
@@ -915,8 +916,8 @@ def _render_snippet(sections: Sequence[Section], out: str) -> str:
     node = sections[0].name if sections else "mnist"
     code = f"""import sampimp
 import xarray as xr
-from sampimp.folder import Folder
-from sampimp.store import zarr_store
+from sampimp.store.location import Folder
+from sampimp.store.record import zarr_store
 
 tree = sampimp.open_cube({str(out)!r})   # lazy: nothing is read yet
 cube = tree[{node!r}]
@@ -1020,7 +1021,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         """
         return out, scheduler, scheduler_address
 
-    out, scheduler, address = tyro.cli(report, prog="python -m analysis.report", args=arguments)
+    out, scheduler, address = tyro.cli(
+        report, prog="python -m sampimp.analysis.report", args=arguments
+    )
     notes = Console(stderr=True)
     try:
         with use_scheduler(scheduler, address), notes.status("") as status:

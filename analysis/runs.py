@@ -16,7 +16,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from analysis import kernels
+from sampimp.analysis import kernels
 from sampimp.errors import RecordError
 from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY
 
@@ -287,7 +287,7 @@ def small_cube() -> xr.Dataset:
     >>> dict(small_cube()["importance"].sizes)
     {'strategy': 9, 'seed': 3, 'epoch': 6, 'layer': 4, 'sample': 120}
     """
-    from analysis._example import build
+    from sampimp.analysis._example import build
 
     return build()
 

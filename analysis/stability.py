@@ -14,8 +14,15 @@ from itertools import combinations
 import numpy as np
 import xarray as xr
 
-from analysis import kernels
-from analysis.runs import label_result, model_importance, place_of, require, seeds_of, whole_samples
+from sampimp.analysis import kernels
+from sampimp.analysis.runs import (
+    label_result,
+    model_importance,
+    place_of,
+    require,
+    seeds_of,
+    whole_samples,
+)
 from sampimp.errors import RecordError
 from sampimp.schema import REFERENCES
 
@@ -51,7 +58,7 @@ def stability(
 
     Examples
     --------
-    >>> from analysis.runs import small_cube
+    >>> from sampimp.analysis.runs import small_cube
     >>> result = stability(small_cube())
     >>> result["pair"].values.tolist()
     ['1-2', '1-3', '2-3']

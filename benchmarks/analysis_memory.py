@@ -19,7 +19,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from analysis.study import analyse
+from sampimp.analysis.analyse import analyse
 from sampimp.schema import REFERENCES, STRATEGIES, chunk_shape
 
 

@@ -28,14 +28,14 @@ from models import SmallGPT
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sampimp.capture import ImportanceRecorder
 from sampimp.config import MODELS
 from sampimp.errors import UnsupportedError
-from sampimp.fused import FusedStep
-from sampimp.models import build_model
-from sampimp.training import use_deterministic_algorithms
+from sampimp.importance.recorder import ImportanceRecorder
+from sampimp.training.fused import FusedStep
+from sampimp.training.loop import use_deterministic_algorithms
+from sampimp.training.models import build_model
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "sampimp"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 import networks
 import oracles
 

@@ -22,10 +22,10 @@ from gpu_report import NEEDS_CUDA, Report, one_line
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sampimp.capture import ImportanceRecorder
-from sampimp.fused import FusedStep
-from sampimp.models import build_mlp
-from sampimp.training import use_deterministic_algorithms
+from sampimp.importance.recorder import ImportanceRecorder
+from sampimp.training.fused import FusedStep
+from sampimp.training.loop import use_deterministic_algorithms
+from sampimp.training.models import build_mlp
 
 BATCH_SIZE, LAYERS = 100, 4  # section 3.1
 WARM_UP = 3

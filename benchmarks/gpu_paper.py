@@ -16,10 +16,10 @@ import torch
 from gpu_report import Report
 
 from sampimp.config import TrainingConfig, TrialConfig
-from sampimp.data import Dataset, Source, load_source, scale_inputs
+from sampimp.data.names import Dataset, Source, load_source, scale_inputs
 from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY
-from sampimp.strategies import make_schedule
-from sampimp.training import TrainingRun
+from sampimp.training.loop import TrainingRun
+from sampimp.training.strategies import make_schedule
 
 REFERENCE = Path(__file__).with_name("gpu-reference.npz")
 ERRORS = ("train_error", "test_error")

@@ -15,7 +15,7 @@ import tyro
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sampimp.data import _MNIST, _data_folder, _read_mnist
+from sampimp.data.names import _MNIST, _data_folder, _read_mnist
 
 ROOT = Path(__file__).parents[1]
 

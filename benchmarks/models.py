@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from sampimp.capture import ImportanceRecorder
-from sampimp.fused import FusedStep
-from sampimp.models import build_model
+from sampimp.importance.recorder import ImportanceRecorder
+from sampimp.training.fused import FusedStep
+from sampimp.training.models import build_model
 
 HEADINGS = (
     *("network", "optimizer", "batch", "ms", "times plain", "middle half"),

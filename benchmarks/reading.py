@@ -31,13 +31,13 @@ import numpy as np
 import xarray as xr
 
 from sampimp.config import TrainingConfig
-from sampimp.consolidate import consolidate
-from sampimp.cube import open_cube
-from sampimp.data import Source
-from sampimp.folder import Folder
-from sampimp.plan import DatasetInfo, Plan, PlannedTrial, read_commits
+from sampimp.data.names import Source
 from sampimp.schema import CURVES, REFERENCES, STRATEGIES, EpochRecord
-from sampimp.store import TrialRecord, write_source
+from sampimp.store.cube import open_cube
+from sampimp.store.location import Folder
+from sampimp.store.plan import DatasetInfo, Plan, PlannedTrial, read_commits
+from sampimp.store.record import TrialRecord, write_source
+from sampimp.store.sharded import consolidate
 
 LAYERS = ("L1", "L2", "L3", "Out")
 

@@ -38,9 +38,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from sampimp.capture import ImportanceRecorder, sum_by_sample
-from sampimp.fused import FusedStep
-from sampimp.models import build_mlp
+from sampimp.importance.recorder import ImportanceRecorder, sum_by_sample
+from sampimp.training.fused import FusedStep
+from sampimp.training.models import build_mlp
 
 HIDDEN, CLASSES, BATCH_SIZE = (512, 512, 512), 10, 100  # section 3.1
 LEARNING_RATE, WEIGHT_DECAY = 0.1, 1e-5  # section 3.1

@@ -18,10 +18,10 @@ import tyro
 from rich.console import Console
 
 from sampimp.config import TrainingConfig, TrialConfig
-from sampimp.data import load_dataset
-from sampimp.strategies import make_schedule
-from sampimp.training import AutogradStep, TrainingRun, make_optimizer
-from sweeps.study import StudyConfig, run
+from sampimp.data.names import load_dataset
+from sampimp.sweeps.study import StudyConfig, run
+from sampimp.training.loop import AutogradStep, TrainingRun, make_optimizer
+from sampimp.training.strategies import make_schedule
 
 
 def train_bare(dataset: str, seed: int, epochs: int) -> float:

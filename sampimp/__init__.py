@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from sampimp.schema import __version__
 
 if TYPE_CHECKING:
-    from sampimp.capture import ImportanceRecorder
-    from sampimp.cube import open_cube
-    from sampimp.data import Dataset, load_dataset
-    from sampimp.trainers import HuggingFaceImportance, LightningImportance
+    from sampimp.data.names import Dataset, load_dataset
+    from sampimp.importance.recorder import ImportanceRecorder
+    from sampimp.integrations.trainers import HuggingFaceImportance, LightningImportance
+    from sampimp.store.cube import open_cube
 
 __all__ = [
     "Dataset",
@@ -27,12 +27,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Dataset": "sampimp.data",
-    "HuggingFaceImportance": "sampimp.trainers",
-    "ImportanceRecorder": "sampimp.capture",
-    "LightningImportance": "sampimp.trainers",
-    "load_dataset": "sampimp.data",
-    "open_cube": "sampimp.cube",
+    "Dataset": "sampimp.data.names",
+    "HuggingFaceImportance": "sampimp.integrations.trainers",
+    "ImportanceRecorder": "sampimp.importance.recorder",
+    "LightningImportance": "sampimp.integrations.trainers",
+    "load_dataset": "sampimp.data.names",
+    "open_cube": "sampimp.store.cube",
 }
 
 

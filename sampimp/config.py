@@ -21,7 +21,7 @@ OPTIMIZERS = {"sgd": "SGD", "momentum": "SGD, momentum 0.9", "adam": "Adam", "ad
 """How results name the optimizers."""
 
 MODELS = ("mlp", "cnn", "resnet18", "lstm", "gru", "transformer")
-"""The networks of `sampimp.models`."""
+"""The networks of `sampimp.training.models`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ class TrialConfig:
     """One training run: which data, which batches, which initialisation."""
 
     dataset: str
-    """Key of the data set, as `sampimp.data.dataset_key` gives it."""
+    """Key of the data set, as `sampimp.data.names.dataset_key` gives it."""
     strategy: str
     """One of the reference strategies or of the paper's seven."""
     seed: int

@@ -20,3 +20,8 @@ from pathlib import Path
 # one, and a driver shows it only when told to. A cluster that asks for none does not mind.
 if "ray" not in sys.modules and (Path.home() / ".ray" / "auth_token").exists():
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+if __name__ == "sweeps":  # imported from a checkout's folder: `python -m sweeps.` and old imports
+    from sampimp._renamed import alias_package
+
+    alias_package("sweeps", "sampimp.sweeps")

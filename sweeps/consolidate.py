@@ -7,9 +7,9 @@ python sweeps/consolidate.py OUT --to s3://bucket/mnist-study
 import tyro
 from rich.console import Console
 
-from sampimp.consolidate import consolidate
 from sampimp.errors import UserError
-from sweeps.door import run_door
+from sampimp.store.sharded import consolidate
+from sampimp.sweeps.door import run_door
 
 
 def run(out: tyro.conf.Positional[str], /, to: str | None = None) -> int:

@@ -11,13 +11,13 @@ import io
 from rich.console import Console
 
 from sampimp.errors import UserError
-from sampimp.folder import Folder
-from sampimp.plan import read_commits
 from sampimp.schema import __version__, digest_json
-from sampimp.store import SNAPSHOTS
-from sweeps.door import INTERRUPTED, run_door
-from sweeps.jobs import send
-from sweeps.study import parse, run
+from sampimp.store.location import Folder
+from sampimp.store.plan import read_commits
+from sampimp.store.record import SNAPSHOTS
+from sampimp.sweeps.door import INTERRUPTED, run_door
+from sampimp.sweeps.jobs import send
+from sampimp.sweeps.study import parse, run
 
 
 def main(arguments: list[str]) -> int:
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
 def report(out: str, console: Console) -> None:
     """Analyse the study unless its report is of these very records, and print what came of it."""
     # Here: the trials need not wait for the analyses' packages, nor does a mistake to be told.
-    from analysis.report import print_summary, write_report
+    from sampimp.analysis.report import print_summary, write_report
 
     folder = Folder.of(out)
     records = digest_json([sorted(read_commits(folder)), folder.read_json(SNAPSHOTS), __version__])

@@ -4,7 +4,8 @@ The laptop only runs `ray exec`, so that ssh is the one way in, and what it runs
 module: there, next to the dashboard and its secret, the job is submitted or found, and its log
 followed. Whatever becomes of the connection, the job does not notice.
 
-    laptop   full_study.py --cluster YAML ...: send -> ray exec YAML "python -m sweeps.jobs ..."
+    laptop   full_study.py --cluster YAML ...: send -> ray exec YAML "python -m sampimp.sweeps.jobs
+    ..."
     head     main -> JobSubmissionClient -> full_study.py ..., a job
 """
 
@@ -25,7 +26,7 @@ from sampimp.schema import digest_json
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
 
-    from sweeps.study import StudyConfig
+    from sampimp.sweeps.study import StudyConfig
 
 SPEECH = "sampimp-job"
 """First word of the lines that the head says to the laptop, among those of ssh and of the job."""
@@ -52,7 +53,7 @@ def send(config: "StudyConfig", arguments: Sequence[str], console: Console) -> i
     """
     check_sendable(config)
     cluster = str(config.cluster)
-    remote = shlex.join(["python", "-m", "sweeps.jobs", *without_cluster(arguments)])
+    remote = shlex.join(["python", "-m", "sampimp.sweeps.jobs", *without_cluster(arguments)])
     ray_exec = [sys.executable, "-m", "ray.scripts.scripts", "exec", cluster]
     job = code = None
     chatter = []
@@ -177,11 +178,11 @@ def main(arguments: Sequence[str]) -> int:
     """Submit a study to the Ray that runs here, or find it running, and print its log."""
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    from sweeps.study import parse
+    from sampimp.sweeps.study import parse
 
     client = JobSubmissionClient()
     study = parse(list(arguments)).out.rstrip("/")
-    entrypoint = shlex.join([sys.executable, "-u", "-m", "sweeps.full_study", *arguments])
+    entrypoint = shlex.join([sys.executable, "-u", "-m", "sampimp.sweeps.full_study", *arguments])
     job, running, next_id = choose(client.list_jobs(), study)
     if job is None:
         # A second laptop that asks at the same moment gets the same id and is refused.

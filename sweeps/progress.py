@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sampimp.errors import UserError
-from sampimp.plan import PlannedTrial
+from sampimp.store.plan import PlannedTrial
 
 LINE_EVERY = 30.0
 """Seconds between two lines where the output is no terminal, so that a log stays short."""

@@ -8,9 +8,9 @@ import tyro
 from rich.console import Console
 
 from sampimp.errors import UserError
-from sweeps.cluster import connect
-from sweeps.door import run_door
-from sweeps.snapshots import score_snapshots
+from sampimp.sweeps.cluster import connect
+from sampimp.sweeps.door import run_door
+from sampimp.sweeps.scoring import score_snapshots
 
 
 def score(

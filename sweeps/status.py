@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import track
 
 from sampimp.errors import RecordError, UserError
-from sampimp.folder import Folder
-from sampimp.plan import Plan, PlannedTrial, read_commits, require_plan
-from sampimp.store import (
+from sampimp.store.location import Folder
+from sampimp.store.plan import Plan, PlannedTrial, read_commits, require_plan
+from sampimp.store.record import (
     SNAPSHOTS,
     LastSign,
     find_damage,
@@ -28,8 +28,8 @@ from sampimp.store import (
     stored_snapshots,
     withdraw,
 )
-from sweeps.door import run_door
-from sweeps.progress import format_clock
+from sampimp.sweeps.door import run_door
+from sampimp.sweeps.progress import format_clock
 
 QUIET = 60.0
 """Seconds, beside the time of three epochs, that a running trial may leave no sign (arbitrary)."""

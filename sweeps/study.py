@@ -23,13 +23,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.markup import escape
 
-from sampimp.capture import forward_layers
 from sampimp.config import TrainingConfig, TrialConfig, check_choice
-from sampimp.data import Source, dataset_key, scale_inputs
+from sampimp.data.names import Source, dataset_key, scale_inputs
 from sampimp.errors import ConfigError, ResourceError, StoreError, UnsupportedError
-from sampimp.folder import Folder
-from sampimp.models import build_model, identify_network, parameter_layers
-from sampimp.plan import DatasetInfo, Plan, PlannedTrial, read_commits, read_plan
+from sampimp.importance.recorder import forward_layers
 from sampimp.schema import (
     REFERENCE_SEED,
     REFERENCE_STRATEGY,
@@ -38,15 +35,18 @@ from sampimp.schema import (
     STRATEGIES,
     digest_json,
 )
-from sampimp.store import chunk_table, read_source, write_source
-from sampimp.strategies import make_schedule
-from sampimp.training import TrainingRun
-from sweeps.cluster import Cluster, check_shared, connect
-from sweeps.ingest import ingest
-from sweeps.progress import Progress
-from sweeps.searcher import PlanSearcher
-from sweeps.snapshots import score_snapshots
-from sweeps.trial import Trial
+from sampimp.store.location import Folder
+from sampimp.store.plan import DatasetInfo, Plan, PlannedTrial, read_commits, read_plan
+from sampimp.store.record import chunk_table, read_source, write_source
+from sampimp.sweeps.cluster import Cluster, check_shared, connect
+from sampimp.sweeps.ingest import ingest
+from sampimp.sweeps.progress import Progress
+from sampimp.sweeps.scoring import score_snapshots
+from sampimp.sweeps.searcher import PlanSearcher
+from sampimp.sweeps.trial import Trial
+from sampimp.training.loop import TrainingRun
+from sampimp.training.models import build_model, identify_network, parameter_layers
+from sampimp.training.strategies import make_schedule
 
 LONG = 3600.0
 """Seconds from which a study on one machine is told of the cluster (arbitrary)."""

@@ -11,11 +11,11 @@ from typing import Any
 
 from ray import tune
 
-from sampimp.folder import Folder
-from sampimp.plan import Plan
-from sampimp.store import SupersededError, TrialRecord
-from sweeps.provenance import describe_machine
-from sweeps.workers import Sources, Team, WorkerDiedError
+from sampimp.store.location import Folder
+from sampimp.store.plan import Plan
+from sampimp.store.record import SupersededError, TrialRecord
+from sampimp.sweeps.provenance import describe_machine
+from sampimp.sweeps.team import Sources, Team, WorkerDiedError
 
 
 class Trial(tune.Trainable):

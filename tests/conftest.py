@@ -38,13 +38,13 @@ RAY = (
         f"tests/sweeps/test_{name}.py"
         for name in (
             *("cluster", "consolidate", "door", "full_study", "ingest", "s3"),
-            *("readme", "schedulers", "snapshots", "study", "workers"),
+            *("readme", "schedulers", "scoring", "study", "team"),
         )
     ),
 )
 """Where one Ray cluster and one finished study are shared by many tests."""
 
-BY_FILE = ("tests/analysis/", "tests/sampimp/test_trainers.py")
+BY_FILE = ("tests/analysis/", "tests/integrations/")
 """Where the tests of a file share results or reports, or libraries that take seconds to import."""
 
 

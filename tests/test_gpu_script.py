@@ -77,7 +77,7 @@ def test_it_runs_without_ray_and_without_a_package_index(bare, tmp_path):
 
 def test_a_wrong_importance_is_named_and_counts(load, tmp_path, monkeypatch, capsys):
     exactness = load("gpu_exactness")
-    rule = importlib.import_module("sampimp.optimizers").SGDRule
+    rule = importlib.import_module("sampimp.importance.optimizers").SGDRule
     right = rule.after
     monkeypatch.setattr(rule, "after", lambda self, step: (1 + 1e-6) * right(self, step))
     monkeypatch.setattr(exactness, "FORMS", {})

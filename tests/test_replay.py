@@ -19,8 +19,8 @@ from rich.console import Console
 
 import sampimp
 from sampimp.schema import REFERENCES, STRATEGIES
-from sweeps import study
-from sweeps.cluster import Cluster, Machines
+from sampimp.sweeps import study
+from sampimp.sweeps.cluster import Cluster, Machines
 
 EPOCHS = 3
 BATCH_SIZE = 60

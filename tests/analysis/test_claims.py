@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from analysis._example import TEST_ERROR, build
-from analysis.claims import CLAIMS, VERDICTS, Evidence, claims, judge
-from analysis.curves import strategy_curves
-from analysis.study import analyse
+from sampimp.analysis._example import TEST_ERROR, build
+from sampimp.analysis.analyse import analyse
+from sampimp.analysis.claims import CLAIMS, VERDICTS, Evidence, claims, judge
+from sampimp.analysis.curves import strategy_curves
 
 
 @pytest.fixture(scope="module")

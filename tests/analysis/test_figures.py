@@ -1,8 +1,6 @@
 """Figures show the values given, with units, for any number of layers, classes and strategies."""
 
-import importlib.util
-from pathlib import Path
-
+import made_results as made
 import numpy as np
 import pytest
 import xarray as xr
@@ -10,14 +8,8 @@ from matplotlib.collections import PathCollection, PolyCollection, QuadMesh
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis import figures
+from sampimp.analysis import figures
 from sampimp.schema import REFERENCES, STRATEGIES
-
-_spec = importlib.util.spec_from_file_location(
-    "made_results", Path(__file__).with_name("made_results.py")
-)
-made = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(made)
 
 SMALL = {"samples": 200, "clusters": 3}
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from analysis import kernels
+from sampimp.analysis import kernels
 
 # A few distinct values only, so that ties are frequent, as they are in the NLL of easy samples.
 tied = st.sampled_from([0.0, 1e-30, 0.5, 1.0, 3.0, 1e8])

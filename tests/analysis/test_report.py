@@ -1,24 +1,18 @@
 """The report holds every number and figure, asks for nothing from outside, and survives gaps."""
 
-import importlib.util
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import made_results as made
 import numpy as np
 import pytest
 import xarray as xr
 from rich.console import Console
 
-from analysis import report
-from analysis._example import build
+from sampimp.analysis import report
+from sampimp.analysis._example import build
 from sampimp.errors import RecordError, StoreError
-
-_spec = importlib.util.spec_from_file_location(
-    "made_results", Path(__file__).with_name("made_results.py")
-)
-made = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(made)
 
 
 class Page(HTMLParser):

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from analysis import clusters as clusters_module
-from analysis import runs
-from analysis._example import build
-from analysis.clusters import cluster_count, clusters
-from analysis.curves import strategy_curves
-from analysis.decomposition import decomposition, importance_groups, importance_histogram
-from analysis.difficulty import importance_against_nll
-from analysis.paths import parameter_paths
-from analysis.stability import stability
-from analysis.study import RESULTS, analyse
+from sampimp.analysis import clusters as clusters_module
+from sampimp.analysis import runs
+from sampimp.analysis._example import build
+from sampimp.analysis.analyse import RESULTS, analyse
+from sampimp.analysis.clusters import cluster_count, clusters
+from sampimp.analysis.curves import strategy_curves
+from sampimp.analysis.decomposition import decomposition, importance_groups, importance_histogram
+from sampimp.analysis.difficulty import importance_against_nll
+from sampimp.analysis.paths import parameter_paths
+from sampimp.analysis.stability import stability
 from sampimp.errors import ConfigError, RecordError
 
 LAZY = {

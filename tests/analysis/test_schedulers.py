@@ -1,27 +1,21 @@
 """Where dask computes makes no difference to what it computes."""
 
-import importlib.util
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import dask
+import oracles
 import pytest
 import xarray as xr
 
-from analysis.decomposition import decomposition
-from analysis.difficulty import importance_against_nll
-from analysis.report import main
-from analysis.schedulers import use_scheduler
-from analysis.study import compute_together
-from sampimp.cube import open_cube
+from sampimp.analysis.analyse import compute_together
+from sampimp.analysis.decomposition import decomposition
+from sampimp.analysis.difficulty import importance_against_nll
+from sampimp.analysis.report import main
+from sampimp.analysis.schedulers import use_scheduler
 from sampimp.errors import ResourceError
-
-SAMPIMP = Path(__file__).parents[1] / "sampimp"
-_spec = importlib.util.spec_from_file_location("oracles", SAMPIMP / "oracles.py")
-oracles = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(oracles)
+from sampimp.store.cube import open_cube
 
 distributed = pytest.importorskip("distributed")
 
@@ -85,7 +79,7 @@ def test_its_address_is_found_in_the_environments_place(study, scheduler):
 
 
 def test_a_wrong_address_is_said(study, monkeypatch, capsys):
-    monkeypatch.setattr("analysis.schedulers.PATIENCE", "1 s")
+    monkeypatch.setattr("sampimp.analysis.schedulers.PATIENCE", "1 s")
     address = "tcp://127.0.0.1:9"
     assert main([str(study), "--scheduler", "distributed", "--scheduler-address", address]) == 2
     said = " ".join(capsys.readouterr().err.split())
@@ -96,7 +90,7 @@ def test_a_wrong_address_is_said(study, monkeypatch, capsys):
 
 def test_a_wrong_address_of_ray_is_said(study):
     """Ask in a process of its own: another test may have connected this one to Ray."""
-    command = [sys.executable, "-m", "analysis.report", str(study), "--scheduler", "ray"]
+    command = [sys.executable, "-m", "sampimp.analysis.report", str(study), "--scheduler", "ray"]
     done = subprocess.run(
         [*command, "--scheduler-address", "nonsense:port"], capture_output=True, text=True
     )

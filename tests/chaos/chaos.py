@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.table import Table
 
 import sampimp
-from sampimp.folder import Folder
-from sampimp.plan import read_commits, require_plan
-from sweeps import status
+from sampimp.store.location import Folder
+from sampimp.store.plan import read_commits, require_plan
+from sampimp.sweeps import status
 
 TRIALS, EPOCHS = 10, 24
 STUDY = (

@@ -1,21 +1,14 @@
 """A short storm; `make chaos` is the long one."""
 
-import importlib.util
 from io import StringIO
-from pathlib import Path
 
 import chaos
+import oracles
 import pytest
 from rich.console import Console
 
-from sampimp.data import load_source
-from sweeps.study import make_plan, parse
-
-_spec = importlib.util.spec_from_file_location(
-    "oracles", Path(__file__).parents[1] / "sampimp" / "oracles.py"
-)
-oracles = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(oracles)
+from sampimp.data.names import load_source
+from sampimp.sweeps.study import make_plan, parse
 
 STUDY = (
     *("--preset", "digits", "--hidden", "16", "--epochs", "8", "--batch-size", "5"),

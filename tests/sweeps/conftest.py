@@ -16,9 +16,9 @@ import ray
 from processes import Driver
 from rich.console import Console
 
-from sweeps import study
-from sweeps.cluster import Cluster, Machines
-from sweeps.study import parse
+from sampimp.sweeps import study
+from sampimp.sweeps.cluster import Cluster, Machines
+from sampimp.sweeps.study import parse
 
 TINY = (
     *("--preset", "digits", "--hidden", "16", "--epochs", "3", "--batch-size", "25"),

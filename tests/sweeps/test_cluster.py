@@ -13,11 +13,11 @@ from processes import command_of
 from ray.autoscaler._private.util import prepare_config
 from rich.console import Console
 
-from sampimp.data import load_source
+from sampimp.data.names import load_source
 from sampimp.errors import ResourceError, StoreError
-from sweeps import cluster as cluster_module
-from sweeps import study
-from sweeps.cluster import (
+from sampimp.sweeps import cluster as cluster_module
+from sampimp.sweeps import study
+from sampimp.sweeps.cluster import (
     Cluster,
     Machines,
     autoscaling_config,
@@ -25,7 +25,7 @@ from sweeps.cluster import (
     connect,
     machines_to_come,
 )
-from sweeps.study import check_cluster, concurrent_trials, make_plan, parse
+from sampimp.sweeps.study import check_cluster, concurrent_trials, make_plan, parse
 
 ROOT = Path(__file__).parents[2]
 HEAD = Machines(1, cpus=0, gpus=0)

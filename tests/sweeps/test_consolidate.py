@@ -3,8 +3,8 @@
 import numpy as np
 import xarray as xr
 
-from sampimp.cube import open_cube
-from sweeps.consolidate import main
+from sampimp.store.cube import open_cube
+from sampimp.sweeps.consolidate import main
 
 
 def test_a_finished_study_is_one_store(finished, tmp_path, capsys):

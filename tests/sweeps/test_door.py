@@ -8,11 +8,11 @@ import time
 import pytest
 from processes import TRAIN, Driver
 
-from sweeps.door import INTERRUPTED
+from sampimp.sweeps.door import INTERRUPTED
 
 COMMAND = """
 import atexit, os, signal, sys, threading, time
-from sweeps.door import run_door
+from sampimp.sweeps.door import run_door
 
 def main(arguments):
     atexit.register(time.sleep, 0.3)
@@ -83,7 +83,7 @@ def test_ctrl_c_pressed_again_and_again_is_heard_once(pause):
 
 
 def test_what_is_swallowed_can_be_pressed_again():
-    swallow = "from sweeps import door; door.PAUSE = 0.2\n        "
+    swallow = "from sampimp.sweeps import door; door.PAUSE = 0.2\n        "
     swallow += "try:\n            print('ready', flush=True)\n            time.sleep(60)\n"
     swallow += "        except KeyboardInterrupt:\n"
     swallow += "            print('swallowed', flush=True)\n        time.sleep(60)"

@@ -13,12 +13,12 @@ from rich.console import Console
 from torch.nn import functional
 
 import sampimp
-from sampimp.data import load_source
-from sampimp.folder import Folder
-from sampimp.models import build_model, flatten_parameters, load_parameters
-from sampimp.plan import PlannedTrial, read_plan
-from sweeps import full_study, searcher
-from sweeps.study import conclude, make_plan, parse
+from sampimp.data.names import load_source
+from sampimp.store.location import Folder
+from sampimp.store.plan import PlannedTrial, read_plan
+from sampimp.sweeps import full_study, searcher
+from sampimp.sweeps.study import conclude, make_plan, parse
+from sampimp.training.models import build_model, flatten_parameters, load_parameters
 
 NOISE = ("warning", "traceback", "ray::", "(pid=", "raylet", "tune", "deprecat", "trial name")
 """What belongs into a log and not onto a terminal."""

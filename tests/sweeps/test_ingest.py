@@ -10,10 +10,10 @@ import pytest
 import ray
 from PIL import Image
 
-from sampimp import data
-from sampimp.data import load_source
+from sampimp.data import names as data
+from sampimp.data.names import load_source
 from sampimp.errors import ConfigError, DataError
-from sweeps.ingest import decode_block, ingest
+from sampimp.sweeps.ingest import decode_block, ingest
 
 
 @pytest.fixture(scope="module")

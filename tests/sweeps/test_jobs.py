@@ -12,8 +12,8 @@ from ray.job_submission import JobStatus
 from rich.console import Console
 
 from sampimp.errors import ConfigError, ResourceError
-from sweeps import full_study, jobs
-from sweeps.study import parse
+from sampimp.sweeps import full_study, jobs
+from sampimp.sweeps.study import parse
 
 SENT = ["--preset", "digits", "--out", "s3://bucket/study"]
 
@@ -91,7 +91,7 @@ def test_the_log_is_shown_and_the_exit_code_is_the_studys(send, cluster):
     assert code == 3
     head, *log = text.splitlines()
     assert head == (f"The study runs as job sampimp-1f0c-1 on {cluster}. Ctrl-C leaves it running.")
-    command = "python -m sweeps.jobs --preset digits --out s3://bucket/study"
+    command = "python -m sampimp.sweeps.jobs --preset digits --out s3://bucket/study"
     assert log == ["[bold]5 trials[/]", str([cluster, command])]
 
 

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.errors import StoreError
-from sampimp.plan import PlannedTrial
-from sweeps import progress as module
-from sweeps.progress import LINE_EVERY, Progress
+from sampimp.store.plan import PlannedTrial
+from sampimp.sweeps import progress as module
+from sampimp.sweeps.progress import LINE_EVERY, Progress
 
 DONE, DIVERGED = {"diverged_epoch": None}, {"diverged_epoch": 2}
 

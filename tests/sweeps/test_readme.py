@@ -25,8 +25,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import sampimp
-from analysis import report
-from sweeps import consolidate, score_snapshots, status, study
+from sampimp.analysis import report
+from sampimp.sweeps import consolidate, score_snapshots, status, study
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

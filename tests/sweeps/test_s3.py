@@ -30,14 +30,14 @@ from obstore.store import S3Store
 from rich.console import Console
 
 import sampimp
-from analysis import report
-from sampimp import folder as folder_module
+from sampimp.analysis import report
 from sampimp.errors import StoreError
-from sampimp.folder import Folder
-from sampimp.plan import read_commits
-from sampimp.store import ERRORS, open_array, zarr_store
-from sweeps import full_study, study
-from sweeps.snapshots import score_snapshots
+from sampimp.store import location as folder_module
+from sampimp.store.location import Folder
+from sampimp.store.plan import read_commits
+from sampimp.store.record import ERRORS, open_array, zarr_store
+from sampimp.sweeps import full_study, study
+from sampimp.sweeps.scoring import score_snapshots
 
 KEY, SECRET = "STUDYKEY", "secret-of-the-study-5f1a"
 IDENTITIES = """{"identities": [

@@ -4,10 +4,10 @@ import dask
 import pytest
 import xarray as xr
 
-from analysis.decomposition import decomposition
-from analysis.schedulers import use_scheduler
-from analysis.study import compute_together
-from sampimp.cube import open_cube
+from sampimp.analysis.analyse import compute_together
+from sampimp.analysis.decomposition import decomposition
+from sampimp.analysis.schedulers import use_scheduler
+from sampimp.store.cube import open_cube
 
 
 @pytest.mark.usefixtures("cluster")

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from sampimp.config import TrainingConfig
 from sampimp.errors import StoreError
-from sampimp.folder import Folder
-from sampimp.plan import DatasetInfo, Plan, read_commits
 from sampimp.schema import SORTED_STRATEGIES
-from sweeps.searcher import RESTARTS, RETRIES, PlanSearcher
+from sampimp.store.location import Folder
+from sampimp.store.plan import DatasetInfo, Plan, read_commits
+from sampimp.sweeps.searcher import RESTARTS, RETRIES, PlanSearcher
 
 FINISHED = PlanSearcher.FINISHED
 

@@ -1,24 +1,17 @@
 """What the store says of a study, and what becomes of a damaged trial."""
 
-import importlib.util
 import json
 import os
-from pathlib import Path
 
 import numpy as np
+import oracles
 import pytest
 
 import sampimp
-from sampimp.plan import read_commits
-from sampimp.store import SNAPSHOTS, TrialRecord, write_snapshot
-from sweeps import status
-from sweeps.status import inspect
-
-_spec = importlib.util.spec_from_file_location(
-    "oracles", Path(__file__).parents[1] / "sampimp" / "oracles.py"
-)
-oracles = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(oracles)
+from sampimp.store.plan import read_commits
+from sampimp.store.record import SNAPSHOTS, TrialRecord, write_snapshot
+from sampimp.sweeps import status
+from sampimp.sweeps.status import inspect
 
 
 class Study:

@@ -14,8 +14,7 @@ from ray import tune
 from ray.exceptions import OutOfMemoryError
 from rich.console import Console
 
-from sampimp.cube import open_cube
-from sampimp.data import load_source
+from sampimp.data.names import load_source
 from sampimp.errors import (
     ConfigError,
     ResourceError,
@@ -23,12 +22,13 @@ from sampimp.errors import (
     UnsupportedError,
     UserError,
 )
-from sampimp.folder import Folder
 from sampimp.schema import REFERENCES, STRATEGIES
-from sweeps import cluster as cluster_module
-from sweeps import full_study, study
-from sweeps.cluster import Cluster, Machines, connect
-from sweeps.study import StudyConfig, check_cluster, make_plan, parse, trial_bytes
+from sampimp.store.cube import open_cube
+from sampimp.store.location import Folder
+from sampimp.sweeps import cluster as cluster_module
+from sampimp.sweeps import full_study, study
+from sampimp.sweeps.cluster import Cluster, Machines, connect
+from sampimp.sweeps.study import StudyConfig, check_cluster, make_plan, parse, trial_bytes
 
 DIGITS = ("--preset", "digits", "--hidden", "16", "--epochs", "3")
 

@@ -1,0 +1,1 @@
+"""The data sets: from their source to the arrays that training sees."""

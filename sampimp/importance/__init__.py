@@ -1,0 +1,1 @@
+"""Sample importance of a training step: recorder, gradients, update, rules, ownership."""

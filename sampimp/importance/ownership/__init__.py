@@ -1,0 +1,1 @@
+"""Which sample each row of an output gradient belongs to, and its proof."""

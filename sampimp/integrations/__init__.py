@@ -1,0 +1,1 @@
+"""Callbacks for PyTorch Lightning and Hugging Face Trainer."""

@@ -1,0 +1,1 @@
+"""The store of a study: records, commits, digests, plan and the cube over them."""

@@ -1,0 +1,256 @@
+"""Write a finished study as one sharded Zarr store per data set, to publish and to read by sample.
+
+    DEST/mnist.zarr    what `open_cube(OUT)["mnist"]` shows; `xarray.open_zarr` reads it
+
+A trial writes one epoch at a time, so all epochs of one sample lie in as many objects as there are
+epochs. Here a chunk holds all epochs of a few samples, and a shard, one object, many chunks.
+
+The store's own zarr.json is put last, once every value was read back and compared: a store that is
+not whole cannot be opened, and the same call begins it again.
+
+Map: `consolidate`; `chunk_and_shard` (the layout).
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from sampimp.errors import RecordError, StoreError
+from sampimp.schema import VARIABLES, digest_json
+from sampimp.store.cube import open_cube
+from sampimp.store.location import Folder
+from sampimp.store.plan import PlannedTrial, read_commits, require_plan
+from sampimp.store.record import SNAPSHOTS, open_for_writing, zarr_store
+
+CHUNK_BYTES = 2**20
+"""Of one chunk, which is the least that is read. On 8 trials of 20,000 samples, with 64 KiB, 256
+KiB and 1 MiB: one sample of all trials 0.04, 0.02, 0.04 s; one epoch of one trial 1.5, 0.3, 0.1 s;
+all 11, 3.5, 1.0 s (from the records 2.9 s)."""
+SHARD_BYTES = 2**25
+"""Of one shard, at most: an object that a link of 0.6 MB/s puts within
+`sampimp.store.location.TIMEOUT`."""
+BLOCK_BYTES = 2**27
+"""Held in memory at a time, and about three times that while it is encoded (arbitrary)."""
+
+UNFINISHED = "sampimp_unfinished"
+"""In the attributes of a store whose arrays are being made; it is opened by nobody but us."""
+
+
+@dataclass(frozen=True)
+class Consolidated:
+    """One data set's store."""
+
+    path: str
+    bytes: int
+    """Of its values, not compressed."""
+    written: bool
+    """False if it was there already, of these very records."""
+
+
+def consolidate(
+    out: str | os.PathLike[str] | Folder,
+    to: str | os.PathLike[str] | Folder | None = None,
+    progress: Callable[[str], None] = lambda words: None,
+) -> list[Consolidated]:
+    """Write each data set of a finished study as one store, and compare it with the trials.
+
+    Parameters
+    ----------
+    out
+        The study's folder or s3:// URL.
+    to
+        Where the stores go, a folder or s3:// URL; OUT/consolidated by default.
+    progress
+        Called with a few words before each variable.
+
+    Returns
+    -------
+    list of Consolidated
+        One for each data set. What is there already, of the same records, is left as it is.
+
+    Raises
+    ------
+    StoreError
+        There is no study, or something else is where a store would go.
+    RecordError
+        Trials are missing, a chunk is damaged, or what was written is not what is read back.
+    """
+    folder = Folder.of(out)
+    target = folder / "consolidated" if to is None else Folder.of(to)
+    plan, commits = require_plan(folder), read_commits(folder)
+    trials = plan.resolve(commits)
+    _require_finished(trials, folder)
+    snapshots = folder.read_json(SNAPSHOTS) or {}
+    tree = open_cube(folder)
+    study = {name: value for name, value in tree.attrs.items() if name != "study"}  # a path
+    done = []
+    for key in plan.datasets:
+        named = {t.trial_id: t.commit for t in trials if t.config.dataset == key and t.commit}
+        records = digest_json(
+            [[n, c["digests"], c["curves"], snapshots.get(n)] for n, c in named.items()]
+        )
+        node = tree[plan.node(key)]
+        cube = node.to_dataset().assign_attrs({**study, **node.attrs, "records": records})
+        store = target / f"{key}.zarr"
+        written = _begin(store, cube)
+        if written:
+            _write(store, cube, lambda words, key=key: progress(f"{key}: {words}"))  # type: ignore[misc]
+        done.append(Consolidated(str(store), cube.nbytes, written))
+    return done
+
+
+def _require_finished(trials: list[PlannedTrial], folder: Folder) -> None:
+    missing = [trial.label for trial in trials if trial.commit is None]
+    if missing:
+        most = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+        raise RecordError(
+            expected="a finished study, with every planned trial committed",
+            got=f"{len(missing)} of {len(trials)} trials missing: {most}",
+            where=str(folder),
+            todo="run the study's own command again, which trains what is missing, then this one",
+        )
+
+
+def _begin(store: Folder, cube: xr.Dataset) -> bool:
+    """Make room for a store; return False if it is there already, of the same records."""
+    root = store.read_json("zarr.json")
+    if root is not None:
+        found = root.get("attributes", {})
+        if found.get("records") == cube.attrs["records"]:
+            return False
+        ours = "records" in found or UNFINISHED in found
+    else:  # one that was interrupted has arrays and nothing else
+        ours = not store.files() and set(store.folders()) <= set(map(str, cube.variables))
+    if not ours:
+        raise StoreError(
+            expected="nothing, or a store that this command wrote",
+            got=", ".join((store.folders() + store.files())[:8]),
+            where=str(store),
+            todo="choose another --to, or remove it; nothing there was touched",
+        )
+    store.remove()
+    return True
+
+
+def _write(store: Folder, cube: xr.Dataset, progress: Callable[[str], None]) -> None:
+    """Write the arrays, compare them, and put zarr.json last."""
+    texts = {n: v.astype(object) for n, v in cube.variables.items() if v.dtype.kind == "U"}
+    template = cube.assign({n: v for n, v in texts.items() if n not in cube.dims})
+    template = template.assign_coords(
+        {n: (n, v.values) for n, v in texts.items() if n in cube.dims}
+    )
+    template.attrs = {UNFINISHED: True}  # zarr.json is there while the arrays are made
+    lazy = [str(name) for name in cube.data_vars if cube[name].chunks is not None]
+    with warnings.catch_warnings():
+        # Of text and of consolidated metadata Zarr 3.1 says that they are no part of the
+        # specification of version 3 yet.
+        warnings.filterwarnings("ignore", ".*specification.*")
+        template.to_zarr(
+            zarr_store(store),
+            mode="w-",
+            zarr_format=3,
+            consolidated=True,
+            compute=False,  # all but the lazy variables is written now
+            safe_chunks=False,
+            encoding={name: _encoding(name, cube[name]) for name in lazy},
+        )
+    root = store.read_json("zarr.json")
+    root["attributes"] = cube.attrs
+    store.delete("zarr.json")
+    for name in lazy:
+        progress(f"writing {name}")
+        array = open_for_writing(store, name)
+        for region in blocks(cube, name):
+            array[region] = cube[name][region].values
+    for name in map(str, cube.variables):
+        progress(f"comparing {name}")
+        array = open_for_writing(store, name)
+        for region in blocks(cube, name):
+            _compare(
+                np.asarray(array[region]), cube[name][region].values, f"{store}/{name}", region
+            )
+    store.write_json("zarr.json", root)
+
+
+def _compare(found: np.ndarray, expected: np.ndarray, where: str, region: Any) -> None:
+    floats = expected.dtype.kind == "f"
+    if found.shape == expected.shape and np.array_equal(found, expected, equal_nan=floats):
+        return
+    raise RecordError(
+        expected="the values of the trials' records",
+        got="others",
+        where=f"{where}, {region}",
+        todo="run the same command again, which writes this store anew",
+    )
+
+
+def _encoding(name: str, array: xr.DataArray) -> dict[str, Any]:
+    chunk, shard = chunk_and_shard(array.dims, array.shape, array.dtype.itemsize)
+    encoding: dict[str, Any] = {"chunks": chunk}
+    if shard != chunk:
+        encoding["shards"] = shard
+    if array.dtype.kind == "f":
+        encoding["fill_value"] = np.nan  # a trial that is not in the grid is not written
+    if name == "parameters":
+        encoding["compressors"] = None  # as in the records: noise to a compressor
+    return encoding
+
+
+def chunk_and_shard(
+    dims: tuple[Any, ...], shape: tuple[int, ...], itemsize: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the chunk and the shard of a variable.
+
+    Both hold one trial. A chunk holds all epochs of a few samples; of parameters, which are read
+    by state, one state of many. Images are samples with nothing before them; a curve is one chunk.
+
+    Examples
+    --------
+    >>> dims = ("strategy", "seed", "epoch", "layer", "sample")
+    >>> chunk_and_shard(dims, (9, 5, 50, 4, 50_000), 4)
+    ((1, 1, 50, 4, 1310), (1, 1, 50, 4, 41920))
+    >>> chunk_and_shard(("strategy", "seed", "epoch"), (9, 5, 50), 8)
+    ((9, 5, 50), (9, 5, 50))
+    """
+    along = _long_dim(dims)
+    if along is None:
+        return shape, shape
+    axis = dims.index(along)
+    shard = [
+        1 if dim in ("strategy", "seed") else size for dim, size in zip(dims, shape, strict=True)
+    ]
+    chunk = [1 if dim == "state" else size for dim, size in zip(dims, shard, strict=True)]
+    row = itemsize * int(np.prod(chunk)) // max(1, shape[axis])  # bytes of one step along the axis
+    chunk[axis] = max(1, min(shape[axis], CHUNK_BYTES // max(1, row)))
+    row = itemsize * int(np.prod(shard)) // max(1, shape[axis])
+    count = max(1, min(-(-shape[axis] // chunk[axis]), SHARD_BYTES // max(1, row * chunk[axis])))
+    shard[axis] = count * chunk[axis]
+    return tuple(chunk), tuple(shard)
+
+
+def _long_dim(dims: tuple[Any, ...]) -> str | None:
+    return next((dim for dim in ("sample", "parameter") if dim in dims), None)
+
+
+def blocks(cube: xr.Dataset, name: str) -> Iterator[tuple[slice, ...]]:
+    """Yield the regions to write at a time, each of whole shards, of the trials that are there."""
+    array = cube[name]
+    along = _long_dim(array.dims)
+    if along is None:
+        yield tuple(map(slice, array.shape))
+        return
+    axis = array.dims.index(along)
+    _, shard = chunk_and_shard(array.dims, array.shape, array.dtype.itemsize)
+    width = shard[axis] * max(1, BLOCK_BYTES // (int(np.prod(shard)) * array.dtype.itemsize))
+    own = array.shape[2:] if name in VARIABLES else array.shape
+    places = np.argwhere(cube["trial"].values != "") if name in VARIABLES else np.empty((1, 0), int)
+    for place in places.tolist():
+        for start in range(0, array.shape[axis], width):
+            region = [slice(i, i + 1) for i in place] + [slice(0, size) for size in own]
+            region[axis] = slice(start, min(start + width, array.shape[axis]))
+            yield tuple(region)

@@ -1,0 +1,1 @@
+"""Training runs: the loop, the networks, the batch strategies, the process group."""

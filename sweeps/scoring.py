@@ -1,0 +1,238 @@
+"""Snapshot importance: every sample at the fixed parameters of the end of an epoch.
+
+A Ray Data job over the stored parameters: each row names one epoch of one trial, `map_batches`
+scores all samples there and writes them, one writer for each whole chunk. It needs nothing but the
+store, so it can be asked for long after a study is done. What is scored is not scored again.
+"""
+
+import io
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from sampimp.config import OPTIMIZERS
+from sampimp.data.names import Dataset, Scaling, Source, scale_inputs
+from sampimp.errors import ConfigError, StoreError
+from sampimp.importance.recorder import snapshot_importance
+from sampimp.store.location import Folder
+from sampimp.store.plan import Plan, read_commits, require_plan
+from sampimp.store.record import CHECKPOINTS, SNAPSHOTS, StoredVariable, read_source, write_snapshot
+from sampimp.sweeps.ingest import quiet_ray_data
+from sampimp.training.loop import use_deterministic_algorithms
+from sampimp.training.models import build_model, load_parameters, require_network
+
+
+def score_snapshots(
+    out: str,
+    every: int,
+    console: Console,
+    *,
+    model: str | None = None,
+    cpus: float = 1,
+    gpus: float = 0,
+) -> int:
+    """Score every so many epochs of every committed trial that stored their parameters.
+
+    Parameters
+    ----------
+    out
+        The study.
+    every
+        Epochs between two snapshots.
+    console
+        Where progress is shown.
+    model
+        The study's network; needed where that is `package.module:function`, which is code to run.
+    cpus, gpus
+        What scoring one epoch takes at a time.
+
+    Returns
+    -------
+    int
+        Epochs scored now, those that were there already not counted.
+
+    Raises
+    ------
+    StoreError
+        There is no study.
+    ConfigError
+        Parameters of these epochs were not stored, or the network is another one or not named.
+    """
+    folder = Folder.of(out)
+    plan = require_plan(folder)
+    check_model(plan, model)
+    epochs = check_epochs(plan, every)
+    scored: dict[str, dict[str, list[str]]] = folder.read_json(SNAPSHOTS) or {}
+    rows = [
+        {"trial": trial.trial_id, "dataset": trial.config.dataset, "epoch": epoch}
+        for trial in plan.resolve(read_commits(folder))
+        if trial.commit is not None
+        for epoch in epochs
+        if epoch <= trial.commit["epochs"]
+        and str(epoch) not in scored.get(trial.trial_id or "", ())
+    ]
+    if not rows:
+        return 0
+    sources = {key: ray.put(_require_source(folder, key)) for key in plan.datasets}
+    columns = (TextColumn("Scoring snapshots"), BarColumn(), MofNCompleteColumn())
+    with (
+        quiet_ray_data(),
+        Progress(*columns, TimeRemainingColumn(), console=console) as progress,
+    ):
+        job = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            partial(score_rows, out=str(folder), plan=plan.to_json(), sources=sources),
+            num_cpus=cpus,
+            num_gpus=gpus,
+        )
+        task = progress.add_task("", total=len(rows))
+        for row in job.iter_rows():
+            scored.setdefault(row["trial"], {})[str(row["epoch"])] = list(row["digests"])
+            progress.advance(task)
+    folder.write_json(SNAPSHOTS, scored)
+    return len(rows)
+
+
+def check_model(plan: Plan, model: str | None) -> None:
+    """Raise ConfigError where a study's network is not the one that was named, or is not known.
+
+    A store may be somebody else's, and its `package.module:function` any function at all, which
+    would be imported and called: so a person has to name it as well.
+    """
+    name = plan.training.model
+    if model != name and (model is not None or ":" in name):
+        raise ConfigError(
+            expected=f"option --model {name}",
+            got="none" if model is None else f"--model {model}",
+            where="study.json, which names the network",
+            todo="name it if you know that function and trust it: it is imported and called",
+        )
+    if ":" in name and any(info.network is None for info in plan.datasets.values()):
+        raise ConfigError(
+            expected=f"a study that notes what its network {name} is",
+            got="one of an earlier version, which noted its name alone",
+            where="study.json",
+            todo="use the in-step importance: nobody can tell whether the network is the same",
+        )
+
+
+def check_epochs(plan: Plan, every: int) -> list[int]:
+    """Return the epochs to score, or raise ConfigError if their parameters are not stored."""
+    if plan.training.optimizer in ("adam", "adamw"):
+        raise ConfigError(
+            expected="SGD, whose rate alone makes a gradient an update",
+            got=OPTIMIZERS[plan.training.optimizer],
+            where="option --every",
+            todo="use the in-step importance, which knows the optimizer's state",
+        )
+    epochs = list(range(every, plan.training.epochs + 1, every)) if every > 0 else []
+    lacking = sorted(set(epochs) - set(plan.training.stored_states()))
+    if not epochs or lacking:
+        raise ConfigError(
+            expected=f"a number from 1 to {plan.training.epochs} whose multiples have parameters",
+            got=f"{every}" + (f"; no parameters of epoch {lacking[0]}" if lacking else ""),
+            where="option --every",
+            todo=f"parameters are stored every {plan.training.parameters_every} epochs: choose a "
+            "multiple of that",
+        )
+    return epochs
+
+
+def _require_source(folder: Folder, key: str) -> Source:
+    source = read_source(folder / "datasets" / f"{key}.zarr")
+    if source is None:
+        raise StoreError(
+            expected="the study's data set",
+            got="none, or one that is not complete",
+            where=f"{folder}/datasets/{key}.zarr",
+            todo="run full_study.py once more with the same options: it stores it again",
+        )
+    return source
+
+
+def score_rows(
+    batch: dict[str, np.ndarray],
+    *,
+    out: str,
+    plan: Mapping[str, Any],
+    sources: Mapping[str, "ray.ObjectRef[Source]"],
+) -> dict[str, np.ndarray]:
+    """Score and write the epochs that a batch of rows names; return the rows with their digests.
+
+    Parameters
+    ----------
+    batch
+        `trial` (folder), `dataset` (key) and `epoch`, each [N].
+    out, plan
+        The study's store, and its plan as JSON.
+    sources
+        Its data sets by key.
+    """
+    study, folder = Plan.from_json(plan), Folder.of(out)
+    torch.set_num_threads(study.training.threads)
+    digests = []
+    for trial, key, epoch in zip(batch["trial"], batch["dataset"], batch["epoch"], strict=True):
+        data = _scaled(sources[key], study.training.input_scaling)
+        digests.append(_score(study, folder / "trials" / str(trial), str(key), int(epoch), data))
+    return {**batch, "digests": np.array(digests)}
+
+
+@lru_cache(maxsize=1)  # Ray keeps the process for the next rows; two data sets may not fit
+def _scaled(source: "ray.ObjectRef[Source]", scaling: Scaling) -> Dataset:
+    return scale_inputs(ray.get(source), scaling)
+
+
+def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> list[str]:
+    info, training, layout = plan.datasets[key], plan.training, plan.layout(key)
+    commit = trial.read_json("COMMIT.json")
+    stored = StoredVariable.of(trial, "parameters", layout, commit)
+    flat_P = stored.read(layout.states.index(epoch))
+    # By the trial's own seed: a network may have made buffers by it, which are not stored.
+    model = build_model(
+        training.model, info.input_shape, training.hidden, len(info.class_names), commit["seed"]
+    )
+    require_network(training.model, model, info.network)
+    _require_constant_buffers(model, trial)
+    load_parameters(model, torch.from_numpy(flat_P))
+    device = torch.device(training.device)
+    if device.type == "cuda":
+        use_deterministic_algorithms()
+    importance = snapshot_importance(
+        model.to(device),
+        torch.from_numpy(data.train_inputs).to(device),
+        torch.from_numpy(data.train_labels).to(device),
+        rate=training.rate(epoch) / training.batch_size,
+    )
+    return write_snapshot(trial, layout, epoch, importance.float().numpy())
+
+
+def _require_constant_buffers(model: nn.Module, trial: Folder) -> None:
+    """Raise ConfigError if training has changed buffers: of an epoch, parameters alone are stored.
+
+    Those of the last checkpoint are compared with those of the start.
+    """
+    buffers = dict(model.named_buffers())
+    checkpoints = trial / CHECKPOINTS
+    if not buffers or not checkpoints.folders():
+        return
+    state = checkpoints.read_bytes(f"{checkpoints.folders()[-1]}/state.pt") or b""
+    stored = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")["model"]
+    changed = [
+        name
+        for name, values in buffers.items()
+        if name in stored and not torch.equal(values, stored[name])
+    ]
+    if changed:
+        raise ConfigError(
+            expected="a network whose buffers stay as they are at the start",
+            got=f"others after training: {', '.join(changed[:5])}",
+            where=str(trial),
+            todo="use the in-step importance; snapshots are scored at stored parameters, and the "
+            "buffers of each epoch are not stored",
+        )

@@ -1,0 +1,129 @@
+"""The processes of a study: its driver, and what belongs to it, to be watched and killed."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from sampimp.sweeps import full_study
+
+DOOR = full_study.__file__
+TRAIN = str(Path(__file__).with_name("train.py"))
+"""The door without its report, which is no matter of what is lost and takes as long as the rest."""
+
+
+class Family:
+    """A process and all that came of it, to be ended together."""
+
+    def __init__(self, root: int) -> None:
+        self._root = root
+        self._members: set[tuple[int, str]] = set()
+
+    def alive(self) -> list[int]:
+        """Return the processes that it has started so far and that still run."""
+        self._members |= descendants(self._root)
+        return [pid for pid, started in self._members if is_alive(pid, started)]
+
+    def end(self, patience: float) -> None:
+        """Wait a little for its processes to go by themselves, then kill those that are left."""
+        deadline = time.monotonic() + patience
+        while (left := self.alive()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for pid in left:
+            kill(pid)
+
+
+class Driver:
+    """`full_study.py` in a process that may be killed, with a Ray of its own unless told where."""
+
+    def __init__(
+        self,
+        out: str | Path,
+        arguments: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        door: str = DOOR,
+    ) -> None:
+        if "--address" not in arguments:
+            arguments = (*arguments, "--address", "local")
+        self.process = subprocess.Popen(
+            [sys.executable, door, *arguments, "--out", str(out)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=None if env is None else dict(env),
+            start_new_session=True,  # so that Ctrl-C can be sent to it and not to the tests
+        )
+        self.family = Family(self.process.pid)
+
+    def communicate(self) -> tuple[int, str]:
+        """Return its exit code and all that it printed, once it has ended."""
+        text, _ = self.process.communicate()  # pytest-timeout ends a test that waits for ever
+        return self.process.returncode, text
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        """Wait for something in the store, noting which processes the driver has by then."""
+        while not happened():
+            assert self.process.poll() is None, self.process.communicate()[0]
+            time.sleep(0.002)
+        self.family.alive()
+
+    def kill(self) -> None:
+        """Kill the driver at once, as `kill -9` does; its Ray is left to itself."""
+        self.process.kill()
+        self.process.wait()
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C: the terminal sends it to the driver and all that it started."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def close(self, patience: float = 4) -> None:
+        """End what is left of it; workers notice and go by themselves, Ray's agents in a minute."""
+        if self.process.poll() is None:
+            self.family.alive()
+            self.kill()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self.family.end(patience)
+
+
+def descendants(root: int) -> set[tuple[int, str]]:
+    """Return the processes below one, each with its start time, which its id alone may outlive."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
+        if entry.name.isdigit() and (fields := _stat(int(entry.name))):
+            parents[int(entry.name)] = int(fields[1])
+    found, fresh = set(), {root}
+    while fresh:
+        fresh = {pid for pid, parent in parents.items() if parent in fresh}
+        found |= fresh
+    return {(pid, fields[19]) for pid in found if (fields := _stat(pid))}
+
+
+def command_of(pid: int) -> str:
+    """Return a process's command line; empty if it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    return ""
+
+
+def kill(pid: int, how: int = signal.SIGKILL) -> None:
+    """Send a signal to a process, which may be gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, how)
+
+
+def is_alive(pid: int, started: str) -> bool:
+    """Return whether a process runs, and is the one that started then."""
+    fields = _stat(pid)
+    return bool(fields) and fields[19] == started and fields[0] != "Z"
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat after the name; none if there is no such process."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return []

@@ -1,0 +1,107 @@
+"""The three ways to the norm of a kernel's gradient, against autograd, in every geometry."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+import sampimp.importance.rules.convolution
+from sampimp.importance.rules.arithmetic import RULES, Batch
+
+WAYS = {
+    "pixels": -math.inf,
+    "others": math.inf,
+    "by count": sampimp.importance.rules.convolution.ADDITION,
+}
+"""What an addition costs."""
+
+
+@st.composite
+def geometries(draw):
+    """Return a convolution, its images and its kernel."""
+    torch.manual_seed(1)
+    axes = draw(st.integers(1, 3))
+
+    def each(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(axes))
+
+    groups = draw(st.integers(1, 2))
+    inputs, outputs = (groups * draw(st.integers(1, 3)) for _ in range(2))
+    count, kernel, stride = draw(st.integers(1, 3)), each(1, 3), each(1, 3)
+    options = {"stride": stride, "dilation": each(1, 2), "groups": groups}
+    transposed = draw(st.booleans())
+    if transposed:
+        options["padding"] = each(0, 2)
+        options["output_padding"] = tuple(draw(st.integers(0, size - 1)) for size in stride)
+        shape = inputs, outputs // groups, *kernel
+    else:
+        same = stride == (1,) * axes and draw(st.booleans())
+        options["padding"] = "same" if same else each(0, 3)
+        shape = outputs, inputs // groups, *kernel
+    name = f"conv{'_transpose' if transposed else ''}{axes}d"
+    images, weight = torch.randn(count, inputs, *each(1, 6)), torch.randn(shape)
+    return getattr(functional, name), images.double(), weight.double(), options
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("way", WAYS)
+@settings(deadline=None)
+@given(geometry=geometries())
+def test_each_way_finds_the_norm_that_autograd_does(way, geometry):
+    function, images, weight, options = geometry
+    try:
+        output = function(images, weight, None, **options)
+    except RuntimeError:  # the kernel is larger than the image
+        assume(False)
+    delta = torch.randn_like(output)
+    weight.requires_grad_()
+    expected = torch.stack(
+        [
+            torch.autograd.grad((function(one[None], weight, None, **options) * own).sum(), weight)[
+                0
+            ]
+            for one, own in zip(images, delta, strict=True)
+        ]
+    )
+    batch = Batch(len(images), 0, lambda _: True)
+    factor = next(iter(RULES[function](batch, delta, images, weight.detach(), None, **options)))[1]
+    torch.testing.assert_close(factor.gradient(slice(None)), expected, rtol=1e-9, atol=1e-9)
+    order = torch.arange(len(images)).flip(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampimp.importance.rules.convolution, "ADDITION", WAYS[way])
+        squares = expected.flatten(1).square().sum(1)
+        torch.testing.assert_close(factor.square(), squares, rtol=1e-9, atol=1e-9)
+        reversed_squares = factor.joined(order[:, None]).square()
+        torch.testing.assert_close(reversed_squares, squares[order], rtol=1e-9, atol=1e-9)
+
+
+def test_the_way_goes_by_count(monkeypatch):
+    """Of 3 x 3 on 4 x 4, pixels are cheapest; a kernel that skips 7 of 8 leaves most of them out.
+
+    4 x 4, 8 channels:     16^2 (8 + 8 + 12 * 9) = 31,744; patches 16^2 (8 + 72) = 20,480;
+                           gradient 16 * 8 * 72 = 9,216
+    the same, 64 channels: 60,416 by pixels, 163,840 by patches, 589,824 the gradient
+    32 x 32, step 8:       1,024^2 * 64 pixels, 16^2 (64 + 576) = 163,840 by patches
+    """
+    taken = []
+    monkeypatch.setattr(
+        sampimp.importance.rules.convolution.Convolution,
+        "_square_by_pixels",
+        lambda self: taken.append(self) or torch.zeros(len(self.left)),
+    )
+    for channels, size, stride, by_pixels in (
+        (8, 4, 1, False),
+        (64, 4, 1, True),
+        (64, 32, 8, False),
+    ):
+        images, weight = torch.rand(1, channels, size, size), torch.rand(channels, channels, 3, 3)
+        delta = functional.conv2d(images, weight, None, stride, 1)
+        rule = RULES[functional.conv2d](
+            Batch(1, 0, lambda _: True), delta, images, weight, None, stride, 1
+        )
+        next(iter(rule))[1].square()
+        assert bool(taken) == by_pixels
+        taken.clear()

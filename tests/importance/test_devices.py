@@ -1,0 +1,100 @@
+"""A step on an accelerator must not wait for it; here on the device that has no values to read."""
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sampimp.config import MODELS
+from sampimp.importance.recorder import Capture, ImportanceRecorder
+from sampimp.training.fused import FusedStep
+from sampimp.training.models import build_model
+
+SHAPE, SIZE = (1, 8, 8), 4
+OPTIMIZERS = pytest.mark.parametrize(
+    "kind", [torch.optim.SGD, torch.optim.AdamW], ids=lambda kind: kind.__name__
+)
+
+
+class Crossings(TorchDispatchMode):
+    """Notes the operations that carry values from one device to another.
+
+    A value that is read, as by `item()`, is an error on the meta device by itself.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [
+            one
+            for one in (*args, result)
+            if isinstance(one, torch.Tensor) and one.dim() and one.numel()
+        ]
+        if len({one.device for one in tensors}) > 1:
+            self.found.append(str(function))
+        return result
+
+
+def make(name, kind, device="meta", **options):
+    model = build_model(name, SHAPE, (6, 5), 3, seed=1).to(device)
+    inputs = torch.randn(SIZE, *SHAPE).to(device)
+    labels = torch.zeros(SIZE, dtype=torch.long, device=device)
+    return model, kind(model.parameters(), lr=0.1, **options), inputs, labels
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("name", MODELS)
+def test_recording_reads_nothing_from_the_device_before_the_epochs_end(name, kind, monkeypatch):
+    # But for the proof in an epoch's first step; here one on the CPU.
+    layouts = []
+    find = Capture._find_layouts
+
+    def note(self, *args):
+        layouts.append(find(self, *args))
+        return layouts[-1]
+
+    monkeypatch.setattr(Capture, "_find_layouts", note)
+    model, optimizer, inputs, labels = make(name, kind, "cpu")
+    with ImportanceRecorder(model, optimizer).step(range(SIZE), epoch=1):
+        functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    monkeypatch.setattr(Capture, "_find_layouts", lambda *_: layouts[0])
+    monkeypatch.setattr(Capture, "_compare", lambda *_: None)
+    model, optimizer, inputs, labels = make(name, kind)
+    recorder = ImportanceRecorder(model, optimizer)
+    with Crossings() as crossings:
+        for step in range(3):
+            index = range(SIZE * step, SIZE * (step + 1))
+            with recorder.step(index, epoch=1):
+                optimizer.zero_grad()
+                functional.cross_entropy(model(inputs), labels).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+    assert crossings.found == []
+    with pytest.raises(NotImplementedError, match="meta"):  # here it leaves the device
+        recorder.pop_epoch(1, 3 * SIZE)
+
+
+@OPTIMIZERS
+def test_the_written_out_step_reads_nothing_from_the_device_before_the_epochs_end(kind):
+    model, optimizer, inputs, labels = make("mlp", kind)
+    step = FusedStep(model, optimizer, record=True)
+    with Crossings() as crossings:
+        for _ in range(3):
+            step(inputs, labels)
+    assert crossings.found == []
+    with pytest.raises(NotImplementedError, match="meta"):
+        step.take()
+
+
+def test_a_value_that_is_read_would_be_seen():
+    values = torch.ones(3, device="meta")
+    for read in (lambda: values.sum().item(), lambda: bool(values.any()), values.tolist):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            read()
+    with Crossings() as crossings:
+        torch.arange(3).to("meta")
+    assert len(crossings.found) == 1

@@ -1,0 +1,164 @@
+"""Every form of per-sample gradients against the gradients themselves."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sampimp.importance import gradients as factors
+from sampimp.importance import optimizers
+from sampimp.importance.gradients import Explicit, Outer, Product, Rows, Total, total
+from sampimp.importance.optimizers import DerivativeRule, Diagonal, ParameterStep, Room
+
+SIZE = st.integers(1, 5)
+
+
+class Given(DerivativeRule):
+    def after(self, step):
+        return step.noted
+
+
+def diagonal(values):
+    """D with these values, of which a parameter of two or more rows has parts."""
+    step = ParameterStep(values, Room())
+    step.noted = values
+    return Diagonal(Given(), step)
+
+
+@st.composite
+def outers(draw, samples=None, groups=None, outputs=None, inputs=None):
+    n, t, g, o, i = samples or draw(SIZE), *(draw(SIZE) for _ in range(4))
+    g, o, i = groups or g, outputs or o, inputs or i
+    torch.manual_seed(draw(st.integers(0, 99)))
+    left, right = torch.randn(n, t, g, o).double(), torch.randn(n, t, g, i).double()
+    want = torch.einsum("ntgo,ntgi->ngoi", left, right).reshape(n, g * o, i)
+    return Outer(left, right, (g * o, i)), want
+
+
+@st.composite
+def products(draw, samples=None, outputs=None, inputs=None):
+    n, o, i = samples or draw(SIZE), outputs or draw(SIZE), inputs or draw(SIZE)
+    torch.manual_seed(draw(st.integers(0, 99)))
+    left, right = torch.randn(n, o).double(), torch.randn(n, i).double()
+    return Product(Explicit(left), Explicit(right)), torch.einsum("no,ni->noi", left, right)
+
+
+@st.composite
+def tables(draw, samples=None, rows=None, entries=None):
+    n, r, e, t = samples or draw(SIZE), rows or draw(SIZE), entries or draw(SIZE), draw(SIZE)
+    torch.manual_seed(draw(st.integers(0, 99)))
+    vectors, index = torch.randn(n, t, e).double(), torch.randint(0, r, (n, t))
+    want = vectors.new_zeros(n, r, e)
+    for sample, position in itertools.product(range(n), range(t)):
+        want[sample, index[sample, position]] += vectors[sample, position]
+    return Rows(vectors, index, (r, e)), want
+
+
+@st.composite
+def uses(draw):
+    """Draw a factor that is the sum of two or three of any forms."""
+    n, o, i = draw(SIZE), draw(SIZE), draw(SIZE)
+    kinds = [
+        outers(samples=n, groups=1, outputs=o, inputs=i),
+        tables(samples=n, rows=o, entries=i),
+        outers(samples=n, groups=1, outputs=o, inputs=i).map(
+            lambda one: (Explicit(one[1]), one[1])
+        ),
+    ]
+    parts = draw(st.lists(st.one_of(kinds), min_size=1, max_size=3))
+    return total([part for part, _ in parts], n, torch.empty(o, i)), sum(want for _, want in parts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.one_of(outers(), products(), tables(), uses()), st.sampled_from([1, 5, 2**18]), st.booleans()
+)
+def test_every_form_says_what_the_gradients_say(case, block, whole):
+    factor, want = case
+    values = torch.randn(want.shape[1:], dtype=want.dtype)
+    derivative = diagonal(values)
+    torch.testing.assert_close(factor.gradient(slice(None)), want)
+    torch.testing.assert_close(factor.gradient(slice(1, 3)), want[1:3])
+    order = torch.arange(len(want)).flip(0)
+    torch.testing.assert_close(factor.joined(order[:, None]).gradient(slice(None)), want[order])
+    pairs = torch.stack([order, torch.arange(len(want)).where(order > 0, -1)], 1)
+    joined = want[order] + want * (order > 0).reshape(-1, *[1] * (want.dim() - 1))
+    torch.testing.assert_close(factor.joined(pairs).gradient(slice(None)), joined)
+    torch.testing.assert_close(factor.square(), want.square().sum((1, 2)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizers, "BLOCK_ON_CPU", block)
+        if whole:
+            torch.testing.assert_close(derivative.square(), values.square())
+        got = factor.weighted(derivative)
+    torch.testing.assert_close(got, (values * want).square().sum((1, 2)))
+
+
+def test_uses_of_one_form_stay_in_it():
+    outer = Outer(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 5), (4, 5))
+    product = Product(Explicit(torch.ones(2, 4)), Explicit(torch.ones(2, 5)))
+    table = Rows(torch.ones(2, 1, 5), torch.zeros(2, 1, dtype=torch.long), (4, 5))
+    assert total([outer], 2, torch.empty(4, 5)) is outer
+    assert isinstance(total([outer, product], 2, torch.empty(4, 5)), Outer)
+    assert isinstance(total([table, table], 2, torch.empty(4, 5)), Rows)
+    mixed = total([outer, table], 2, torch.empty(4, 5))
+    assert isinstance(mixed, Total)
+    assert mixed.square().tolist() == pytest.approx(
+        [5 * 4 + 15 * 1] * 2
+    )  # row 0 is 2, three rows are 1
+
+
+@pytest.mark.parametrize(
+    ("positions", "outputs", "inputs"), [(2, 6, 7), (3, 6, 7), (20, 6, 7), (130, 300, 280)]
+)
+def test_the_gram_matrices_and_the_gradients_agree(positions, outputs, inputs, monkeypatch):
+    """Gram where T (O + I) < O I, of 130 positions in three parts; the gradients for 20."""
+    torch.manual_seed(1)
+    left = torch.randn(4, positions, 2, outputs).double()
+    right = torch.randn(4, positions, 2, inputs).double()
+    outer = Outer(left, right, (2 * outputs, inputs))
+    torch.testing.assert_close(
+        outer.square(), factors.in_chunks(outer, 4, left, factors.square_sum)
+    )
+    if positions != 20:
+        monkeypatch.setattr(factors, "in_chunks", None)
+        outer.square()
+
+
+def test_gradients_are_held_a_few_at_a_time(monkeypatch):
+    torch.manual_seed(1)
+    outer = Outer(torch.randn(5, 9, 1, 3), torch.randn(5, 9, 1, 4), (3, 4))
+    want = outer.weighted(diagonal(torch.ones(3, 4)))
+    held = []
+    monkeypatch.setattr(factors, "CHUNK_ON_CPU", 2 * math.prod(outer.shape))
+    gradient = Outer.gradient
+    monkeypatch.setattr(
+        Outer, "gradient", lambda self, part: held.append(g := gradient(self, part)) or g
+    )
+    torch.testing.assert_close(outer.weighted(diagonal(torch.ones(3, 4))), want)
+    assert [len(one) for one in held] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_squares_of_half_precision_are_in_the_range_of_float32(dtype):
+    left, right = (torch.full((2, 3, 1, 4), 2**-10, dtype=dtype) for _ in range(2))
+    outer = Outer(left, right, (4, 4))
+    product = Product(Explicit(left[:, 0, 0]), Explicit(right[:, 0, 0]))
+    explicit = Explicit(torch.full((2, 3), 2**9, dtype=dtype))
+    rows = Rows(left[:, :, 0], torch.zeros(2, 3, dtype=torch.long), (5, 4))
+    one = diagonal(torch.ones(4, 4, dtype=dtype))
+    assert outer.square().tolist() == [16 * (3 * 2**-20) ** 2] * 2  # float16 ends at 2^-24
+    assert outer.weighted(one).tolist() == [16 * (3 * 2**-20) ** 2] * 2
+    assert product.square().tolist() == pytest.approx([16 * 2**-40] * 2)
+    assert product.weighted(one).tolist() == [16 * 2**-40] * 2
+    assert explicit.square().tolist() == pytest.approx([3 * 2**18] * 2)  # and at 2^16
+    assert explicit.weighted(diagonal(torch.ones(3, dtype=dtype))).tolist() == [3 * 2**18] * 2
+    assert rows.square().tolist() == pytest.approx([4 * (3 * 2**-10) ** 2] * 2)
+
+
+def test_a_parameter_without_axes_is_one_number():
+    scalar = Explicit(torch.tensor([3.0, -2.0]))
+    assert scalar.square().tolist() == [9, 4]
+    assert scalar.weighted(diagonal(torch.tensor(0.5))).tolist() == [2.25, 1]

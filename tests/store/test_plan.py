@@ -1,0 +1,271 @@
+"""The plan: which trials there are, what identifies them, and which plans may be joined."""
+
+import dataclasses
+import json
+
+import oracles
+import pytest
+
+from sampimp.config import NetworkIdentity, TrainingConfig, TrialConfig
+from sampimp.errors import ConfigError, RecordError, StoreError
+from sampimp.schema import REFERENCES, STRATEGIES
+from sampimp.store.location import Folder
+from sampimp.store.plan import Plan, read_commits, read_plan
+from sampimp.store.record import record_digest
+
+GRID = {"nlo": (1, 2), "shuffle": (1, 2), "rand": (1,), "sim": (3,), "shuffle_by_seed": (1, 2)}
+
+
+def make_plan(grid=GRID, keys=("a", "b"), **changes):
+    sources = {key: oracles.make_source(name=key, seed=ord(key)) for key in keys}
+    return oracles.make_plan(sources, grid, **changes)
+
+
+def commit_of(planned, diverged_epoch=None, digests=("1", "2")):
+    return {
+        "fingerprint": planned.fingerprint,
+        "diverged_epoch": diverged_epoch,
+        "digests": {"importance": list(digests), "nll": ["3"], "parameters": ["4"]},
+    }
+
+
+def reference_of(plan, key):
+    (found,) = (t for t in plan.resolve({}) if t.label == f"{key}-shuffle-seed1")
+    return found
+
+
+def test_every_strategy_seed_and_data_set_is_a_trial_and_references_come_first():
+    trials = make_plan().trials()
+    names = [(t.dataset, t.strategy, t.seed) for t in trials]
+    assert len(names) == len(set(names)) == 2 * 8
+    assert set(names[:2]) == {("a", "shuffle", 1), ("b", "shuffle", 1)}
+    assert ("a", "shuffle", 2) in names[2:]
+    assert ("b", "sim", 3) in names
+
+
+def test_order_seeds():
+    plan = dataclasses.replace(make_plan(), order_seed=10)
+    seeds = {(t.strategy, t.seed): t.order_seed for t in plan.trials()}
+    assert seeds["shuffle", 1] == seeds["shuffle", 2] == seeds["rand", 1] == 10
+    assert seeds["shuffle_by_seed", 1] == 11
+    assert seeds["shuffle_by_seed", 2] == 12
+    by_seed = dataclasses.replace(plan, rand_batches="by_seed")
+    assert {t.order_seed for t in by_seed.trials() if t.strategy == "rand"} == {11}
+
+
+def test_sorted_strategies_wait_for_the_reference_of_their_own_data_set():
+    plan = make_plan()
+    reference = reference_of(plan, "a")
+    commit = commit_of(reference)
+    resolved = {t.label: t for t in plan.resolve({reference.trial_id: commit})}
+    assert resolved["a-shuffle-seed1"].commit == commit
+    waiting = {label for label, t in resolved.items() if t.trial_id is None}
+    assert waiting == {"b-nlo-seed1", "b-nlo-seed2", "b-sim-seed3"}
+    assert all(resolved[label].fingerprint is None for label in waiting)
+    sorted_one = resolved["a-nlo-seed2"]
+    assert sorted_one.reference_id == reference.trial_id
+    assert sorted_one.fingerprint == sorted_one.config.fingerprint(
+        plan.code, plan.datasets["a"].digest, record_digest(commit)
+    )
+    assert resolved["a-rand-seed1"].reference_id is None
+    assert resolved["b-rand-seed1"].trial_id is not None
+    for trial in resolved.values():
+        if trial.trial_id:
+            assert trial.trial_id == f"{trial.label}-{trial.fingerprint[:8]}"
+
+
+def test_what_the_reference_found_is_part_of_the_identity():
+    plan = make_plan()
+    reference = reference_of(plan, "a")
+
+    def fingerprints(commit):
+        resolved = plan.resolve({reference.trial_id: commit})
+        return {t.label: t.fingerprint for t in resolved if t.config.dataset == "a"}
+
+    one, other = fingerprints(commit_of(reference)), fingerprints(commit_of(reference, digests="9"))
+    changed = {label for label in one if one[label] != other[label]}
+    assert changed == {"a-nlo-seed1", "a-nlo-seed2", "a-sim-seed3"}
+
+
+def test_a_diverged_reference_is_no_reference():
+    plan = make_plan()
+    reference = reference_of(plan, "a")
+    resolved = plan.resolve({reference.trial_id: commit_of(reference, diverged_epoch=2)})
+    waiting = {t.label for t in resolved if t.trial_id is None and t.config.dataset == "a"}
+    assert waiting == {"a-nlo-seed1", "a-nlo-seed2", "a-sim-seed3"}
+
+
+def test_a_commit_of_another_fingerprint_is_refused():
+    plan = make_plan()
+    reference = reference_of(plan, "a")
+    commit = commit_of(reference) | {"fingerprint": reference.fingerprint[:8] + "0" * 56}
+    with pytest.raises(RecordError, match=rf"COMMIT.json of {reference.trial_id}"):
+        plan.resolve({reference.trial_id: commit})
+
+
+CHANGES = {
+    "model": "cnn",
+    "optimizer": "adamw",
+    "schedule": "cosine",
+    "input_scaling": "standard",
+    "hidden": (5, 4, 3),
+    "epochs": 4,
+    "batch_size": 6,
+    "learning_rate": 0.31,
+    "weight_decay": 1e-4,
+    "parameters_every": 2,
+    "threads": 2,
+    "workers": 2,
+    "device": "cuda",
+}
+
+
+def test_the_changes_below_are_all_settings():
+    assert set(CHANGES) == {field.name for field in dataclasses.fields(TrainingConfig)}
+
+
+def test_the_papers_trials_keep_their_fingerprint():
+    # As it was before there were other models and optimizers: their records are still theirs.
+    trial = TrialConfig(
+        dataset="mnist", strategy="rand", seed=1, order_seed=0, training=TrainingConfig()
+    )
+    assert (
+        trial.fingerprint("0.1.0", "0", None)
+        == "110647e9af53e4b9d92288fc2cb31738d1975d8d5e3dba609ca49cdb62ff2a7a"
+    )
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_setting_changes_the_fingerprint(name):
+    def trial(**changes):
+        training = TrainingConfig(**changes)
+        return TrialConfig(dataset="a", strategy="rand", seed=1, order_seed=0, training=training)
+
+    one, other = trial(), trial(**{name: CHANGES[name]})
+    assert one.fingerprint("1", "2", None) != other.fingerprint("1", "2", None)
+    assert one.fingerprint("1", "2", None) == trial().fingerprint("1", "2", None)
+
+
+@pytest.mark.parametrize(
+    "change", [{"dataset": "b"}, {"strategy": "nlo"}, {"seed": 2}, {"order_seed": 1}]
+)
+def test_what_a_trial_is_changes_the_fingerprint(change):
+    trial = oracles.trial_config()
+    other = dataclasses.replace(trial, **change)
+    assert trial.fingerprint("1", "2", None) != other.fingerprint("1", "2", None)
+
+
+def test_code_data_and_reference_change_the_fingerprint():
+    trial = oracles.trial_config()
+    prints = {
+        trial.fingerprint(*values)
+        for values in [("1", "2", None), ("9", "2", None), ("1", "9", None), ("1", "2", "9")]
+    }
+    assert len(prints) == 4
+
+
+NETWORK = NetworkIdentity(
+    source="0" * 64,
+    parameters=(("0.weight", (3, 4)), ("0.bias", (3,))),
+    initial=((0.1, 1.0, 0.5, -0.5), (0.0, 0.0, 0.0, 0.0)),
+    outputs=((1.0, 2.0, 3.0),),
+)
+
+
+def with_network(plan, network):
+    """Return the plan of a network of one's own."""
+    training = dataclasses.replace(plan.training, model="nets:make")
+    infos = {key: dataclasses.replace(info, network=network) for key, info in plan.datasets.items()}
+    return dataclasses.replace(plan, training=training, datasets=infos)
+
+
+def test_source_and_parameters_of_a_network_of_ones_own_are_part_of_the_identity():
+    def fingerprints(network):
+        trials = with_network(make_plan({"rand": (1, 2)}), network).resolve({})
+        return [trial.fingerprint for trial in trials]
+
+    first = fingerprints(NETWORK)
+    # What differs between processors is not.
+    assert first == fingerprints(dataclasses.replace(NETWORK, initial=(), outputs=()))
+    assert not set(first) & set(fingerprints(dataclasses.replace(NETWORK, source="1" * 64)))
+    assert not set(first) & set(fingerprints(dataclasses.replace(NETWORK, parameters=())))
+    assert not set(first) & set(fingerprints(None))
+
+
+def test_the_network_that_was_noted_first_stays():
+    nearly = dataclasses.replace(NETWORK, outputs=((1.0, 2.0, 3.0001),))
+    mine, theirs = (with_network(make_plan(), network) for network in (NETWORK, nearly))
+    assert mine.joined(theirs, "OUT") == mine
+    assert Plan.from_json(json.loads(json.dumps(mine.to_json()))) == mine
+
+
+def test_json_round_trip():
+    plan = make_plan()
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again == plan
+    assert again.resolve({}) == plan.resolve({})
+
+
+def test_joining_adds_seeds_strategies_and_data_sets():
+    mine = make_plan({"shuffle": (1, 2), "rand": (1, 2)}, keys="a")
+    theirs = make_plan({"nlm": (1,), "rand": (5, 2)}, keys="ab")
+    joined = mine.joined(theirs, "OUT")
+    assert joined.grid == {"shuffle": (1, 2), "rand": (1, 2, 5), "nlm": (1,)}
+    assert list(joined.datasets) == ["a", "b"]
+    # What was planned before is still the same trial.
+    before = {t.fingerprint for t in mine.resolve({})}
+    assert before <= {t.fingerprint for t in joined.resolve({})}
+    assert joined.joined(mine, "OUT") == joined
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_joining_another_configuration_is_refused_with_what_differs(name):
+    mine, theirs = make_plan(), make_plan(**{name: CHANGES[name]})
+    if name == "hidden":
+        theirs = dataclasses.replace(theirs, datasets=mine.datasets)
+    with pytest.raises(ConfigError) as caught:
+        mine.joined(theirs, "the study")
+    assert caught.value.got == (
+        f"{name} {getattr(mine.training, name)!r} (asked for: {CHANGES[name]!r})"
+    )
+    assert caught.value.where == "the study"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"order_seed": 3}, "order_seed"),
+        ({"rand_batches": "by_seed"}, "rand_batches"),
+        ({"code": "0"}, "code"),
+    ],
+)
+def test_joining_another_order_or_code_is_refused(change, named):
+    with pytest.raises(ConfigError, match=f"Got {named} "):
+        make_plan().joined(dataclasses.replace(make_plan(), **change), "OUT")
+
+
+def test_joining_a_data_set_of_other_values_is_refused():
+    plan = make_plan()
+    other = dataclasses.replace(plan.datasets["b"], digest="f" * 64)
+    theirs = dataclasses.replace(plan, datasets=plan.datasets | {"b": other})
+    with pytest.raises(ConfigError, match=r"Got data set b '.*' \(asked for: 'f{12}'\)\n"):
+        plan.joined(theirs, "OUT")
+
+
+def test_read_plan_and_commits(tmp_path):
+    folder = Folder.of(tmp_path)
+    assert read_plan(folder) is None
+    assert read_commits(folder) == {}
+    plan = make_plan(dict.fromkeys((*REFERENCES, *STRATEGIES), (1,)))
+    folder.write_json("study.json", plan.to_json())
+    assert read_plan(folder) == plan
+    (folder / "trials" / "one").write_json("COMMIT.json", {"epochs": 3})
+    (folder / "trials" / "two").write_json("trial.json", {})  # still running
+    assert read_commits(folder) == {"one": {"epochs": 3}}
+
+
+def test_a_study_of_another_schema_is_refused(tmp_path):
+    folder = Folder.of(tmp_path)
+    folder.write_json("study.json", make_plan().to_json() | {"schema_version": 99, "code": "7.1"})
+    with pytest.raises(StoreError, match=r"schema version 2(.|\n)*version 99(.|\n)*7\.1"):
+        read_plan(folder)

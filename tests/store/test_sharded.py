@@ -1,0 +1,182 @@
+"""A consolidated store: the cube's values and words, whole or not to be opened."""
+
+import numpy as np
+import oracles
+import pytest
+import xarray as xr
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+from zarr.dtype import VariableLengthUTF8 as VariableText
+
+import sampimp
+import sampimp.store.sharded
+from sampimp.errors import RecordError, StoreError
+from sampimp.schema import VARIABLES
+from sampimp.store.location import Folder
+from sampimp.store.plan import read_commits
+from sampimp.store.record import write_snapshot
+from sampimp.store.sharded import chunk_and_shard, consolidate
+
+GRID = {"shuffle": (1, 2), "nlo": (1, 3)}
+
+
+def make_study(out, **others):
+    sources = {"one": oracles.make_source(samples=24, name="one"), **others}
+    plan = oracles.make_plan(sources, GRID)
+    return oracles.start_study(out, plan, sources), plan, sources
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A finished study, with snapshots of one trial."""
+    folder, plan, sources = make_study(tmp_path_factory.mktemp("study"))
+    oracles.run_trials(folder, plan, sources)
+    trial = plan.resolve(read_commits(folder))[0]
+    values = np.random.default_rng(0).random((3, 24), dtype=np.float32)
+    digests = write_snapshot(folder / "trials" / trial.trial_id, plan.layout("one"), 2, values)
+    folder.write_json("snapshots.json", {trial.trial_id: {"2": digests}})
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Chunks of 5 or so samples, several of them in a shard, several blocks of one shard."""
+    monkeypatch.setattr(sampimp.store.sharded, "CHUNK_BYTES", 200)
+    monkeypatch.setattr(sampimp.store.sharded, "SHARD_BYTES", 400)
+    monkeypatch.setattr(sampimp.store.sharded, "BLOCK_BYTES", 400)
+
+
+@pytest.mark.usefixtures("small")
+def test_it_is_the_cube(study, tmp_path):
+    (store,) = consolidate(study, tmp_path)
+    assert store.path == str(tmp_path / "one.zarr")
+    cube, found = sampimp.open_cube(study)["one"].to_dataset(), xr.open_zarr(store.path)
+    assert set(found.variables) == set(cube.variables) >= {"snapshot_importance", "image", "label"}
+    assert set(found.coords) == set(cube.coords)
+    for name in cube.variables:
+        assert found[name].dims == cube[name].dims
+        assert found[name].attrs == cube[name].attrs
+        np.testing.assert_array_equal(found[name], cube[name])  # NaN where there is no trial
+        if cube[name].dtype.kind == "U":  # text of no fixed length, as Zarr 3 has it
+            assert isinstance(
+                zarr.open_array(store.path, path=name).metadata.data_type, VariableText
+            )
+        else:
+            assert found[name].dtype == cube[name].dtype
+    assert found["importance"].sel(strategy="nlo", seed=2).isnull().all()
+    assert found.attrs["learning_rate"] == 0.3
+    assert found.attrs["digest"] == cube.attrs["digest"]
+    assert str(study) not in str(found.attrs)  # it is for others to read
+    array = zarr.open_array(tmp_path / "one.zarr" / "importance", mode="r")
+    assert array.chunks == (1, 1, 3, 3, 5)
+    assert array.shards == (1, 1, 3, 3, 10)
+
+
+def test_the_same_records_are_not_written_again(study, tmp_path):
+    assert all(store.written for store in consolidate(study, tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert not any(store.written for store in consolidate(study, tmp_path))
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_one_that_was_interrupted_cannot_be_opened_and_is_begun_again(study, tmp_path):
+    consolidate(study, tmp_path)
+    whole = xr.open_zarr(tmp_path / "one.zarr").load()
+
+    def interrupt(words):
+        if words == "one: comparing nll":
+            raise KeyboardInterrupt
+
+    (tmp_path / "one.zarr" / "zarr.json").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        consolidate(study, tmp_path, progress=interrupt)
+    with pytest.raises(FileNotFoundError):
+        xr.open_zarr(tmp_path / "one.zarr")
+    assert [store.written for store in consolidate(study, tmp_path)] == [True]
+    xr.testing.assert_identical(xr.open_zarr(tmp_path / "one.zarr").load(), whole)
+
+
+def test_one_that_was_interrupted_at_once_is_begun_again(study, tmp_path, monkeypatch):
+    def interrupt(folder, name):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "delete", interrupt)  # zarr.json is there, and the values are not
+        with pytest.raises(KeyboardInterrupt):
+            consolidate(study, tmp_path)
+    assert [store.written for store in consolidate(study, tmp_path)] == [True]
+
+
+def test_a_value_that_is_not_what_was_written_is_found(study, tmp_path):
+    def damage(words):
+        if words == "one: comparing nll":
+            array = zarr.open_array(tmp_path / "one.zarr" / "nll", mode="r+")
+            array[0, 1, 2, 7] += 1e-6
+
+    with pytest.raises(RecordError, match=r"Where .*one.zarr/nll"):
+        consolidate(study, tmp_path, progress=damage)
+    assert not (tmp_path / "one.zarr" / "zarr.json").exists()
+
+
+def test_something_else_in_its_place_is_refused_and_left(study, tmp_path):
+    mine = xr.Dataset({"importance": ("sample", np.arange(3.0))})
+    mine.to_zarr(tmp_path / "one.zarr", consolidated=False)
+    with pytest.raises(StoreError, match="nothing there was touched"):
+        consolidate(study, tmp_path)
+    xr.testing.assert_identical(
+        xr.open_zarr(tmp_path / "one.zarr", consolidated=False).load(), mine
+    )
+    notes = tmp_path / "other" / "one.zarr" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    with pytest.raises(StoreError, match=r"Got notes.txt"):
+        consolidate(study, tmp_path / "other")
+    assert notes.read_text() == "mine"
+
+
+def test_an_unfinished_study_is_refused_and_says_what_is_missing(tmp_path):
+    two = oracles.make_source(samples=15, classes=2, shape=(6,), seed=1, name="two")
+    folder, plan, sources = make_study(tmp_path, two=two)
+    oracles.run_trials(folder, plan, sources, commit=lambda trial: trial.label != "two-nlo-seed3")
+    with pytest.raises(RecordError, match=r"Got 1 of 8 trials missing: two-nlo-seed3"):
+        consolidate(folder)
+    assert not (tmp_path / "consolidated").exists()
+
+
+def test_a_damaged_record_is_an_error_and_no_store(tmp_path):
+    folder, plan, sources = make_study(tmp_path)
+    oracles.run_trials(folder, plan, sources)
+    (chunk,) = tmp_path.glob("trials/one-nlo-seed3-*/record.zarr/batch/c/1/0")
+    chunk.unlink()
+    with pytest.raises(RecordError, match="batch, epoch 2"):
+        consolidate(folder)
+    assert not (tmp_path / "consolidated" / "one.zarr" / "zarr.json").exists()
+
+
+def test_more_seeds_are_written_anew(tmp_path):
+    folder, plan, sources = make_study(tmp_path)
+    oracles.run_trials(folder, plan, sources)
+    (first,) = consolidate(folder)
+    plan = oracles.make_plan(sources, GRID | {"shuffle": (1, 2, 4)})
+    folder.write_json("study.json", plan.to_json())
+    oracles.run_trials(folder, plan, sources, commit=lambda trial: trial.commit is None)
+    (second,) = consolidate(folder)
+    assert (second.path, second.written) == (first.path, True)
+    assert xr.open_zarr(second.path)["seed"].values.tolist() == [1, 2, 3, 4]
+
+
+@given(
+    name=st.sampled_from(["importance", "nll", "parameters"]),
+    sizes=st.lists(st.integers(1, 300), min_size=3, max_size=3),
+    length=st.integers(1, 2_000_000),
+)
+def test_shards_are_whole_chunks_of_one_trial_within_the_limits(name, sizes, length):
+    dims = ("strategy", "seed", *VARIABLES[name].dims)
+    shape = (*sizes, *([5] if "layer" in dims else []), length)
+    chunk, shard = chunk_and_shard(dims, shape, 4)
+    assert chunk[:2] == shard[:2] == (1, 1)
+    assert all(size % part == 0 for size, part in zip(shard, chunk, strict=True))
+    assert 4 * np.prod(chunk, dtype=float) <= 2**20 or chunk[-1] == 1
+    assert 4 * np.prod(shard, dtype=float) <= 2**25 or shard[-1] == chunk[-1]
+    assert chunk[2] == (1 if name == "parameters" else shape[2])

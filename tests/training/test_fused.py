@@ -1,0 +1,201 @@
+"""The written-out step is autograd's and torch.optim.SGD's, bit for bit, and the recorder's too."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from sampimp.errors import UnsupportedError
+from sampimp.importance.recorder import ImportanceRecorder, sum_by_sample
+from sampimp.training.fused import FusedStep, loss_gradient
+from sampimp.training.models import build_mlp
+
+RATE, DECAY = 0.1, 1e-2
+
+
+def make_batches(sizes, inputs, classes, dtype, seed=0):
+    """Batches of these sizes with a scale of their own, so that some samples are confident."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.rand(size, inputs, generator=generator, dtype=dtype) * 3**number,
+            torch.randint(0, classes, (size,), generator=generator),
+        )
+        for number, size in enumerate(sizes)
+    ]
+
+
+def train_with_autograd(model, batches, decay=DECAY, optimizer=None):
+    """Train in place as anybody would; return the recorded importance of all samples in turn."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=RATE, weight_decay=decay)
+    recorder = ImportanceRecorder(model, optimizer)
+    start = 0
+    for inputs, labels in batches:
+        index = torch.arange(start, start + len(labels))
+        start += len(labels)
+        with recorder.step(index, epoch=1):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(inputs).double(), labels).backward()
+            optimizer.step()
+    return recorder.pop_epoch(1, start)
+
+
+def make_step(model, decay=DECAY, record=True):
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, weight_decay=decay, fused=True)
+    return FusedStep(model, optimizer, record=record)
+
+
+def assert_same_bytes(left, right):
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a.detach().view(torch.uint8), b.detach().view(torch.uint8))
+
+
+def assert_same_importance(found, expected):
+    """The same but for the order of its last few multiplications."""
+    torch.testing.assert_close(found, expected, rtol=8 * torch.finfo(found.dtype).eps, atol=0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    # From 2: a column of one unit is a row as well, and BLAS may be asked for the other one.
+    hidden=st.lists(st.integers(2, 33), max_size=4),
+    inputs=st.integers(1, 40),
+    classes=st.integers(2, 11),
+    decay=st.sampled_from([0.0, DECAY]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 9),
+)
+def test_parameters_and_importance_are_those_of_autograd(
+    sizes, hidden, inputs, classes, decay, dtype, seed
+):
+    expected = build_mlp((inputs,), hidden, classes, seed).to(dtype)
+    model = copy.deepcopy(expected)
+    batches = make_batches(sizes, inputs, classes, dtype, seed)
+    beta = train_with_autograd(expected, batches, decay)
+    step = make_step(model, decay)
+    for batch in batches:
+        step(*batch)
+    assert_same_bytes(expected.parameters(), model.parameters())
+    assert_same_importance(step.take(), beta)
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3}),
+        (torch.optim.Adam, {"weight_decay": DECAY}),
+        (torch.optim.AdamW, {"amsgrad": True}),
+    ],
+)
+def test_any_optimizer_makes_the_same_update_as_after_autograd(kind, chosen):
+    expected = build_mlp((6,), (8, 5), 3, seed=1).double()
+    model = copy.deepcopy(expected)
+    batches = make_batches([5, 4, 3], 6, 3, torch.float64)
+    optimizers = [kind(m.parameters(), lr=RATE, fused=True, **chosen) for m in (expected, model)]
+    beta = train_with_autograd(expected, batches, optimizer=optimizers[0])
+    step = FusedStep(model, optimizers[1], record=True)
+    for batch in batches:
+        step(*batch)
+    assert_same_bytes(expected.parameters(), model.parameters())
+    # Of terms that cancel at Adam's first step, the last bits are rounding.
+    torch.testing.assert_close(step.take(), beta, rtol=1e-12, atol=0)
+
+
+def test_the_papers_network_is_trained_to_the_same_bytes():
+    expected = build_mlp((1, 28, 28), (512, 512, 512), 10, seed=1)
+    model = copy.deepcopy(expected)
+    batches = [(x.view(-1, 1, 28, 28), y) for x, y in make_batches([100] * 3, 784, 10, None)]
+    beta = train_with_autograd(expected, batches, 1e-5)
+    step = make_step(model, 1e-5)
+    for batch in batches:
+        step(*batch)
+    assert_same_bytes(expected.parameters(), model.parameters())
+    assert_same_importance(step.take(), beta)
+
+
+def test_without_recording_the_parameters_are_the_same_and_nothing_is_taken():
+    batches = make_batches([5, 4], 6, 3, None)
+    models = [build_mlp((6,), (8,), 3, seed=1) for _ in range(2)]
+    for model, record in zip(models, (True, False), strict=True):
+        step = make_step(model, record=record)
+        for batch in batches:
+            step(*batch)
+    assert_same_bytes(models[0].parameters(), models[1].parameters())
+    assert step.take() is None
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_latest_steps_importance_is_that_which_is_taken(kind):
+    model = build_mlp((6,), (8, 7), 3, seed=1)
+    step = FusedStep(model, kind(model.parameters(), lr=0.1), record=True)
+    latest = []
+    for batch in make_batches([5, 4], 6, 3, None):
+        step(*batch)
+        latest.append(step.latest())
+    assert_same_bytes([torch.cat(latest, 1)], [step.take()])
+
+
+def test_what_was_taken_is_not_taken_again():
+    model = build_mlp((6,), (8,), 3, seed=1)
+    step = make_step(model)
+    first, second = make_batches([5, 4], 6, 3, None)
+    step(*first)
+    assert step.take().shape == (2, 5)
+    step(*second)
+    assert step.take().shape == (2, 4)
+
+
+@settings(deadline=None)
+@given(
+    count=st.integers(1, 8),
+    classes=st.integers(2, 6),
+    scale=st.sampled_from([1, 30]),
+    seed=st.integers(0, 99),
+)
+def test_the_losss_gradient_is_that_of_cross_entropy(count, classes, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(count, classes, generator=generator)
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    leaf = logits.clone().requires_grad_()
+    functional.cross_entropy(leaf.double(), labels).backward()
+    assert_same_bytes([leaf.grad], [loss_gradient(logits, labels)])
+
+
+def test_samples_that_no_batch_used_are_not_measured():
+    beta = sum_by_sample(torch.tensor([3, 0]), torch.tensor([[1.0, 2.0]]), 4)
+    torch.testing.assert_close(
+        beta, torch.tensor([[2.0, torch.nan, torch.nan, 1.0]]), equal_nan=True, rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(),
+        nn.Sequential(nn.Linear(2, 3), nn.ReLU()),
+        nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)),
+        nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)),
+        nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 2)),
+        nn.Sequential(nn.Conv1d(2, 3, 1), nn.ReLU(), nn.Linear(3, 2)),
+    ],
+)
+def test_any_other_model_is_refused(model):
+    with pytest.raises(UnsupportedError, match="a ReLU between each two"):
+        FusedStep(model, None, record=True)
+
+
+@pytest.mark.parametrize("part", ["0.weight", "2.bias"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_parameter_that_is_not_trained_is_refused(part, frozen):
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    named = dict(model.named_parameters())
+    if frozen:
+        named[part].requires_grad_(False)
+    trained = [one for name, one in named.items() if name != part or frozen]
+    with pytest.raises(UnsupportedError, match="all parameters of the model"):
+        FusedStep(model, torch.optim.SGD(trained, lr=0.1), record=True)
