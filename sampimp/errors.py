@@ -1,18 +1,21 @@
 """The named errors of the project.
 
-Each message has four parts in this order: what was expected, what came (with values), where (file,
-run, epoch, layer or store), and what to do. Every class subclasses the builtin that a caller would
-catch, and `UserError` as well: the command lines print a `UserError` as its message alone, without
-a traceback, and exit with 2.
+Each message has four parts in this order: what was expected, what was found instead (with values),
+where (file, run, epoch, layer or store), and what to do. Every class subclasses `UserError` and the
+built-in exception that a caller would catch. The command lines print the message of a `UserError`
+without a traceback, and exit with status 2.
 
-Map: `UserError` is the common root; `ConfigError`, `DataError`, `StoreError`, `ResourceError` are
-raised before training starts; `UnsupportedError` by the recorder; `RecordError` by whoever reads a
-record.
+Map: `UserError` is the base class. `ConfigError`, `DataError`, `StoreError`, `ResourceError` and
+`MissingPackageError` are raised before training starts, `UnsupportedError` by the recorder, and
+`RecordError` by the functions that read a record. `require_package` imports an optional dependency.
 """
+
+import sys
+from importlib import import_module
 
 
 class UserError(Exception):
-    """Something a person can mend: its message is complete without a traceback."""
+    """An error that the user can correct; its message is complete without a traceback."""
 
     def __init__(self, expected: str, got: str, where: str, todo: str) -> None:
         super().__init__(expected, got, where, todo)
@@ -20,11 +23,11 @@ class UserError(Exception):
 
     @property
     def summary(self) -> str:
-        """What was expected and what came, in one line."""
+        """The expected value and the actual one, in one line."""
         return f"expected {self.expected}, got {self.got}"
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:
-        """Keep all four parts on the way from a worker: an OSError keeps two of its arguments."""
+        """Pickle all four parts: an OSError would keep two of its arguments."""
         return type(self), (self.expected, self.got, self.where, self.todo)
 
     def __str__(self) -> str:
@@ -41,20 +44,58 @@ class ConfigError(UserError, ValueError):
 
 
 class DataError(UserError, ValueError):
-    """A data set is missing, truncated, unreadable or holds values that cannot be trained on."""
+    """A data set is missing, truncated or unreadable, or has values unfit for training."""
 
 
 class StoreError(UserError, OSError):
-    """The study's folder or bucket cannot be used as asked."""
+    """The study's folder or bucket cannot be read, written or created as requested."""
 
 
 class ResourceError(UserError, RuntimeError):
-    """The machines do not offer what was asked for (GPUs, disk, a cluster)."""
+    """The machines lack a resource that the study needs (GPUs, disk, a cluster)."""
+
+
+class MissingPackageError(UserError, ImportError):
+    """An optional dependency is not installed."""
 
 
 class UnsupportedError(UserError, TypeError):
-    """A layer, optimizer or step for which no exact importance is defined here."""
+    """No exact importance is implemented for a layer, an optimizer or a training step."""
 
 
 class RecordError(UserError, RuntimeError):
-    """What is stored is not what its commit or manifest says."""
+    """Stored values differ from their commit or manifest."""
+
+
+def require_package(module: str, extra: str) -> None:
+    """Import a module of an optional dependency, or say how to install it.
+
+    Call it in front of the import statement, inside the function that needs the module::
+
+        require_package("sklearn.datasets", "study")
+        from sklearn.datasets import load_digits
+
+    Parameters
+    ----------
+    module
+        Dotted name of the module.
+    extra
+        The extra of this distribution that installs the module.
+
+    Raises
+    ------
+    MissingPackageError
+        The package is not installed. An installed package that fails to import one of its own
+        dependencies raises its own error.
+    """
+    try:
+        import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise MissingPackageError(
+            expected=f"the Python package {module.partition('.')[0]}",
+            got=str(error),
+            where=f"the environment of {sys.executable}",
+            todo=f"pip install 'sampimp[{extra}]'",
+        ) from None
