@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 import sampimp.importance.rules.convolution  # noqa: F401  (registers its rules)
 from sampimp.config import check_choice
 from sampimp.errors import ConfigError, UnsupportedError
+from sampimp.importance.evaluation import evaluation_mode
 from sampimp.importance.gradients import Explicit, Factor, Outer, Product, squares, total
 from sampimp.importance.optimizers import Derivative, Diagonal, UpdateDerivative
 from sampimp.importance.ownership.graph import Inside
@@ -61,7 +62,6 @@ from sampimp.importance.ownership.rows import (
 from sampimp.importance.ownership.tape import Tape
 from sampimp.importance.rules.arithmetic import LOOKS, RULES, SUMS, Batch, feature_axes, generic
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
-from sampimp.training.models import evaluation_mode
 
 if TYPE_CHECKING:
     import xarray as xr

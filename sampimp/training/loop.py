@@ -32,13 +32,13 @@ from torch.nn import functional
 from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data.names import Dataset
 from sampimp.errors import RecordError
+from sampimp.importance.evaluation import evaluation_mode
 from sampimp.importance.recorder import ImportanceRecorder, sum_by_sample
 from sampimp.schema import EpochRecord
 from sampimp.training.collective import ALONE, Workers
 from sampimp.training.fused import FusedStep
 from sampimp.training.models import (
     build_model,
-    evaluation_mode,
     flatten_parameters,
     parameter_layers,
 )

@@ -6,7 +6,7 @@ section asks for convolutional and recurrent networks. All take images (N, C, H,
 usual for MNIST. Layers are registered in the order in which they are called; none mixes samples.
 
 Map: `build_model` (a network by its name) and the builders; `identify_network` and
-`require_network` (what one's own is); `evaluation_mode`; `parameter_layers`, `flatten_parameters`
+`require_network` (what one's own is); `parameter_layers`, `flatten_parameters`
 and `load_parameters` (a network's parameters as one vector).
 
 Shape suffixes: N samples, C channels, H rows, W columns, T positions, E entries of an embedding.
@@ -18,8 +18,7 @@ import inspect
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 from sampimp.config import MODELS, NetworkIdentity, check_choice
 from sampimp.errors import ConfigError
+from sampimp.importance.evaluation import evaluation_mode
 
 
 def build_model(
@@ -359,36 +359,6 @@ def parameter_layers(model: nn.Module) -> list[tuple[str, int]]:
         (name.rpartition(".")[0] or "model", parameter.numel())
         for name, parameter in model.named_parameters()
     ]
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode for a block; then each has its own `training` again.
-
-    The flags are set one by one: `model.train()` would start a BatchNorm again that its author has
-    frozen by `.eval()`. PyTorch's fused encoder layer, which evaluation mode switches on, is kept
-    off: it rounds otherwise than the layer that trains.
-
-    Examples
-    --------
-    >>> model = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
-    >>> with evaluation_mode(model):
-    ...     [module.training for module in model.modules()]
-    [False, False, False]
-    >>> [module.training for module in model.modules()]
-    [True, False, True]
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        for module, _ in flags:
-            module.training = False
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for module, training in flags:
-            module.training = training
 
 
 @torch.no_grad()
