@@ -83,13 +83,13 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.installed: $(PINS) | $(VENV)/.created
-	$(call install,,sampimp,$(FIRST))
+	$(call install,[study$(comma)report],sampimp,$(FIRST))
 
 $(VENV)/.installed-test: $(PINS) | $(VENV)/.created
-	$(call install,[test$(comma)cluster],sampimp and its tests' tools,$(FIRST))
+	$(call install,[test],sampimp and its tests' tools,$(FIRST))
 
 $(VENV)/.installed-dev: $(PINS) | $(VENV)/.created
-	$(call install,[test$(comma)cluster$(comma)dev],sampimp and its developers' tools,$(FIRST))
+	$(call install,[test$(comma)docs$(comma)dev],sampimp and its developers' tools,$(FIRST))
 	@touch $(VENV)/.installed-test
 
 # BackPACK asks for torchvision and does not need it; beside a PyTorch for CPUs it fails to import, and

@@ -1,18 +1,41 @@
 """Sample importance: which training samples shaped a network, in which layer, and when.
 
-`open_cube` reads a study, `load_dataset` gives the arrays that training sees, `ImportanceRecorder`
-records importance in anybody's training loop, `LightningImportance` and `HuggingFaceImportance` in
-those of two trainers. ARCHITECTURE.md is the map of the rest.
+Record a training loop
+    `ImportanceRecorder` (any PyTorch loop), `LightningImportance`, `HuggingFaceImportance`,
+    `snapshot_importance` (all samples at fixed parameters)
+Read a study
+    `open_cube` (all runs as one lazy, labelled cube), `load_dataset` and `Dataset` (the arrays
+    that training reads)
+Extend
+    `layer_rule` (an operation of a network), `derivative_rule` (an optimizer)
+
+Packages, from the lowest level to the highest:
+
+=============== ============================================================================
+`schema`        dimensions, variables, units and chunks of a record
+`errors`        named errors: what was expected, what came, where, what to do
+`config`        configuration of a run, and its fingerprint
+`importance`    the definition, and its measurement inside a training step
+`data`          data sets, from their source to arrays
+`store`         the store of a study: records, commits, digests, and the cube over them
+`training`      training runs: loop, networks, batch strategies
+`integrations`  PyTorch Lightning and Hugging Face Trainer
+`sweeps`        studies on Ray Tune, and the command `sampimp` (extra `study`)
+`analysis`      results, claims, figures and the report (extra `report`)
+=============== ============================================================================
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sampimp import _renamed  # noqa: F401  (old import paths, for one release)
 from sampimp.schema import __version__
 
 if TYPE_CHECKING:
     from sampimp.data.names import Dataset, load_dataset
-    from sampimp.importance.recorder import ImportanceRecorder
+    from sampimp.importance.optimizers import derivative_rule
+    from sampimp.importance.recorder import ImportanceRecorder, snapshot_importance
+    from sampimp.importance.rules.arithmetic import layer_rule
     from sampimp.integrations.trainers import HuggingFaceImportance, LightningImportance
     from sampimp.store.cube import open_cube
 
@@ -22,8 +45,11 @@ __all__ = [
     "ImportanceRecorder",
     "LightningImportance",
     "__version__",
+    "derivative_rule",
+    "layer_rule",
     "load_dataset",
     "open_cube",
+    "snapshot_importance",
 ]
 
 _HOMES = {
@@ -31,13 +57,23 @@ _HOMES = {
     "HuggingFaceImportance": "sampimp.integrations.trainers",
     "ImportanceRecorder": "sampimp.importance.recorder",
     "LightningImportance": "sampimp.integrations.trainers",
+    "derivative_rule": "sampimp.importance.optimizers",
+    "layer_rule": "sampimp.importance.rules.arithmetic",
     "load_dataset": "sampimp.data.names",
     "open_cube": "sampimp.store.cube",
+    "snapshot_importance": "sampimp.importance.recorder",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: reading a cube needs no torch."""
+    """Import a public name at its first use, so that `import sampimp` needs no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'sampimp' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, those not yet imported included."""
+    return sorted(__all__)

@@ -1,7 +1,12 @@
-"""Old import paths, for one release: each still works, and a DeprecationWarning names the new one.
+"""Old import paths, for one release: each works, and a DeprecationWarning names the new path.
 
-`moved` serves the names of a module that was split or renamed; `alias_package` serves the folders
-`sweeps/` and `analysis/` of a checkout, whose packages are `sampimp.sweeps` and `sampimp.analysis`.
+- `sampimp.capture`, `sampimp.rules`, ...: modules that no longer exist. A finder at the end of
+  `sys.meta_path` makes an empty module whose attributes come from the new places (`MOVED`).
+- Names that `sampimp.training`, `sampimp.data` and `sampimp.store` had while they were modules:
+  the `__getattr__` of these packages (`moved`).
+- The folders `sweeps/` and `analysis/` of a checkout, whose packages are `sampimp.sweeps` and
+  `sampimp.analysis`: each calls `alias_package` if it is imported as a top-level package, as in
+  `python -m analysis.report`, so that no file is loaded under two names.
 """
 
 import sys
@@ -14,37 +19,59 @@ from importlib.util import find_spec, spec_from_loader
 from types import CodeType, ModuleType
 from typing import Any
 
+MOVED: Mapping[str, Mapping[str, str]] = {}
+"""Of each old module, the new path of each name."""
 
-def moved(old: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+
+def _warn(old: str, new: str, stacklevel: int) -> None:
+    warnings.warn(
+        f"{old} is now {new}; the old path will be removed in the next release",
+        DeprecationWarning,
+        stacklevel=stacklevel + 1,
+    )
+
+
+def moved(old: str) -> Callable[[str], Any]:
     """Return the `__getattr__` of a module whose names have moved.
 
     Parameters
     ----------
     old
-        The old module, its `__name__`.
-    homes
-        The new module of each name.
+        Name of the module, a key of `MOVED`.
     """
 
     def get(name: str) -> Any:
-        if name not in homes:
+        new = MOVED[old].get(name)
+        if new is None:
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
-        warnings.warn(
-            f"{old}.{name} is now {homes[name]}.{name}; the old path will be removed in the next "
-            "release",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return getattr(import_module(homes[name]), name)
+        _warn(f"{old}.{name}", new, stacklevel=2)
+        module, _, attribute = new.rpartition(".")
+        return getattr(import_module(module), attribute)
 
     return get
 
 
-def alias_package(old: str, new: str) -> None:
-    """Make `import old.module` return the module `new.module`, so that no file is loaded twice.
+class _MovedFinder(MetaPathFinder, Loader):
+    """Finds the modules of `MOVED` that no longer exist."""
 
-    Called by the package itself where it is imported as `old`, as in `python -m analysis.report`.
-    """
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return spec_from_loader(fullname, self) if fullname in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None  # an empty module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__doc__ = "Deprecated: its names have moved."
+        module.__getattr__ = moved(module.__name__)  # type: ignore[method-assign]
+
+
+sys.meta_path.append(_MovedFinder())
+
+
+def alias_package(old: str, new: str) -> None:
+    """Make `import old.module` return the module `new.module`."""
     sys.meta_path.insert(0, _AliasFinder(old, new))
     sys.modules[old] = import_module(new)
 
@@ -68,22 +95,17 @@ class _AliasFinder(MetaPathFinder):
 
 
 class _AliasLoader(Loader):
-    """Loads a module under its new name; `python -m` asks for its code instead."""
+    """Returns the module of the new name; `python -m` asks for its code instead."""
 
     def __init__(self, spec: ModuleSpec) -> None:
         self.spec = spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        warnings.warn(
-            f"{spec.name} is now {self.spec.name}; the old path will be removed in the next "
-            "release",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        _warn(spec.name, self.spec.name, stacklevel=2)
         return import_module(self.spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.spec  # importlib has replaced it by the alias's
+        module.__spec__ = self.spec  # importlib put the alias's in its place
 
     def get_code(self, fullname: str) -> CodeType | None:
         assert self.spec.loader is not None

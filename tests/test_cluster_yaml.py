@@ -108,7 +108,7 @@ def test_strangers_stay_out(prepared):
 
 def test_nodes_install_this_project_with_its_pins(prepared):
     setup = prepared["setup_commands"] + prepared["worker_setup_commands"]
-    assert any("-c constraints.txt -e '.[cluster]'" in command for command in setup)
+    assert any("-c constraints.txt -e '.[study,report,cluster]'" in command for command in setup)
     # Ray's defaults fetch a nightly wheel.
     assert not any("ray-wheels" in command or "latest" in command for command in setup)
     assert re.search(r"^ray==2\.60\.\d+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
