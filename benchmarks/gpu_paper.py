@@ -16,7 +16,7 @@ import torch
 from gpu_report import Report
 
 from sampimp.config import TrainingConfig, TrialConfig
-from sampimp.data.names import Dataset, Source, load_source, scale_inputs
+from sampimp.data import Dataset, Source, load_source, scale_inputs
 from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY
 from sampimp.training.loop import TrainingRun
 from sampimp.training.strategies import make_schedule

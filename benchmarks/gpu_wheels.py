@@ -15,7 +15,7 @@ import tyro
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sampimp.data.names import _MNIST, _data_folder, _read_mnist
+from sampimp.data.official import MNIST_FILES, read_mnist_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,9 +72,9 @@ def fetch_wheels(folder: Path) -> None:
 def copy_mnist(folder: Path) -> None:
     """Write MNIST's four files, found under SAMPIMP_DATA or fetched, with their digests checked."""
     folder.mkdir(exist_ok=True)
-    for file in _MNIST:
+    for file in MNIST_FILES:
         if not (folder / f"{file}.gz").exists():
-            content = _read_mnist(_data_folder(None), file)
+            content = read_mnist_file(file)
             (folder / f"{file}.gz").write_bytes(gzip.compress(content, mtime=0))
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import xarray as xr
 
 from sampimp.config import TrainingConfig
-from sampimp.data.names import Source
+from sampimp.data import Source
 from sampimp.schema import CURVES, REFERENCES, STRATEGIES, EpochRecord
 from sampimp.store.cube import open_cube
 from sampimp.store.location import Folder

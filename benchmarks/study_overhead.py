@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from sampimp.config import TrainingConfig, TrialConfig
-from sampimp.data.names import load_dataset
+from sampimp.data import load_dataset
 from sampimp.sweeps.study import StudyConfig, run
 from sampimp.training.loop import AutogradStep, TrainingRun, make_optimizer
 from sampimp.training.strategies import make_schedule

@@ -32,7 +32,7 @@ from sampimp import _renamed  # noqa: F401  (old import paths, for one release)
 from sampimp.schema import __version__
 
 if TYPE_CHECKING:
-    from sampimp.data.names import Dataset, load_dataset
+    from sampimp.data import Dataset, load_dataset
     from sampimp.importance.optimizers import derivative_rule
     from sampimp.importance.recorder import ImportanceRecorder, snapshot_importance
     from sampimp.importance.rules.arithmetic import layer_rule
@@ -53,13 +53,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Dataset": "sampimp.data.names",
+    "Dataset": "sampimp.data.scaling",
     "HuggingFaceImportance": "sampimp.integrations.trainers",
     "ImportanceRecorder": "sampimp.importance.recorder",
     "LightningImportance": "sampimp.integrations.trainers",
     "derivative_rule": "sampimp.importance.optimizers",
     "layer_rule": "sampimp.importance.rules.arithmetic",
-    "load_dataset": "sampimp.data.names",
+    "load_dataset": "sampimp.data.loading",
     "open_cube": "sampimp.store.cube",
     "snapshot_importance": "sampimp.importance.recorder",
 }

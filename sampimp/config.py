@@ -182,7 +182,7 @@ class TrialConfig:
     """One training run: which data, which batches, which initialisation."""
 
     dataset: str
-    """Key of the data set, as `sampimp.data.names.dataset_key` gives it."""
+    """Key of the data set, as `sampimp.data.dataset_key` gives it."""
     strategy: str
     """One of the reference strategies or of the paper's seven."""
     seed: int

@@ -1,7 +1,7 @@
 """Reading a data set once, for a whole study, on all machines.
 
 Folders of images are decoded in parallel by Ray Data; everything else is one small file that
-`sampimp.data.names.load_source` reads. Ray Data keeps no order, so every row carries its sample's
+`sampimp.data.load_source` reads. Ray Data keeps no order, so every row carries its sample's
 permanent index and is placed by it: the result has the same bytes as `load_source`.
 
 An image that cannot be used comes back as a row too. An error raised inside a task would reach the
@@ -26,14 +26,13 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from sampimp.data.names import (
+from sampimp.data import Source, load_source
+from sampimp.data.images import (
     ImageList,
-    Source,
     decode_images,
     image_blocks,
     images_source,
     list_images,
-    load_source,
 )
 from sampimp.errors import DataError
 
@@ -51,14 +50,14 @@ def ingest(
     Parameters
     ----------
     name, data_dir
-        As in `sampimp.data.names.load_source`.
+        As in `sampimp.data.load_source`.
     progress
         Called with the number of images decoded so far and of all images.
 
     Raises
     ------
     ConfigError, DataError
-        As in `sampimp.data.names.load_source`.
+        As in `sampimp.data.load_source`.
     """
     kind, _, path = name.partition(":")
     if kind != "folder" or not path:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from sampimp.config import OPTIMIZERS
-from sampimp.data.names import Dataset, Scaling, Source, scale_inputs
+from sampimp.data import Dataset, Scaling, Source, scale_inputs
 from sampimp.errors import ConfigError, StoreError
 from sampimp.importance.recorder import snapshot_importance
 from sampimp.store.location import Folder

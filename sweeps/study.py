@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sampimp.config import TrainingConfig, TrialConfig, check_choice
-from sampimp.data.names import Source, dataset_key, scale_inputs
+from sampimp.data import Source, dataset_key, scale_inputs
 from sampimp.errors import ConfigError, ResourceError, StoreError, UnsupportedError
 from sampimp.importance.recorder import forward_layers
 from sampimp.schema import (

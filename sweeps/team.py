@@ -24,7 +24,7 @@ from ray.util import get_current_placement_group, get_node_ip_address
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sampimp.config import TrialConfig
-from sampimp.data.names import Dataset, Source, scale_inputs
+from sampimp.data import Dataset, Source, scale_inputs
 from sampimp.errors import RecordError, ResourceError
 from sampimp.schema import EpochRecord, digest
 from sampimp.store.location import Folder

@@ -47,7 +47,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.errors import ContainsArrayError, ContainsGroupError
 from zarr.storage import ObjectStore
 
-from sampimp.data.names import Source
+from sampimp.data import Source
 from sampimp.errors import RecordError, StoreError, UserError
 from sampimp.schema import CURVES, VARIABLES, EpochRecord, Layout, digest, digest_json
 from sampimp.store.location import Folder, check_links, local_root, open_store, put_whole, reaching

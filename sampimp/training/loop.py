@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sampimp.config import TrainingConfig, TrialConfig
-from sampimp.data.names import Dataset
+from sampimp.data import Dataset
 from sampimp.errors import RecordError
 from sampimp.importance.evaluation import evaluation_mode
 from sampimp.importance.recorder import ImportanceRecorder, sum_by_sample

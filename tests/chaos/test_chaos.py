@@ -7,7 +7,7 @@ import oracles
 import pytest
 from rich.console import Console
 
-from sampimp.data.names import load_source
+from sampimp.data import load_source
 from sampimp.sweeps.study import make_plan, parse
 
 STUDY = (

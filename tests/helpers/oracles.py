@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from sampimp.config import TrainingConfig, TrialConfig
-from sampimp.data.names import Source, scale_inputs
+from sampimp.data import Source, scale_inputs
 from sampimp.training.loop import TrainingRun
 from sampimp.training.strategies import SORT_KEY, make_schedule
 

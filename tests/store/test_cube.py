@@ -15,7 +15,7 @@ import xarray as xr
 import zarr
 
 import sampimp
-from sampimp.data.names import scale_inputs
+from sampimp.data import scale_inputs
 from sampimp.errors import RecordError, StoreError
 from sampimp.schema import CURVES, REFERENCES, STRATEGIES, VARIABLES
 from sampimp.store import record as store

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sampimp.data.names import Source
+from sampimp.data import Source
 from sampimp.errors import RecordError, StoreError
 from sampimp.store import location as folder_module
 from sampimp.store.location import Folder, ServerAwayError, open_store

@@ -13,7 +13,7 @@ from processes import command_of
 from ray.autoscaler._private.util import prepare_config
 from rich.console import Console
 
-from sampimp.data.names import load_source
+from sampimp.data import load_source
 from sampimp.errors import ResourceError, StoreError
 from sampimp.sweeps import cluster as cluster_module
 from sampimp.sweeps import study

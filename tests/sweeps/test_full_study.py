@@ -13,7 +13,7 @@ from rich.console import Console
 from torch.nn import functional
 
 import sampimp
-from sampimp.data.names import load_source
+from sampimp.data import load_source
 from sampimp.store.location import Folder
 from sampimp.store.plan import PlannedTrial, read_plan
 from sampimp.sweeps import full_study, searcher

@@ -10,8 +10,7 @@ import pytest
 import ray
 from PIL import Image
 
-from sampimp.data import names as data
-from sampimp.data.names import load_source
+from sampimp.data import images, load_source
 from sampimp.errors import ConfigError, DataError
 from sampimp.sweeps.ingest import decode_block, ingest
 
@@ -37,7 +36,7 @@ def cluster():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Four images of 6 x 5 x 3 bytes a block, so that blocks finish in any order."""
-    monkeypatch.setattr(data, "_BLOCK_BYTES", 4 * 90)
+    monkeypatch.setattr(images, "_BLOCK_BYTES", 4 * 90)
 
 
 @pytest.fixture

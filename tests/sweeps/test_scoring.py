@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 import sampimp
-from sampimp.data.names import load_source
+from sampimp.data import load_source
 from sampimp.errors import ConfigError
 from sampimp.store.cube import SNAPSHOTS
 from sampimp.store.location import Folder

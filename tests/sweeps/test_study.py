@@ -14,7 +14,7 @@ from ray import tune
 from ray.exceptions import OutOfMemoryError
 from rich.console import Console
 
-from sampimp.data.names import load_source
+from sampimp.data import load_source
 from sampimp.errors import (
     ConfigError,
     ResourceError,

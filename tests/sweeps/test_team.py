@@ -17,7 +17,7 @@ from ray._private.state import actors
 from rich.console import Console
 
 import sampimp
-from sampimp.data.names import load_source
+from sampimp.data import load_source
 from sampimp.errors import ConfigError, RecordError, ResourceError
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits

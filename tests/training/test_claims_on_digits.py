@@ -7,7 +7,7 @@ import oracles
 import pytest
 import torch
 
-from sampimp.data.names import load_dataset
+from sampimp.data import load_dataset
 from sampimp.importance.recorder import snapshot_importance
 from sampimp.training.loop import TrainingRun
 from sampimp.training.models import build_mlp, load_parameters

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampimp.data.names import Dataset
+from sampimp.data import Dataset
 from sampimp.schema import CURVES
 from sampimp.training.collective import ALONE, TorchWorkers, Workers
 from sampimp.training.fused import FusedStep

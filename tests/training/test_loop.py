@@ -8,7 +8,7 @@ import oracles
 import pytest
 import torch
 
-from sampimp.data.names import Dataset
+from sampimp.data import Dataset
 from sampimp.errors import RecordError
 from sampimp.schema import CURVES
 from sampimp.training.loop import (

@@ -1,0 +1,272 @@
+"""Folders of images: PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE.
+
+A sample's permanent index is its position in the list sorted by class and file name, whichever
+thread or machine decodes it. Listing, decoding and assembling are separate functions, so that a
+cluster decodes the same list in parallel (`sampimp.sweeps.ingest`) with the same result.
+
+Map: `ImageList`, `list_images` (which images, in which order); `decode_image`, `decode_images` (to
+pixels); `image_blocks` (in which portions); `images_source` (the `Source` of decoded images);
+`load_folder` (all of it, by threads).
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sampimp.data.source import Source
+from sampimp.errors import DataError, require_package
+
+IMAGE_SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+"""Suffixes of the files in a class folder that are images, in upper or lower case."""
+
+_BLOCK_BYTES = 2**25
+"""Pixels decoded as one unit of work: arbitrary (32 MiB), small compared with any data set."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageList:
+    """The images of a folder, in the order of their permanent indices.
+
+    Attributes
+    ----------
+    root
+        Absolute path of the folder.
+    class_names
+        Names of the folders under train/, sorted.
+    train_paths, test_paths
+        [N], sorted by class and file name. A position is the sample's permanent index.
+    train_labels, test_labels
+        int64 [N].
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    train_paths: tuple[str, ...]
+    train_labels: np.ndarray
+    test_paths: tuple[str, ...]
+    test_labels: np.ndarray
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All paths, training images first."""
+        return self.train_paths + self.test_paths
+
+
+def list_images(path: str | os.PathLike[str]) -> ImageList:
+    """Return the images under PATH/train/CLASS and PATH/test/CLASS, in their permanent order.
+
+    Hidden files and files without a suffix of `IMAGE_SUFFIXES` are skipped.
+
+    Raises
+    ------
+    DataError
+        train/ or test/ is missing, their classes differ, or a class has no image.
+    """
+    root = Path(os.path.abspath(os.path.expanduser(path)))
+    train, test = _list_classes(root, "train"), _list_classes(root, "test")
+    _require_same_classes(root, train, test)
+    class_names = tuple(train)
+    return ImageList(
+        root=root,
+        class_names=class_names,
+        train_paths=_paths(root / "train", class_names, train),
+        train_labels=_labels(class_names, train),
+        test_paths=_paths(root / "test", class_names, test),
+        test_labels=_labels(class_names, test),
+    )
+
+
+def _list_classes(root: Path, part: str) -> dict[str, list[str]]:
+    """Return the class folders of train/ or test/, sorted, with their sorted image names."""
+    folder, layout = root / part, f"images as {root}/{{train,test}}/CLASS/IMAGE"
+    if not folder.is_dir():
+        todo = f"put the images of the {part} set into {folder}/CLASS/"
+        raise DataError(layout, f"no folder {part}/", str(root), todo)
+    classes = {
+        entry.name: _image_names(entry.path)
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+        if entry.is_dir() and not entry.name.startswith(".")
+    }
+    if not classes:
+        raise DataError(layout, "no class folder", str(folder), "make one folder per class")
+    empty = [name for name, files in classes.items() if not files]
+    if empty:
+        raise DataError(
+            expected=f"images ({', '.join(sorted(IMAGE_SUFFIXES))}) in every class folder",
+            got=f"none in {len(empty)} of {len(classes)}: {', '.join(empty[:5])}",
+            where=str(folder / empty[0]),
+            todo="add images or remove the folder, in train/ and test/ alike",
+        )
+    return classes
+
+
+def _require_same_classes(
+    root: Path, train: dict[str, list[str]], test: dict[str, list[str]]
+) -> None:
+    for part, classes, other, others in (
+        ("test", test, "train", train),
+        ("train", train, "test", test),
+    ):
+        extra = [name for name in classes if name not in others]
+        if extra:
+            raise DataError(
+                expected="the same class folders in train/ and test/",
+                got=f"in {part}/ alone: {', '.join(extra[:5])}",
+                where=str(root / part / extra[0]),
+                todo=f"add the class to {other}/ or remove it from {part}/",
+            )
+
+
+def _paths(
+    folder: Path, class_names: tuple[str, ...], classes: dict[str, list[str]]
+) -> tuple[str, ...]:
+    return tuple(os.path.join(folder, name, file) for name in class_names for file in classes[name])
+
+
+def _labels(class_names: tuple[str, ...], classes: dict[str, list[str]]) -> np.ndarray:
+    counts = [len(classes[name]) for name in class_names]
+    return np.repeat(np.arange(len(class_names), dtype=np.int64), counts)
+
+
+def _image_names(folder: str) -> list[str]:
+    """Return the sorted names of the images in a folder."""
+    return sorted(
+        name
+        for name in os.listdir(folder)
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+    )
+
+
+def decode_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """Return the pixels of an image, uint8 [H, W, C]; a grayscale image has C = 1, others C = 3.
+
+    Raises
+    ------
+    DataError
+        The file is not an image, is damaged, or has no lossless 8-bit grayscale or RGB form
+        (transparency, 16 bits).
+    MissingPackageError
+        Pillow is not installed.
+    """
+    require_package("PIL.Image", "study")
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            mode = image.mode + (" with transparency" if "transparency" in image.info else "")
+            if mode in ("L", "RGB"):
+                pixels = np.asarray(image)
+            elif mode in ("1", "P"):
+                pixels = np.asarray(image.convert("L" if mode == "1" else "RGB"))  # lossless
+            else:
+                pixels = None
+    except Exception as error:  # Pillow raises a dozen types of exceptions for damaged files
+        if isinstance(error, FileNotFoundError):
+            todo = "restore the file; on a cluster, every machine must reach it under this path"
+        else:
+            todo = "repair the file, or remove it"
+        raise DataError(
+            expected="a readable image",
+            got=f"{type(error).__name__}: {error}",
+            where=str(path),
+            todo=todo,
+        ) from None
+    if pixels is None:
+        raise DataError(
+            expected="8-bit grayscale or RGB",
+            got=f"an image of Pillow's mode {mode}",
+            where=str(path),
+            todo="convert the folder's images to 8-bit RGB or grayscale first",
+        )
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def decode_images(paths: Sequence[str], out: np.ndarray) -> None:
+    """Decode images into `out`, uint8 [N, C, H, W]; each must be C x H x W.
+
+    Raises
+    ------
+    DataError
+        An image is unreadable or differs in size or number of channels; the first one is named.
+    """
+    channels, height, width = out.shape[1:]
+    for path, target in zip(paths, out, strict=True):
+        pixels = decode_image(path)
+        if pixels.shape != (height, width, channels):
+            raise DataError(
+                expected="images of one size and mode: the folder's first has "
+                f"{width}x{height} pixels of {channels} channels",
+                got=f"{pixels.shape[1]}x{pixels.shape[0]} pixels of {pixels.shape[2]} channels",
+                where=str(path),
+                todo="resize or convert the folder's images to one size and mode first",
+            )
+        target[...] = pixels.transpose(2, 0, 1)
+
+
+def image_blocks(images: ImageList) -> tuple[tuple[int, int, int], list[slice]]:
+    """Return the shape [C, H, W] of the first image, and the slices of `images.paths` to decode.
+
+    A block has at most 32 MiB of pixels and 1,000 images (CIFAR-10: a few tenths of a second).
+    """
+    height, width, channels = decode_image(images.train_paths[0]).shape
+    total = len(images.train_paths) + len(images.test_paths)
+    rows = min(1000, max(1, _BLOCK_BYTES // (height * width * channels)))
+    blocks = [slice(start, min(start + rows, total)) for start in range(0, total, rows)]
+    return (channels, height, width), blocks
+
+
+def images_source(name: str, images: ImageList, values: np.ndarray) -> Source:
+    """Return the source of a folder from its decoded images.
+
+    Parameters
+    ----------
+    name
+        As in `sampimp.data.load_source`.
+    images
+        The list of the N images.
+    values
+        uint8 [N, C, H, W], in the order of `images.paths`.
+    """
+    train = len(images.train_paths)
+    return Source(
+        name=name,
+        train_values=values[:train],
+        train_labels=images.train_labels,
+        test_values=values[train:],
+        test_labels=images.test_labels,
+        full_scale=255.0,
+        class_names=images.class_names,
+    )
+
+
+def load_folder(name: str, path: str | os.PathLike[str]) -> Source:
+    """Return the source of a folder of images, decoded by threads.
+
+    Parameters
+    ----------
+    name
+        As in `sampimp.data.load_source`.
+    path
+        The folder.
+
+    Raises
+    ------
+    DataError
+        As in `list_images` and `decode_images`.
+    MissingPackageError
+        Pillow is not installed.
+    """
+    images = list_images(path)
+    shape, blocks = image_blocks(images)
+    paths = images.paths
+    values = np.empty((len(paths), *shape), dtype=np.uint8)
+    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
+        for _ in pool.map(lambda block: decode_images(paths[block], values[block]), blocks):
+            pass  # results come in order, so the error raised is that of the first bad image
+    return images_source(name, images, values)

@@ -1,0 +1,151 @@
+"""Folders of images are read in a fixed order; a bad image is named."""
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sampimp.data import images as images_module
+from sampimp.data import load_source
+from sampimp.data.images import decode_image, decode_images, image_blocks, list_images
+from sampimp.errors import DataError
+
+
+def save_folder(root: Path, mode: str = "RGB", names=("b.png", "a.PNG", "10.png")) -> np.ndarray:
+    """Write 3 training images and 1 test image of 2 classes, 5 x 4 pixels; return all pixels."""
+    shape = (4, 5) if mode == "L" else (4, 5, 3)
+    images = np.random.default_rng(1).integers(0, 256, (8, *shape), dtype=np.uint8)
+    number = 0
+    for part, files in (("train", sorted(names)), ("test", ["x.png"])):
+        for name in ("cat", "dog"):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for file in files:
+                Image.fromarray(images[number]).save(folder / file)
+                number += 1
+    return images
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_folder_is_read_in_sorted_order(tmp_path, mode):
+    images = save_folder(tmp_path, mode)
+    (tmp_path / "train" / "cat" / ".hidden.png").write_bytes(b"")
+    (tmp_path / "train" / "cat" / "Thumbs.db").write_bytes(b"")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    listed = list_images(tmp_path)
+    assert listed.class_names == ("cat", "dog")
+    # Sorted by code point: digits, upper case, lower case.
+    assert [Path(path).name for path in listed.train_paths[:3]] == ["10.png", "a.PNG", "b.png"]
+    np.testing.assert_array_equal(listed.train_labels, [0, 0, 0, 1, 1, 1])
+    source = load_source(f"folder:{tmp_path}")
+    expected = images[:, None] if mode == "L" else images.transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(source.train_values, expected[:6], strict=True)
+    np.testing.assert_array_equal(source.test_values, expected[6:], strict=True)
+    np.testing.assert_array_equal(source.test_labels, np.array([0, 1]), strict=True)
+    assert source.train_values.flags.c_contiguous
+    assert source.full_scale == 255
+
+
+def test_relative_folder_has_absolute_paths(tmp_path, monkeypatch):
+    save_folder(tmp_path / "pets")
+    monkeypatch.chdir(tmp_path)
+    assert list_images("pets").train_paths[0] == str(tmp_path / "pets/train/cat/10.png")
+
+
+def test_block_size_does_not_change_the_source(tmp_path, monkeypatch):
+    save_folder(tmp_path)
+    whole = load_source(f"folder:{tmp_path}")
+    monkeypatch.setattr(images_module, "_BLOCK_BYTES", 3 * 60)  # three images of 4 x 5 x 3 bytes
+    shape, blocks = image_blocks(list_images(tmp_path))
+    assert shape == (3, 4, 5)
+    assert blocks == [slice(0, 3), slice(3, 6), slice(6, 8)]
+    assert load_source(f"folder:{tmp_path}").digest == whole.digest
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "test").rename(root / "validation"), "no folder test/"),
+        (lambda root: (root / "train").rename(root / "training"), "no folder train/"),
+        (lambda root: (root / "test/dog").rename(root / "test/dogs"), "in test/ alone: dogs"),
+        (lambda root: (root / "test/dog").rename(root / "dog"), "in train/ alone: dog"),
+        (lambda root: (root / "train/emu").mkdir(), "none in 1 of 3: emu"),
+        (lambda root: (root / "train").rename(root / "x") and (root / "train").mkdir(), "no class"),
+    ],
+)
+def test_wrong_folder_layout_is_refused(tmp_path, spoil, message):
+    save_folder(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(DataError, match=message):
+        list_images(tmp_path)
+
+
+def test_error_names_the_first_bad_image(tmp_path, monkeypatch):
+    save_folder(tmp_path)
+    monkeypatch.setattr(images_module, "_BLOCK_BYTES", 60)  # one image per block: threads race
+    first, second = tmp_path / "train/cat/a.PNG", tmp_path / "train/dog/b.png"
+    second.write_bytes(b"no image")
+    with pytest.raises(DataError, match=f"UnidentifiedImageError(.|\n)*{second}"):
+        load_source(f"folder:{tmp_path}")
+    first.write_bytes(first.read_bytes()[:60])
+    with pytest.raises(DataError, match=f"{first}"):
+        load_source(f"folder:{tmp_path}")
+    Image.new("RGB", (6, 4)).save(first)
+    with pytest.raises(DataError, match=f"has 5x4 pixels of 3(.|\n)*6x4(.|\n)*{first}"):
+        load_source(f"folder:{tmp_path}")
+    Image.new("L", (5, 4)).save(first)
+    with pytest.raises(DataError, match=f"5x4 pixels of 1 (.|\n)*{first}"):
+        load_source(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("mode", "values"), [("L", [[[7]]]), ("RGB", [[[7, 7, 7]]]), ("1", [[[255]]])]
+)
+def test_decoded_values_of_each_mode(tmp_path, mode, values):
+    Image.new(mode, (1, 1), 7 if mode != "RGB" else (7, 7, 7)).save(tmp_path / "a.png")
+    decoded = decode_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(decoded, np.array(values, np.uint8), strict=True)
+
+
+def test_palette_image_is_decoded_without_loss(tmp_path):
+    image = Image.fromarray(np.array([[[9, 8, 7], [1, 2, 3]]], np.uint8))
+    image.quantize(2).save(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").mode == "P"
+    np.testing.assert_array_equal(decode_image(tmp_path / "a.png"), [[[9, 8, 7], [1, 2, 3]]])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16"])
+def test_mode_without_lossless_8_bit_form_is_refused(tmp_path, mode):
+    Image.new(mode, (2, 2)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=f"mode {mode}(.|\n)*a.png"):
+        decode_image(tmp_path / "a.png")
+
+
+@settings(max_examples=150, deadline=None)
+@given(draw=st.data())
+def test_damaged_files_raise_no_other_error(tmp_path_factory, draw):
+    """Any bytes are decoded or raise DataError."""
+    kind = draw.draw(st.sampled_from(["png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm"]))
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(stream, kind)
+    content = bytearray(stream.getvalue())
+    head = st.integers(0, min(200, len(content)) - 1)
+    for _ in range(draw.draw(st.integers(1, 4))):
+        content[draw.draw(head)] = draw.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / f"fuzzed.{kind}"
+    path.write_bytes(content[: draw.draw(st.integers(0, len(content)))])
+    with warnings.catch_warnings(), contextlib.suppress(DataError):
+        warnings.simplefilter("ignore")  # Pillow warns before it fails
+        assert decode_image(path).dtype == np.uint8
+
+
+def test_numbers_of_paths_and_outputs_must_agree(tmp_path):
+    with pytest.raises(ValueError, match="zip"):
+        decode_images([], np.zeros((1, 3, 4, 5), np.uint8))

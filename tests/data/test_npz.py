@@ -1,0 +1,86 @@
+"""Arrays of .npz files keep their values; damaged or unfit files are named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sampimp.data import load_source
+from sampimp.errors import DataError
+
+
+def save_npz(path: Path, **changes) -> str:
+    """Save arrays, some of them replaced, and return the name of the data set."""
+    arrays = {
+        "train_inputs": np.arange(12.0).reshape(4, 3),
+        "train_labels": np.array([0, 2, 0, 1], dtype=np.int8),
+        "test_inputs": np.ones((2, 3)),
+        "test_labels": np.array([1, 0], dtype=np.uint16),
+    }
+    np.savez(path, **(arrays | changes))
+    return f"npz:{path}"
+
+
+def test_float64_inputs_and_integer_labels_are_converted(tmp_path):
+    source = load_source(save_npz(tmp_path / "a.npz"))
+    np.testing.assert_array_equal(
+        source.train_values, np.arange(12, dtype=np.float32).reshape(4, 3), strict=True
+    )
+    np.testing.assert_array_equal(source.train_labels, np.array([0, 2, 0, 1]), strict=True)
+    assert source.full_scale == 1
+    assert source.class_names == ("0", "1", "2")
+
+
+def test_dtypes_and_memory_layouts(tmp_path):
+    images = np.arange(24, dtype=np.uint8).reshape(4, 3, 2)
+    name = save_npz(tmp_path / "a.npz", train_inputs=images, test_inputs=images[:2])
+    assert load_source(name).full_scale == 255
+    assert load_source(name).train_values.dtype == np.uint8
+    floats = np.arange(24.0).reshape(4, 3, 2)
+    plain = save_npz(tmp_path / "b.npz", train_inputs=floats, test_inputs=floats[:2])
+    odd = save_npz(
+        tmp_path / "c.npz",
+        train_inputs=np.asfortranarray(floats.astype(">f4")),
+        test_inputs=floats[:2].astype(np.float16),
+    )
+    assert load_source(plain).digest == load_source(odd).digest
+    assert load_source(odd).train_values.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_inputs": np.zeros((4, 3), np.int64)}, r"int64 \[4, 3\]"),
+        ({"train_inputs": np.full((4, 3), 1e300)}, "inf at sample 0"),
+        ({"train_inputs": np.float64(3)}, r"float32 \[\]"),
+        ({"train_labels": np.array(["a", "b", "c", "d"])}, r"<U1 \[4\]"),
+        ({"train_labels": np.array([0.0, np.nan, 1, 1])}, r"float64 \[4\]"),
+        ({"train_labels": np.array([0, 10**12, 0, 1])}, r"labels in 0..3\n.*1000000000000 at"),
+        ({"train_labels": np.array([], dtype=np.int64)}, "4 inputs and 0 labels"),
+        ({"test_labels": np.array([1, -3])}, "-3 at sample 1"),
+        ({"test_labels": np.array([1, 3])}, "no training sample of 1 of its classes: 3"),
+        ({"train_inputs": np.array([{}, {}, {}, {}])}, "Object arrays cannot be loaded"),
+    ],
+)
+def test_unfit_arrays_are_refused(tmp_path, changes, message):
+    with pytest.raises(DataError, match=message):
+        load_source(save_npz(tmp_path / "a.npz", **changes))
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    path = tmp_path / "a.npz"
+    with pytest.raises(DataError, match="no such file"):
+        load_source(f"npz:{path}")
+    np.savez(path, train_inputs=np.zeros((2, 2)), y=np.zeros(2))
+    with pytest.raises(DataError, match="the arrays train_inputs, y"):
+        load_source(f"npz:{path}")
+    save_npz(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    with pytest.raises(DataError, match=f"{len(whole) - 40:,} bytes that are no .npz archive"):
+        load_source(f"npz:{path}")
+    damaged = bytearray(whole)
+    damaged[150] ^= 255  # inside the first array's values, so that its checksum is wrong
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match="that NumPy cannot read"):
+        load_source(f"npz:{path}")
