@@ -1,7 +1,7 @@
-"""Peak memory of every analysis on a cube that does not fit: 5 GB by default, under 2 GiB resident.
+"""Peak memory of all analyses of a cube larger than the memory allowed: 5 GB within 2 GiB.
 
-The cube is made of random chunks as the store has them (one epoch, or one state, of one trial),
-which are made when they are asked for and never held together; the analyses run on threads.
+The cube consists of random chunks of the store's shape (one epoch, or one state, of one trial).
+They are generated when they are computed and never all in memory; the analyses run on threads.
 
     python benchmarks/analysis_memory.py [--gigabytes 5] [--threads 2]
 
@@ -24,10 +24,10 @@ from sampimp.schema import REFERENCES, STRATEGIES, chunk_shape
 
 
 def build_cube(gigabytes: float, *, samples: int = 50_000, epochs: int = 50) -> xr.Dataset:
-    """Return a lazy cube of about that size: 2 x 3 reference runs, 7 x 5 others, 4 layers.
+    """Return a lazy cube of about this size: 9 strategies x 5 seeds, 4 layers.
 
-    Importance, NLL and batch take what they take in the paper's study; parameters, thinned to every
-    fifth state, fill the rest.
+    Importance, NLL and batch have the sizes of the paper's study; parameters, of every fifth state,
+    fill the rest.
     """
     strategies = (*REFERENCES, *STRATEGIES)
     trials = (len(strategies), 5)
@@ -39,9 +39,9 @@ def build_cube(gigabytes: float, *, samples: int = 50_000, epochs: int = 50) -> 
     parameters = max(10_000, int(rest / (4 * np.prod(trials) * len(states))))
     hard = np.random.default_rng(0).permutation(np.linspace(0, 1, samples)).astype(np.float32)
 
-    def noise(name: str, shape: tuple[int, ...], own: dict[str, int]) -> da.Array:
+    def noise(name: str, shape: tuple[int, ...], chunked: dict[str, int]) -> da.Array:
         generator = da.random.default_rng(len(name))
-        chunks = (1, 1, *chunk_shape(name, own))
+        chunks = (1, 1, *chunk_shape(name, chunked))
         return generator.random((*trials, *shape), chunks=chunks, dtype=np.float32)
 
     time_axis = np.arange(1, epochs + 1, dtype=np.float32)
@@ -90,17 +90,17 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=50_000)
     parser.add_argument("--epochs", type=int, default=50)
-    asked = parser.parse_args()
-    cube = build_cube(asked.gigabytes, samples=asked.samples, epochs=asked.epochs)
+    options = parser.parse_args()
+    cube = build_cube(options.gigabytes, samples=options.samples, epochs=options.epochs)
     start = time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    with dask.config.set(scheduler="threads", num_workers=asked.threads):
+    with dask.config.set(scheduler="threads", num_workers=options.threads):
         results = analyse(cube)
     # ru_maxrss is in KiB on Linux
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"{cube.nbytes / 1e9:.2f} GB of cube, {len(results)} results, "
-        f"{time.perf_counter() - start:.0f} s on {asked.threads} threads, "
+        f"{time.perf_counter() - start:.0f} s on {options.threads} threads, "
         f"peak {peak:.2f} GiB resident ({before:.2f} before)"
     )
     return int(peak > 2)

@@ -1,15 +1,15 @@
-"""All that is to be known of a GPU, in at most eight minutes: exactness, cost, graphs, the paper.
+"""All measurements on a GPU, in at most eight minutes: exactness, cost, graphs, the paper's run.
 
     exactness   recorded importance against a float64 loop, bytes, waiting   exactness.md
     cost        a recorded step over a plain one, peak memory                cost.md
     graph       the paper's step in a CUDA graph                             graph.md
     paper       one reference run on MNIST, beside the CPU's                 paper.md
 
-It needs PyTorch, NumPy, Pillow, rich and tyro, and no package index: `make gpu-wheels` fetches what
-a machine lacks, and `make gpu` installs it for the run. Each part is a process of its own with a
-limit: an error inside CUDA ends the part, and a part that takes too long is stopped; the others go
-on. The tables, and what is printed as log.txt, are written below the folder that the environment
-variable OUT names, by default results/gpu. The exit status is 0 if exactness holds.
+The script needs PyTorch, NumPy, Pillow, rich and tyro, and no package index: `make gpu-wheels`
+fetches the packages that a machine lacks, and `make gpu` installs them for the run. Each part is a
+process with a time limit: an error inside CUDA ends that part only, and a part beyond its limit is
+stopped; the other parts run. The tables and the printed lines (log.txt) are written to the folder
+in the environment variable OUT, by default results/gpu. The exit status is 0 if exactness holds.
 """
 
 import contextlib
@@ -32,32 +32,32 @@ from gpu_report import SUMMARY, one_line
 ROOT = Path(__file__).parents[1]
 
 PARTS = {"exactness": 200, "cost": 150, "graph": 45, "paper": 65}
-"""By name: seconds that a part may take, the start of its process included."""
+"""Time limit of each part in seconds, the start of its process included."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What is run where."""
+    """Device and parts."""
 
     device: Literal["cuda", "cpu"] = "cuda"
-    """Where to compute; on a CPU, what only a GPU has says "needs CUDA"."""
+    """Device; on a CPU, the rows that only a GPU can fill say "needs CUDA"."""
     quick: bool = False
-    """Some of everything, and made images in the place of MNIST: whether the script works."""
+    """A part of every measurement, with synthetic images for MNIST: a test of the script."""
     part: Literal["", "exactness", "cost", "graph", "paper"] = ""
     """Run one part in this process, without a limit."""
     reference: bool = False
-    """Compute the CPU's reference run on MNIST and store it, and do nothing else (4 minutes)."""
+    """Only compute and store the reference run on MNIST on the CPU (4 minutes)."""
 
 
 class Log:
-    """What is printed, also in a file."""
+    """Prints lines and writes them to a file."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w")
         self.summary: list[str] = []
 
     def write(self, line: str) -> None:
-        """Print a line at once, and keep it if it belongs to the summary."""
+        """Print and write a line, and keep it if it belongs to the summary."""
         print(line, flush=True)
         print(line, file=self._file, flush=True)
         if line.startswith(SUMMARY):
@@ -65,7 +65,7 @@ class Log:
 
 
 def run_part(name: str, command: Sequence[str], limit: float, log: Log) -> bool:
-    """Run a part and pass on what it prints; return whether it ended well within its limit."""
+    """Run a part and log its output; return whether it succeeded within its limit."""
     start = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -93,7 +93,7 @@ def run_part(name: str, command: Sequence[str], limit: float, log: Log) -> bool:
     watcher.join()
     code, seconds = process.wait(), time.monotonic() - start
     if stopped.is_set():
-        outcome = f"stopped after its limit of {limit:.0f} s; its table has what was measured"
+        outcome = f"stopped after its limit of {limit:.0f} s; its table has the rows until then"
     else:
         outcome = f"{'done' if code == 0 else f'FAILED with status {code}'} in {seconds:.0f} s"
     log.write(f"{SUMMARY}{name}: {outcome}")

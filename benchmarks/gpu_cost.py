@@ -1,9 +1,9 @@
-"""What recording costs on a device: a recorded step over a plain one, in time and in peak memory.
+"""Cost of recording on a device: time and peak memory of a recorded step over a plain step.
 
-The networks are those of `models.py`, in float32 as PyTorch comes (TF32 in convolutions alone), and
-some under autocast. Plain and recorded steps take turns within a round, in random order; the ratio
-is the median over rounds. Peak memory is what PyTorch's allocator has given out at most in three
-steps that prove nothing, parameters included. `torch.compile` of the plain step is compared last.
+The networks are those of `models.py`, in float32 with PyTorch's defaults (TF32 in convolutions
+only), some also under autocast. Plain and recorded steps alternate within a round, in random order;
+the ratio is the median over rounds. Peak memory is the most that PyTorch's allocator held in three
+steps without a proof, parameters included. The compiled plain step (`torch.compile`) is last.
 """
 
 import random
@@ -19,13 +19,13 @@ from gpu_report import NEEDS_CUDA, Report, one_line, seconds
 from models import CASES, Contender, language
 
 ROUNDS, STEPS = 15, 5
-"""Rounds, and steps of a turn; arbitrary, as many as the time allows."""
+"""Rounds, and steps per turn; arbitrary, as many as the time limit allows."""
 
 SECONDS_A_TURN = 0.5
 """Longest turn (arbitrary)."""
 
 ON_GPU = "GPT-2 small, 8 x 256 tokens"
-"""Two sequences, as on a CPU, are too few for a GPU."""
+"""Eight sequences: two, as on a CPU, are too few for a GPU."""
 CASES[ON_GPU] = (partial(language, 8), torch.optim.SGD, 8)
 
 NETWORKS = (
@@ -40,32 +40,32 @@ NETWORKS = (
     "transformer, 28 rows",
     ON_GPU,
 )
-HALF = ("mlp, 784 inputs, SGD", "resnet18, 32 x 32", "transformer, 28 rows", ON_GPU)
-"""Networks that are measured under autocast too."""
+AUTOCAST = ("mlp, 784 inputs, SGD", "resnet18, 32 x 32", "transformer, 28 rows", ON_GPU)
+"""Networks that are also measured under autocast."""
 COMPILED = ("mlp, 784 inputs, SGD", "transformer, 28 rows", ON_GPU)
-"""Networks whose plain step is compiled: to compile more of them takes too long."""
+"""Networks whose plain step is compiled; compiling more takes too long."""
 
 
 def autocast(device: str, dtype: torch.dtype | None) -> Any:
-    """Return a context of mixed precision, or none."""
+    """Return a context of mixed precision, or an empty one."""
     return torch.autocast(device, dtype) if dtype else nullcontext()
 
 
 def make(name: str, records: bool, device: str, dtype: torch.dtype | None) -> Callable[[], None]:
-    """Return a step of a network on a device, which has been made once."""
+    """Return the training step of a network on a device, after two steps of warm-up."""
     contender = Contender(name, records, device)
 
     def step() -> None:
         with autocast(device, dtype):
             contender.step()
 
-    for _ in range(2):  # both are proved where a parameter starts at zero
+    for _ in range(2):  # both need a proof where a parameter starts at zero
         step()
     return step
 
 
 def peak(make_step: Callable[[], Callable[[], None]]) -> tuple[Callable[[], None], int]:
-    """Return a step with the bytes that it takes on the GPU at most."""
+    """Return a step, and its peak of allocated bytes on the GPU."""
     before = torch.cuda.memory_allocated()
     step = make_step()
     torch.cuda.reset_peak_memory_stats()
@@ -78,13 +78,13 @@ def peak(make_step: Callable[[], Callable[[], None]]) -> tuple[Callable[[], None
 def take_turns(
     steps: dict[str, Callable[[], None]], device: str, rounds: int, most: int = STEPS
 ) -> dict[str, list[float]]:
-    """Return the seconds of a step by round, of contenders that take turns in random order.
+    """Return the seconds per step and round of contenders that alternate in random order.
 
-    A turn is of at most so many steps, and of fewer where it would last for `SECONDS_A_TURN`.
+    A turn has at most `most` steps, fewer where it would last longer than `SECONDS_A_TURN`.
     """
     first = max(seconds(device, step) for step in steps.values())
     count = max(1, min(most, int(SECONDS_A_TURN / first)))
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     names, chance = list(steps), random.Random(1)
 
     def turn(step: Callable[[], None]) -> None:
@@ -94,13 +94,14 @@ def take_turns(
     for _ in range(rounds):
         chance.shuffle(names)
         for name in names:
-            found[name].append(seconds(device, partial(turn, steps[name])) / count)
-    return found
+            times[name].append(seconds(device, partial(turn, steps[name])) / count)
+    return times
 
 
-def ratio(found: dict[str, list[float]], name: str) -> tuple[str, str]:
-    """Return the median of the ratios to the plain step by round, and its quartiles."""
-    ratios = [own / plain for own, plain in zip(found[name], found["plain"], strict=True)]
+def ratio(times: dict[str, list[float]], name: str) -> tuple[str, str]:
+    """Return the median over rounds of the ratio to the plain step, and its quartiles."""
+    pairs = zip(times[name], times["plain"], strict=True)
+    ratios = [duration / plain for duration, plain in pairs]
     lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
     return f"{middle:.2f}", f"{lower:.2f} to {upper:.2f}"
 
@@ -116,20 +117,20 @@ def measure(name: str, device: str, dtype: torch.dtype | None, rounds: int) -> t
         else:
             steps[label], most = peak(make_step)
             peaks.append(most)
-    found = take_turns(steps, device, rounds)
-    milliseconds = f"{1e3 * statistics.median(found['plain']):.2f}"
+    times = take_turns(steps, device, rounds)
+    milliseconds = f"{1e3 * statistics.median(times['plain']):.2f}"
     memory = (f"{peaks[0] / 2**20:.0f}", f"{peaks[1] / peaks[0]:.2f}") if peaks else ()
-    return milliseconds, *ratio(found, "recorded"), *(memory or (NEEDS_CUDA, NEEDS_CUDA))
+    return milliseconds, *ratio(times, "recorded"), *(memory or (NEEDS_CUDA, NEEDS_CUDA))
 
 
 def measure_compiled(name: str, device: str, rounds: int) -> tuple[str, ...]:
-    """Return the cells of a network's row whose plain step is compiled, over the plain step."""
+    """Return the cells of the row for a compiled plain step, over the plain step."""
     plain = make(name, False, device, None)
     compiled = torch.compile(Contender(name, False, device).step)
     for _ in range(3):
         compiled()
-    found = take_turns({"plain": plain, "compiled": compiled}, device, rounds)
-    return f"{1e3 * statistics.median(found['plain']):.2f}", *ratio(found, "compiled")
+    times = take_turns({"plain": plain, "compiled": compiled}, device, rounds)
+    return f"{1e3 * statistics.median(times['plain']):.2f}", *ratio(times, "compiled")
 
 
 def run(device: Literal["cpu", "cuda"], quick: bool, directory: Path) -> bool:
@@ -150,7 +151,7 @@ def run(device: Literal["cpu", "cuda"], quick: bool, directory: Path) -> bool:
         labels = (name, CASES[name][1].__name__, precision)
         try:
             cells = function()
-        except Exception as error:  # of any kind: the others are to be measured all the same
+        except Exception as error:  # of any kind: the other networks are measured
             cells = (one_line(error),)
         else:
             ratios.append(f"{name}, {precision}: {cells[1]}")
@@ -160,7 +161,7 @@ def run(device: Literal["cpu", "cuda"], quick: bool, directory: Path) -> bool:
 
     for precision, dtype, names in (
         ("float32", None, NETWORKS),
-        ("bfloat16 autocast", torch.bfloat16, HALF),
+        ("bfloat16 autocast", torch.bfloat16, AUTOCAST),
     ):
         for name in names[:1] if quick else names:
             add_row(name, precision, partial(measure, name, device, dtype, rounds))

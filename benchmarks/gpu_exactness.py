@@ -1,15 +1,16 @@
-"""What a device records is what the definition says, training is as without, and nothing waits.
+"""Exactness on a device: recorded importance, bytes of the training, no synchronisation.
 
-    float64     the tests' networks, which meet every layer rule, under every optimizer, against the
-                loop over single samples and the optimizer's own step by autograd, on the CPU
-    forms       the same of an optimizer's foreach, fused and capturable form
+    float64     importance in the tests' networks, which cover every layer rule, under every
+                optimizer, against a loop over single samples and autograd through the optimizer's
+                step, both on the CPU
+    forms       the same for the foreach, fused and capturable implementation of an optimizer
     float32     the same networks in single precision without TF32, against float64
-    bytes       parameters after recorded training and after plain training, bit for bit, with
+    bytes       parameters after recorded and after plain training, bit for bit, with
                 deterministic algorithms
-    waiting     a recorded step after its epoch's first, with indices on the CPU, while CUDA's
-                debug mode makes every synchronisation an error
+    waiting     recorded steps after the first of an epoch, with indices on the CPU, while CUDA's
+                debug mode turns every synchronisation into an error
 
-The table names the first failure of each row; all of them are printed.
+The table names the first failure of each row; all failures are printed.
 """
 
 import copy
@@ -40,15 +41,15 @@ import networks
 import oracles
 
 DOUBLE, SINGLE = 1e-9, 1e-3
-"""Largest error, relative to a layer's largest value. The first is that of the tests; the second is
-arbitrary, and a CPU's errors are up to a hundredth of it."""
+"""Largest error, relative to the largest value of the layer. The first is the bound of the tests;
+the second is arbitrary: errors on a CPU are at most a hundredth of it."""
 
 SETTINGS_IN_SINGLE = {"sgd": {}, "adamw": {"eps": 1e-2}}
-"""Where a gradient is nothing but rounding, as of a key's bias in attention, Adam's derivative is
-rate / eps of it; with a larger eps it is little of the layer's importance."""
+"""Where a gradient is rounding error alone (the bias of an attention key), Adam's derivative is
+rate / eps; with a larger eps such a bias adds little to the importance of its layer."""
 
 REFUSED_ON_GPU = ("dropout between layers", "with projections")
-"""Recurrent layers that are recorded only where autograd's graph shows their inside, on a CPU."""
+"""Recurrent layers that can be recorded only on a CPU, where autograd's graph shows their steps."""
 
 FORMS = {
     "sgd": ("foreach", "fused"),
@@ -57,19 +58,19 @@ FORMS = {
     "rmsprop": ("foreach", "capturable"),
     "adagrad": ("foreach",),
 }
-"""Forms of optimizers; without any, PyTorch chooses (foreach on a GPU)."""
-OF_FORMS = ("linear", "convolutions on one another", "language model")
+"""Implementations of optimizers; by default PyTorch chooses one (foreach on a GPU)."""
+CASES_OF_FORMS = ("linear", "convolutions on one another", "language model")
 
 SCALE = torch.tensor([0.4, 1.3, -0.7], dtype=torch.float64)
 """Weights of the samples' losses (arbitrary)."""
 
 
 class PlainStepError(RuntimeError):
-    """A plain step does not work here either, so that a recorded one cannot be judged."""
+    """The plain step fails on this device, so that the recorded step cannot be judged."""
 
 
 class Checks:
-    """Counts and names what was checked under one row of the table."""
+    """The checks behind one row of the table: their number, largest error and failures."""
 
     def __init__(self, report: Report, what: str, bound: float | None = None) -> None:
         self._report, self._what, self._bound = report, what, bound
@@ -79,7 +80,7 @@ class Checks:
         self._failures: list[str] = []
 
     def check(self, name: str, error_of: Callable[[], float]) -> None:
-        """Take in an error, or what is raised instead of one."""
+        """Compute the error of one check, and note it, a refusal, or a failure."""
         self._count += 1
         try:
             error = error_of()
@@ -91,7 +92,7 @@ class Checks:
         except PlainStepError as error_of_plain:
             cause = error_of_plain.__cause__ or error_of_plain
             self._unknown.append(f"{name} ({one_line(cause)})")
-        except Exception as failure:  # of any kind: the others are to be checked all the same
+        except Exception as failure:  # of any kind: the other checks go on
             self._fail(name, one_line(failure))
         else:
             if error >= self._largest:
@@ -113,14 +114,14 @@ class Checks:
         if self._refused:
             outcome += f"; {len(self._refused)} refused, as documented: {', '.join(self._refused)}"
         if self._unknown:
-            outcome += f"; not known, since the plain step fails: {', '.join(self._unknown)}"
+            outcome += f"; unknown, since the plain step fails: {', '.join(self._unknown)}"
         self._report.row(self._what, str(self._count), largest, bound, outcome)
         return not self._failures
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make new tensors of this type."""
+    """Set the default type of new tensors."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -130,33 +131,33 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def case_on(name: str, device: str, dtype: torch.dtype = torch.float64) -> Any:
-    """Return one of the tests' networks with its batch, the same values on every device."""
+    """Return a network of the tests with its batch; the values are the same on every device."""
     with default_dtype(torch.float64):
         torch.manual_seed(1)
         case = networks.CASES[name]()
     case.model.to(device, dtype)
     case.inputs = tuple(
-        one.to(device, dtype if one.is_floating_point() else None) for one in case.inputs
+        values.to(device, dtype if values.is_floating_point() else None) for values in case.inputs
     )
     return case
 
 
 @cache
 def case_with_gradients(name: str, device: str) -> tuple[Any, dict[str, Tensor]]:
-    """Return a network, and each sample's gradients from passes of single samples.
+    """Return a network, and per-sample gradients from passes of single samples.
 
-    Where masks are drawn they come from one pass of all, on the device that draws them.
+    With dropout they come from one pass of the batch, on the device that draws the masks.
     """
     case = case_on(name, device if networks.CASES[name]().random else "cpu")
     with default_dtype(torch.float64):
         if case.random:
             gradients = oracles.gradients_by_loss(case.model, case.losses())
         else:
-            each = [
+            passes = [
                 oracles.gradients_by_loss(case.model, case.losses(sample))
                 for sample in range(networks.N)
             ]
-            gradients = {key: torch.cat([one[key] for one in each]) for key in each[0]}
+            gradients = {key: torch.cat([grads[key] for grads in passes]) for key in passes[0]}
         scale = SCALE.to(next(iter(gradients.values())).device)
         return case, oracles.weighted(gradients, scale)
 
@@ -170,16 +171,16 @@ def error_of_step(
     settings: Mapping[str, float] = MappingProxyType({}),
     form: Mapping[str, bool] = MappingProxyType({}),
 ) -> float:
-    """Return the largest error of a recorded step, relative to each layer's largest value.
+    """Return the largest error of a recorded step, relative to the largest value of its layer.
 
-    The settings are for the oracle's optimizer too, the form only for the device's.
+    `settings` configure the oracle's optimizer too; `form` only the optimizer on the device.
     """
     case, gradients = case_with_gradients(name, device)
     with default_dtype(torch.float64):
         moved = oracles.moved_optimizer(optimizer, case.model, gradients)
         for group in moved.param_groups:
             group.update(settings)
-        want = oracles.importance_by_update(case.model, moved, gradients)
+        expected = oracles.importance_by_update(case.model, moved, gradients)
     state = copy.deepcopy(moved.state_dict())
     for group in state["param_groups"]:
         group.update(form)
@@ -187,26 +188,26 @@ def error_of_step(
     def make() -> tuple[Any, torch.optim.Optimizer]:
         twin = case_on(name, device, dtype)
         kind, options = oracles.OPTIMIZERS[optimizer]
-        own = kind(twin.model.parameters(), lr=0.1, **options, **form)
-        own.load_state_dict(copy.deepcopy(state))
-        return twin, own
+        twin_optimizer = kind(twin.model.parameters(), lr=0.1, **options, **form)
+        twin_optimizer.load_state_dict(copy.deepcopy(state))
+        return twin, twin_optimizer
 
     with default_dtype(dtype):
         try:
-            got = networks.recorded(*make(), SCALE.to(device, dtype))
+            recorded = networks.recorded(*make(), SCALE.to(device, dtype))
         except UnsupportedError:
             raise
         except Exception:
             with plain_step():
-                twin, own = make()
+                twin, twin_optimizer = make()
                 twin.losses().sum().backward()
-                own.step()
+                twin_optimizer.step()
             raise
-    if got.keys() != want.keys():
-        raise RuntimeError(f"layers {list(got)}, expected {list(want)}")
+    if recorded.keys() != expected.keys():
+        raise RuntimeError(f"layers {list(recorded)}, expected {list(expected)}")
     largest = 0.0
-    for layer, beta in want.items():
-        error = (got[layer].double() - beta.cpu()).abs().max()
+    for layer, beta in expected.items():
+        error = (recorded[layer].double() - beta.cpu()).abs().max()
         scale = beta.max().cpu()
         largest = max(largest, float(error / scale) if scale else float(error))
         if not torch.isfinite(error):
@@ -216,7 +217,7 @@ def error_of_step(
 
 @contextmanager
 def plain_step() -> Iterator[None]:
-    """Let an error say that recording has no part in it."""
+    """Turn an error into a PlainStepError: recording has no part in it."""
     try:
         yield
     except Exception as error:
@@ -230,7 +231,7 @@ def train(
     recorder: ImportanceRecorder | None,
     guard: Callable[[int], Any] = lambda step: nullcontext(),
 ) -> None:
-    """Train on batches, all in one epoch; indices are on the CPU."""
+    """Train on batches of one epoch, with indices on the CPU."""
     for step, (inputs, labels) in enumerate(batches):
         index = torch.arange(step * len(inputs), (step + 1) * len(inputs))
         with guard(step), recorder.step(index, epoch=1) if recorder else nullcontext():
@@ -246,14 +247,14 @@ def train(
 def network_of_study(
     name: str, device: str, quick: bool
 ) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-    """Return a network, always with the same values, and four batches."""
+    """Return a network with the same values in every call, and four batches."""
     generator = torch.Generator().manual_seed(1)
     size = 8 if quick else 64
     if name == "language model":
         torch.manual_seed(1)
         model: nn.Module = SmallGPT(tokens=16, words=100, width=48)
         words = [torch.randint(0, 100, (size, 16), generator=generator) for _ in range(4)]
-        batches = [(one, one.roll(-1, 1)) for one in words]
+        batches = [(tokens, tokens.roll(-1, 1)) for tokens in words]
     else:
         shape = (3, 32, 32) if name == "resnet18" else (1, 28, 28)
         model = build_model(name, shape, (512, 512, 512), 10, seed=1)
@@ -264,11 +265,11 @@ def network_of_study(
             )
             for _ in range(4)
         ]
-    return model.to(device), [(one.to(device), labels.to(device)) for one, labels in batches]
+    return model.to(device), [(inputs.to(device), labels.to(device)) for inputs, labels in batches]
 
 
 def differing_entries(name: str, kind: type[Any], device: str, quick: bool) -> float:
-    """Return in how many entries the parameters after recorded and plain training differ."""
+    """Return the number of parameter entries that differ between recorded and plain training."""
     trained = []
     for records in (False, True):
         model, batches = network_of_study(name, device, quick)
@@ -281,13 +282,13 @@ def differing_entries(name: str, kind: type[Any], device: str, quick: bool) -> f
 
 
 def differing_entries_of_study(kind: type[Any], device: str, quick: bool) -> float:
-    """Return the same of a study's step, which is written out."""
+    """Return the same number for the written-out step of a study."""
     trained = [written_out(kind, device, quick, record=record) for record in (False, True)]
     return float(sum(int((a != b).sum()) for a, b in zip(*trained, strict=True)))
 
 
 def differing_entries_from_autograd(kind: type[Any], device: str, quick: bool) -> float:
-    """Return in how many entries the parameters after a study's steps and autograd's differ."""
+    """Return the number of parameter entries that differ between a study's steps and autograd's."""
     model, batches = network_of_study("mlp", device, quick)
     optimizer = kind(model.parameters(), lr=1e-2, fused=True)
     with plain_step():
@@ -295,12 +296,13 @@ def differing_entries_from_autograd(kind: type[Any], device: str, quick: bool) -
             optimizer.zero_grad()
             functional.cross_entropy(model(inputs).double(), labels).backward()
             optimizer.step()
-    own = written_out(kind, device, quick, record=True)
-    return float(sum(int((a != b).sum()) for a, b in zip(model.parameters(), own, strict=True)))
+    trained = written_out(kind, device, quick, record=True)
+    pairs = zip(model.parameters(), trained, strict=True)
+    return float(sum(int((a != b).sum()) for a, b in pairs))
 
 
 def written_out(kind: type[Any], device: str, quick: bool, *, record: bool) -> list[Tensor]:
-    """Return the parameters after a study's steps."""
+    """Return the parameters after four written-out steps."""
     model, batches = network_of_study("mlp", device, quick)
     assert isinstance(model, nn.Sequential)
     step = FusedStep(model, kind(model.parameters(), lr=1e-2, fused=True), record=record)
@@ -311,7 +313,7 @@ def written_out(kind: type[Any], device: str, quick: bool, *, record: bool) -> l
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Make every synchronisation with the GPU an error."""
+    """Turn every synchronisation with the GPU into an error."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -321,15 +323,15 @@ def no_waiting() -> Iterator[None]:
 
 
 def guard(step: int) -> Any:
-    """Return a context in which steps that prove nothing must not wait.
+    """Return a context that forbids synchronisation in steps without a proof.
 
-    An epoch's first step is proved, and the second too where a parameter starts at zero.
+    The first step of an epoch is proved, and the second too where a parameter starts at zero.
     """
     return no_waiting() if step > 1 else nullcontext()
 
 
 def wait(name: str, kind: type[Any], device: str, quick: bool) -> float:
-    """Raise an error if a recorded step that proves nothing waits for the GPU, a plain one not."""
+    """Raise an error if a recorded step without a proof waits for the GPU; return 0.0."""
     for records in (False, True):
         model, batches = network_of_study(name, device, quick)
         optimizer = kind(model.parameters(), lr=1e-2)
@@ -340,7 +342,7 @@ def wait(name: str, kind: type[Any], device: str, quick: bool) -> float:
 
 
 def wait_of_study(kind: type[Any], device: str, quick: bool) -> float:
-    """Raise an error if the written-out step waits for the GPU."""
+    """Raise an error if a written-out step waits for the GPU; return 0.0."""
     model, batches = network_of_study("mlp", device, quick)
     assert isinstance(model, nn.Sequential)
     step = FusedStep(model, kind(model.parameters(), lr=1e-2, fused=True), record=True)
@@ -350,89 +352,114 @@ def wait_of_study(kind: type[Any], device: str, quick: bool) -> float:
     return 0.0
 
 
+CheckOfNetwork = Callable[[str, type[Any], str, bool], float]
+CheckOfStudy = Callable[[type[Any], str, bool], float]
+
+
+class Exactness:
+    """All checks on one device, with the table that they fill; `quick` takes some networks."""
+
+    def __init__(self, device: Literal["cpu", "cuda"], quick: bool, report: Report) -> None:
+        self.device, self.quick, self.report = device, quick, report
+        self.cases = list(networks.CASES)[:: 12 if quick else 1]
+        self.networks = ("mlp", "transformer") if quick else (*MODELS, "language model")
+        self.holds: list[bool] = []
+
+    def check_importance(
+        self,
+        optimizer: str,
+        dtype: torch.dtype = torch.float64,
+        settings: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Compare recorded importance with the oracle in all networks of the tests."""
+        bound = DOUBLE if dtype == torch.float64 else SINGLE
+        what = f"{str(dtype).removeprefix('torch.')}, all layers, {optimizer}"
+        checks = Checks(self.report, what, bound)
+        for name in self.cases:
+            # In another precision the random generator draws other dropout masks.
+            if dtype == torch.float64 or not networks.CASES[name]().random:
+                error = partial(
+                    error_of_step, name, optimizer, self.device, dtype, settings=settings
+                )
+                checks.check(name, error)
+        self.holds.append(checks.close())
+
+    def check_form(self, optimizer: str, form: str) -> None:
+        """Compare recorded importance under one implementation of an optimizer."""
+        what = f"float64, {optimizer}, {form}"
+        if form == "capturable" and self.device == "cpu":
+            self.report.row(what, "", "", "", NEEDS_CUDA)
+            return
+        checks = Checks(self.report, what, DOUBLE)
+        for name in CASES_OF_FORMS:
+            error = partial(error_of_step, name, optimizer, self.device, form={form: True})
+            checks.check(name, error)
+        self.holds.append(checks.close())
+
+    def check_training(
+        self, what: str, error_of: CheckOfNetwork, error_of_study: CheckOfStudy
+    ) -> None:
+        """Check recorded training of the study's networks under SGD and AdamW."""
+        checks = Checks(self.report, what)
+        for kind in (torch.optim.SGD, torch.optim.AdamW):
+            for name in self.networks:
+                error = partial(error_of, name, kind, self.device, self.quick)
+                checks.check(f"{name}, {kind.__name__}", error)
+            study = partial(error_of_study, kind, self.device, self.quick)
+            checks.check(f"a study's step, {kind.__name__}", study)
+        self.holds.append(checks.close())
+
+    def check_bytes(self) -> None:
+        """Compare parameters after recorded and after plain training, bit for bit."""
+        self.check_training(
+            "bytes of trained parameters, recorded and plain",
+            differing_entries,
+            differing_entries_of_study,
+        )
+        what = "bytes of a study's step and autograd's; promised on a CPU only"
+        checks = Checks(self.report, what)
+        for kind in (torch.optim.SGD, torch.optim.AdamW):
+            error = partial(differing_entries_from_autograd, kind, self.device, self.quick)
+            checks.check(kind.__name__, error)
+        equal = checks.close()
+        self.holds.append(equal or self.device == "cuda")
+
+    def check_waiting(self) -> None:
+        """Check that recorded steps without a proof synchronise nothing."""
+        what = "a recorded step after the epoch's first waits for nothing"
+        if self.device == "cuda":
+            self.check_training(what, wait, wait_of_study)
+        else:
+            self.report.row(what, "", "", "", NEEDS_CUDA)
+
+
 def run(device: Literal["cpu", "cuda"], quick: bool, directory: Path) -> bool:
     """Check everything and return whether it holds; `quick` takes some of the networks."""
-    # Of the copies in the oracles, which are no leaves, and of functions that vmap loops over.
+    # From copies in the oracles, which are no leaves, and from functions that vmap loops over.
     for message in ("The .grad attribute", "There is a perf"):
         warnings.filterwarnings("ignore", message=message)
     torch.set_num_threads(1)  # the oracles' operations are small
     use_deterministic_algorithms()  # sets a variable that cuBLAS reads at its first use
     torch.use_deterministic_algorithms(False)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    report = Report(
-        directory / "exactness.md",
-        f"Exactness on {device}",
-        ("what", "checks", "largest error", "bound", "outcome"),
-        device,
-    )
-    cases = list(networks.CASES)[:: 12 if quick else 1]
-    names = ("mlp", "transformer") if quick else (*MODELS, "language model")
-    holds = []
-
-    def of_cases(
-        optimizer: str,
-        dtype: torch.dtype = torch.float64,
-        settings: Mapping[str, float] = MappingProxyType({}),
-    ) -> None:
-        bound = DOUBLE if dtype == torch.float64 else SINGLE
-        what = f"{str(dtype).removeprefix('torch.')}, all layers, {optimizer}"
-        checks = Checks(report, what, bound)
-        for name in cases:
-            # Masks are drawn otherwise in another precision.
-            if dtype == torch.float64 or not networks.CASES[name]().random:
-                own = partial(error_of_step, name, optimizer, device, dtype, settings=settings)
-                checks.check(name, own)
-        holds.append(checks.close())
-
-    def of_networks(
-        what: str,
-        check: Callable[[str, type[Any], str, bool], float],
-        check_study: Callable[[type[Any], str, bool], float],
-    ) -> None:
-        checks = Checks(report, what)
-        for kind in (torch.optim.SGD, torch.optim.AdamW):
-            for name in names:
-                checks.check(f"{name}, {kind.__name__}", partial(check, name, kind, device, quick))
-            study = partial(check_study, kind, device, quick)
-            checks.check(f"a study's step, {kind.__name__}", study)
-        holds.append(checks.close())
-
+    headings = ("what", "checks", "largest error", "bound", "outcome")
+    report = Report(directory / "exactness.md", f"Exactness on {device}", headings, device)
+    exactness = Exactness(device, quick, report)
     first = ("sgd", "adamw")
     for optimizer in first:
-        of_cases(optimizer)
+        exactness.check_importance(optimizer)
     torch.use_deterministic_algorithms(True)
-    of_networks(
-        "bytes of trained parameters, recorded and plain",
-        differing_entries,
-        differing_entries_of_study,
-    )
-    checks = Checks(report, "the same of a study's step and autograd's; claimed on a CPU alone")
-    for kind in (torch.optim.SGD, torch.optim.AdamW):
-        own = partial(differing_entries_from_autograd, kind, device, quick)
-        checks.check(kind.__name__, own)
-    held = checks.close()
-    holds.append(held or device == "cuda")
+    exactness.check_bytes()
     torch.use_deterministic_algorithms(False)
-    waiting = "a recorded step after the epoch's first waits for nothing"
-    if device == "cuda":
-        of_networks(waiting, wait, wait_of_study)
-    else:
-        report.row(waiting, "", "", "", NEEDS_CUDA)
+    exactness.check_waiting()
     for optimizer, settings in SETTINGS_IN_SINGLE.items():
-        of_cases(optimizer, torch.float32, settings)
+        exactness.check_importance(optimizer, torch.float32, settings)
     for optimizer, forms in FORMS.items():
         for form in forms:
-            what = f"float64, {optimizer}, {form}"
-            if form == "capturable" and device == "cpu":
-                report.row(what, "", "", "", NEEDS_CUDA)
-                continue
-            checks = Checks(report, what, DOUBLE)
-            for name in OF_FORMS:
-                own = partial(error_of_step, name, optimizer, device, form={form: True})
-                checks.check(name, own)
-            holds.append(checks.close())
-    for optimizer in oracles.OPTIMIZERS:
-        if optimizer not in first and not quick:
-            of_cases(optimizer)
-    report.summarise(f"exactness: {'holds' if all(holds) else 'DOES NOT HOLD'}")
-    return all(holds)
+            exactness.check_form(optimizer, form)
+    for optimizer in () if quick else oracles.OPTIMIZERS:
+        if optimizer not in first:
+            exactness.check_importance(optimizer)
+    holds = all(exactness.holds)
+    report.summarise(f"exactness: {'holds' if holds else 'DOES NOT HOLD'}")
+    return holds

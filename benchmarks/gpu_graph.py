@@ -1,10 +1,9 @@
 """The paper's step captured in a CUDA graph, recording included, against steps without a graph.
 
-A replay runs no Python and reads and writes the memory that the captured step did: each batch is
-copied into the graph's inputs, and its importance is copied out after the replay. Contenders take
-turns over batches that are on the device. What captured steps train and record is compared with the
-same steps without a graph. The recorder is meant for loops in Python; that its step is captured is
-tried last.
+A replay runs no Python and uses the memory of the captured step: each batch is copied to the
+graph's inputs, and its importance is copied out after the replay. Contenders alternate over batches
+on the device. Parameters and importance of captured steps are compared with those of the same steps
+without a graph. The recorder is made for loops in Python; capturing its step is the last attempt.
 
 Map: `Trainer` (a network with its optimizer and a step), `Captured` (its step as a graph),
 `compare` (results), `Race` (speed).
@@ -29,7 +28,7 @@ from sampimp.training.models import build_mlp
 
 BATCH_SIZE, LAYERS = 100, 4  # section 3.1
 WARM_UP = 3
-"""Steps before a capture, so that nothing is allocated or chosen for the first time inside it."""
+"""Steps before a capture, so that it contains no first allocation and no choice of kernels."""
 COMPARED = 20
 """Steps whose results are compared; arbitrary."""
 
@@ -66,11 +65,11 @@ class Trainer:
 
     @property
     def batches(self) -> int:
-        """How many batches the data make."""
+        """Number of batches in the data."""
         return len(self.data[1]) // BATCH_SIZE
 
     def step_on(self, inputs: Tensor, labels: Tensor) -> Tensor | None:
-        """Train on a batch; return beta (layer, samples) where the step is a study's."""
+        """Train on a batch; return beta (layer, sample) if the step is a study's."""
         if self._fused:
             self._fused(inputs, labels)
             return self._fused.latest()
@@ -82,20 +81,20 @@ class Trainer:
         return None
 
     def step(self) -> None:
-        """Train on the next batch, and keep its importance by sample."""
-        some = self.next_samples()
-        beta_LN = self.step_on(self.data[0][some], self.data[1][some])
+        """Train on the next batch, and store its importance by sample."""
+        batch = self.next_samples()
+        beta_LN = self.step_on(self.data[0][batch], self.data[1][batch])
         if beta_LN is not None:
-            self.table[:, some] = beta_LN
+            self.table[:, batch] = beta_LN
 
     def next_samples(self) -> slice:
-        """Return which samples are the next batch."""
+        """Return the samples of the next batch."""
         start = BATCH_SIZE * (self._count % self.batches)
         self._count += 1
         return slice(start, start + BATCH_SIZE)
 
     def forget(self) -> None:
-        """Let what the recorder holds go; a study's step is asked for its own, and forgets."""
+        """Discard the importance recorded so far."""
         if self._fused:
             self._fused.take()
         if self._recorder:
@@ -108,7 +107,7 @@ class Trainer:
 
 
 class Captured:
-    """The step of a trainer as a CUDA graph, from the trainer's present parameters on."""
+    """The step of a trainer as a CUDA graph, starting from its current parameters."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -126,7 +125,7 @@ class Captured:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._beta_LN = trainer.step_on(self._inputs, self._labels)
-        with torch.no_grad():  # in place: the graph knows these tensors
+        with torch.no_grad():  # in place: the graph uses these tensors
             for parameter, value in zip(trainer.model.parameters(), before, strict=True):
                 parameter.copy_(value)
             for state in trainer.optimizer.state.values():
@@ -135,13 +134,13 @@ class Captured:
                         value.zero_()
 
     def step(self) -> None:
-        """Train on the next batch, and keep its importance by sample."""
-        some = self._trainer.next_samples()
-        self._inputs.copy_(self._trainer.data[0][some])
-        self._labels.copy_(self._trainer.data[1][some])
+        """Train on the next batch, and store its importance by sample."""
+        batch = self._trainer.next_samples()
+        self._inputs.copy_(self._trainer.data[0][batch])
+        self._labels.copy_(self._trainer.data[1][batch])
         self._graph.replay()
         if self._beta_LN is not None:
-            self._trainer.table[:, some] = self._beta_LN
+            self._trainer.table[:, batch] = self._beta_LN
 
 
 def make_data(device: str, batches: int) -> tuple[Tensor, Tensor]:
@@ -154,17 +153,17 @@ def make_data(device: str, batches: int) -> tuple[Tensor, Tensor]:
 
 
 def compare(optimizer: str, data: tuple[Tensor, Tensor]) -> str:
-    """Return how far captured steps that record are from the same steps without a graph."""
+    """Return the difference between captured recorded steps and the same steps without a graph."""
     trainers = [Trainer("study", optimizer, data, capturable=True) for _ in range(2)]
     captured = Captured(trainers[1])
     for _ in range(COMPARED):
         trainers[0].step()
         captured.step()
-    parameters = [nn.utils.parameters_to_vector(one.model.parameters()) for one in trainers]
+    parameters = [nn.utils.parameters_to_vector(trainer.model.parameters()) for trainer in trainers]
     words = []
     for what, (left, right) in (
         ("parameters", parameters),
-        ("importance", [one.table for one in trainers]),
+        ("importance", [trainer.table for trainer in trainers]),
     ):
         error = float((left - right).detach().abs().max() / left.detach().abs().max())
         words.append(f"{what} {'equal' if torch.equal(left, right) else f'apart by {error:.1e}'}")
@@ -172,19 +171,19 @@ def compare(optimizer: str, data: tuple[Tensor, Tensor]) -> str:
 
 
 def without_graph(kind: str, optimizer: str, data: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """Return a step that Python makes, which has been made once."""
+    """Return a step that runs in Python, after one step of warm-up."""
     step = Trainer(kind, optimizer, data, capturable=False).step
     step()
     return step
 
 
 def with_graph(kind: str, optimizer: str, data: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """Return a step that is replayed."""
+    """Return a step that replays a graph."""
     return Captured(Trainer(kind, optimizer, data, capturable=True)).step
 
 
 class Race:
-    """Measures steps beside the plain one, and reports each."""
+    """Measures steps beside the plain step, and reports their rates."""
 
     def __init__(
         self, report: Report, device: str, quick: bool, data: tuple[Tensor, Tensor]
@@ -192,7 +191,7 @@ class Race:
         self._report, self._device, self._quick, self._data = report, device, quick, data
 
     def run(self, optimizer: str, kinds: Sequence[str], graph: bool) -> None:
-        """Measure steps of some kinds, as graphs or not."""
+        """Measure steps of the given kinds, with or without a graph."""
         suffix = ", graph" if graph else ""
         if graph and self._device == "cpu":
             for kind in kinds:
@@ -203,11 +202,11 @@ class Race:
             try:
                 make = with_graph if graph else without_graph
                 steps[kind + suffix] = make(kind, optimizer, self._data)
-            except Exception as error:  # of any kind: it says what cannot be captured
+            except Exception as error:  # of any kind: the row names the reason
                 self._report.row(optimizer, kind + suffix, one_line(error))
         rounds, most = (3, 2) if self._quick else (15, 50)  # arbitrary
-        found = take_turns(steps, self._device, rounds, most)
-        medians = {name: statistics.median(times) for name, times in found.items()}
+        durations = take_turns(steps, self._device, rounds, most)
+        medians = {name: statistics.median(times) for name, times in durations.items()}
         for name, median in medians.items():
             rate, ratio = f"{1 / median:,.0f}", f"{median / medians['plain']:.2f}"
             self._report.row(optimizer, name, rate, ratio)
@@ -216,7 +215,7 @@ class Race:
 
 
 def run(device: Literal["cpu", "cuda"], quick: bool, directory: Path) -> bool:
-    """Measure the steps of both optimizers; on a CPU those without a graph."""
+    """Measure the steps under both optimizers; on a CPU only those without a graph."""
     use_deterministic_algorithms()  # sets a variable that cuBLAS reads at its first use
     torch.use_deterministic_algorithms(False)
     report = Report(
@@ -234,7 +233,7 @@ def run(device: Literal["cpu", "cuda"], quick: bool, directory: Path) -> bool:
     for optimizer in OPTIMIZERS:
         try:
             outcome = compare(optimizer, data) if device == "cuda" else NEEDS_CUDA
-        except Exception as error:  # of any kind: the others are to be compared all the same
+        except Exception as error:  # of any kind: the other optimizer is compared
             outcome = one_line(error)
         report.row(optimizer, "study, graph and not", outcome)
     torch.use_deterministic_algorithms(False)

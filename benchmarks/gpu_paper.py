@@ -1,10 +1,10 @@
 """One reference run of the paper on MNIST, on a device and on a CPU.
 
 The run is strategy shuffle, seed 1, with the paper's settings (`sampimp.config`): 50 epochs over
-the first 50,000 training images. `gpu-reference.npz` holds the CPU's: errors by epoch, the overall
-importance tau by sample, and the digest of the data; `gpu.py --reference` makes it again, in four
-minutes. Two devices round differently, and their runs part: errors and the order of the samples by
-tau are compared, not bytes, and `EXPECTED` is what rounding alone does.
+the first 50,000 training images. `gpu-reference.npz` contains the CPU's run: errors by epoch, the
+overall importance tau by sample, and the digest of the data; `gpu.py --reference` makes it again in
+four minutes. Two devices round differently, so their runs diverge: errors and the ranking of the
+samples by tau are compared, not bytes. `EXPECTED` states the effect of rounding alone.
 """
 
 import platform
@@ -24,15 +24,15 @@ from sampimp.training.strategies import make_schedule
 REFERENCE = Path(__file__).with_name("gpu-reference.npz")
 ERRORS = ("train_error", "test_error")
 EXPECTED = (
-    "On two threads instead of one, the CPU's own run is at most 0.04 % (training) and 0.11 % "
-    "(test) apart in an epoch, with a Spearman correlation of 0.9996."
+    "On the CPU, two threads instead of one change the errors of an epoch by at most 0.04 % "
+    "(training) and 0.11 % (test); the Spearman correlation of tau is 0.9996."
 )
 
 
 def reference_run(
     data: Dataset, training: TrainingConfig, report: Report | None = None
 ) -> dict[str, np.ndarray]:
-    """Return the errors by epoch and tau by sample of the run that others are sorted by."""
+    """Return the errors by epoch, and tau by sample, of the reference run."""
     trial = TrialConfig(
         dataset="mnist",
         strategy=REFERENCE_STRATEGY,
@@ -57,13 +57,13 @@ def reference_run(
 
 
 def spearman(left: np.ndarray, right: np.ndarray) -> float:
-    """Return the correlation of the ranks of values without ties."""
+    """Return the rank correlation of values without ties."""
     left_ranks, right_ranks = (values.argsort().argsort() for values in (left, right))
     return float(np.corrcoef(left_ranks, right_ranks)[0, 1])
 
 
 def write_reference() -> None:
-    """Compute the CPU's run and write it."""
+    """Compute the reference run on the CPU and write it."""
     source = load_source("mnist")
     run = reference_run(scale_inputs(source, "unit"), TrainingConfig(parameters_every=0))
     made_by = f"torch {torch.__version__}, Python {platform.python_version()}, one CPU thread"
@@ -71,8 +71,8 @@ def write_reference() -> None:
     np.savez_compressed(REFERENCE, **arrays)
 
 
-def made_images(samples: int, tests: int) -> Source:
-    """Return images of ten classes that can be learned: noise over a pattern of each class."""
+def synthetic_images(samples: int, tests: int) -> Source:
+    """Return images of ten classes: a pattern for each class, plus noise."""
     chance = np.random.default_rng(1)
     patterns = chance.integers(0, 128, (10, 1, 28, 28))
 
@@ -94,40 +94,41 @@ def made_images(samples: int, tests: int) -> Source:
 
 
 def run(device: Literal["cpu", "cuda"], quick: bool, directory: Path) -> bool:
-    """Train on the device and compare; `quick` trains on made images, on the CPU as well."""
+    """Train on the device and compare; with `quick`, on synthetic images and also on the CPU."""
     report = Report(
         directory / "paper.md",
         "One reference run of the paper on MNIST"
         if not quick
-        else "A reference run on made images, in the place of MNIST",
+        else "A reference run on synthetic images instead of MNIST",
         ("epoch", "training error", "test error", "seconds so far"),
         device,
     )
     settings: dict[str, Any] = {"parameters_every": 0}
     if quick:
         settings |= {"epochs": 2, "hidden": (32, 32, 32)}
-        source = made_images(1000, 200)
-        want = reference_run(scale_inputs(source, "unit"), TrainingConfig(**settings))
+        source = synthetic_images(1000, 200)
+        reference = reference_run(scale_inputs(source, "unit"), TrainingConfig(**settings))
         made_by = "this machine's CPU"
     else:
         source = load_source("mnist")
         with np.load(REFERENCE) as stored:
-            want = {name: stored[name] for name in (*ERRORS, "tau")}
+            reference = {name: stored[name] for name in (*ERRORS, "tau")}
             made_by = str(stored["made_by"])
             if str(stored["data"]) != source.digest:
                 raise ValueError(f"MNIST has digest {source.digest}, expected {stored['data']}")
     training = TrainingConfig(device=device, **settings)
-    got = reference_run(scale_inputs(source, "unit"), training, report)
+    result = reference_run(scale_inputs(source, "unit"), training, report)
     report.note(f"Compared with the run by {made_by}; data of digest {source.digest[:16]}.")
     if not quick:
         report.note(EXPECTED)
     last = ", ".join(
-        f"{name.replace('_', ' ')} {got[name][-1]:.2%} (CPU {want[name][-1]:.2%})"
+        f"{name.replace('_', ' ')} {result[name][-1]:.2%} (CPU {reference[name][-1]:.2%})"
         for name in ERRORS
     )
-    apart = ", ".join(f"{abs(got[name] - want[name]).max():.2%}" for name in ERRORS)
+    apart = ", ".join(f"{abs(result[name] - reference[name]).max():.2%}" for name in ERRORS)
+    correlation = spearman(result["tau"], reference["tau"])
     report.summarise(
-        f"reference run: after {len(got['test_error'])} epochs {last}; largest distance of an "
-        f"epoch's {apart}; Spearman of tau {spearman(got['tau'], want['tau']):.4f}"
+        f"reference run: after {len(result['test_error'])} epochs {last}; largest difference in "
+        f"an epoch {apart}; Spearman correlation of tau {correlation:.4f}"
     )
     return True

@@ -1,4 +1,4 @@
-"""What the parts of `gpu.py` share: a table that is printed and written row by row, and a clock."""
+"""Shared by the parts of `gpu.py`: a table that is printed and written row by row, and a timer."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ import torch
 from sampimp.schema import __version__
 
 NEEDS_CUDA = "needs CUDA"
-"""In the place of a number that only a GPU can give."""
+"""Stands for a number that only a GPU can give."""
 
 
 @dataclass
@@ -27,13 +27,13 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Print the title and what the numbers depend on."""
+        """Print the title, the device and the versions."""
         print(f"\n{self.title}", flush=True)
         self.note(describe(self.device))
         print(" | ".join(self.headings), flush=True)
 
     def row(self, *cells: str) -> None:
-        """Add a row; cells that are missing stay empty."""
+        """Add a row; missing cells stay empty."""
         self.rows.append((*cells, *[""] * (len(self.headings) - len(cells))))
         print(" | ".join(cells), flush=True)
         self._write()
@@ -57,7 +57,7 @@ class Report:
 
 
 SUMMARY = "Summary: "
-"""How a line begins that `gpu.py` repeats at its end."""
+"""Prefix of the lines that `gpu.py` repeats at its end."""
 
 
 def describe(device: str) -> str:
@@ -73,18 +73,18 @@ def describe(device: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error as the cell of a table, with the one that it came after."""
+    """Return an error, and the error at the start of its chain, as the cell of a table."""
     first = error
     while first.__context__ is not None:
         first = first.__context__
-    texts = [f"{type(one).__name__}: {one}" for one in dict.fromkeys((error, first))]
+    texts = [f"{type(cause).__name__}: {cause}" for cause in dict.fromkeys((error, first))]
     words = [" ".join(text.replace("|", "/").split()) for text in texts]
-    # Arbitrary: CUDA's errors go on with advice.
+    # 300 is arbitrary: CUDA's errors continue with advice.
     return "; after ".join(text if len(text) <= 300 else f"{text[:300]} ..." for text in words)
 
 
 def seconds(device: str, function: Callable[[], object]) -> float:
-    """Return how long a function takes: by CUDA's events, on a CPU by its clock."""
+    """Return the duration of a call in seconds: by CUDA events, on a CPU by the clock."""
     if device == "cpu":
         start = time.perf_counter()
         function()

@@ -1,8 +1,8 @@
-"""Fetch what `gpu.py` needs and a machine without a package index may lack: wheels, and MNIST.
+"""Fetch wheels and MNIST for a GPU machine without a package index.
 
-The wheels are of the versions in constraints.txt, for Python 3.12 on Linux and an x86-64 processor:
-the packages that the script imports beside PyTorch, and what these need. MNIST's four files lie
-beside them. All of it and the checkout together must stay below `LIMIT`.
+The wheels have the versions in constraints.txt, for Python 3.12 on Linux and an x86-64 processor:
+the packages that `gpu.py` imports beside PyTorch, with their dependencies. MNIST's four files lie
+beside them. All files and the checkout together must stay below `LIMIT`.
 """
 
 import gzip
@@ -20,7 +20,7 @@ from sampimp.data.official import MNIST_FILES, read_mnist_file
 ROOT = Path(__file__).parents[1]
 
 PACKAGES = ("numpy", "pillow", "rich", "tyro")
-"""What is imported beside PyTorch; `tests/test_gpu_script.py` runs the script with no others."""
+"""Imported beside PyTorch; `tests/test_gpu_script.py` runs the script with no other packages."""
 
 LIMIT = 60 * 10**6
 """Bytes of wheels, MNIST and checkout together."""
@@ -33,7 +33,7 @@ PLATFORMS = [
 
 
 def with_requirements(packages: tuple[str, ...]) -> list[str]:
-    """Return the names of packages and of all that they need, by what is installed here."""
+    """Return the names of packages and all their dependencies, from the installed metadata."""
     names: dict[str, None] = {}
     waiting = list(packages)
     while waiting:
@@ -55,7 +55,7 @@ def pins(names: list[str]) -> list[str]:
 
 
 def fetch_wheels(folder: Path) -> None:
-    """Download the wheels that are missing, and remove those of another version than the pin."""
+    """Download missing wheels, and remove those whose version is not the pinned one."""
     wanted = pins(with_requirements(PACKAGES))
     for wheel in folder.glob("*.whl"):
         name, version, *_ = wheel.name.split("-")
@@ -70,7 +70,7 @@ def fetch_wheels(folder: Path) -> None:
 
 
 def copy_mnist(folder: Path) -> None:
-    """Write MNIST's four files, found under SAMPIMP_DATA or fetched, with their digests checked."""
+    """Write MNIST's four files, from SAMPIMP_DATA or downloaded, after checking their digests."""
     folder.mkdir(exist_ok=True)
     for file in MNIST_FILES:
         if not (folder / f"{file}.gz").exists():
@@ -84,7 +84,7 @@ def size(files: list[Path]) -> int:
 
 
 def main(folder: Path = ROOT / "gpu-wheels") -> int:
-    """Fill the folder, print what is in it, and return the exit status."""
+    """Fill the folder, print its contents, and return the exit status."""
     folder.mkdir(parents=True, exist_ok=True)
     fetch_wheels(folder)
     copy_mnist(folder / "mnist")

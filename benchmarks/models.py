@@ -1,13 +1,14 @@
-"""What recording costs on other networks and optimizers: steps with and without it, in turn.
+"""Cost of recording for other networks and optimizers: recorded and plain steps alternate.
 
-Each network takes one step plain and one recorded within a round, in random order; the result is
-the median over rounds of the ratio, with its quartiles. What records is the recorder around the
-plain step; in a study it is the study's own step, with the optimizer's fused form. Peak memory is
-that of three steps, times that of the plain ones: what PyTorch allocates in those that prove
-nothing, the same in every run; and what Linux calls resident, above what it was before any step.
-That counts what the C library keeps, by luck of the heap (a tenth more or less), and pages of code
-that are used first, 5 to 10 MB. An epoch's first step proves whose the rows are, and is measured by
-itself: its time and what PyTorch allocates, times those of a plain step.
+Within a round each network makes one plain and one recorded step, in random order; the result is
+the median over rounds of their ratio, with its quartiles. A recorded step is the plain step inside
+the recorder; in a study it is the study's written-out step, with the optimizer's fused form. Peak
+memory is that of three steps, relative to plain steps, in two measures. Allocated: the bytes that
+PyTorch allocates in steps without a proof, the same in every run. Resident: the resident set that
+Linux reports, above its size before the first step. The latter includes what the C library retains,
+which varies with the heap by about a tenth, and code pages at their first use, 5 to 10 MB. The
+first step of an epoch proves the row-to-sample mapping and is measured separately: its time and its
+allocated bytes, relative to a plain step.
 """
 
 import multiprocessing
@@ -93,11 +94,11 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], type, int
     ),
     "GPT-2 small, 256 tokens": (partial(language, 2), torch.optim.SGD, 2),
 }
-"""By name: network with data, optimizer, samples of a batch."""
+"""Network with data, optimizer, and batch size, by name."""
 
 
 class Contender:
-    """A network, to be trained step by step."""
+    """A network with one batch, an optimizer, and a recorder if `records`."""
 
     def __init__(self, name: str, records: bool, device: str = "cpu") -> None:
         make, optimizer, self.size = CASES[name]
@@ -132,21 +133,21 @@ class Contender:
 
 
 def resident(name: str, records: bool, threads: int) -> int:
-    """Return the bytes that Linux gives to steps at most; to be called in a process of its own."""
+    """Return the growth of the peak resident set in bytes; call it in a fresh process."""
     torch.set_num_threads(threads)
     contender = Contender(name, records)
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # let the peak begin here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     for _ in range(3):
         contender.step()
     return memory("VmHWM") - before
 
 
 def allocated(name: str, records: bool, threads: int, proves: bool = False) -> int:
-    """Return the bytes that PyTorch takes for steps at most, or for an epoch's first."""
+    """Return the peak of bytes that PyTorch allocates in steps, or in the first of an epoch."""
     torch.set_num_threads(threads)
     contender = Contender(name, records)
-    for _ in range(2):  # which are proved
+    for _ in range(2):  # steps with a proof
         contender.step()
     contender.epoch += proves
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -154,13 +155,13 @@ def allocated(name: str, records: bool, threads: int, proves: bool = False) -> i
             contender.step()
     result = profiler.profiler
     assert result is not None
-    events = [one for one in result.kineto_results.events() if one.name() == "[memory]"]
-    events.sort(key=lambda one: one.start_ns())
-    return max(accumulate(one.nbytes() for one in events))
+    events = [event for event in result.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events))
 
 
 def memory(what: str) -> int:
-    """Return the bytes that Linux says of this process: VmRSS now, VmHWM at most."""
+    """Return a memory size of this process in bytes: VmRSS (now) or VmHWM (peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(what):
             return 1024 * int(line.split()[1])
@@ -179,7 +180,8 @@ def measure(name: str, rounds: int, threads: int) -> tuple[str, ...]:
             contenders[records].step()
             if number >= 0:
                 seconds[records].append(time.perf_counter() - start)
-    ratios = [b / a for a, b in zip(seconds[False], seconds[True], strict=True)]
+    pairs = zip(seconds[False], seconds[True], strict=True)
+    ratios = [recorded / plain for plain, recorded in pairs]
     first = []
     for _ in range(max(1, rounds // 10)):
         contenders[True].epoch += 1
@@ -209,18 +211,18 @@ def measure(name: str, rounds: int, threads: int) -> tuple[str, ...]:
 def main(
     rounds: int = 30, threads: int = 1, only: tuple[str, ...] = (), out: Path | None = None
 ) -> None:
-    """Measure and print what recording costs.
+    """Measure and print the cost of recording.
 
     Parameters
     ----------
     rounds
-        Of each network; a tenth of it for those whose step takes more than a second.
+        Rounds for each network; a tenth of it for networks whose step takes over a second.
     threads
         CPU threads.
     only
         Names of networks, or parts of them; by default all.
     out
-        Write the table there as well, as Markdown.
+        Also write the table to this file, as Markdown.
     """
     console = Console()
     torch.set_num_threads(threads)

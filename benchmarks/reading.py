@@ -1,21 +1,21 @@
-"""How fast a study opens and reads: 300 trials, and the trials' records against one sharded store.
+"""Time to open and read a study: 300 trials; records of trials against one sharded store.
 
-`open`: a study of 300 trials as their COMMIT.json files are after 50 epochs of MNIST (digests of
-importance, NLL, batch and 51 states of the parameters, four curves), opened again and again. The
-records themselves are not there: to open, none is read.
+`open`: a study of 300 trials, opened repeatedly. Its COMMIT.json files are those of 50 epochs of
+MNIST (digests of importance, NLL, batch and 51 states of the parameters, four curves). There are no
+records, since opening a cube reads none.
 
-`read`: a study of about 200 MB of random values, written as trials write it and consolidated; then
-four ways to read it, from the records and from the consolidated store in turn, each in a cube that
-was opened afresh. Files are in the page cache: on a disk or a bucket, the number of objects (here
-1,700 against 67) weighs more.
+`read`: a study of about 200 MB of random values, written as trials write it, and consolidated; then
+four reads, alternately from the records and from the consolidated store, each from a newly opened
+cube. Files are in the page cache: on a disk or in a bucket, the number of objects (here 1,700
+against 67) has more weight.
 
     python benchmarks/reading.py [--rounds 7] [--trials 8] [--samples 20000] [--epochs 50]
 
 Measured (2 shared cores at load 10, zarr 3.1.6, dask 2026.8; medians of 7): 300 trials open in 0.44
-s (0.62 the first time). 215 MB are consolidated and compared in 20 s. From the records and from the
-consolidated store: to open 8 trials 0.03 and 0.07 s; one sample of all 2.3 and 0.05 s, 55 times as
-fast; one epoch of one trial 0.014 and 0.073 s, 7 times as slow; the sum of all 2.6 and 0.84 s, 2.8
-times as fast.
+s (0.62 s the first time); consolidating and comparing 215 MB takes 20 s. From the records and from
+the consolidated store: opening 8 trials 0.03 and 0.07 s; one sample of all trials 2.3 and 0.05 s
+(55 times as fast); one epoch of one trial 0.014 and 0.073 s (7 times as slow); the sum of all
+values 2.6 and 0.84 s (2.8 times as fast).
 """
 
 import argparse
@@ -85,7 +85,7 @@ def make_source(samples: int) -> Source:
 
 
 def identity(trial: PlannedTrial) -> dict[str, object]:
-    """Return what a record says of itself."""
+    """Return the attributes that identify a trial in its record."""
     config = trial.config
     return {
         "dataset": config.dataset,
@@ -132,7 +132,7 @@ def train_random(out: Path, trials: int, samples: int, epochs: int) -> None:
     layout = plan.layout("made")
     for number, trial in enumerate(plan.resolve({})):
         generator = np.random.default_rng(number)
-        # Importance spans decades and its low bits are noise, as they are in a real study.
+        # As in a real study, importance spans decades and its low bits are noise.
         spread = generator.lognormal(0, 3, samples).astype(np.float32)
         record = TrialRecord(folder / f"trials/{trial.trial_id}", identity(trial), layout)
 
@@ -167,7 +167,7 @@ READS: dict[str, Callable[[xr.Dataset], object]] = {
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Return how long a call takes."""
+    """Return the duration of a call in seconds."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -186,24 +186,24 @@ def spread(times: list[float]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Make the studies in a temporary folder, measure, and print."""
+    """Make the studies in a temporary folder, measure, and print the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--scratch", help="where the temporary folder is made")
-    asked = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(dir=asked.scratch) as scratch:
+    parser.add_argument("--scratch", help="parent of the temporary folder")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         many, few = Path(scratch, "300"), Path(scratch, "few")
         commit_300(many)
-        times = [seconds(lambda: open_cube(many)) for _ in range(asked.rounds + 1)]
+        times = [seconds(lambda: open_cube(many)) for _ in range(options.rounds + 1)]
         print(f"open 300 trials: first {times[0]:.3f} s, then {spread(times[1:])} s", flush=True)
-        made = seconds(lambda: train_random(few, asked.trials, asked.samples, asked.epochs))
+        made = seconds(lambda: train_random(few, options.trials, options.samples, options.epochs))
         written = seconds(lambda: consolidate(few))
         whole = open_cube(few)["made"].to_dataset()
         print(
-            f"{whole.nbytes / 1e6:.0f} MB in {asked.trials} trials: written in {made:.1f} s, "
+            f"{whole.nbytes / 1e6:.0f} MB in {options.trials} trials: written in {made:.1f} s, "
             f"consolidated and compared in {written:.1f} s",
             flush=True,
         )
@@ -212,16 +212,20 @@ def main(arguments: list[str]) -> int:
             "consolidated": lambda: xr.open_zarr(few / "consolidated" / "made.zarr"),
         }
         for words, read in READS.items():
-            found: dict[str, list[float]] = {name: [] for name in sources}
-            for _ in range(asked.rounds):
+            durations: dict[str, list[float]] = {name: [] for name in sources}
+            for _ in range(options.rounds):
                 for name, opened in sources.items():
                     cube = None if words == "open" else opened()
                     call = opened if cube is None else lambda read=read, cube=cube: read(cube)
-                    found[name].append(seconds(call))
+                    durations[name].append(seconds(call))
             ratio = statistics.median(
-                a / b for a, b in zip(found["records"], found["consolidated"], strict=True)
+                records / consolidated
+                for records, consolidated in zip(
+                    durations["records"], durations["consolidated"], strict=True
+                )
             )
-            print(f"{words}: " + ", ".join(f"{name} {spread(t)} s" for name, t in found.items()))
+            medians = [f"{name} {spread(times)} s" for name, times in durations.items()]
+            print(f"{words}: {', '.join(medians)}")
             print(f"    records / consolidated: {ratio:.2f}", flush=True)
     return 0
 

@@ -1,18 +1,18 @@
-"""What recording importance costs: one training step of the paper's network, five ways.
+"""Cost of recording: one training step of the paper's network, with five contenders.
 
 The step is the paper's (section 3.1): three layers of 512 ReLU units, batch 100, SGD at rate 0.1
-with weight decay 1e-5, mean cross-entropy; data already in memory. Every contender makes the same
-update; all but the first also leave behind the importance of each sample in each layer, which is
-compared before anything is timed.
+with weight decay 1e-5, mean cross-entropy; data in memory. Every contender makes the same update;
+all but the first also compute the importance of each sample in each layer. These values are
+compared before the timing.
 
-The machine's speed drifts by more than the difference that is measured. So the contenders take
-turns within a round, in random order, and the result is the median over rounds of the ratio to the
-plain step of the same round.
+The machine's speed drifts by more than the measured difference. The contenders therefore alternate
+within a round, in random order, and the result is the median over rounds of the ratio to the plain
+step of the same round.
 
-Whoever changes the recorder: watch the page faults too. Small tensors that outlive a step split the
-hole that a gradient of several megabytes left behind, so that the next one takes fresh pages; at
-3,072 inputs that alone moved the ratio from 1.04 to 1.16, by luck of the heap, from run to run. The
-rivals write into a table made beforehand, which is their best case.
+When changing the recorder, watch the page faults as well. Small tensors that outlive a step
+fragment the block that a gradient of several megabytes left free, so that the next gradient takes
+fresh pages; at 3,072 inputs this alone moved the ratio between 1.04 and 1.16 from run to run. The
+other tools write to a preallocated table, which is their best case.
 
 Map: the contenders are `Plain`, `Sampimp` (the recorder), `Study` (the step of a trial), `BackPack`
 and `OpacusGhost`; then `check_agreement`, `measure`, `main` (`python benchmarks/step.py --help`).
@@ -60,9 +60,9 @@ class Config:
     threads: int = 1
     """CPU threads; by default one, so that nothing dilutes the difference."""
     seed: int = 1
-    """Of the initialisation, the data and the order within rounds."""
+    """Seed of the initialisation, the data and the order within rounds."""
     out: Path | None = None
-    """Write the result there as well: a table (.md) or every number (.json)."""
+    """Also write the result to this file: a table (.md) or all numbers (.json)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ class Study(Plain):
         self.indices.append(index)
 
     def take(self) -> None:
-        """Keep the importance of the epoch so far, by sample."""
+        """Store the importance of the epoch so far, by sample."""
         beta_LN = self.fused.take()
         assert beta_LN is not None
         self.table = sum_by_sample(torch.cat(self.indices), beta_LN, self.table.shape[1])
@@ -194,10 +194,10 @@ class BackPack(Plain):
 class OpacusGhost(Plain):
     """With Opacus's ghost norms.
 
-    Counted is the pass that computes the norms alone: the ordinary backward pass with Opacus's
-    hooks, then the ordinary update. Private training would add a second backward pass over the
-    clipped losses and the noise, which nobody needs for importance and which would about double the
-    time. The norms are those of the samples' own gradients, so importance is (rate / B)^2 norm^2.
+    Only the pass that computes the norms is timed: the ordinary backward pass with Opacus's hooks,
+    then the ordinary update. Private training would add a second backward pass over the clipped
+    losses, and noise; importance needs neither, and they would about double the time. The norms are
+    those of the gradients of single losses, so importance is (rate / B)^2 norm^2.
     """
 
     def __init__(self, inputs: int, seed: int) -> None:
@@ -234,7 +234,7 @@ CONTENDERS: dict[str, tuple[type[Plain], str]] = {
     "BackPACK BatchL2Grad": (BackPack, "backpack"),
     "Opacus ghost norms": (OpacusGhost, "opacus"),
 }
-"""By name: the class and the package that it needs."""
+"""Class of each contender, and the package that it requires."""
 
 
 def available() -> dict[str, type[Plain]]:
@@ -273,14 +273,14 @@ def check_agreement(
     for contender in trained:
         name = type(contender).__name__
         for left, right in zip(expected, contender.model.parameters(), strict=True):
-            exact = isinstance(contender, Sampimp)  # recording promises the very same bits
+            exact = isinstance(contender, Sampimp)  # recording leaves every bit as it is
             if not (torch.equal if exact else torch.allclose)(left, right.detach()):
-                raise RuntimeError(f"{name} trains other parameters than plain PyTorch")
+                raise RuntimeError(f"the parameters of {name} differ from those of plain PyTorch")
         if isinstance(contender, Study | Sampimp | BackPack | OpacusGhost):
             values[name] = contender.importance(index)
     for name, beta in values.items():
         if not torch.allclose(beta, values["Sampimp"], rtol=1e-4, atol=0):
-            raise RuntimeError(f"{name} measures another importance than sampimp")
+            raise RuntimeError(f"the importance by {name} differs from that by sampimp")
 
 
 def measure(inputs: int, config: Config) -> list[Result]:
@@ -312,7 +312,7 @@ def measure(inputs: int, config: Config) -> list[Result]:
 
 def summarise(inputs: int, name: str, seconds: list[float], plain: list[float]) -> Result:
     """Reduce the rounds of one contender to medians and quartiles."""
-    ratios = [mine / other for mine, other in zip(seconds, plain, strict=True)]
+    ratios = [duration / base for duration, base in zip(seconds, plain, strict=True)]
     lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
     return Result(
         inputs=inputs,
@@ -326,14 +326,14 @@ def summarise(inputs: int, name: str, seconds: list[float], plain: list[float]) 
 
 
 def describe_machine() -> dict[str, str]:
-    """Return what the numbers depend on."""
+    """Return versions, processor, threads and load."""
     names = {"sampimp", "torch", "backpack-for-pytorch", "opacus"}
-    found = {}
+    versions = {}
     for name in sorted(names):
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
+            versions[name] = "not installed"
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -341,7 +341,7 @@ def describe_machine() -> dict[str, str]:
                 processor = line.partition(":")[2].strip()
                 break
     return {
-        **found,
+        **versions,
         "python": platform.python_version(),
         "processor": f"{processor}, {os.cpu_count()} cores, threads {torch.get_num_threads()}",
         "load": f"{os.getloadavg()[0]:.1f} at the end",
@@ -364,7 +364,7 @@ HEADINGS = ("inputs", "step", "ms", "times plain", "middle half")
 
 
 def to_markdown(results: Sequence[Result], machine: dict[str, str]) -> str:
-    """Return the table and its provenance as Markdown."""
+    """Return the table, machine and versions as Markdown."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|---:|:---|---:|---:|---:|"]
     lines += ["| " + " | ".join(cells(result)) + " |" for result in results]
     lines += ["", f"Medians over {results[0].rounds} rounds. {note(machine)}", ""]
@@ -377,7 +377,7 @@ def note(machine: dict[str, str]) -> str:
 
 
 def write(path: Path, results: Sequence[Result], machine: dict[str, str]) -> None:
-    """Write the result as Markdown, or as JSON if the name ends so."""
+    """Write the result as JSON if the name ends in .json, else as Markdown."""
     payload: dict[str, Any] = {"machine": machine, "results": [asdict(row) for row in results]}
     text = (
         json.dumps(payload, indent=2) if path.suffix == ".json" else to_markdown(results, machine)
@@ -389,7 +389,7 @@ def main(config: Config) -> list[Result]:
     """Run, print and return the benchmark."""
     console = Console()
     torch.set_num_threads(config.threads)
-    # Opacus hooks a network whose inputs need no gradient, on which torch remarks at every layer.
+    # Opacus registers full backward hooks on a network whose inputs need no gradient: torch warns.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     missing = sorted(set(CONTENDERS) - set(available()))
     if missing:

@@ -1,12 +1,12 @@
-"""What a study costs beyond its training: wall-clock x cores over the summed time of bare loops.
+"""Overhead of a study: wall-clock time x cores over the summed time of bare loops.
 
     python benchmarks/study_overhead.py --dataset mnist --epochs 25
 
-A bare loop is the plain PyTorch loop of the same runs (autograd and torch.optim.SGD) in processes
-of their own, as many at a time as there are cores: the steps without recording, and the evaluation
-that ends each epoch, which the definition of NLL asks for. The study's wall-clock has everything
-else in it: the start of Ray, the data set, recording, storing, checkpoints, scheduling. Bare loops
-run before and after the study, so that a machine whose speed drifts shows.
+A bare loop is the plain PyTorch loop of the same runs (autograd and torch.optim.SGD), one process
+per core: the steps without recording, and the evaluation at the end of each epoch, which the
+definition of NLL requires. The study's wall-clock time includes everything else: the start of Ray,
+the data set, recording, storing, checkpoints, scheduling. Bare loops run before and after the
+study, so that a drift of the machine's speed shows.
 """
 
 import multiprocessing
@@ -25,7 +25,7 @@ from sampimp.training.strategies import make_schedule
 
 
 def train_bare(dataset: str, seed: int, epochs: int) -> float:
-    """Return the seconds of a plain run's epochs, without what comes before them."""
+    """Return the summed seconds of the epochs of a plain run, without its preparation."""
     training = TrainingConfig(epochs=epochs, parameters_every=0)
     trial = TrialConfig(
         dataset=dataset, strategy="shuffle", seed=seed, order_seed=seed, training=training
@@ -50,7 +50,7 @@ def main(dataset: str = "mnist", epochs: int = 25, trials_per_core: int = 2) -> 
     Parameters
     ----------
     dataset
-        What is trained on; found under SAMPIMP_DATA or fetched.
+        Data set, from SAMPIMP_DATA or downloaded.
     epochs
         Epochs of a trial; the paper has 50.
     trials_per_core

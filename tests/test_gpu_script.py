@@ -70,7 +70,7 @@ def test_it_runs_without_ray_and_without_a_package_index(bare, tmp_path):
         assert f"  {name}: done in " in summary
     assert "  exactness: holds" in summary
     assert "FAILED" not in done.stdout
-    assert "Spearman of tau 1.0000" in summary  # the same device
+    assert "Spearman correlation of tau 1.0000" in summary  # the same device
     for table in TABLES - {"paper.md"}:
         assert "needs CUDA" in (out / table).read_text()
 
