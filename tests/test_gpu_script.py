@@ -43,7 +43,8 @@ def bare(tmp_path, load):
         distribution = importlib.metadata.distribution(name)
         tops = {file.parts[0] for file in distribution.files if not file.name.endswith(".pth")}
         for top in tops - {"..", "__pycache__"}:
-            (site / top).symlink_to(distribution.locate_file(top))
+            if not (site / top).exists():  # some distributions share a namespace package
+                (site / top).symlink_to(distribution.locate_file(top))
     return tmp_path / "bare" / "bin" / "python"
 
 

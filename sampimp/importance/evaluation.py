@@ -3,9 +3,10 @@
 Per-sample quantities of fixed parameters (the NLL, snapshot importance) are those of the network in
 use: without dropout, and with the stored statistics of a BatchNorm.
 
-Map: `evaluation_mode`.
+Map: `evaluation_mode`, `_FastPath` (PyTorch's fused encoder layer, off while any thread evaluates).
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,13 +32,41 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     [True, False, True]
     """
     flags = [(module, module.training) for module in model.modules()]
-    fused = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        for module, _ in flags:
-            module.training = False
-        yield
+        with _FAST_PATH.off():
+            for module, _ in flags:
+                module.training = False
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for module, training in flags:
             module.training = training
+
+
+class _FastPath:
+    """The process-wide switch of PyTorch's fused encoder layer, shared by threads that evaluate.
+
+    The first block to begin saves the switch and the last one to end restores it. If every block
+    saved and restored it, a block that began inside another and ended after it would restore "off".
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._blocks, self._saved = threading.Lock(), 0, True
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Keep the fused encoder layer off in a block."""
+        with self._lock:
+            if self._blocks == 0:
+                self._saved = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._blocks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._blocks -= 1
+                if self._blocks == 0:
+                    torch.backends.mha.set_fastpath_enabled(self._saved)
+
+
+_FAST_PATH = _FastPath()

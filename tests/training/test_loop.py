@@ -10,6 +10,7 @@ import torch
 
 from sampimp.data import Dataset
 from sampimp.errors import RecordError
+from sampimp.importance.evaluation import evaluation_mode
 from sampimp.schema import CURVES
 from sampimp.training.loop import (
     EVALUATION_CHUNK,
@@ -391,6 +392,17 @@ def test_an_evaluation_that_fails_leaves_the_modes_as_they_were():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         evaluate(model, torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))
     assert [module.training for module in model.modules()] == before
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_evaluations_that_overlap_restore_the_fused_encoder_layer():
+    """As two threads interleave: the second begins before the first ends, and ends after it."""
+    first, second = (evaluation_mode(torch.nn.Linear(1, 1)) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    second.__exit__(None, None, None)
     assert torch.backends.mha.get_fastpath_enabled()
 
 
