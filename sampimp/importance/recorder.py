@@ -39,28 +39,28 @@ from sampimp.errors import ConfigError, UnsupportedError
 from sampimp.importance.evaluation import evaluation_mode
 from sampimp.importance.gradients import Explicit, Factor, Outer, Product, squares, total
 from sampimp.importance.optimizers import Derivative, Diagonal, UpdateDerivative
-from sampimp.importance.ownership.graph import Inside
-from sampimp.importance.ownership.layout import Layout, joined_rows
+from sampimp.importance.ownership.layout import AxisLayout, joined_rows
 from sampimp.importance.ownership.proof import (
     COUPLED,
     SUM,
     UNCHECKED,
     Proof,
-    Proved,
+    ProofResult,
     Use,
     is_proved_now,
 )
 from sampimp.importance.ownership.rows import (
-    INDEXING,
-    SIZES,
+    SELECT_BY_NUMBER,
+    TAKE_LENGTHS,
     DataRows,
     as_sequence,
     is_data,
+    mark_as_range,
     moves_samples,
-    note_range,
 )
 from sampimp.importance.ownership.tape import Tape
 from sampimp.importance.rules.arithmetic import LOOKS, RULES, SUMS, Batch, feature_axes, generic
+from sampimp.importance.rules.inner_nodes import InnerNodes
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class Capture(TorchFunctionMode):
         self.undefined_layers: set[int] = set()
         """Positions of the layers that had no importance in some step."""
         self.loss = SUM
-        self._proved: dict[Any, Proved] = {}  # by the operations of a pass
+        self._proved: dict[Any, ProofResult] = {}  # by the operations of a pass
         self._fresh: set[Any] = set()  # those that were proved in this epoch
         self._proof: Proof | None = None  # while it is run
 
@@ -334,20 +334,20 @@ class Capture(TorchFunctionMode):
         self._data = DataRows(self._batch, named, self._notes)
         self._uses: list[Use] = []
         self._edges: list[list[tuple[Node, int]]] = []  # of the watched outputs of each use
-        self._outputs: dict[tuple[Node, int], Layout] = {}  # of the model, on the samples' axis
+        self._outputs: dict[tuple[Node, int], AxisLayout] = {}  # of the model, on the samples' axis
         self._tape = Tape()
         self._signature = 0  # of the operations so far
         self._first_node: int | None = None  # its number in the thread
         self._retained: list[Tensor] = []  # whose gradients somebody keeps
         self._moves = self._moves_above = False  # whether samples may have other rows each time
-        self._layouts: list[Layout | None] | None = None  # of the uses
+        self._layouts: list[AxisLayout | None] | None = None  # of the uses
         self._joins: dict[Any, Tensor | None] = {}
         self._order: Tensor | None = None  # sample of each row of the loss
         self._samples = slice(start, start + size)
         self._counts: dict[int, int] = {}  # by row: uses in this pass that are to come back
         self._factors: dict[int, list[Factor]] = {}  # by row
         self._values: dict[int, Tensor] = {}  # by row: squared norms
-        self._waiting: list[tuple[Use, Inside]] = []  # with gradients to come inside
+        self._waiting: list[tuple[Use, InnerNodes]] = []  # with gradients to come inside
         self._announced = False
 
     def check(self) -> None:
@@ -504,7 +504,7 @@ class Capture(TorchFunctionMode):
             if rows and _is_inside_function():
                 self._hidden.update(rows)
             output = function(*args, **kwargs)
-            if self._data.is_moved_by(function):
+            if self._data.must_follow(function):
                 self._data.follow(function, args, kwargs, as_sequence(output))
             return output
         if function is functional.multi_head_attention_forward:
@@ -535,7 +535,7 @@ class Capture(TorchFunctionMode):
                 if isinstance(tensor, Tensor) and id(tensor) not in self._free:
                     setattr(tensor, self._tag, roots)
             if function is torch.arange and len(args) == 1 and isinstance(output, Tensor):
-                note_range(output)
+                mark_as_range(output)
         elif isinstance(output, Tensor) and function in _MAKES_NOISE:
             self._data.note_made(output)
         return output
@@ -592,7 +592,7 @@ class Capture(TorchFunctionMode):
             use.args = tuple(None if self._varies(one) else one for one in args)
         if function in LOOKS:
             seen = LOOKS[function](self._batch, hooked, *args, **kwargs)
-            use.seen = seen or (outputs[0].detach(), outputs[0]._version)
+            use.inner = seen or (outputs[0].detach(), outputs[0]._version)
         if isinstance(output, Tensor):
             # On the node, where it is called after every hook that somebody has on the tensor.
             whole = _whole_of(output)
@@ -670,9 +670,9 @@ class Capture(TorchFunctionMode):
                 # What comes after the model's outputs moves no sample that a parameter meets.
                 self._moves_above = True
                 self._moves |= not self._outputs
-            exact = function in INDEXING
+            exact = function in SELECT_BY_NUMBER
             settings: tuple[Any, ...] = ()
-            if function in SIZES:
+            if function in TAKE_LENGTHS:
                 args, kwargs = args[:1], {}
             elif function is Tensor.__getitem__ or function is Tensor.__setitem__:
                 entries = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -683,7 +683,7 @@ class Capture(TorchFunctionMode):
             if kwargs:
                 settings += self._settings(kwargs.values(), exact)
             self._signature = hash((self._signature, function, settings))
-        elif self._data.is_moved_by(function):
+        elif self._data.must_follow(function):
             self._data.follow(function, args, kwargs, outputs)
 
     def _settings(self, values: Iterable[Any], exact: bool) -> tuple[Any, ...]:
@@ -723,7 +723,7 @@ class Capture(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             for output in [outputs] if isinstance(outputs, Tensor) else tree_leaves(outputs):
                 if isinstance(output, Tensor) and output.grad_fn is not None:
-                    layout = Layout(self._batch.axis(output.dim(), 1), "plain")
+                    layout = AxisLayout(self._batch.axis(output.dim(), 1), "plain")
                     if layout.fits(output.shape, self._batch.size) and self._varies(output):
                         self._outputs[output.grad_fn, output.output_nr] = layout
                         if self._compares:
@@ -742,7 +742,7 @@ class Capture(TorchFunctionMode):
         data = None
         if function in RULES and varying and all(map(is_data, varying)):
             data = self._data.of(varying[0])
-            if data is not None and data.is_nobodys:
+            if data is not None and data.is_of_no_sample:
                 data = None
             if data is not None:
                 self._moves |= not data.is_ordered(self._batch.size)
@@ -811,7 +811,7 @@ class Capture(TorchFunctionMode):
 
     def _find_layouts(
         self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]
-    ) -> list[Layout | None] | None:
+    ) -> list[AxisLayout | None] | None:
         """Return how samples lie in each use: as was proved of such a pass, or as a proof finds."""
         size = self._batch.size
         key = self._signature, self._settings(roots, False)
@@ -848,21 +848,21 @@ class Capture(TorchFunctionMode):
         self.loss = max(self.loss, proved.loss, key=(SUM, UNCHECKED, COUPLED).index)
         return proved.layouts
 
-    def _find_layouts_of_one(self) -> list[Layout | None]:
+    def _find_layouts_of_one(self) -> list[AxisLayout | None]:
         """Return how one sample, or none, lies in each use: as in a pass of several, if any."""
         alike = (one for one in self._proved.values() if self._fits(one) and not one.varies)
         known = next(alike, None)
         layouts = known.layouts if known is not None else [None] * len(self._uses)
         return [layout or self._alone(use) for use, layout in zip(self._uses, layouts, strict=True)]
 
-    def _fits(self, proved: Proved) -> bool:
+    def _fits(self, proved: ProofResult) -> bool:
         """Return whether this pass can have the layouts of another one."""
         return len(proved.layouts) == len(self._uses) and all(
             layout is None or layout.fits(use.rows_shape, self._batch.size)
             for use, layout in zip(self._uses, proved.layouts, strict=True)
         )
 
-    def _complete(self, proved: Proved, known: Proved | None) -> None:
+    def _complete(self, proved: ProofResult, known: ProofResult | None) -> None:
         """Say whether a proof holds for later steps, after earlier ones of the same operations."""
         if known is not None:
             proved.count += known.count
@@ -879,7 +879,7 @@ class Capture(TorchFunctionMode):
         zero = any(not bool(self.parameters[row].detach().any()) for row in used)
         proved.complete &= not proved.varies and (not zero or proved.count >= _ZEROS)
 
-    def _alone(self, use: Use) -> Layout:
+    def _alone(self, use: Use) -> AxisLayout:
         """Return the layout of a use where there is one sample, or none, and no proof."""
         shape = use.rows_shape
         if not shape:
@@ -891,7 +891,7 @@ class Capture(TorchFunctionMode):
             )
         axes = use.axes(self._batch)
         axis = next((axis for axis in axes if shape[axis] == self._batch.size), axes[0])
-        return Layout(axis, "outer" if self._batch.size else "plain")
+        return AxisLayout(axis, "outer" if self._batch.size else "plain")
 
     # Backward: output gradients arrive.
 
@@ -925,7 +925,7 @@ class Capture(TorchFunctionMode):
     def _is_proved(self, use: Use, gradients: Sequence[Tensor | None]) -> bool:
         """Return whether gradients come of a proof, this recorder's or another's."""
         if self._proof is not None:
-            self._proof.see(use, gradients)
+            self._proof.take_gradients(use, gradients)
             return True
         edges = self._edges[use.position] if use.position < len(self._edges) else []
         return bool(edges) and is_proved_now(edges[0][0])
@@ -949,9 +949,9 @@ class Capture(TorchFunctionMode):
                 where="the step",
                 todo="call the model and backward() for one batch after the other",
             )
-        if isinstance(use.seen, Inside):
-            use.seen.open()
-            self._waiting.append((use, use.seen))
+        if isinstance(use.inner, InnerNodes):
+            use.inner.open()
+            self._waiting.append((use, use.inner))
         else:
             self._apply(use, delta)
 
@@ -983,11 +983,11 @@ class Capture(TorchFunctionMode):
         with torch._C.DisableTorchFunction(), torch.set_grad_enabled(False):
             rule = RULES.get(use.function) or partial(generic, function=use.function)
             given = [Batch(rows, layout.axis, self._varies), delta]
-            if isinstance(use.seen, Inside):
-                given.append(use.seen.close())
-                use.seen = None
-            elif use.seen is not None:
-                output, version = use.seen
+            if isinstance(use.inner, InnerNodes):
+                given.append(use.inner.close())
+                use.inner = None
+            elif use.inner is not None:
+                output, version = use.inner
                 given.append(output if output._version == version else None)
             try:
                 found: dict[int, list[Factor]] = {}  # by row: one may be given more than once
@@ -1015,9 +1015,9 @@ class Capture(TorchFunctionMode):
                 if self._varies(one) and id(one._base) not in self._free  # an expanded parameter
             ]
         # Drop references: a live `loss` would keep these activations.
-        use.args, use.kwargs, use.seen = (), {}, None
+        use.args, use.kwargs, use.inner = (), {}, None
 
-    def _joined(self, layout: Layout, rows: int, device: torch.device) -> Tensor | None:
+    def _joined(self, layout: AxisLayout, rows: int, device: torch.device) -> Tensor | None:
         """Return the rows of each sample, (N, T); None where row n is that of sample n."""
         key = (layout.kind if layout.owners is None else id(layout)), rows, device
         if key not in self._joins:
@@ -1026,12 +1026,12 @@ class Capture(TorchFunctionMode):
 
     def _leave(self, use: Use) -> None:
         """Take an operation as done that has no importance in this step."""
-        if isinstance(use.seen, Inside):
-            use.seen.close()
+        if isinstance(use.inner, InnerNodes):
+            use.inner.close()
         for row in use.roots:
             self._used.add(row)
             self._settle(row)
-        use.args, use.kwargs, use.seen = (), {}, None
+        use.args, use.kwargs, use.inner = (), {}, None
 
     def _go_back(self, tensor: Tensor, factor: Factor) -> Iterator[tuple[int, Factor]]:
         """Yield factors of the parameters that a tensor is made of, by row."""

@@ -18,9 +18,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sampimp.errors import UnsupportedError
-from sampimp.importance.ownership.graph import between
 from sampimp.importance.recorder import ImportanceRecorder
 from sampimp.importance.rules import arithmetic as rules
+from sampimp.importance.rules.inner_nodes import nodes_between
 
 N, CASES = networks.N, networks.CASES
 LAYER = "MkldnnRnnLayerBackward0"
@@ -164,7 +164,7 @@ def test_an_lstm_in_single_precision_is_that_in_double(request, seen, dropout, b
     case = networks.Case(model, torch.randn(N, networks.T, 4), random=True)
     case.model.float()
     case.inputs = tuple(one.float() for one in case.inputs)
-    names = {node.name() for node in between(case.model(*case.inputs), (), {LAYER})}
+    names = {node.name() for node in nodes_between(case.model(*case.inputs), (), {LAYER})}
     assert names == {LAYER}
     gradients = weighted(oracles.gradients_by_loss(case.model, case.losses()), SCALE.float())
     optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)

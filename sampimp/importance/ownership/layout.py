@@ -14,7 +14,7 @@ has to be a sum over samples, which is tested by its second derivative: that of 
 that joins two samples.
 
 Map: `Graph` (nodes between the loss and the watched outputs), `Cut` (where signs are applied),
-`Signs` (owners by sign, accumulated over the passes), `Layout` (how samples lie on an axis),
+`Signs` (owners by sign, accumulated over the passes), `AxisLayout` (how samples lie on an axis),
 `couples` (the second derivative).
 
 Shape suffixes: N samples, R rows of an axis, F features.
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-ZERO, MIXED, OUTSIDE, UNKNOWN = -1, -2, -3, -4
+NO_GRADIENT, SEVERAL_SAMPLES, OUTSIDE_CUT, NOT_FINITE = -1, -2, -3, -4
 """Owners that are no sample: a row without gradient; of several samples; not from the cut; not
 finite."""
 
@@ -49,7 +49,7 @@ BLOCK = 2**19
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class AxisLayout:
     """How samples lie along an axis of R rows."""
 
     axis: int
@@ -86,7 +86,7 @@ class Edge(NamedTuple):
     node: Node
     number: int
     """Of the output of `node`."""
-    layout: Layout
+    layout: AxisLayout
 
 
 class Graph:
@@ -121,7 +121,7 @@ class Graph:
                 stack += [(child, False) for child in below if child not in self.leads]
         self.lowest &= self.leads.keys()
 
-    def cut(self, stop: Callable[[Node, int], Layout | None]) -> "Cut":
+    def cut(self, stop: Callable[[Node, int], AxisLayout | None]) -> "Cut":
         """Return the first edges on the way down for which `stop` names a layout."""
         edges: list[Edge] = []
         above: set[Node] = set()
@@ -207,7 +207,7 @@ def _apply_signs(
     return tuple(gradients)
 
 
-def _signed(gradient: Tensor, layout: Layout, sign_N: Tensor) -> Tensor:
+def _signed(gradient: Tensor, layout: AxisLayout, sign_N: Tensor) -> Tensor:
     rows = gradient.shape[layout.axis]
     sign_R = sign_N[layout.samples(rows, len(sign_N))].to(gradient)
     return gradient * on_axis(sign_R, layout.axis, gradient.dim())
@@ -321,24 +321,24 @@ class Signs:
     def owners(self, size: int) -> Tensor:
         """Return the sample of each row, of the shape of the free axes, or what else it is."""
         if self._base is None:
-            return torch.full(self.shape[: self.free], ZERO)
+            return torch.full(self.shape[: self.free], NO_GRADIENT)
         assert self._code is not None
         assert self._mixed is not None
         owners = self._code - 1
-        owners[self._code == 0] = OUTSIDE
-        owners[self._mixed | (self._code > size)] = MIXED
-        owners[(self._base == 0).all(-1) & ~self._mixed] = ZERO
-        owners[~self._base.isfinite().all(-1)] = UNKNOWN
+        owners[self._code == 0] = OUTSIDE_CUT
+        owners[self._mixed | (self._code > size)] = SEVERAL_SAMPLES
+        owners[(self._base == 0).all(-1) & ~self._mixed] = NO_GRADIENT
+        owners[~self._base.isfinite().all(-1)] = NOT_FINITE
         return owners.cpu()
 
 
-def layouts_of(owners: Tensor, axes: Sequence[int], size: int) -> Iterator[Layout]:
+def layouts_of(owners: Tensor, axes: Sequence[int], size: int) -> Iterator[AxisLayout]:
     """Yield the layouts that agree with the owners of rows, the simplest first.
 
     Parameters
     ----------
     owners
-        Of the shape of the free axes; no longer MIXED, OUTSIDE or UNKNOWN.
+        Of the shape of the free axes; no longer SEVERAL_SAMPLES, OUTSIDE_CUT or NOT_FINITE.
     axes
         The free axes, the one on which samples are expected first.
     size
@@ -347,22 +347,22 @@ def layouts_of(owners: Tensor, axes: Sequence[int], size: int) -> Iterator[Layou
     by_axis = {axis: along(owners, axis) for axis in axes}
     for kind in ("plain", "outer", "inner"):
         for axis, owner_R in by_axis.items():
-            layout = Layout(axis, kind)
+            layout = AxisLayout(axis, kind)
             is_joined = kind != "plain" and owner_R is not None and len(owner_R) > size
             if owner_R is None or not (kind == "plain" or is_joined):
                 continue
             if not layout.fits(owners.shape, size):
                 continue
             expected = layout.samples(len(owner_R), size)
-            if bool(((owner_R == expected) | (owner_R == ZERO)).all()):
+            if bool(((owner_R == expected) | (owner_R == NO_GRADIENT)).all()):
                 yield layout
     for axis, owner_R in by_axis.items():
         if owner_R is not None:
-            yield Layout(axis, "listed", owner_R.clamp_min(0))
+            yield AxisLayout(axis, "listed", owner_R.clamp_min(0))
 
 
 def joined_rows(
-    layout: Layout, rows: int, size: int, order: Tensor | None, device: torch.device
+    layout: AxisLayout, rows: int, size: int, order: Tensor | None, device: torch.device
 ) -> Tensor | None:
     """Return the rows of each sample, (N, T) on a device; None where row n is that of sample n.
 
@@ -403,12 +403,12 @@ def rows_of_samples(samples_R: Tensor, size: int) -> Tensor:
 
 
 def along(owners: Tensor, axis: int) -> Tensor | None:
-    """Return the owner of each row of an axis, (R,), ZERO where none is known; None if several."""
+    """Return the owner of each row of an axis, (R,); None if a row has several."""
     rows = owners.movedim(axis, 0).flatten(1) if owners.dim() > 1 else owners.unsqueeze(1)
     if not rows.numel():
-        return torch.full((len(rows),), ZERO)
+        return torch.full((len(rows),), NO_GRADIENT)
     most = rows.amax(1)
-    same = (rows == most.unsqueeze(1)) | (rows == ZERO)
+    same = (rows == most.unsqueeze(1)) | (rows == NO_GRADIENT)
     return most if bool(same.all()) else None
 
 
@@ -445,7 +445,7 @@ def couples(
             chosen_N = (1 - sign_N) / 2
             directions = [
                 torch.randn(first.shape, generator=generator, dtype=_real(first)).to(first)
-                * rows_of(chosen_N, layout, first)
+                * values_of_rows(chosen_N, layout, first)
                 for first, layout in known
             ]
             seconds = torch.autograd.grad(
@@ -458,7 +458,9 @@ def couples(
             for second, (_, _, layout) in zip(seconds, edges, strict=True):
                 if second is None:
                     continue
-                others = second[(rows_of(chosen_N, layout, second) == 0).expand(second.shape)]
+                others = second[
+                    (values_of_rows(chosen_N, layout, second) == 0).expand(second.shape)
+                ]
                 if not bool(others.isfinite().all()):
                     return None
                 if bool(others.any()):  # of a sum it is exactly zero: a product with zeros
@@ -474,7 +476,7 @@ def _real(values: Tensor) -> torch.dtype:
     return torch.float64 if values.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-def rows_of(values_N: Tensor, layout: Layout, like: Tensor) -> Tensor:
+def values_of_rows(values_N: Tensor, layout: AxisLayout, like: Tensor) -> Tensor:
     """Return each row's value, of its sample, to be broadcast to a tensor."""
     values_R = values_N[layout.samples(like.shape[layout.axis], len(values_N))]
     return on_axis(values_R, layout.axis, like.dim()).to(like)
@@ -525,17 +527,17 @@ def sequence_owners(
     batch_first
         Whether it is (R, T).
     """
-    result = torch.full((count,), ZERO)
+    result = torch.full((count,), NO_GRADIENT)
     for number, output in enumerate(owners):
         if packed is not None and number == 0:
-            most = torch.full((count,), ZERO).scatter_reduce(0, packed, output, "amax")
-            is_one = bool(((output == most[packed]) | (output == ZERO)).all())
+            most = torch.full((count,), NO_GRADIENT).scatter_reduce(0, packed, output, "amax")
+            is_one = bool(((output == most[packed]) | (output == NO_GRADIENT)).all())
             found = most if is_one else None
         else:
             found = along(output, 0 if output.dim() == 1 or (batch_first and not number) else 1)
         if found is None:
             return None
-        if bool(((found != result) & (found != ZERO) & (result != ZERO)).any()):
+        if bool(((found != result) & (found != NO_GRADIENT) & (result != NO_GRADIENT)).any()):
             return None
         result = torch.maximum(result, found)
     return result

@@ -12,7 +12,7 @@
 
 Nothing is left behind: gradients, buffers and random states are as before, and the graph too.
 
-Map: `Use` (a forward call with parameters), `Proved` (what a proof finds), `Proof`.
+Map: `Use` (a forward call with parameters), `ProofResult` (what a proof finds), `Proof`.
 """
 
 import warnings
@@ -26,16 +26,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from sampimp.errors import UnsupportedError
-from sampimp.importance.ownership.graph import Inside
 from sampimp.importance.ownership.layout import (
-    MIXED,
-    OUTSIDE,
-    UNKNOWN,
-    ZERO,
+    NO_GRADIENT,
+    NOT_FINITE,
+    OUTSIDE_CUT,
+    SEVERAL_SAMPLES,
+    AxisLayout,
     Cut,
     Edge,
     Graph,
-    Layout,
     Signs,
     along,
     couples,
@@ -46,9 +45,10 @@ from sampimp.importance.ownership.layout import (
     sign_patterns,
     weight_pattern,
 )
-from sampimp.importance.ownership.rows import Rows, is_data
+from sampimp.importance.ownership.rows import SampleRows, is_data
 from sampimp.importance.ownership.tape import Tape
 from sampimp.importance.rules.arithmetic import LOOKS, Batch
+from sampimp.importance.rules.inner_nodes import InnerNodes
 from sampimp.importance.rules.recurrent import is_batch_first, packed_sequences
 
 _proving: list[Mapping[Node, bool]] = []
@@ -85,7 +85,7 @@ class Use:
     """Of the watched outputs."""
     features: int
     """How many of the last axes of an output are one row's."""
-    data: Rows | None
+    data: SampleRows | None
     """Which samples its data are; None where it has activations, or that is not known."""
     number: int
     """Of the pass."""
@@ -93,7 +93,7 @@ class Use:
     """Among the uses of the pass."""
     exempt: bool = False
     """Whether it has no importance, being below a BatchNorm in training mode."""
-    seen: Inside | tuple[Tensor, int] | None = None
+    inner: InnerNodes | tuple[Tensor, int] | None = None
     """Where the rule asks for it: what is inside; else the output, detached (with its hook it would
     be a cycle), and its version."""
     done: bool = False
@@ -114,10 +114,10 @@ class Use:
 
 
 @dataclass
-class Proved:
+class ProofResult:
     """What the proofs of steps with one sequence of operations found."""
 
-    layouts: list[Layout | None]
+    layouts: list[AxisLayout | None]
     """Of the uses; None where no gradient has come."""
     order: Tensor | None
     """Sample of each row of the loss, (N,), where that is not the batch's order."""
@@ -156,7 +156,7 @@ class Proof:
         self,
         uses: Sequence[Use],
         edges: Sequence[Sequence[tuple[Node, int]]],
-        outputs: Mapping[tuple[Node, int], Layout],
+        outputs: Mapping[tuple[Node, int], AxisLayout],
         batch: Batch,
         model: nn.Module,
         where: Callable[[Use], str],
@@ -170,7 +170,7 @@ class Proof:
         self._pass: int | None = None
         self._is_finite = True
 
-    def see(self, use: Use, gradients: Sequence[Tensor | None]) -> None:
+    def take_gradients(self, use: Use, gradients: Sequence[Tensor | None]) -> None:
         """Take the gradients of a use's outputs in the pass that is run."""
         with torch._C.DisableTorchFunction(), torch.no_grad():
             for signs, gradient in zip(self._signs[use.position], gradients, strict=True):
@@ -182,7 +182,9 @@ class Proof:
         elif self._pass is not None:
             signs.see(gradient, self._pass)
 
-    def run(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Proved | None:
+    def run(
+        self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> ProofResult | None:
         """Return whose the rows are; None where no gradient comes to any use.
 
         Parameters
@@ -211,7 +213,7 @@ class Proof:
         reached: Sequence[bool],
         roots: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
-    ) -> Proved:
+    ) -> ProofResult:
         """Return what the first cut proves at which nothing is against it."""
         refused: UnsupportedError | None = None
         for cut in self._cuts(graph, nodes):
@@ -230,8 +232,8 @@ class Proof:
             cut = graph.cut(lambda node, number: self._outputs.get((node, number)))
             if cut.edges and not cut.above & (nodes | nodes_below(cut.edges)):
                 yield cut
-        guesses = [Layout(0, "outer"), Layout(0, "inner")]
-        guesses += [Layout(axis, "plain") for axis in range(AXES)]
+        guesses = [AxisLayout(0, "outer"), AxisLayout(0, "inner")]
+        guesses += [AxisLayout(axis, "plain") for axis in range(AXES)]
         tried: list[set[tuple[Node, int]]] = []
         for least in (1, 2):  # one axis of N may also be one of classes
             for guess in guesses:
@@ -245,8 +247,8 @@ class Proof:
                     break
 
     def _stop(
-        self, nodes: set[Node], guess: Layout, least: int
-    ) -> Callable[[Node, int], Layout | None]:
+        self, nodes: set[Node], guess: AxisLayout, least: int
+    ) -> Callable[[Node, int], AxisLayout | None]:
         """Return which edges have an axis of N where it is expected, or else are those of uses.
 
         These may have samples and positions joined, or the axis elsewhere: a guess, which holds
@@ -254,9 +256,9 @@ class Proof:
         """
         size = self._batch.size
 
-        def stop(node: Node, number: int) -> Layout | None:
+        def stop(node: Node, number: int) -> AxisLayout | None:
             shape = tuple(node._input_metadata[number].shape)
-            plain = Layout(self._batch.axis(len(shape), 1), "plain")
+            plain = AxisLayout(self._batch.axis(len(shape), 1), "plain")
             if len(shape) >= least and plain.fits(shape, size):
                 return plain
             return guess if node in nodes and guess.fits(shape, size) else None
@@ -274,7 +276,7 @@ class Proof:
         reached: Sequence[bool],
         roots: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
-    ) -> Proved:
+    ) -> ProofResult:
         self._run_passes(graph, cut, roots, gradients)
         found = [
             self._layout(use) if is_reached else (None, True)
@@ -284,7 +286,7 @@ class Proof:
         order = self._order_of_loss(layouts, cut)
         loss = self._loss(cut, roots, gradients) if self._is_finite else SUM
         complete = order is None and all(is_known for _, is_known in found)
-        return Proved(layouts, order, complete, loss)
+        return ProofResult(layouts, order, complete, loss)
 
     def _loss(self, cut: Cut, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> str:
         """Return what the loss is; raise an error if it couples samples."""
@@ -363,7 +365,7 @@ class Proof:
                 undo()
         self._pass = None
 
-    def _layout(self, use: Use) -> tuple[Layout | None, bool]:
+    def _layout(self, use: Use) -> tuple[AxisLayout | None, bool]:
         """Return how samples lie in a use, and whether that is all there is to know.
 
         None where its gradient is zero or does not count.
@@ -372,22 +374,22 @@ class Proof:
             raise self._misplaced(use)
         size, axes = self._batch.size, use.axes(self._batch)
         owners = [signs.owners(size) for signs in self._signs[use.position]]
-        is_finite = not any(bool((one == UNKNOWN).any()) for one in owners)
+        is_finite = not any(bool((one == NOT_FINITE).any()) for one in owners)
         if use.exempt:
             return None, True
         self._is_finite &= is_finite
         if not is_finite:  # nothing can be told but that importance is not finite either
-            rows = torch.full(use.rows_shape, ZERO)
+            rows = torch.full(use.rows_shape, NO_GRADIENT)
             found = (one for one in layouts_of(rows, axes, size) if one.kind != "listed")
             return next(found, None), False
-        if any(bool((one == MIXED).any()) for one in owners):
+        if any(bool((one == SEVERAL_SAMPLES).any()) for one in owners):
             raise self._mixed(use)
-        if any(bool((one == OUTSIDE).any()) for one in owners):
+        if any(bool((one == OUTSIDE_CUT).any()) for one in owners):
             raise self._no_samples(use)
         found_rows = self._rows(use, owners)
         if found_rows is None:
             raise self._misplaced(use)
-        if bool((found_rows == ZERO).all()):
+        if bool((found_rows == NO_GRADIENT).all()):
             return None, False
         fitting = list(layouts_of(found_rows, axes, size))
         if use.data is not None and use.function not in LOOKS:
@@ -406,10 +408,10 @@ class Proof:
         batch_first = is_batch_first(use.function, use.args, use.kwargs)
         return sequence_owners(owners, use.rows_shape[0], packed, batch_first)
 
-    def _order_of_loss(self, layouts: Sequence[Layout | None], cut: Cut) -> Tensor | None:
+    def _order_of_loss(self, layouts: Sequence[AxisLayout | None], cut: Cut) -> Tensor | None:
         """Return the sample of each row of the loss, as the data say; None in the batch's order."""
         size = self._batch.size
-        order = torch.full((size,), ZERO)
+        order = torch.full((size,), NO_GRADIENT)
         told: list[int] = []  # uses whose data say which samples they are
         for use, layout in zip(self._uses, layouts, strict=True):
             if use.data is None or (layout is None and not use.exempt):
@@ -428,7 +430,7 @@ class Proof:
                 raise self._lost(use)  # rows that are no sample's, with a gradient
             owners, samples = owners[seen], samples[seen]
             before = order[owners]
-            if bool(((before != ZERO) & (before != samples)).any()):
+            if bool(((before != NO_GRADIENT) & (before != samples)).any()):
                 raise self._lost(use)
             order[owners] = samples
             if bool((order[owners] != samples).any()):
@@ -442,16 +444,16 @@ class Proof:
         if not told:
             return None
         plain = torch.arange(size)
-        if bool(((order == plain) | (order == ZERO)).all()):
+        if bool(((order == plain) | (order == NO_GRADIENT)).all()):
             return None
         if len(order.unique()) != size or int(order.min()) < 0:
             raise self._lost(next(use for use in self._uses if use.data is not None))
         return order
 
-    def _row_owners(self, use: Use, layout: Layout) -> Tensor:
-        """Return the owner of each row on a layout's axis, ZERO where there is no gradient."""
+    def _row_owners(self, use: Use, layout: AxisLayout) -> Tensor:
+        """Return the owner of each row on a layout's axis, (R,), or NO_GRADIENT."""
         owners = [signs.owners(self._batch.size) for signs in self._signs[use.position]]
-        owners = [one.where(one != UNKNOWN, ZERO) for one in owners]
+        owners = [one.where(one != NOT_FINITE, NO_GRADIENT) for one in owners]
         rows = self._rows(use, owners)
         rows = rows if rows is None or use.function in LOOKS else along(rows, layout.axis)
         assert rows is not None  # a layout was found

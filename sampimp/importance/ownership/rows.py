@@ -6,7 +6,7 @@ Which sample these are, the data say: a batch comes in the order of its index. D
 puts into another order, as by `x[order]`, `flip` or `cat`, are followed by doing the same to the
 numbers of their rows. What depends on parameters is not followed.
 
-Map: `DataRows` (of one pass), `Rows` (a note on a tensor), `moves_samples` (operations on
+Map: `DataRows` (of one pass), `SampleRows` (a note on a tensor), `moves_samples` (operations on
 activations that may put samples on other rows by value, from step to step).
 """
 
@@ -23,7 +23,7 @@ from sampimp.importance.rules.arithmetic import Batch
 
 
 @dataclass(frozen=True)
-class Rows:
+class SampleRows:
     """The sample of each row of a tensor."""
 
     axis: int
@@ -37,7 +37,7 @@ class Rows:
     """Whether they were created in the block (noise): with data, they take the data's samples."""
 
     @property
-    def is_nobodys(self) -> bool:
+    def is_of_no_sample(self) -> bool:
         """Whether no row is a sample's, as of noise."""
         if self.is_plain or self.samples is None:
             return False
@@ -54,7 +54,7 @@ class Rows:
         return any(torch.equal(self.samples, order) for order in orders)
 
 
-UNKNOWN = Rows(0, None)
+UNKNOWN_ROWS = SampleRows(0, None)
 
 
 class DataRows:
@@ -80,9 +80,9 @@ class DataRows:
         self._batch, self._index, self._step = batch, index, step
         self._pass = object()  # data may be met again in another pass
         self.active = False
-        self._plain: dict[int, Rows] = {}  # by axis
+        self._plain: dict[int, SampleRows] = {}  # by axis
 
-    def of(self, data: Tensor) -> Rows | None:
+    def of(self, data: Tensor) -> SampleRows | None:
         """Return what is known of a tensor's rows; None if it has no axis of samples."""
         noted = self._noted(data)
         if noted is not None:
@@ -93,10 +93,10 @@ class DataRows:
         if axis and len(data) == data.shape[axis]:
             return None  # as many positions as samples, perhaps to be transposed
         if axis not in self._plain:
-            self._plain[axis] = Rows(axis, torch.arange(self._batch.size), is_plain=True)
+            self._plain[axis] = SampleRows(axis, torch.arange(self._batch.size), is_plain=True)
         return self._plain[axis]
 
-    def is_moved_by(self, function: Callable[..., Any]) -> bool:
+    def must_follow(self, function: Callable[..., Any]) -> bool:
         """Return whether an operation on data has to be followed."""
         return self.active or function in FOLLOWED
 
@@ -108,12 +108,12 @@ class DataRows:
             data._sampimp_rows = self._step, self._pass, made  # type: ignore[attr-defined]
             self.active = True
 
-    def _noted(self, data: Tensor) -> Rows | None:
+    def _noted(self, data: Tensor) -> SampleRows | None:
         """Return a note of this pass."""
         step, number, rows = getattr(data, "_sampimp_rows", (None, None, None))
         if step is not self._step:
             return None
-        return rows if number is self._pass else UNKNOWN  # moved before its own pass had begun
+        return rows if number is self._pass else UNKNOWN_ROWS  # moved before its own pass had begun
 
     def follow(
         self,
@@ -161,7 +161,7 @@ class DataRows:
         axis = args[place] if len(args) > place else kwargs.get("dim", default)
         if rows is not None and args[0].dim() > 1 and axis % args[0].dim() == rows.axis:
             for output in outputs:
-                self._note(output, UNKNOWN)
+                self._note(output, UNKNOWN_ROWS)
 
     def _moved(
         self,
@@ -222,10 +222,10 @@ class DataRows:
         numbers = numbers.expand(data.shape)
         return numbers.clone(memory_format=torch.contiguous_format) if whole else numbers
 
-    def _compressed(self, numbers: Any, output: Tensor) -> Rows | None:
+    def _compressed(self, numbers: Any, output: Tensor) -> SampleRows | None:
         """Return the rows that numbers of all entries amount to."""
         if not _is_tensor(numbers) or numbers.shape != output.shape or numbers.is_floating_point():
-            return UNKNOWN
+            return UNKNOWN_ROWS
         expected = self._batch.axis(output.dim(), int(output.is_floating_point()))
         strides = zip(numbers.stride(), numbers.shape, strict=True)
         varying = {axis for axis, (stride, size) in enumerate(strides) if stride and size > 1}
@@ -239,17 +239,17 @@ class DataRows:
             if not varying - {axis}:  # views of one number a row
                 rows = rows[:, :1]
             if bool((rows < -1).any()):
-                return UNKNOWN
+                return UNKNOWN_ROWS
             most, least = rows.amax(1), rows.where(rows != -1, len(rows) + rows.max()).amin(1)
             if bool(((most == least) | (most == -1)).all()):
-                return Rows(axis, most)
+                return SampleRows(axis, most)
             own = torch.arange(len(rows))
             is_expected = axis == expected and len(rows) == self._batch.size
             if is_expected and bool((rows == own[:, None]).any(1).all()):
-                mixed = Rows(axis, own)  # with parts of others, as by cutmix
-        return mixed or UNKNOWN
+                mixed = SampleRows(axis, own)  # with parts of others, as by cutmix
+        return mixed or UNKNOWN_ROWS
 
-    def _note(self, data: Tensor, rows: Rows | None) -> None:
+    def _note(self, data: Tensor, rows: SampleRows | None) -> None:
         if hasattr(data, "_sampimp_rows"):
             del data._sampimp_rows
         known = self.of(data)
@@ -277,13 +277,13 @@ class DataRows:
             right = self.of(args[1]) if self._batch.varies(args[1]) else None
             if left is None and right is not None and right.axis == max(0, args[1].dim() - 2):
                 for output in outputs:  # perhaps with a permutation
-                    self._note(output, UNKNOWN)
+                    self._note(output, UNKNOWN_ROWS)
                 return
         known = [(one, self.of(one)) for one in inputs]
         told = [(one, rows) for one, rows in known if rows is not None]
         if any(not self._noted(one) for one, _ in told):
             return
-        moved = [(one, rows) for one, rows in told if not (rows.is_made or rows.is_nobodys)]
+        moved = [(one, rows) for one, rows in told if not (rows.is_made or rows.is_of_no_sample)]
         if not told:
             return
         moved.sort(key=lambda pair: pair[1].samples is None)
@@ -294,7 +294,7 @@ class DataRows:
             kept = rows.samples is not None and output.dim() == source.dim()
             fits = kept and output.shape[rows.axis] == source.shape[rows.axis]
             if not rows.is_made:
-                self._note(output, rows if fits else UNKNOWN)
+                self._note(output, rows if fits else UNKNOWN_ROWS)
             elif fits:
                 self.note_made(output)
 
@@ -379,7 +379,7 @@ def _index_moves(values: Tensor, index: Any, batch: Batch) -> bool:
     return False
 
 
-def _are_same(rows: Rows, others: Rows) -> bool:
+def _are_same(rows: SampleRows, others: SampleRows) -> bool:
     if rows.samples is None or others.samples is None:
         return rows.samples is others.samples
     return rows.axis == others.axis and torch.equal(rows.samples, others.samples)
@@ -391,7 +391,7 @@ def _on_cpu(value: Any) -> Any:
     return value.cpu() if _is_tensor(value) else value
 
 
-def note_range(tensor: Tensor) -> None:
+def mark_as_range(tensor: Tensor) -> None:
     """Note that a tensor is 0, 1, 2, ..., so that nobody has to read it from its device."""
     tensor._sampimp_range = True  # type: ignore[attr-defined]
 
@@ -500,9 +500,11 @@ PRODUCTS = set(
     _both(dict.fromkeys(_names("matmul mm bmm einsum tensordot addmm baddbmm __matmul__"), 0))
 ) | {torch.sparse.mm, functional.linear}
 """Products, which move rows where a factor is a permutation."""
-INDEXING = set(_both(dict.fromkeys(_names("select narrow split tensor_split chunk unfold"), 0)))
+SELECT_BY_NUMBER = set(
+    _both(dict.fromkeys(_names("select narrow split tensor_split chunk unfold"), 0))
+)
 """Operations of which whole numbers say which rows are taken."""
-SIZES = set(_both(dict.fromkeys(_names("view reshape expand broadcast_to repeat tile"), 0)))
+TAKE_LENGTHS = set(_both(dict.fromkeys(_names("view reshape expand broadcast_to repeat tile"), 0)))
 """Operations of which whole numbers are lengths alone."""
 WHOLE = set(_both({"unbind": 0, "__iter__": 0}))
 PIECES = WHOLE | set(_both(dict.fromkeys(_names("split chunk tensor_split"), 0)))

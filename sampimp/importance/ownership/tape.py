@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import functional
 
-from sampimp.importance.ownership.layout import Layout, rows_of, sign_patterns
+from sampimp.importance.ownership.layout import AxisLayout, sign_patterns, values_of_rows
 
 CHANGES = (0.5, 2.0, 8.0)
 """By how much outputs are changed, in their standard deviations, one after the other.
@@ -52,7 +52,7 @@ class Tape:
     """Operations since the model returned its outputs."""
 
     def __init__(self) -> None:
-        self.outputs: dict[int, tuple[Tensor, Layout]] = {}
+        self.outputs: dict[int, tuple[Tensor, AxisLayout]] = {}
         """By id: of the model, with the samples' axis."""
         self._operations: list[tuple[Callable[..., Any], Any, Any, Any]] = []
 
@@ -95,12 +95,12 @@ class Tape:
             for key, (output, layout) in self.outputs.items():
                 noise = torch.randn(output.shape, generator=generator)
                 spread = size_of_change * (output.detach().std(correction=0) + 1e-3)
-                changes[key] = noise.to(output) * spread * rows_of(changed_N, layout, output)
+                changes[key] = noise.to(output) * spread * values_of_rows(changed_N, layout, output)
             found = self._derivatives(roots, gradients, changes)
             if found is None:
                 return None
             for key, (output, layout) in self.outputs.items():
-                kept = rows_of(1 - changed_N, layout, output)
+                kept = values_of_rows(1 - changed_N, layout, output)
                 difference = ((found[key] - base[key]) * kept).abs().max()
                 if bool(difference > 64 * torch.finfo(output.dtype).eps * base[key].abs().max()):
                     return True

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sampimp.errors import UnsupportedError
 from sampimp.importance.gradients import Explicit, Factor, Outer, Product, Rows, chunk
-from sampimp.importance.ownership.graph import Inside
+from sampimp.importance.rules.inner_nodes import InnerNodes
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,13 @@ Samples may lie on any axis before these. The number, or a function of the batch
 number of axes and the arguments; where there is none, samples may lie on any axis.
 """
 
-LOOKS: dict[Callable[..., Any], Callable[..., Inside | None]] = {}
+LOOKS: dict[Callable[..., Any], Callable[..., InnerNodes | None]] = {}
 """Of the operations whose rule is given what is seen of them: how to look into one."""
 
 
 def layer_rule(
     *functions: Callable[..., Any],
-    look: Callable[..., Inside | None] | None = None,
+    look: Callable[..., InnerNodes | None] | None = None,
     features: Features | None = None,
 ) -> Callable[[Rule], Rule]:
     """Register a rule for operations, by whatever name they are called.

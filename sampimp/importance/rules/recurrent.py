@@ -1,7 +1,7 @@
 """Rules of recurrent layers: `nn.RNN`, `nn.LSTM`, `nn.GRU` as they come, and their cells.
 
 PyTorch carries out all steps of all layers in one operation, which shows the outputs of the last
-layer and no gradient inside. On a CPU autograd's graph (`sampimp.importance.ownership.graph`)
+layer and no gradient inside. On a CPU autograd's graph (`sampimp.importance.rules.inner_nodes`)
 tells more: of RNN and GRU
 all matrix products, and so all there is to know, and of an LSTM in float32 its layers.
 
@@ -30,15 +30,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sampimp.errors import UnsupportedError
 from sampimp.importance.gradients import Explicit, Outer, gram
-from sampimp.importance.ownership.graph import (
-    Gradients,
-    Inside,
-    Reader,
-    between,
-    may_read_saved,
-    source,
-)
 from sampimp.importance.rules.arithmetic import Batch, Factors, layer_rule
+from sampimp.importance.rules.inner_nodes import (
+    Gradients,
+    InnerNodes,
+    NodeReader,
+    leaf_input,
+    may_read_saved_tensors,
+    nodes_between,
+)
 
 State = Sequence[Tensor]
 """Of a layer: its output h, and an LSTM's cell c."""
@@ -366,7 +366,7 @@ _VALUES = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
 
 def _look(
     name: str, batch: Batch, outputs: Sequence[Tensor], *args: Any, **kwargs: Any
-) -> Inside | None:
+) -> InnerNodes | None:
     """Return what is seen of all layers in autograd's graph; None where something is missing.
 
     On a CPU an LSTM in float32 is one node a layer and direction, and the others are products of
@@ -378,26 +378,26 @@ def _look(
 
 def _look_between(
     name: str, batch: Batch, outputs: Sequence[Tensor], inputs: Sequence[Tensor], call: Call
-) -> Inside | None:
+) -> InnerNodes | None:
     """Return what is seen between the inputs, as the caller has them, and the outputs."""
     learned = any(one.requires_grad and not batch.varies(one) for one in call.states)
     leaves = all(one.is_leaf and one.requires_grad for one in call.parameters)
-    if learned or not leaves or not may_read_saved():
+    if learned or not leaves or not may_read_saved_tensors():
         return None
-    nodes = between(outputs, inputs, {*_VALUES, _LAYER})
+    nodes = nodes_between(outputs, inputs, {*_VALUES, _LAYER})
     layers = [node for node in nodes if node.name() == _LAYER]
     if layers:
-        found = [source(node, 1) for node in layers]
+        found = [leaf_input(node, 1) for node in layers]
         complete = list(map(id, found)) == [id(own.input) for own in call.weights]
-        return Inside(layers, _Layers(call)) if complete else None
+        return InnerNodes(layers, _Layers(call)) if complete else None
     return _see_products(name, nodes, call)
 
 
-def _see_products(name: str, nodes: Sequence[Node], call: Call) -> Inside | None:
+def _see_products(name: str, nodes: Sequence[Node], call: Call) -> InnerNodes | None:
     """Return the products of all runs and steps among nodes; None where one is missing."""
     of_weight: dict[int, list[Node]] = {}
     for node in nodes:
-        of_weight.setdefault(id(source(node, -1)), []).append(node)
+        of_weight.setdefault(id(leaf_input(node, -1)), []).append(node)
     slots, products = [], []
     for run, own in enumerate(call.weights):
         steps = range(len(call.active))[:: call.order(run)]
@@ -409,7 +409,7 @@ def _see_products(name: str, nodes: Sequence[Node], call: Call) -> Inside | None
                     return None
                 slots += [(run, part, t) for t in times]
                 products += found
-    return Inside(products, _Products(name, call, slots))
+    return InnerNodes(products, _Products(name, call, slots))
 
 
 INPUT, HIDDEN, UNITS = range(3)
@@ -514,7 +514,7 @@ def _rule(
     name: str,
     batch: Batch,
     delta: Sequence[Tensor],
-    seen: Tensor | Reader | None,
+    seen: Tensor | NodeReader | None,
     *args: Any,
     **kwargs: Any,
 ) -> Factors:
@@ -600,14 +600,14 @@ def _as_call(
 
 def _look_into_cell(
     name: str, batch: Batch, outputs: Sequence[Tensor], input: Tensor, *args: Any, **kwargs: Any
-) -> Inside | None:
+) -> InnerNodes | None:
     """Return what is seen of a cell."""
     call = Call.of(*_as_call(input, *args, **kwargs))
     return _look_between(name, batch, outputs, (input, *call.states), call)
 
 
 def _cell_rule(
-    name: str, batch: Batch, delta: Any, seen: Tensor | Reader | None, *args: Any, **kwargs: Any
+    name: str, batch: Batch, delta: Any, seen: Tensor | NodeReader | None, *args: Any, **kwargs: Any
 ) -> Factors:
     """Yield the factors of torch.lstm_cell, torch.gru_cell, ...: one step of one layer."""
     if isinstance(delta, Tensor):
