@@ -1,9 +1,9 @@
 #!/bin/bash
-# One host of the cluster test, as process 1 of its own pid, mount, network and UTS namespaces: a name,
-# an address, a home, private /tmp, /run and /dev/shm, and an ssh server. Killing it is a power failure:
-# the kernel ends every process of the host and takes its network away.
+# One host of the cluster test, as process 1 of private pid, mount, network and UTS namespaces: name,
+# address, home, private /tmp, /run and /dev/shm, and an ssh server. Killing it has the effect of a
+# power failure: the kernel kills every process of the host and removes its network.
 #
-# host.sh NAME ADDRESS GATEWAY FOLDER KEEP...   KEEP: folders to be seen even if they lie in /tmp
+# host.sh NAME ADDRESS GATEWAY FOLDER KEEP...   KEEP: folders that stay visible even if they lie in /tmp
 set -eu
 name=$1 address=$2 gateway=$3 folder=$4
 shift 4
@@ -26,7 +26,7 @@ mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 chmod 1777 /tmp /dev/shm
 
-# Whoever logs in has this home, and the name resolves to the address.
+# Logins get this home directory, and the host name resolves to the address.
 printf 'root:x:0:0:root:%s:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n' "$folder/home" > "$folder/passwd"
 printf '127.0.0.1 localhost\n%s %s\n' "$address" "$name" > "$folder/hosts"
 mount --bind "$folder/passwd" /etc/passwd
@@ -36,7 +36,7 @@ ip link set lo up
 until ip link show eth0 > /dev/null 2>&1; do sleep 0.05; done
 ip address add "$address/24" dev eth0
 ip link set eth0 up
-# Ray asks the kernel which address leads out; nothing is behind the gateway.
+# Ray asks the kernel for the address of the default route; the gateway leads nowhere.
 ip route add default via "$gateway"
 
 ssh-keygen -q -t ed25519 -N '' -f "$folder/host_key"
@@ -54,6 +54,6 @@ PidFile none
 MaxStartups 100
 MaxSessions 100
 CONFIG
-# Bash as process 1 collects the children of those that end before them.
+# Bash as process 1 reaps orphaned processes.
 /usr/sbin/sshd -D -f "$folder/sshd_config" -E "$folder/sshd.log" &
 wait

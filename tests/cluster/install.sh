@@ -1,6 +1,6 @@
 #!/bin/sh
-# The system packages of `make cluster-test` (Debian, Ubuntu): installed only where one is missing, and
-# no service is started by it.
+# Install the system packages of `make cluster-test` (Debian, Ubuntu) that are missing, and start no
+# service.
 set -eu
 
 missing=
@@ -19,7 +19,7 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
     exit 1
 fi >&2
 
-# Debian starts a service that it installs; a policy that says no is its way not to.
+# Debian starts the services that it installs, unless policy-rc.d exits with 101.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e "$policy" ]; then
     trap 'rm -f "$policy"' EXIT

@@ -1,9 +1,9 @@
 #!/bin/bash
-# The machine room of the cluster test, as process 1 of namespaces of its own: a bridge that leads
-# nowhere, a shared disk in memory at /srv, a private /tmp, and then the command that is given. When it
-# ends, the kernel ends every process that is left in here, and nothing remains outside.
+# The network of the cluster test, as process 1 of private namespaces: a bridge without an uplink, a
+# shared disk in memory at /srv, a private /tmp, and then COMMAND. When it ends, the kernel kills every
+# process left in the namespaces, and nothing remains outside.
 #
-# lan.sh KEEP... -- COMMAND...   KEEP: folders to be seen even if they lie in /tmp
+# lan.sh KEEP... -- COMMAND...   KEEP: folders that stay visible even if they lie in /tmp
 set -eu
 mount -t tmpfs tmpfs /srv
 mkdir -p /srv/laptop/tmp
@@ -18,7 +18,7 @@ done
 shift
 here=$PWD
 mount --rbind /srv/laptop/tmp /tmp
-cd "$here" # the folder that is seen now, not the one that is hidden
+cd "$here" # enter the mounted folder, not the hidden one
 chmod 1777 /tmp
 mount -t tmpfs tmpfs /dev/shm
 

