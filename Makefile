@@ -1,7 +1,7 @@
-# The doors of the project; `make` lists them. Python 3.11 and make are all that has to be there.
+# The commands of the project; `make` lists them. They require Python 3.11 or newer and make.
 #
-# One environment, .venv, and one stamp per set of extras in it: a target whose stamp is newer than
-# pyproject.toml and constraints.txt starts at once.
+# All use one environment, .venv, with one stamp file per set of extras: a target whose stamp is newer
+# than pyproject.toml and constraints.txt starts at once.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,28 +11,29 @@ FIRST := about 1 GB (more where PyTorch comes with CUDA), 1 to 5 minutes the fir
 comma := ,
 PINS := pyproject.toml constraints.txt
 
-# $(call install,extras,what,how long): the stamp is touched last, so that an install that was
-# interrupted is done again.
+# $(call install,extras,what,how long): the stamp is touched last, so that an interrupted install is
+# repeated.
 define install
 @echo "Installing $(2) into $(VENV): $(3) ..."
 @$(PIP_INSTALL) -e '.$(1)'
 @touch $@
 endef
 
-.PHONY: help study test check bench chaos cluster-test gpu gpu-wheels clean
+.PHONY: help study test check docs bench chaos cluster-test gpu gpu-wheels clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-# Two installs into one environment at once would break it (make -j).
+# With make -j, two concurrent installs would break the environment.
 .NOTPARALLEL:
 
 help:
 	@echo "make study   the whole study on scikit-learn's digits, into results/digits (minutes)"
 	@echo "make test    the tests"
-	@echo "make check   format, lint, types, doctests, tests: what CI runs"
-	@echo "make chaos   a study that is killed again and again, against one that is left alone (minutes)"
-	@echo "make cluster-test   ray up on hosts in namespaces: one is cut off, one dies (root; 6 minutes)"
+	@echo "make check   format, lint, types, doctests, tests"
+	@echo "make docs    the documentation, into docs/_build/html; warnings are errors"
+	@echo "make chaos   a study with injected deaths and faults, against an undisturbed one (minutes)"
+	@echo "make cluster-test   ray up on hosts in namespaces: one loses its network, one dies (root; 4 minutes)"
 	@echo "make bench   training steps with and without recording, against BackPACK and Opacus"
-	@echo "make gpu-wheels   fetch what a GPU machine without a package index may lack, into gpu-wheels/"
+	@echo "make gpu-wheels   fetch wheels and MNIST for a GPU machine without a package index, into gpu-wheels/"
 	@echo "make gpu     on a GPU: exactness, the cost of recording, CUDA graphs, the paper's run (8 minutes)"
 	@echo "make clean   remove the environment and the caches; results/ stays"
 
@@ -51,6 +52,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	@$(MAKE) --no-print-directory test
 
+docs: $(VENV)/.installed-docs
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 chaos: $(VENV)/.installed-test
 	@$(BIN)/python tests/chaos/chaos.py
 
@@ -63,7 +68,7 @@ bench: $(VENV)/.installed-bench
 gpu-wheels: $(VENV)/.installed
 	@$(BIN)/python benchmarks/gpu_wheels.py
 
-# Not in $(VENV): a GPU machine has its own PyTorch, and perhaps no package index.
+# Not in $(VENV): a GPU machine has a PyTorch of its own, and perhaps no package index.
 gpu:
 	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && \
 	if ls gpu-wheels/*.whl >/dev/null 2>&1; then \
@@ -73,10 +78,10 @@ gpu:
 	PYTHONPATH="$$site:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu.py $(GPU_OPTIONS)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) docs/_build docs/auto_examples docs/api/generated .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp of the environment itself comes after pip is in it; `venv` mends one that was cut short.
+# The stamp is touched once pip is installed; `venv` repairs an environment that was interrupted.
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Expected Python 3.11 or newer, got " + sys.version.split()[0] + "; name another one: make PYTHON=python3.11 ...")'
 	@$(PYTHON) -m venv $(VENV)
@@ -90,10 +95,13 @@ $(VENV)/.installed-test: $(PINS) | $(VENV)/.created
 
 $(VENV)/.installed-dev: $(PINS) | $(VENV)/.created
 	$(call install,[test$(comma)docs$(comma)dev],sampimp and its developers' tools,$(FIRST))
-	@touch $(VENV)/.installed-test
+	@touch $(VENV)/.installed-test $(VENV)/.installed-docs
 
-# BackPACK asks for torchvision and does not need it; beside a PyTorch for CPUs it fails to import, and
-# then takes Lightning and transformers with it.
+$(VENV)/.installed-docs: $(PINS) | $(VENV)/.created
+	$(call install,[docs],sampimp and its documentation's tools,$(FIRST))
+
+# BackPACK requires torchvision without needing it. Beside a CPU build of PyTorch torchvision fails to
+# import, and then Lightning and transformers do too.
 $(VENV)/.installed-bench: $(PINS) | $(VENV)/.created
 	$(call install,[bench],sampimp with BackPACK and Opacus,$(FIRST))
 	@$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/python -m pip uninstall -qq -y torchvision
