@@ -25,8 +25,9 @@ from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, read_commits, require_plan
 from sampimp.store.record import CHECKPOINTS, SNAPSHOTS, StoredVariable, read_source, write_snapshot
 from sampimp.sweeps.ingest import quiet_ray_data
+from sampimp.training.identity import require_network
 from sampimp.training.loop import use_deterministic_algorithms
-from sampimp.training.models import build_model, load_parameters, require_network
+from sampimp.training.models import build_model, load_parameters
 
 
 def score_snapshots(

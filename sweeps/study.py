@@ -44,8 +44,9 @@ from sampimp.sweeps.progress import Progress
 from sampimp.sweeps.scoring import score_snapshots
 from sampimp.sweeps.searcher import PlanSearcher
 from sampimp.sweeps.trial import Trial
+from sampimp.training.identity import identify_network
 from sampimp.training.loop import TrainingRun
-from sampimp.training.models import build_model, identify_network, parameter_layers
+from sampimp.training.models import build_model, parameter_layers
 from sampimp.training.strategies import make_schedule
 
 LONG = 3600.0

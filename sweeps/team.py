@@ -30,9 +30,10 @@ from sampimp.schema import EpochRecord, digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan
 from sampimp.store.record import read_difficulty
-from sampimp.training.collective import ALONE, TorchWorkers, Workers
+from sampimp.training.collective import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
+from sampimp.training.identity import require_network
 from sampimp.training.loop import TrainingRun
-from sampimp.training.models import flatten_parameters, require_network
+from sampimp.training.models import flatten_parameters
 from sampimp.training.strategies import SORT_KEY, Schedule, make_schedule
 
 Sources = Mapping[str, "ray.ObjectRef[Source]"]
@@ -65,12 +66,12 @@ class RunMaker:
         self,
         config: Mapping[str, Any],
         checkpoint: tuple[int, bytes] | None,
-        workers: Workers = ALONE,
+        workers: ProcessGroup = SINGLE_PROCESS,
     ) -> TrainingRun:
         """Return the run of the trial that the searcher handed out, at its checkpoint."""
         trial = self._plan.trials()[config["position"]]
         schedule = self._schedule(trial, config["reference_id"])
-        run = TrainingRun(trial, self._read_data(trial), schedule, workers=workers)
+        run = TrainingRun(trial, self._read_data(trial), schedule, process_group=workers)
         network = self._plan.datasets[trial.dataset].network
         require_network(self._plan.training.model, run.model, network)
         if checkpoint is not None:
@@ -106,7 +107,9 @@ class Helper:
 
     def join(self, store: tuple[str, int], rank: int, size: int) -> None:
         """Meet the other workers."""
-        self._workers = TorchWorkers.join(store, get_node_ip_address(), rank, size, self._device)
+        self._workers = TorchProcessGroup.join(
+            store, get_node_ip_address(), rank, size, self._device
+        )
 
     def start(self, config: Mapping[str, Any], checkpoint: tuple[int, bytes] | None) -> None:
         """Get ready for a trial."""
@@ -137,7 +140,7 @@ class Team:
 
     def __init__(self, out: str, plan: Plan, sources: Sources) -> None:
         self._maker, self._device = RunMaker(out, plan, sources), plan.training.device
-        self._workers: Workers = ALONE
+        self._workers: ProcessGroup = SINGLE_PROCESS
         self._helpers: list[Any] = []
         size = plan.training.workers
         if size == 1:
@@ -158,12 +161,12 @@ class Team:
             )
         _results([helper.__ray_ready__.remote() for helper in self._helpers])
         host = get_node_ip_address()
-        store = TorchWorkers.open(host, size)
+        store = TorchProcessGroup.open(host, size)
         others = [
             helper.join.remote((host, store.port), rank, size)
             for rank, helper in enumerate(self._helpers, start=1)
         ]
-        self._workers = TorchWorkers.join(store, host, 0, size, self._device)
+        self._workers = TorchProcessGroup.join(store, host, 0, size, self._device)
         _results(others)
 
     def start(self, config: Mapping[str, Any], checkpoint: tuple[int, bytes] | None) -> TrainingRun:

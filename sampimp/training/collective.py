@@ -1,15 +1,15 @@
-"""Workers that train one network together: each computes its share of every batch.
+"""A process group whose workers train one network: each computes its share of every batch.
 
-    each worker: the gradients of its samples, of the loss that is a mean over the whole batch
-    all of them: the sum of these gradients, the same bits everywhere
+    each worker: gradients of its samples, of the loss that is a mean over the whole batch
+    all workers: the sum of these gradients, with the same bits in every process
     each worker: the same update of its own copy of the parameters
 
-The batches, their order and their samples stay those of one worker; what changes is the order in
-which gradients are summed. Nothing needs more than a sum over the workers: what each of them
-measured of its own samples is gathered as the sum of tables that are zero elsewhere, to the bit.
+Batches, their order and their samples are those of a single process; only the order in which
+gradients are summed differs. A sum over workers is the one collective operation: per-sample values
+are gathered, bit for bit, as the sum of tables that are zero at the other workers' samples.
 
-Map: `Workers` and `ALONE` (one worker, which has nobody to add to), `TorchWorkers` (several
-processes, by torch.distributed), `TorchWorkers.lead` and `TorchWorkers.join` (how they meet).
+Map: `ProcessGroup` and `SINGLE_PROCESS` (a group of one), `TorchProcessGroup` (several processes,
+by torch.distributed; `open` and `join` connect them).
 """
 
 import socket
@@ -21,75 +21,76 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=5)
-"""How long one worker waits for another in a sum (arbitrary). gloo notices one that died at once;
-NCCL only so, and then ends the process."""
+PEER_TIMEOUT = timedelta(minutes=5)
+"""Longest wait of a worker for the others in a sum (arbitrary). gloo notices at once that a worker
+died; NCCL notices it only by this timeout, and then ends the process."""
 
 
-class Workers:
-    """The one worker of a run; a subclass has others beside it.
+class ProcessGroup:
+    """The workers that share each batch of a run; this class is the group of one worker.
 
     Examples
     --------
-    >>> ALONE.share(5)
+    >>> SINGLE_PROCESS.share(5)
     slice(0, 5, None)
     """
 
     rank: int = 0
-    """Position of this worker among them."""
+    """Position of this worker in the group."""
     size: int = 1
     """Number of workers."""
     device: str | None = None
-    """Where tensors that are summed must be; None for anywhere."""
+    """Device of the tensors that are summed; None for any."""
 
     def share(self, count: int) -> slice:
-        """Return which of so many items, in their order, are this worker's; it may be none.
+        """Return this worker's part of `count` items in order.
 
-        Sizes differ by at most one.
+        The parts' sizes differ by at most one; a part is empty where there are more workers than
+        items.
         """
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Put into each tensor its sum over all workers, the same bits on each of them."""
+        """Replace each tensor by its sum over all workers, with the same bits in every process."""
 
-    def gather(self, values: Tensor, own: slice | np.ndarray, count: int) -> Tensor:
+    def gather(self, values: Tensor, positions: slice | np.ndarray, count: int) -> Tensor:
         """Return the values of all workers' items.
 
         Parameters
         ----------
         values
             Shape (..., N) for N items of this worker.
-        own
-            Their positions among all items, of which each is one worker's.
+        positions
+            Positions of these items among all items; every item belongs to exactly one worker.
         count
             Number of all items.
 
         Returns
         -------
         Tensor of shape (..., count)
-            On the device of the values.
+            On the device of `values`.
         """
         if self.size == 1:
             return values
         table = values.new_zeros((*values.shape[:-1], count), device=self.device)
-        table[..., own] = values.to(table.device)
+        table[..., positions] = values.to(table.device)
         self.sum([table])
         return table.to(values.device)
 
 
-ALONE = Workers()
-"""No other worker."""
+SINGLE_PROCESS = ProcessGroup()
+"""The group of one worker."""
 
 
-class TorchWorkers(Workers):
-    """One of several processes that are connected by torch.distributed.
+class TorchProcessGroup(ProcessGroup):
+    """Several processes, connected by torch.distributed.
 
     Parameters
     ----------
     group
-        Their process group, made by `lead` and `join`.
+        The process group of torch.distributed.
     store
-        What they met at; it is kept as long as they are.
+        The store at which the workers met; it must live as long as the group.
     device
         "cpu" (gloo) or "cuda" (NCCL).
     """
@@ -99,23 +100,23 @@ class TorchWorkers(Workers):
         self._group, self._store = group, store
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Put into each tensor its sum over all workers, the same bits on each of them.
+        """Replace each tensor by its sum over all workers, with the same bits in every process.
 
-        Both gloo and NCCL add up each element at one place and then send the sum around.
+        gloo and NCCL both add up each element in one place and then distribute the sum.
         """
         for work in [self._group.allreduce([tensor]) for tensor in tensors]:
             work.wait()
 
     @staticmethod
     def open(host: str, size: int) -> dist.TCPStore:
-        """Return where so many workers meet: a store that listens on one address, at `.port`."""
+        """Return the store at which `size` workers meet; it listens on `host`, at its `.port`."""
         listener = socket.create_server((host, 0))  # without it, the store listens on all addresses
         return dist.TCPStore(
             host,
             listener.getsockname()[1],
             size,
             is_master=True,
-            timeout=TIMEOUT,
+            timeout=PEER_TIMEOUT,
             wait_for_workers=False,
             master_listen_fd=listener.detach(),
         )
@@ -123,28 +124,28 @@ class TorchWorkers(Workers):
     @classmethod
     def join(
         cls, store: dist.TCPStore | tuple[str, int], host: str, rank: int, size: int, device: str
-    ) -> "TorchWorkers":
-        """Return worker `rank` of `size` once all of them have met.
+    ) -> "TorchProcessGroup":
+        """Return the group, seen from worker `rank` of `size`, once all workers have joined.
 
         Parameters
         ----------
         store
-            Where they meet: what `open` returned, or its address and port.
+            The meeting point: the result of `open`, or its address and port.
         host
-            This machine's address, at which the others reach it.
+            This machine's address, at which the other workers reach it.
         rank, size
-            Of this worker, and of all.
+            Position of this worker, and number of workers.
         device
             As for the class.
         """
         if isinstance(store, tuple):
-            store = dist.TCPStore(*store, size, timeout=TIMEOUT, wait_for_workers=False)
+            store = dist.TCPStore(*store, size, timeout=PEER_TIMEOUT, wait_for_workers=False)
         if device == "cuda":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = TIMEOUT
+            options._timeout = PEER_TIMEOUT
             return cls(dist.ProcessGroupNCCL(store, rank, size, options), store, device)
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = TIMEOUT
-        # By default gloo takes the address that the host's name stands for, often 127.0.1.1.
+        options._timeout = PEER_TIMEOUT
+        # By default gloo takes the address that the host name resolves to, often 127.0.1.1.
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
         return cls(dist.ProcessGroupGloo(store, rank, size, options), store, device)

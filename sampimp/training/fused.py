@@ -10,13 +10,15 @@ For layers d = 1 .. D, x_1 the batch, W_d and b_d the weights and biases:
     the optimizer's step
     for d = 1 .. D: importance from x_d, delta_d and the derivative of the update
 
-Where several workers share a batch, the gradients are summed over them before the update; the mean
-of the loss is over the whole batch in any case.
+If several workers share a batch, the gradients are summed over them before the update; the mean of
+the loss is over the whole batch in either case.
 
-These are the very operations that autograd carries out on such a network, in the same order, so
-that the parameters are its own bit for bit (a test says so). What is saved is autograd's own work,
-and the memory: gradients and activations stay where they are from step to step, where autograd
-takes fresh pages for several megabytes. What it takes is in `benchmarks/` (`make bench`).
+The operations and their order are those of autograd on such a network, so that the parameters are
+equal bit for bit (tests/training/test_fused.py). The step saves autograd's bookkeeping, and memory
+traffic: gradients and activations keep their buffers from step to step, where autograd takes fresh
+pages for several megabytes. Its cost is measured in `benchmarks/` (`make bench`).
+
+Map: `FusedStep`, `loss_gradient`.
 
 Shape suffixes: N samples of a batch, I inputs and O outputs of a layer, C classes.
 """
@@ -28,7 +30,7 @@ from sampimp.errors import UnsupportedError
 from sampimp.importance.gradients import Explicit, Product, squares
 from sampimp.importance.optimizers import Diagonal, UpdateDerivative
 from sampimp.importance.recorder import NormBuffer
-from sampimp.training.collective import ALONE, Workers
+from sampimp.training.collective import SINGLE_PROCESS, ProcessGroup
 
 aten = torch.ops.aten
 
@@ -39,19 +41,19 @@ class FusedStep:
     Parameters
     ----------
     model
-        Linear layers with a ReLU between each two, perhaps after a Flatten, all of them trained.
+        Linear layers with a ReLU between each two, optionally after a Flatten, all of them trained.
     optimizer
-        Over all parameters of the model; see `sampimp.importance.optimizers` for those that can be
-        recorded.
+        Over all parameters of the model; `sampimp.importance.optimizers` lists the optimizers that
+        can be recorded.
     record
-        False leaves importance out; the parameters are the same.
-    workers
-        Who else computes a share of each batch, from the same parameters.
+        False trains the same parameters without measuring importance.
+    process_group
+        The workers that share each batch; all have the same parameters.
 
     Raises
     ------
     UnsupportedError
-        The model is no such stack, or the optimizer has no rule.
+        The model is not such a stack, or the optimizer has no rule.
     """
 
     def __init__(
@@ -60,21 +62,25 @@ class FusedStep:
         optimizer: torch.optim.Optimizer,
         *,
         record: bool,
-        workers: Workers = ALONE,
+        process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self._optimizer, self._workers = optimizer, workers
+        self._optimizer, self._process_group = optimizer, process_group
         self._layers = _require_stack(model)
         self._parameters = list(model.parameters())
-        trained = {id(one) for group in optimizer.param_groups for one in group["params"]}
-        if not all(one.requires_grad and id(one) in trained for one in self._parameters):
+        trained = {
+            id(parameter) for group in optimizer.param_groups for parameter in group["params"]
+        }
+        if not all(
+            parameter.requires_grad and id(parameter) in trained for parameter in self._parameters
+        ):
             raise UnsupportedError(
                 expected="an optimizer over all parameters of the model, none of them frozen",
-                got="one that leaves some out, or a frozen one",
-                where="the written-out step",
-                todo="train it in a loop of its own, with ImportanceRecorder around the step",
+                got="an optimizer without some of them, or a frozen parameter",
+                where="the fused training step",
+                todo="train it in your own loop, with ImportanceRecorder around the step",
             )
-        # Each a tensor of its own: MKL's last bit depends on where a matrix starts in memory. As
-        # views of one buffer, 3 % of small random networks came out other than autograd's.
+        # One tensor per gradient: the last bit of MKL's products depends on where a matrix starts
+        # in memory. With views of one buffer, 3 % of small random networks differed from autograd.
         self._gradients = [torch.empty_like(parameter) for parameter in self._parameters]
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
@@ -86,27 +92,29 @@ class FusedStep:
     def __call__(self, inputs: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
         """Train on one batch: inputs [N, ...], labels [N].
 
-        `batch_size` is that of the whole batch where these samples are this worker's share of it,
-        which may be none.
+        `batch_size` is the size of the whole batch if these samples are only this worker's share
+        of it; the share may be empty.
         """
         activations = self._forward(inputs.flatten(1))
         logits_NC = activations.pop()
         products = self._backward(activations, loss_gradient(logits_NC, labels, batch_size))
-        self._workers.sum(self._gradients)
+        self._process_group.sum(self._gradients)
         if self._derivative is None:
             self._optimizer.step()
             return
         self._derivative.before()
         self._optimizer.step()
         derivatives = self._derivative.after()
-        found = [
+        factors = [
             (factor, derivatives[id(parameter)])
             for layer, product in zip(self._layers, products, strict=True)
             for parameter, factor in ((layer.weight, product), (layer.bias, product.left))
         ]
         rows = self._norms.rows(len(labels), logits_NC)
-        torch.stack([squares(*one) for one in found], out=rows)
-        rates = [1.0 if isinstance(one, Diagonal) else one for _, one in found]
+        torch.stack([squares(factor, derivative) for factor, derivative in factors], out=rows)
+        rates = [
+            1.0 if isinstance(derivative, Diagonal) else derivative for _, derivative in factors
+        ]
         self._norms.accept(len(labels), rates)
         self._latest = rows, rates
 
@@ -118,20 +126,20 @@ class FusedStep:
         return (rows * rates.square()).unflatten(0, (-1, 2)).sum(1)  # weight and bias
 
     def latest(self) -> Tensor:
-        """Return beta (layer, samples) of the last step, on its device, without waiting for it.
+        """Return beta (layer, samples) of the last step, on its device, without synchronizing.
 
-        In a CUDA graph behind the step, the tensor holds that of the last replay: a replay runs no
-        Python and writes where the captured step wrote, so that `take` does not know of it.
+        If the step was captured in a CUDA graph, the tensor holds the importance of the last
+        replay: a replay runs no Python and overwrites the captured step's buffers, so that `take`
+        misses it.
         """
         rows, rates = self._latest
-        squared_rates = (
-            torch.tensor(rates, dtype=rows.dtype).square().tolist()
-        )  # as `take` has them
+        # Squared in the precision of `take`.
+        squared_rates = torch.tensor(rates, dtype=rows.dtype).square().tolist()
         scaled = [row * rate for row, rate in zip(rows, squared_rates, strict=True)]
         return torch.stack(scaled).unflatten(0, (-1, 2)).sum(1)
 
     def _forward(self, inputs_NI: Tensor) -> list[Tensor]:
-        """Return each layer's input, and the logits."""
+        """Return the input of every layer, and the logits."""
         size = len(inputs_NI)
         if size > len(self._outputs[0]):
             self._outputs = [output.new_empty(size, output.shape[1]) for output in self._outputs]
@@ -143,13 +151,14 @@ class FusedStep:
         return activations
 
     def _backward(self, activations: list[Tensor], delta_NO: Tensor) -> list[Product]:
-        """Fill the gradients, last layer first, and return those of each weight by sample."""
+        """Compute the gradients, last layer first; return each weight's per-sample gradients."""
         products: list[Product] = []
         for position in reversed(range(len(self._layers))):
             layer, activation_NI = self._layers[position], activations[position]
             products.insert(0, Product(Explicit(delta_NO), Explicit(activation_NI)))
             if self._derivative is not None and not self._derivative.elementwise:
-                products[0].square()  # now, while both are in the cache; the factors keep it
+                # Squared while both factors are in the CPU's cache; they keep the result.
+                products[0].square()
             torch.mm(delta_NO.t(), activation_NI, out=layer.weight.grad)
             torch.sum(delta_NO, 0, out=layer.bias.grad)
             if position:
@@ -160,11 +169,11 @@ class FusedStep:
 def loss_gradient(logits_NC: Tensor, labels_N: Tensor, batch_size: int | None = None) -> Tensor:
     """Return the gradient of the batch's mean cross-entropy at the logits, shape (N, C).
 
-    The mean is over `batch_size` samples, by default over these.
+    The mean is over `batch_size` samples, by default over those of `labels_N`.
 
-    The softmax is taken in float64: its gradient p - 1 of a confident sample cancels in float32,
-    and by epoch 40 of MNIST the importance of half the samples was rounding (replayed in float64:
-    42 % off at the median, against 4e-6 so).
+    The softmax is computed in float64: in float32 the gradient p - 1 of a confident sample cancels,
+    and by epoch 40 of MNIST the importance of half the samples was rounding error (against a replay
+    in float64, 42 % off at the median; with the softmax in float64, 4e-6).
 
     Examples
     --------
@@ -172,15 +181,18 @@ def loss_gradient(logits_NC: Tensor, labels_N: Tensor, batch_size: int | None = 
     tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]])
     """
     log_softmax_NC = torch.log_softmax(logits_NC.double(), 1)
-    mean = 1  # ATen's number for the reduction
+    mean = 1  # ATen's code of this reduction
     count = log_softmax_NC.new_full((), len(labels_N) if batch_size is None else batch_size)
-    one = log_softmax_NC.new_ones(())
-    gradient_NC = aten.nll_loss_backward(one, log_softmax_NC, labels_N, None, mean, -100, count)
+    loss_grad = log_softmax_NC.new_ones(())
+    gradient_NC = aten.nll_loss_backward(
+        loss_grad, log_softmax_NC, labels_N, None, mean, -100, count
+    )
     delta_NC = aten._log_softmax_backward_data(gradient_NC, log_softmax_NC, 1, torch.float64)
     return delta_NC.to(logits_NC.dtype)
 
 
 def _require_stack(model: nn.Sequential) -> list[nn.Linear]:
+    """Return the linear layers; raise UnsupportedError for any other kind of network."""
     modules = [module for module in model if not isinstance(module, nn.Flatten)]
     layers = [module for module in modules[::2] if type(module) is nn.Linear]
     activations = [module for module in modules[1::2] if type(module) is nn.ReLU]
@@ -193,6 +205,6 @@ def _require_stack(model: nn.Sequential) -> list[nn.Linear]:
             expected="Linear layers with biases and a ReLU between each two",
             got=", ".join(type(module).__name__ for module in modules) or "no layer",
             where="the model of the training run",
-            todo="train it in a loop of its own, with ImportanceRecorder around the step",
+            todo="train it in your own loop, with ImportanceRecorder around the step",
         )
     return layers

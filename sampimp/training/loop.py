@@ -4,122 +4,61 @@
     for epoch t = 1, 2, ...:
         for batch in schedule(t):
             theta = theta - rate (gradient of the batch's mean loss + weight decay theta)
-            importance of the batch's samples, from that very step
+            importance of the batch's samples, measured in this step
         NLL of every training sample and the errors, at the end of the epoch, in evaluation mode
         yield the record of epoch t
 
-Where several workers share a run, each is in a process of its own with all of this; the update is
-that of the whole batch, and every worker yields the records of all samples
-(`sampimp.training.collective`).
+If several workers share a run, each process executes this loop; the update is that of the whole
+batch, and every worker yields the records of all samples (`sampimp.training.collective`).
 
-It knows neither Ray nor Zarr: who consumes the records decides where they go, and may stop and go
-on from `state` in another process, with the same bytes.
+The loop imports neither Ray nor Zarr. The caller stores the records; it may stop, and continue
+from `TrainingRun.state` in another process with the same bytes.
+
+Map: `TrainingRun` (`records` is the loop), `evaluate` (NLL and errors),
+`use_deterministic_algorithms`.
 """
 
 import io
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from functools import partial
-from typing import Protocol
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sampimp.config import TrainingConfig, TrialConfig
+from sampimp.config import TrialConfig
 from sampimp.data import Dataset
 from sampimp.errors import RecordError
 from sampimp.importance.evaluation import evaluation_mode
-from sampimp.importance.recorder import ImportanceRecorder, sum_by_sample
+from sampimp.importance.recorder import sum_by_sample
 from sampimp.schema import EpochRecord
-from sampimp.training.collective import ALONE, Workers
+from sampimp.training.collective import SINGLE_PROCESS, ProcessGroup
 from sampimp.training.fused import FusedStep
-from sampimp.training.models import (
-    build_model,
-    flatten_parameters,
-    parameter_layers,
-)
+from sampimp.training.models import build_model, flatten_parameters, parameter_layers
+from sampimp.training.steps import AutogradStep, TrainingStep, make_optimizer
 from sampimp.training.strategies import Schedule, batch_positions
 
 EVALUATION_CHUNK = 1000
-"""Samples evaluated at once; larger ones were no faster on a CPU (0.9 to 1.1 s for 50,000)."""
-
-
-class Step(Protocol):
-    """One training step, which may leave importance behind."""
-
-    def __call__(self, inputs: Tensor, labels: Tensor, batch_size: int) -> None:
-        """Train on one batch, or on this worker's share of a batch of `batch_size`."""
-
-    def take(self) -> Tensor | None:
-        """Return beta (layer, samples) of the steps since the last call; None if not recorded."""
-
-
-class AutogradStep:
-    """Train any network by an optimizer on the mean cross-entropy, and record.
-
-    The softmax is in float64, for the reason given in `sampimp.training.fused.loss_gradient`.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, record: bool) -> None:
-        self._model, self._optimizer = model, optimizer
-        self._recorder = ImportanceRecorder(model, optimizer) if record else None
-        self._count = 0  # samples since the last take
-
-    def __call__(self, inputs: Tensor, labels: Tensor, batch_size: int) -> None:
-        """Train on one batch: inputs [N, ...], labels [N]."""
-        index = np.arange(self._count, self._count + len(labels))
-        self._count += len(labels)
-        recording = self._recorder.step(index, epoch=0) if self._recorder else nullcontext()
-        with recording:
-            self._optimizer.zero_grad()
-            functional.cross_entropy(self._model(inputs).double(), labels).backward()
-            self._optimizer.step()
-
-    def take(self) -> Tensor | None:
-        """Return beta (layer, samples) of the steps since the last call; None if not recorded."""
-        count, self._count = self._count, 0
-        return self._recorder.pop_epoch(0, count) if self._recorder else None
-
-
-def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """Return the optimizer of a configuration over all parameters of a model.
-
-    In its fused form, which is one pass over the memory: of the paper's network under AdamW it took
-    0.5 ms where the for-loop took 2.2.
-    """
-    makers: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "sgd": torch.optim.SGD,
-        "momentum": partial(torch.optim.SGD, momentum=0.9),
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
-    }
-    return makers[training.optimizer](
-        model.parameters(),
-        lr=training.learning_rate,
-        weight_decay=training.weight_decay,
-        fused=True,
-    )
+"""Samples evaluated at once; larger chunks were no faster on a CPU (0.9 to 1.1 s for 50,000)."""
 
 
 class TrainingRun:
-    """One trial's network on its way through the epochs.
+    """One trial's network during its training.
 
     Parameters
     ----------
     config
-        What decides the numbers.
+        Configuration of the trial, which determines its numbers.
     data
-        The arrays that are trained on.
+        The arrays to train on.
     schedule
         The batches of each epoch.
     record
-        False trains the very same parameters without measuring importance.
-    workers
-        Who else computes a share of each batch.
+        False trains exactly the same parameters without measuring importance.
+    process_group
+        The workers that share each batch.
     """
 
     def __init__(
@@ -129,25 +68,27 @@ class TrainingRun:
         schedule: Schedule,
         *,
         record: bool = True,
-        workers: Workers = ALONE,
+        process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         training = config.training
-        self.config, self.schedule, self.workers = config, schedule, workers
+        self.config, self.schedule, self.process_group = config, schedule, process_group
         self.epoch = 0
         device = torch.device(training.device)
         if device.type == "cuda":
             use_deterministic_algorithms()
-        self._train = tuple(torch.from_numpy(a).to(device) for a in data[:2])
-        self._test = tuple(torch.from_numpy(a).to(device) for a in data[2:])
+        self._train = tuple(torch.from_numpy(array).to(device) for array in data[:2])
+        self._test = tuple(torch.from_numpy(array).to(device) for array in data[2:])
         class_count = int(max(data.train_labels.max(), data.test_labels.max())) + 1
         self.model = build_model(
             training.model, data.train_inputs.shape[1:], training.hidden, class_count, config.seed
-        ).to(self._train[0])  # its precision as well
+        ).to(self._train[0])  # device and precision of the inputs
         self.optimizer = make_optimizer(self.model, training)
-        self.step: Step
+        self.step: TrainingStep
         if training.model == "mlp":
             assert isinstance(self.model, nn.Sequential)
-            self.step = FusedStep(self.model, self.optimizer, record=record, workers=workers)
+            self.step = FusedStep(
+                self.model, self.optimizer, record=record, process_group=process_group
+            )
         else:
             self.step = AutogradStep(self.model, self.optimizer, record)
 
@@ -157,12 +98,12 @@ class TrainingRun:
         return parameter_layers(self.model)
 
     def records(self) -> Iterator[EpochRecord]:
-        """Yield the records that are still to come; the last one early if the run diverges.
+        """Train, and yield one record per remaining epoch; stop after an epoch that diverges.
 
         Yields
         ------
         EpochRecord
-            At the start of a new run, epoch 0 with the initial parameters; then one an epoch.
+            Of a new run, first epoch 0 with the initial parameters; then one record per epoch.
         """
         torch.set_num_threads(self.config.training.threads)
         states = set(self.config.training.stored_states())
@@ -185,28 +126,29 @@ class TrainingRun:
     def _train_epoch(self) -> dict[str, np.ndarray]:
         inputs, labels = self._train
         batches = self.schedule(self.epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.training.rate(self.epoch)
-        torch.manual_seed(hash((self.config.seed, self.epoch)))  # of dropout, where there is any
-        own: list[np.ndarray] = []  # this worker's samples, by their place in the epoch
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = self.config.training.rate(self.epoch)
+        torch.manual_seed(hash((self.config.seed, self.epoch)))  # for dropout
+        positions: list[np.ndarray] = []  # of this worker's samples, in the epoch's order
         start = 0
         for batch in batches:
-            share = self.workers.share(len(batch))
+            share = self.process_group.share(len(batch))
             index = torch.from_numpy(batch[share])
             self.step(inputs[index], labels[index], len(batch))
-            own.append(np.arange(start, start + len(batch))[share])
+            positions.append(np.arange(start, start + len(batch))[share])
             start += len(batch)
         arrays = {"batch": batch_positions(batches, len(labels))}
         beta_LN = self.step.take()
         if beta_LN is not None:
-            beta_LN = self.workers.gather(beta_LN, np.concatenate(own), start)
+            beta_LN = self.process_group.gather(beta_LN, np.concatenate(positions), start)
             index = torch.from_numpy(np.concatenate(batches))
             arrays["importance"] = sum_by_sample(index, beta_LN, len(labels)).float().numpy()
         return arrays
 
     def _evaluate(self) -> dict[str, np.ndarray]:
-        train_nll, train_error = evaluate(self.model, *self._train, workers=self.workers)
-        test_nll, test_error = evaluate(self.model, *self._test, workers=self.workers)
+        group = self.process_group
+        train_nll, train_error = evaluate(self.model, *self._train, process_group=group)
+        test_nll, test_error = evaluate(self.model, *self._test, process_group=group)
         return {
             "nll": train_nll.astype(np.float32),
             "train_nll": train_nll.mean(),
@@ -219,7 +161,7 @@ class TrainingRun:
         return {"parameters": flatten_parameters(self.model).float().cpu().numpy()}
 
     def state(self) -> bytes:
-        """Return all that is needed to go on after this epoch."""
+        """Return the state after this epoch, from which `restore` continues."""
         buffer = io.BytesIO()
         torch.save(
             {
@@ -232,14 +174,20 @@ class TrainingRun:
         return buffer.getvalue()
 
     def restore(self, state: bytes, epoch: int) -> None:
-        """Go on from `state`; raise RecordError unless it is that of the epoch asked for."""
+        """Continue from the state after `epoch`.
+
+        Raises
+        ------
+        RecordError
+            The state is that of another epoch.
+        """
         restored = torch.load(
             io.BytesIO(state), weights_only=True, map_location=self.config.training.device
         )
         if restored["epoch"] != epoch:
             raise RecordError(
                 expected=f"the state after epoch {epoch}",
-                got=f"that after epoch {restored['epoch']}",
+                got=f"the state after epoch {restored['epoch']}",
                 where=f"checkpoint of {self.config.strategy}, seed {self.config.seed}",
                 todo="delete this checkpoint; the one before is used",
             )
@@ -249,9 +197,9 @@ class TrainingRun:
 
 
 def use_deterministic_algorithms() -> None:
-    """Let this process compute the same bytes on the same GPU each time.
+    """Make this process compute the same bytes on the same GPU each time.
 
-    The cost has not been measured. cuBLAS reads its variable when it is first used.
+    The cost has not been measured. cuBLAS reads its environment variable at its first use.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -259,23 +207,27 @@ def use_deterministic_algorithms() -> None:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, inputs: Tensor, labels: Tensor, *, workers: Workers = ALONE
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[np.ndarray, float]:
     """Return the NLL of every sample, shape (N,) in nats, and the fraction misclassified.
 
-    The model is in evaluation mode meanwhile: nothing is dropped, and a BatchNorm uses the
-    statistics that it has and does not add to them. Each worker evaluates its share, and has the
-    result of all. The logarithm of the softmax is taken in float64: in float32 a confident sample's
-    NLL is a multiple of 6e-8 and often 0, and the strategies sort by it.
+    The model is evaluated in evaluation mode: dropout is off, and a BatchNorm uses its stored
+    statistics without updating them. Each worker evaluates its share and returns the result of all
+    samples. The log-softmax is computed in float64: in float32 the NLL of a confident sample is a
+    multiple of 6e-8 and often 0, and the strategies sort by it.
     """
     nll, wrong = [], torch.zeros((), dtype=torch.int64, device=labels.device)
-    own = workers.share(len(labels))
+    share = process_group.share(len(labels))
+    chunks = (values[share].split(EVALUATION_CHUNK) for values in (inputs, labels))
     with evaluation_mode(model):
-        for inputs_N, labels_N in zip(
-            inputs[own].split(EVALUATION_CHUNK), labels[own].split(EVALUATION_CHUNK), strict=True
-        ):
+        for inputs_N, labels_N in zip(*chunks, strict=True):
             logits = model(inputs_N).double()
             nll.append(functional.cross_entropy(logits, labels_N, reduction="none"))
             wrong += (logits.argmax(1) != labels_N).sum()
-    workers.sum([wrong])
-    return workers.gather(torch.cat(nll), own, len(labels)).cpu().numpy(), int(wrong) / len(labels)
+    process_group.sum([wrong])
+    nll_N = process_group.gather(torch.cat(nll), share, len(labels))
+    return nll_N.cpu().numpy(), int(wrong) / len(labels)

@@ -1,47 +1,40 @@
 """The networks of a study: the paper's, and small standard ones of other kinds.
 
-The paper's has fully connected layers of ReLU units and a linear output (section 3.1); its last
-section asks for convolutional and recurrent networks. All take images (N, C, H, W) and give logits
-(N, classes). The recurrent ones and the transformer read an image as a sequence of its rows, as is
-usual for MNIST. Layers are registered in the order in which they are called; none mixes samples.
+The paper's network has fully connected layers of ReLU units and a linear output (section 3.1); its
+last section asks for convolutional and recurrent networks. All map images (N, C, H, W) to logits
+(N, classes). The recurrent networks and the transformer read an image as a sequence of its rows, as
+is usual for MNIST. Layers are registered in the order in which they are called; none mixes samples.
 
-Map: `build_model` (a network by its name) and the builders; `identify_network` and
-`require_network` (what one's own is); `parameter_layers`, `flatten_parameters`
-and `load_parameters` (a network's parameters as one vector).
+Map: `build_model` (a network by its name), `build_mlp` (the paper's), `build_cnn`,
+`build_resnet18`, `RowRNN`, `RowTransformer`; `import_builder` (a user's own function);
+`parameter_layers`, `flatten_parameters`, `load_parameters` (parameters as one vector).
 
-Shape suffixes: N samples, C channels, H rows, W columns, T positions, E entries of an embedding.
+Shape suffixes: N samples, T positions, E entries of an embedding, P parameters.
 """
 
-import hashlib
 import importlib
-import inspect
 import math
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from socket import gethostname
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sampimp.config import MODELS, NetworkIdentity, check_choice
+from sampimp.config import MODELS, check_choice
 from sampimp.errors import ConfigError
-from sampimp.importance.evaluation import evaluation_mode
 
 
 def build_model(
     name: str, input_shape: Sequence[int], hidden: Sequence[int], class_count: int, seed: int
 ) -> nn.Module:
-    """Return a network by its name, whose initialisation depends on nothing but the seed.
+    """Return a network by its name; its initialisation depends only on the seed.
 
     Parameters
     ----------
     name
-        One of `sampimp.config.MODELS`, or `package.module:function` of one's own, which is called
+        One of `sampimp.config.MODELS`, or a user's own `package.module:function`, which is called
         as `function(input_shape, class_count)` and initialises by PyTorch's global generator.
     input_shape
         Shape of one sample: (C, H, W) for all but the mlp.
@@ -55,24 +48,24 @@ def build_model(
     Raises
     ------
     ConfigError
-        There is no such network, the samples are no images, or the function returns something else.
+        The name is unknown, the samples are not images, or the function returns no network.
     """
     if name == "mlp":
         return build_mlp(input_shape, hidden, class_count, seed)
     if ":" in name:
-        make = _import(name)
+        builder = import_builder(name)
     else:
-        make = _BUILDERS[check_choice(name, MODELS, "model")]
+        builder = _BUILDERS[check_choice(name, MODELS, "model")]
         if len(input_shape) != 3:
             raise ConfigError(
                 expected="samples of shape (channels, rows, columns)",
                 got=f"shape {tuple(input_shape)}",
                 where=f"option --model {name}",
-                todo="use the mlp, or a model of your own: package.module:function",
+                todo="use the mlp, or your own network: package.module:function",
             )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = make(tuple(input_shape), class_count)
+        network = builder(tuple(input_shape), class_count)
     if not isinstance(network, nn.Module):
         raise ConfigError(
             expected="a function that returns a torch.nn.Module",
@@ -84,96 +77,14 @@ def build_model(
     return network
 
 
-def identify_network(name: str, network: nn.Module, inputs: Tensor) -> NetworkIdentity:
-    """Return what a network of one's own is.
-
-    Parameters
-    ----------
-    name
-        Its `package.module:function`.
-    network
-        As `build_model` makes it by seed 0.
-    inputs
-        A few training samples, in "unit" scaling.
+def import_builder(name: str) -> Callable[[tuple[int, ...], int], nn.Module]:
+    """Return the function `package.module:function` that builds a user's own network.
 
     Raises
     ------
     ConfigError
-        Its source cannot be read.
+        The module cannot be imported, or has no such function.
     """
-    with evaluation_mode(network), torch.no_grad():
-        outputs = network(inputs).double().flatten(1)
-    return NetworkIdentity(
-        source=_source_digest(name),
-        parameters=_parameter_shapes(network),
-        initial=tuple(
-            (
-                float(values.mean()),
-                float(values.square().mean().sqrt()),
-                *map(float, values[:1]),
-                *map(float, values[-1:]),
-            )
-            for parameter in network.parameters()
-            for values in [parameter.detach().double().flatten()]
-        ),
-        outputs=tuple(map(tuple, outputs.tolist())),
-    )
-
-
-def require_network(name: str, network: nn.Module, identity: NetworkIdentity | None) -> None:
-    """Raise ConfigError unless a network is, in source and parameters, the one of a study.
-
-    Parameters
-    ----------
-    name
-        As for `build_model`.
-    network
-        What is to be trained, or scored.
-    identity
-        Of the study's network; None where it has none, so that there is nothing to compare.
-    """
-    if identity is None:
-        return
-    here = replace(identity, source=_source_digest(name), parameters=_parameter_shapes(network))
-    differences = identity.differences(here)
-    if differences:
-        raise ConfigError(
-            expected=f"the network that the study knows as {name}",
-            got=f"another one; different: {', '.join(differences)}",
-            where=f"module {name.partition(':')[0]} on {gethostname()}",
-            todo="install the same version of it on every machine, and change nothing in it while "
-            "the study runs",
-        )
-
-
-def _parameter_shapes(network: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple((name, tuple(p.shape)) for name, p in network.named_parameters())
-
-
-def _source_digest(name: str) -> str:
-    """Return the SHA-256 of the source of a function's modules.
-
-    These are the module that is named, and the one that defines the function, which is another
-    where a package passes a name on, or where the function is a partial or decorated one.
-    """
-    function: Any = _import(name)
-    while isinstance(function, partial) or hasattr(function, "__wrapped__"):
-        function = function.func if isinstance(function, partial) else function.__wrapped__
-    sha = hashlib.sha256()
-    for module in dict.fromkeys([name.partition(":")[0], function.__module__]):
-        try:
-            sha.update(inspect.getsource(sys.modules[module]).encode())
-        except (KeyError, OSError, TypeError) as error:
-            raise ConfigError(
-                expected="a network whose source can be read, since that is what it is known by",
-                got=str(error),
-                where=f"module {module}, option --model {name}",
-                todo="define the function in a .py file of your own, which may call any other",
-            ) from None
-    return sha.hexdigest()
-
-
-def _import(name: str) -> Callable[[tuple[int, ...], int], nn.Module]:
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
@@ -184,124 +95,6 @@ def _import(name: str) -> Callable[[tuple[int, ...], int], nn.Module]:
             where=f"option --model {name}",
             todo="install the package where the study runs, or set PYTHONPATH",
         ) from error
-
-
-def build_cnn(input_shape: Sequence[int], class_count: int) -> nn.Module:
-    """Return two convolutions of 3 x 3 with pooling, and two fully connected layers."""
-    channels, rows, columns = input_shape
-    modules: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, (fan_in, fan_out) in enumerate(((channels, 32), (32, 64)), start=1):
-        modules[f"conv{number}"] = nn.Conv2d(fan_in, fan_out, 3, padding=1)
-        modules[f"relu{number}"] = nn.ReLU()
-        modules[f"pool{number}"] = nn.MaxPool2d(2)
-    modules["flatten"] = nn.Flatten()
-    modules["fc"] = nn.Linear(64 * (rows // 4) * (columns // 4), 128)
-    modules["relu3"] = nn.ReLU()
-    modules["Out"] = nn.Linear(128, class_count)
-    return nn.Sequential(modules)
-
-
-class ResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut, with GroupNorm where He et al. have BatchNorm."""
-
-    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False)
-        self.norm1 = nn.GroupNorm(32, fan_out)
-        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False)
-        self.norm2 = nn.GroupNorm(32, fan_out)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or fan_in != fan_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), nn.GroupNorm(32, fan_out)
-            )
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return (N, fan_out, H / stride, W / stride)."""
-        inner = torch.relu(self.norm1(self.conv1(images)))
-        inner = self.norm2(self.conv2(inner))
-        return torch.relu(inner + self.shortcut(images))
-
-
-def build_resnet18(input_shape: Sequence[int], class_count: int) -> nn.Module:
-    """Return ResNet-18 for small images: a first convolution of 3 x 3 and no pooling after it.
-
-    References
-    ----------
-    He et al. (2016), "Deep residual learning", sections 3 and 4.2; Wu & He (2018), GroupNorm with
-    32 groups.
-    """
-    modules: OrderedDict[str, nn.Module] = OrderedDict()
-    modules["stem"] = nn.Conv2d(input_shape[0], 64, 3, 1, 1, bias=False)
-    modules["norm"] = nn.GroupNorm(32, 64)
-    modules["relu"] = nn.ReLU()
-    width = 64
-    for number, fan_out in enumerate((64, 128, 256, 512), start=1):
-        stride = 1 if number == 1 else 2
-        modules[f"block{number}a"] = ResidualBlock(width, fan_out, stride)
-        modules[f"block{number}b"] = ResidualBlock(fan_out, fan_out, 1)
-        width = fan_out
-    modules["pool"] = nn.AdaptiveAvgPool2d(1)
-    modules["flatten"] = nn.Flatten()
-    modules["Out"] = nn.Linear(width, class_count)
-    return nn.Sequential(modules)
-
-
-def rows_of(images: Tensor) -> Tensor:
-    """Return images (N, C, H, W) as sequences of rows, (N, H, C W)."""
-    return images.transpose(1, 2).flatten(2)
-
-
-class RowReader(nn.Module):
-    """A recurrent layer of 128 units over the rows of an image, and its last output's logits."""
-
-    def __init__(self, kind: type[nn.LSTM | nn.GRU], shape: Sequence[int], classes: int) -> None:
-        super().__init__()
-        self.recurrent = kind(shape[0] * shape[2], 128, batch_first=True)
-        self.Out = nn.Linear(128, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits (N, classes)."""
-        return self.Out(self.recurrent(rows_of(images))[0][:, -1])
-
-
-class RowTransformer(nn.Module):
-    """Two encoder layers over the rows of an image, and the logits of their mean.
-
-    References
-    ----------
-    Vaswani et al. (2017), in the form with LayerNorm first; without dropout, so that a step's
-    gradient is that of the network.
-    """
-
-    def __init__(self, input_shape: Sequence[int], class_count: int) -> None:
-        super().__init__()
-        channels, rows, columns = input_shape
-        self.embedding = nn.Linear(channels * columns, 64)
-        self.position = nn.Parameter(0.02 * torch.randn(1, rows, 64))
-        for number in (1, 2):
-            layer = nn.TransformerEncoderLayer(
-                64, 4, 128, dropout=0.0, batch_first=True, norm_first=True
-            )
-            self.add_module(f"block{number}", layer)
-        self.norm = nn.LayerNorm(64)
-        self.Out = nn.Linear(64, class_count)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits (N, classes)."""
-        inner_NTE = self.embedding(rows_of(images)) + self.position
-        for number in (1, 2):
-            inner_NTE = self.get_submodule(f"block{number}")(inner_NTE)
-        return self.Out(self.norm(inner_NTE.mean(1)))
-
-
-_BUILDERS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
-    "cnn": build_cnn,
-    "resnet18": build_resnet18,
-    "lstm": partial(RowReader, nn.LSTM),
-    "gru": partial(RowReader, nn.GRU),
-    "transformer": RowTransformer,
-}
 
 
 def build_mlp(
@@ -318,7 +111,7 @@ def build_mlp(
     class_count
         Number of outputs (logits).
     seed
-        Seed of the initialisation, which depends on nothing else.
+        Seed of the initialisation, which depends only on it.
 
     References
     ----------
@@ -347,6 +140,124 @@ def _glorot_linear(fan_in: int, fan_out: int, generator: torch.Generator) -> nn.
     return layer
 
 
+def build_cnn(input_shape: Sequence[int], class_count: int) -> nn.Module:
+    """Return a network of two 3 x 3 convolutions with pooling and two fully connected layers."""
+    channels, rows, columns = input_shape
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, (fan_in, fan_out) in enumerate(((channels, 32), (32, 64)), start=1):
+        modules[f"conv{number}"] = nn.Conv2d(fan_in, fan_out, 3, padding=1)
+        modules[f"relu{number}"] = nn.ReLU()
+        modules[f"pool{number}"] = nn.MaxPool2d(2)
+    modules["flatten"] = nn.Flatten()
+    modules["fc"] = nn.Linear(64 * (rows // 4) * (columns // 4), 128)
+    modules["relu3"] = nn.ReLU()
+    modules["Out"] = nn.Linear(128, class_count)
+    return nn.Sequential(modules)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a shortcut, with GroupNorm in the place of He et al.'s BatchNorm."""
+
+    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False)
+        self.norm1 = nn.GroupNorm(32, fan_out)
+        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(32, fan_out)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or fan_in != fan_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), nn.GroupNorm(32, fan_out)
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return (N, fan_out, H / stride, W / stride)."""
+        inner = torch.relu(self.norm1(self.conv1(images)))
+        inner = self.norm2(self.conv2(inner))
+        return torch.relu(inner + self.shortcut(images))
+
+
+def build_resnet18(input_shape: Sequence[int], class_count: int) -> nn.Module:
+    """Return ResNet-18 for small images: its first convolution is 3 x 3, without pooling after it.
+
+    References
+    ----------
+    He et al. (2016), "Deep residual learning", sections 3 and 4.2; Wu & He (2018), GroupNorm with
+    32 groups.
+    """
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    modules["stem"] = nn.Conv2d(input_shape[0], 64, 3, 1, 1, bias=False)
+    modules["norm"] = nn.GroupNorm(32, 64)
+    modules["relu"] = nn.ReLU()
+    width = 64
+    for number, fan_out in enumerate((64, 128, 256, 512), start=1):
+        stride = 1 if number == 1 else 2
+        modules[f"block{number}a"] = ResidualBlock(width, fan_out, stride)
+        modules[f"block{number}b"] = ResidualBlock(fan_out, fan_out, 1)
+        width = fan_out
+    modules["pool"] = nn.AdaptiveAvgPool2d(1)
+    modules["flatten"] = nn.Flatten()
+    modules["Out"] = nn.Linear(width, class_count)
+    return nn.Sequential(modules)
+
+
+def image_rows(images: Tensor) -> Tensor:
+    """Return images (N, C, H, W) as sequences of rows, (N, H, C W)."""
+    return images.transpose(1, 2).flatten(2)
+
+
+class RowRNN(nn.Module):
+    """A recurrent layer of 128 units over the rows of an image; logits from its last output."""
+
+    def __init__(self, kind: type[nn.LSTM | nn.GRU], shape: Sequence[int], classes: int) -> None:
+        super().__init__()
+        self.recurrent = kind(shape[0] * shape[2], 128, batch_first=True)
+        self.Out = nn.Linear(128, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (N, classes)."""
+        return self.Out(self.recurrent(image_rows(images))[0][:, -1])
+
+
+class RowTransformer(nn.Module):
+    """Two encoder layers over the rows of an image; logits from the mean over the rows.
+
+    References
+    ----------
+    Vaswani et al. (2017), in the form with LayerNorm first; without dropout, so that a step's
+    gradient is deterministic.
+    """
+
+    def __init__(self, input_shape: Sequence[int], class_count: int) -> None:
+        super().__init__()
+        channels, rows, columns = input_shape
+        self.embedding = nn.Linear(channels * columns, 64)
+        self.position = nn.Parameter(0.02 * torch.randn(1, rows, 64))
+        for number in (1, 2):
+            layer = nn.TransformerEncoderLayer(
+                64, 4, 128, dropout=0.0, batch_first=True, norm_first=True
+            )
+            self.add_module(f"block{number}", layer)
+        self.norm = nn.LayerNorm(64)
+        self.Out = nn.Linear(64, class_count)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (N, classes)."""
+        inner_NTE = self.embedding(image_rows(images)) + self.position
+        for number in (1, 2):
+            inner_NTE = self.get_submodule(f"block{number}")(inner_NTE)
+        return self.Out(self.norm(inner_NTE.mean(1)))
+
+
+_BUILDERS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
+    "cnn": build_cnn,
+    "resnet18": build_resnet18,
+    "lstm": partial(RowRNN, nn.LSTM),
+    "gru": partial(RowRNN, nn.GRU),
+    "transformer": RowTransformer,
+}
+
+
 def parameter_layers(model: nn.Module) -> list[tuple[str, int]]:
     """Return the layer (module name) and size of every tensor of `model.parameters()`, in order.
 
@@ -369,7 +280,7 @@ def flatten_parameters(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def load_parameters(model: nn.Module, flat_P: Tensor) -> None:
-    """Set all parameters of the model from `flatten_parameters`' form."""
+    """Set all parameters of the model from a vector (P,) as `flatten_parameters` returns it."""
     sizes = [parameter.numel() for parameter in model.parameters()]
     for parameter, values in zip(model.parameters(), flat_P.split(sizes), strict=True):
         parameter.copy_(values.view_as(parameter))

@@ -1,16 +1,20 @@
-"""Batches: the reshuffled reference and the paper's seven fixed strategies (section 3.6).
+"""Batch strategies: the reshuffled reference runs and the paper's seven fixed ones (section 3.6).
 
-N samples make b = ceil(N / B) batches whose sizes differ by at most one, every sample in exactly
-one. (Were a remainder left to a last, smaller batch, its samples would weigh more in their mean
-loss: at B = 100, a batch of one has 10^4 times the importance.) Where B divides N, all have B.
+N samples form b = ceil(N / B) batches whose sizes differ by at most one; every sample is in exactly
+one batch. (With a smaller last batch instead, its samples would weigh more in their mean loss: at
+B = 100, the sample of a batch of one has 10^4 times the importance.) If B divides N, every batch
+has B samples.
 
-A fixed strategy visits the batches 1..b in this order in every epoch:
+A fixed strategy visits the batches 1..b in the same order in every epoch:
 
     rand              drawn once, from the order seed
     nlo               sorted by the reference's final NLL, low first
     rnlo              the batches of nlo, visited in reverse
     nlm               k-th sample of the sorted list into batch k mod b
-    sio, rsio, sim    the same three, sorted by the reference's overall importance tau
+    sio, rsio, sim    as nlo, rnlo, nlm, sorted by the reference's overall importance tau
+
+Map: `make_schedule` (a strategy's batches per epoch), `batch_positions` (which batch used which
+sample), `SORT_KEY` (the quantity that a strategy sorts by).
 """
 
 import math
@@ -23,13 +27,13 @@ from sampimp.errors import RecordError
 from sampimp.schema import REFERENCES, SORTED_STRATEGIES, STRATEGIES
 
 Schedule = Callable[[int], list[np.ndarray]]
-"""From an epoch (1-based) to its batches of sample indices, in the order visited."""
+"""Function from an epoch (1-based) to its batches of sample indices, in the order of training."""
 
 SORT_KEY = {
     **dict.fromkeys(("nlo", "rnlo", "nlm"), "final_nll"),
     **dict.fromkeys(("sio", "rsio", "sim"), "overall_importance"),
 }
-"""What each sorted strategy sorts by: a quantity of the reference run."""
+"""The quantity of the reference run that each sorted strategy sorts by."""
 
 
 def make_schedule(
@@ -48,14 +52,17 @@ def make_schedule(
     sample_count, batch_size
         N and B.
     order_seed
-        Seed of what is drawn; sorted strategies draw nothing.
+        Seed of the random permutations; sorted strategies use none.
     difficulty
-        Shape (N,): what a sorted strategy sorts by, see `SORT_KEY`. Ties keep the samples' order.
+        Shape (N,): the quantity that a sorted strategy sorts by, see `SORT_KEY`. Ties keep the
+        samples' order.
 
     Raises
     ------
+    ConfigError
+        The strategy is unknown.
     RecordError
-        The difficulty is missing, of another length, or not finite.
+        The difficulty is missing, has another length, or is not finite.
 
     Examples
     --------
@@ -68,7 +75,7 @@ def make_schedule(
     if strategy in REFERENCES:
         return lambda epoch: np.array_split(_permutation(order_seed, epoch, sample_count), count)
     if strategy in SORTED_STRATEGIES:
-        order = np.argsort(_checked(difficulty, strategy, sample_count), kind="stable")
+        order = np.argsort(_require_difficulty(difficulty, strategy, sample_count), kind="stable")
     else:
         order = _permutation(order_seed, 0, sample_count)
     if strategy in ("nlm", "sim"):
@@ -95,11 +102,14 @@ def batch_positions(batches: list[np.ndarray], sample_count: int) -> np.ndarray:
 
 
 def _permutation(order_seed: int, epoch: int, sample_count: int) -> np.ndarray:
-    """Return epoch's own permutation: a run that resumes needs no generator's state."""
+    """Return the permutation of an epoch; seeded per epoch, it needs no stored generator state."""
     return np.random.default_rng([order_seed, epoch]).permutation(sample_count)
 
 
-def _checked(difficulty: np.ndarray | None, strategy: str, sample_count: int) -> np.ndarray:
+def _require_difficulty(
+    difficulty: np.ndarray | None, strategy: str, sample_count: int
+) -> np.ndarray:
+    """Return the difficulty; raise RecordError unless it is a finite value per sample."""
     if (
         difficulty is None
         or difficulty.shape != (sample_count,)

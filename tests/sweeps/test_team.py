@@ -146,7 +146,7 @@ def test_a_worker_with_another_network_does_not_train(cluster, tmp_path, monkeyp
     assert make(plan).model[1].out_features == 10
     info = plan.datasets["digits"]
     older = replace(info, network=replace(info.network, source="0" * 64))
-    with pytest.raises(ConfigError, match="another one; different: source") as caught:
+    with pytest.raises(ConfigError, match="another network; different: source") as caught:
         make(replace(plan, datasets={"digits": older}))
     assert "on every machine" in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""What must be true of any run, on real data: one seed, a few epochs of scikit-learn's digits."""
+"""Properties of every run, on real data: one seed, a few epochs of scikit-learn's digits."""
 
 import itertools
 
@@ -41,8 +41,8 @@ def reference(train):
     return train("shuffle")
 
 
-def test_in_step_importance_of_the_first_batch_is_the_snapshot_of_the_state_before(data, reference):
-    # The first step of epoch t is made at the very parameters of state t - 1.
+def test_first_batch_importance_is_snapshot_importance_of_the_previous_state(data, reference):
+    # The first step of epoch t is taken at the parameters of state t - 1.
     model = build_mlp(data.train_inputs.shape[1:], HIDDEN, 10, seed=1)
     for before, record in itertools.pairwise(reference):
         load_parameters(model, torch.from_numpy(before.arrays["parameters"]))
@@ -58,16 +58,16 @@ def test_in_step_importance_of_the_first_batch_is_the_snapshot_of_the_state_befo
         np.testing.assert_allclose(in_step, snapshot, rtol=1e-2, atol=1e-6 * snapshot.max())
 
 
-def test_every_sample_has_importance_once_an_epoch(data, reference):
+def test_every_sample_has_importance_in_every_epoch(data, reference):
     for record in reference[1:]:
         importance = record.arrays["importance"]
         assert importance.shape == (4, len(data.train_labels))
         assert np.isfinite(importance).all()
         assert (importance >= 0).all()
-        assert (importance[-1] > 0).all()  # the output layer's delta is a softmax minus a one
+        assert (importance[-1] > 0).all()  # delta is softmax minus one-hot, never 0
 
 
-def test_the_output_layers_importance_is_bounded(data, reference):
+def test_output_layer_importance_is_bounded(data, reference):
     # delta = (softmax - one-hot) / B has a squared norm below 2 / B^2; x is the layer's input.
     model = build_mlp(data.train_inputs.shape[1:], HIDDEN, 10, seed=1)
     load_parameters(model, torch.from_numpy(reference[0].arrays["parameters"]))
@@ -78,18 +78,18 @@ def test_the_output_layers_importance_is_bounded(data, reference):
     assert (reference[1].arrays["importance"][-1, first] < bound).all()
 
 
-def test_shuffle_has_one_sequence_for_all_seeds_and_shuffle_by_seed_has_not(train, reference):
+def test_shuffle_has_one_sequence_for_all_seeds_and_shuffle_by_seed_one_per_seed(train, reference):
     other = train("shuffle", seed=2)
-    own = train("shuffle_by_seed", seed=2, order_seed=2)
-    for a, b, c in zip(reference[1:], other[1:], own[1:], strict=True):
-        np.testing.assert_array_equal(a.arrays["batch"], b.arrays["batch"])
-        assert (a.arrays["batch"] != c.arrays["batch"]).mean() > 0.5
-    # From one initialisation, the batches alone decide.
-    assert other[0].arrays["parameters"].tobytes() == own[0].arrays["parameters"].tobytes()
-    assert other[3].arrays["parameters"].tobytes() != own[3].arrays["parameters"].tobytes()
+    by_seed = train("shuffle_by_seed", seed=2, order_seed=2)
+    for first, second, third in zip(reference[1:], other[1:], by_seed[1:], strict=True):
+        np.testing.assert_array_equal(first.arrays["batch"], second.arrays["batch"])
+        assert (first.arrays["batch"] != third.arrays["batch"]).mean() > 0.5
+    # Equal initialisation; only the batches make the final parameters differ.
+    assert other[0].arrays["parameters"].tobytes() == by_seed[0].arrays["parameters"].tobytes()
+    assert other[3].arrays["parameters"].tobytes() != by_seed[3].arrays["parameters"].tobytes()
 
 
-def test_the_hardest_samples_come_last_in_nlo_and_first_in_rnlo(train, reference):
+def test_hardest_samples_come_last_in_nlo_and_first_in_rnlo(train, reference):
     final_nll = reference[-1].arrays["nll"].astype(np.float64)
     nlo, rnlo = (train(strategy, final_nll)[1].arrays["batch"] for strategy in ("nlo", "rnlo"))
     last = int(nlo.max())

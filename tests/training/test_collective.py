@@ -1,4 +1,4 @@
-"""Several workers, connected by gloo, train what one does: the same samples, the same numbers."""
+"""Workers connected by gloo train on the same samples as one process, with the same numbers."""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sampimp.data import Dataset
 from sampimp.schema import CURVES
-from sampimp.training.collective import ALONE, TorchWorkers, Workers
+from sampimp.training.collective import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
 from sampimp.training.fused import FusedStep
 from sampimp.training.loop import TrainingRun
 from sampimp.training.models import build_mlp, flatten_parameters
@@ -22,15 +22,15 @@ HOST = "127.0.0.1"
 
 
 def run_together(size, work):
-    """Run `work(workers)` as each of so many workers, in threads; return the results by rank."""
-    store = TorchWorkers.open(HOST, size)
+    """Run `work(group)` in one thread per worker; return the results by rank."""
+    store = TorchProcessGroup.open(HOST, size)
 
-    def one(rank):
-        where = store if rank == 0 else (HOST, store.port)
-        return work(TorchWorkers.join(where, HOST, rank, size, "cpu"))
+    def run(rank):
+        meeting_point = store if rank == 0 else (HOST, store.port)
+        return work(TorchProcessGroup.join(meeting_point, HOST, rank, size, "cpu"))
 
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(one, range(size)))
+        return list(pool.map(run, range(size)))
 
 
 def make_data(dtype, samples=40, tests=11, inputs=6, classes=3):
@@ -44,8 +44,8 @@ def make_data(dtype, samples=40, tests=11, inputs=6, classes=3):
     return Dataset(*part(samples), *part(tests))
 
 
-def train(workers, dtype, **changes):
-    """Return the records, and the parameters in their own precision after each."""
+def train(group, dtype, **changes):
+    """Return each record with the parameters after it, in the precision `dtype`."""
     config = oracles.trial_config(**changes)
     data = make_data(dtype)
     schedule = make_schedule(
@@ -55,7 +55,7 @@ def train(workers, dtype, **changes):
         config.order_seed,
         np.random.default_rng(1).random(len(data.train_labels)),
     )
-    run = TrainingRun(config, data, schedule, workers=workers)
+    run = TrainingRun(config, data, schedule, process_group=group)
     return [(record, flatten_parameters(run.model).clone()) for record in run.records()]
 
 
@@ -67,17 +67,17 @@ def threads_are_restored():
 
 
 @given(count=st.integers(0, 50), size=st.integers(1, 7))
-def test_each_item_is_in_one_share_and_shares_are_even(count, size):
+def test_shares_are_even_and_cover_every_item_once(count, size):
     shares = []
     for rank in range(size):
-        workers = Workers()
-        workers.rank, workers.size = rank, size
-        shares.append(list(range(count))[workers.share(count)])
+        group = ProcessGroup()
+        group.rank, group.size = rank, size
+        shares.append(list(range(count))[group.share(count)])
     assert list(itertools.chain(*shares)) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-# 40 samples in batches of 7 (6 batches of 6 or 7), of 3 for 3 workers, of 1 or 2 for two and three.
+# 40 samples: 6 batches of 6 or 7, or batches of 1 and 2, which leave some workers an empty share.
 @pytest.mark.parametrize(
     ("size", "changes"),
     [
@@ -87,50 +87,52 @@ def test_each_item_is_in_one_share_and_shares_are_even(count, size):
         (2, {"strategy": "shuffle", "batch_size": 7, "optimizer": "adamw"}),
     ],
 )
-def test_the_record_is_that_of_one_worker_in_float64(size, changes):
-    expected = train(ALONE, np.float64, **changes)
-    each = run_together(size, lambda workers: train(workers, np.float64, **changes))
+def test_workers_record_what_a_single_process_records_in_float64(size, changes):
+    expected = train(SINGLE_PROCESS, np.float64, **changes)
+    results_by_rank = run_together(size, lambda group: train(group, np.float64, **changes))
     assert len(expected) == 5
-    for results in each:
-        for (record, parameters), (one, alone) in zip(results, expected, strict=True):
+    for results in results_by_rank:
+        for (record, parameters), (single, single_parameters) in zip(
+            results, expected, strict=True
+        ):
             assert parameters.dtype == torch.float64
-            torch.testing.assert_close(parameters, alone, rtol=0, atol=1e-13)
-            assert record.epoch == one.epoch
-            assert set(record.arrays) == set(one.arrays)
+            torch.testing.assert_close(parameters, single_parameters, rtol=0, atol=1e-13)
+            assert record.epoch == single.epoch
+            assert set(record.arrays) == set(single.arrays)
             if record.epoch == 0:
                 continue
             assert set(CURVES) <= set(record.arrays)
-            np.testing.assert_array_equal(record.arrays["batch"], one.arrays["batch"])
-            for name in ("importance", "nll"):  # float32, so to its last bit
+            np.testing.assert_array_equal(record.arrays["batch"], single.arrays["batch"])
+            for name in ("importance", "nll"):  # float32: to the last bit
                 np.testing.assert_allclose(
-                    record.arrays[name], one.arrays[name], rtol=3e-7, err_msg=name
+                    record.arrays[name], single.arrays[name], rtol=3e-7, err_msg=name
                 )
             for name in ("train_nll", "test_nll"):
-                np.testing.assert_allclose(record.arrays[name], one.arrays[name], rtol=1e-12)
+                np.testing.assert_allclose(record.arrays[name], single.arrays[name], rtol=1e-12)
             for name in ("train_error", "test_error"):
-                assert record.arrays[name] == one.arrays[name]
+                assert record.arrays[name] == single.arrays[name]
 
 
-def test_all_workers_have_the_same_bytes_in_float32():
+def test_all_workers_have_equal_bytes_in_float32():
     changes = {"batch_size": 7, "hidden": (33, 17), "learning_rate": 0.5}
-    first, *others = run_together(3, lambda workers: train(workers, np.float32, **changes))
-    alone = train(ALONE, np.float32, **changes)
-    assert not torch.equal(first[-1][1], alone[-1][1])  # the sums are really made in another order
+    first, *others = run_together(3, lambda group: train(group, np.float32, **changes))
+    single = train(SINGLE_PROCESS, np.float32, **changes)
+    assert not torch.equal(first[-1][1], single[-1][1])  # the order of the sums does differ
     for other in others:
-        for (record, parameters), (expected, as_first) in zip(other, first, strict=True):
-            assert parameters.numpy().tobytes() == as_first.numpy().tobytes()
+        for (record, parameters), (expected, expected_parameters) in zip(other, first, strict=True):
+            assert parameters.numpy().tobytes() == expected_parameters.numpy().tobytes()
             for name, values in record.arrays.items():
                 assert values.tobytes() == expected.arrays[name].tobytes(), name
 
 
-def test_a_sum_over_workers_is_the_sum_in_any_type():
-    def work(workers):
+def test_sum_over_workers_in_every_dtype():
+    def work(group):
         tensors = [
-            torch.full((2, 3), workers.rank + 1.0, dtype=torch.float64),
-            torch.tensor(10 ** (workers.rank + 10)),
+            torch.full((2, 3), group.rank + 1.0, dtype=torch.float64),
+            torch.tensor(10 ** (group.rank + 10)),
             torch.tensor([float("inf"), float("nan"), -0.0]),
         ]
-        workers.sum(tensors)
+        group.sum(tensors)
         return tensors
 
     for doubles, integer, special in run_together(3, work):
@@ -140,18 +142,18 @@ def test_a_sum_over_workers_is_the_sum_in_any_type():
         assert special.isnan()[1]
 
 
-def test_what_is_gathered_is_what_each_had_to_the_bit():
+def test_gathered_values_are_the_workers_values_bit_for_bit():
     values = torch.tensor([[0.1, 1e-40, float("nan"), float("inf"), 7.0]])
 
-    def work(workers):
-        own = np.array([0, 3]) if workers.rank == 0 else np.array([4, 1, 2])
-        return workers.gather(values[:, own], own, 5)
+    def work(group):
+        positions = np.array([0, 3]) if group.rank == 0 else np.array([4, 1, 2])
+        return group.gather(values[:, positions], positions, 5)
 
     for gathered in run_together(2, work):
         assert gathered.numpy().tobytes() == values.numpy().tobytes()
 
 
-def test_a_share_of_no_sample_adds_nothing_and_records_nothing():
+def test_empty_share_changes_and_records_nothing():
     model = build_mlp((4,), (5,), 3, seed=0)
     step = FusedStep(model, torch.optim.SGD(model.parameters(), lr=0.1), record=True)
     before = flatten_parameters(model).clone()
@@ -160,10 +162,10 @@ def test_a_share_of_no_sample_adds_nothing_and_records_nothing():
     assert step.take().shape == (2, 0)
 
 
-def test_a_run_that_diverges_ends_for_every_worker_in_the_same_epoch():
-    each = run_together(2, lambda w: train(w, np.float32, learning_rate=1e18))
-    for results in each:
+def test_diverging_run_ends_in_the_same_epoch_for_every_worker():
+    results_by_rank = run_together(2, lambda group: train(group, np.float32, learning_rate=1e18))
+    for results in results_by_rank:
         assert [record.epoch for record, _ in results] == [0, 1]
         assert results[-1][0].diverged
-    # Not numbers, but the same bytes, so that the workers are not taken to have come apart.
-    assert len({results[-1][1].numpy().tobytes() for results in each}) == 1
+    # The parameters are NaN with equal bytes; a comparison of digests accepts them as equal.
+    assert len({results[-1][1].numpy().tobytes() for results in results_by_rank}) == 1

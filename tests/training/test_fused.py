@@ -1,4 +1,4 @@
-"""The written-out step is autograd's and torch.optim.SGD's, bit for bit, and the recorder's too."""
+"""The fused step equals autograd and the optimizer bit for bit, and the recorder's importance."""
 
 import copy
 
@@ -18,7 +18,7 @@ RATE, DECAY = 0.1, 1e-2
 
 
 def make_batches(sizes, inputs, classes, dtype, seed=0):
-    """Batches of these sizes with a scale of their own, so that some samples are confident."""
+    """Return batches of these sizes, scaled differently, so that some samples are confident."""
     generator = torch.Generator().manual_seed(seed)
     return [
         (
@@ -30,7 +30,7 @@ def make_batches(sizes, inputs, classes, dtype, seed=0):
 
 
 def train_with_autograd(model, batches, decay=DECAY, optimizer=None):
-    """Train in place as anybody would; return the recorded importance of all samples in turn."""
+    """Train in place by a plain loop; return the recorded importance of all samples in order."""
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=RATE, weight_decay=decay)
     recorder = ImportanceRecorder(model, optimizer)
     start = 0
@@ -54,15 +54,15 @@ def assert_same_bytes(left, right):
         assert torch.equal(a.detach().view(torch.uint8), b.detach().view(torch.uint8))
 
 
-def assert_same_importance(found, expected):
-    """The same but for the order of its last few multiplications."""
-    torch.testing.assert_close(found, expected, rtol=8 * torch.finfo(found.dtype).eps, atol=0)
+def assert_same_importance(actual, expected):
+    """Compare up to rounding: the last multiplications are in another order."""
+    torch.testing.assert_close(actual, expected, rtol=8 * torch.finfo(actual.dtype).eps, atol=0)
 
 
 @settings(deadline=None, max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    # From 2: a column of one unit is a row as well, and BLAS may be asked for the other one.
+    # At least 2: a matrix of one column is also a row, and BLAS may get the other layout.
     hidden=st.lists(st.integers(2, 33), max_size=4),
     inputs=st.integers(1, 40),
     classes=st.integers(2, 11),
@@ -70,7 +70,7 @@ def assert_same_importance(found, expected):
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 9),
 )
-def test_parameters_and_importance_are_those_of_autograd(
+def test_parameters_and_importance_equal_autograd(
     sizes, hidden, inputs, classes, decay, dtype, seed
 ):
     expected = build_mlp((inputs,), hidden, classes, seed).to(dtype)
@@ -85,28 +85,31 @@ def test_parameters_and_importance_are_those_of_autograd(
 
 
 @pytest.mark.parametrize(
-    ("kind", "chosen"),
+    ("optimizer_class", "options"),
     [
         (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3}),
         (torch.optim.Adam, {"weight_decay": DECAY}),
         (torch.optim.AdamW, {"amsgrad": True}),
     ],
 )
-def test_any_optimizer_makes_the_same_update_as_after_autograd(kind, chosen):
+def test_other_optimizers_make_the_same_update(optimizer_class, options):
     expected = build_mlp((6,), (8, 5), 3, seed=1).double()
     model = copy.deepcopy(expected)
     batches = make_batches([5, 4, 3], 6, 3, torch.float64)
-    optimizers = [kind(m.parameters(), lr=RATE, fused=True, **chosen) for m in (expected, model)]
+    optimizers = [
+        optimizer_class(network.parameters(), lr=RATE, fused=True, **options)
+        for network in (expected, model)
+    ]
     beta = train_with_autograd(expected, batches, optimizer=optimizers[0])
     step = FusedStep(model, optimizers[1], record=True)
     for batch in batches:
         step(*batch)
     assert_same_bytes(expected.parameters(), model.parameters())
-    # Of terms that cancel at Adam's first step, the last bits are rounding.
+    # At Adam's first step terms cancel, so that the last bits are rounding errors.
     torch.testing.assert_close(step.take(), beta, rtol=1e-12, atol=0)
 
 
-def test_the_papers_network_is_trained_to_the_same_bytes():
+def test_paper_network_is_trained_to_equal_bytes():
     expected = build_mlp((1, 28, 28), (512, 512, 512), 10, seed=1)
     model = copy.deepcopy(expected)
     batches = [(x.view(-1, 1, 28, 28), y) for x, y in make_batches([100] * 3, 784, 10, None)]
@@ -118,7 +121,7 @@ def test_the_papers_network_is_trained_to_the_same_bytes():
     assert_same_importance(step.take(), beta)
 
 
-def test_without_recording_the_parameters_are_the_same_and_nothing_is_taken():
+def test_without_recording_parameters_are_equal_and_take_returns_none():
     batches = make_batches([5, 4], 6, 3, None)
     models = [build_mlp((6,), (8,), 3, seed=1) for _ in range(2)]
     for model, record in zip(models, (True, False), strict=True):
@@ -129,10 +132,10 @@ def test_without_recording_the_parameters_are_the_same_and_nothing_is_taken():
     assert step.take() is None
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_the_latest_steps_importance_is_that_which_is_taken(kind):
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+def test_latest_equals_the_importance_that_take_returns(optimizer_class):
     model = build_mlp((6,), (8, 7), 3, seed=1)
-    step = FusedStep(model, kind(model.parameters(), lr=0.1), record=True)
+    step = FusedStep(model, optimizer_class(model.parameters(), lr=0.1), record=True)
     latest = []
     for batch in make_batches([5, 4], 6, 3, None):
         step(*batch)
@@ -140,7 +143,7 @@ def test_the_latest_steps_importance_is_that_which_is_taken(kind):
     assert_same_bytes([torch.cat(latest, 1)], [step.take()])
 
 
-def test_what_was_taken_is_not_taken_again():
+def test_take_returns_each_sample_once():
     model = build_mlp((6,), (8,), 3, seed=1)
     step = make_step(model)
     first, second = make_batches([5, 4], 6, 3, None)
@@ -157,7 +160,7 @@ def test_what_was_taken_is_not_taken_again():
     scale=st.sampled_from([1, 30]),
     seed=st.integers(0, 99),
 )
-def test_the_losss_gradient_is_that_of_cross_entropy(count, classes, scale, seed):
+def test_loss_gradient_equals_autograd_of_cross_entropy(count, classes, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(count, classes, generator=generator)
     labels = torch.randint(0, classes, (count,), generator=generator)
@@ -166,7 +169,7 @@ def test_the_losss_gradient_is_that_of_cross_entropy(count, classes, scale, seed
     assert_same_bytes([leaf.grad], [loss_gradient(logits, labels)])
 
 
-def test_samples_that_no_batch_used_are_not_measured():
+def test_samples_that_no_batch_used_are_nan():
     beta = sum_by_sample(torch.tensor([3, 0]), torch.tensor([[1.0, 2.0]]), 4)
     torch.testing.assert_close(
         beta, torch.tensor([[2.0, torch.nan, torch.nan, 1.0]]), equal_nan=True, rtol=0, atol=0
@@ -184,18 +187,18 @@ def test_samples_that_no_batch_used_are_not_measured():
         nn.Sequential(nn.Conv1d(2, 3, 1), nn.ReLU(), nn.Linear(3, 2)),
     ],
 )
-def test_any_other_model_is_refused(model):
+def test_other_models_are_refused(model):
     with pytest.raises(UnsupportedError, match="a ReLU between each two"):
         FusedStep(model, None, record=True)
 
 
 @pytest.mark.parametrize("part", ["0.weight", "2.bias"])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_parameter_that_is_not_trained_is_refused(part, frozen):
+def test_untrained_parameter_is_refused(part, frozen):
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     named = dict(model.named_parameters())
     if frozen:
         named[part].requires_grad_(False)
-    trained = [one for name, one in named.items() if name != part or frozen]
+    trained = [parameter for name, parameter in named.items() if name != part or frozen]
     with pytest.raises(UnsupportedError, match="all parameters of the model"):
         FusedStep(model, torch.optim.SGD(trained, lr=0.1), record=True)

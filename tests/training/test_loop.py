@@ -1,4 +1,4 @@
-"""The loop against a replay in NumPy and float64, and against itself when it is interrupted."""
+"""The training loop against a float64 replay in NumPy, and against an interrupted run."""
 
 import itertools
 import os
@@ -52,7 +52,7 @@ def make_run(data=None, record=True, difficulty=None, **changes):
     return TrainingRun(config, data, schedule, record=record)
 
 
-# The replay: everything by hand, in float64.
+# The replay: forward, backward and update in float64.
 
 
 def split(flat_P, sizes):
@@ -81,7 +81,7 @@ def forward(layers, x):
     return activations[:-1], activations[-1]
 
 
-def step_by_hand(layers, x, y, rate, weight_decay):
+def replay_step(layers, x, y, rate, weight_decay):
     """Return the layers after a step, and the importance (layer, sample) of its samples."""
     activations, logits = forward(layers, x)
     delta = np.exp(log_softmax(logits))
@@ -90,7 +90,7 @@ def step_by_hand(layers, x, y, rate, weight_decay):
     new, importance = [], []
     for number in reversed(range(len(layers))):
         (weight, bias), activation = layers[number], activations[number]
-        # The update that sample n alone makes, in full: -rate delta_n (x_n, 1)
+        # The update by sample n alone, in full: -rate delta_n (x_n, 1)
         phi_NOJ = -rate * np.einsum(
             "no,ni->noi", delta, np.pad(activation, ((0, 0), (0, 1)), constant_values=1)
         )
@@ -106,12 +106,12 @@ def step_by_hand(layers, x, y, rate, weight_decay):
     return new[::-1], np.array(importance[::-1])
 
 
-def relative(got, want):
-    return np.abs(got - want) / np.abs(want)
+def relative_error(actual, expected):
+    return np.abs(actual - expected) / np.abs(expected)
 
 
 @pytest.mark.parametrize("strategy", ["shuffle", "rand", "rnlo", "sim"])
-def test_an_epoch_is_that_of_a_replay_in_float64(strategy):
+def test_epoch_equals_a_float64_replay(strategy):
     data = make_data(300, 50, 64, 10)
     rate, decay, hidden, difficulty = 0.1, 1e-2, (24, 20, 16), np.random.default_rng(5).random(300)
     run = make_run(
@@ -131,18 +131,20 @@ def test_an_epoch_is_that_of_a_replay_in_float64(strategy):
         arrays = record.arrays
         layers = split(state, (64, *hidden, 10))
         importance = np.full((4, 300), np.nan)
-        for position in range(15):  # from the stored `batch` alone
+        for position in range(15):  # from the recorded `batch` only
             batch = np.flatnonzero(arrays["batch"] == position)
             x = data.train_inputs[batch].astype(np.float64)
-            layers, importance[:, batch] = step_by_hand(
+            layers, importance[:, batch] = replay_step(
                 layers, x, data.train_labels[batch], rate, decay
             )
         first = arrays["batch"] == 0
-        assert np.median(relative(arrays["importance"][:, first], importance[:, first])) < 1e-5
-        assert np.median(relative(arrays["importance"], importance)) < 1e-4
+        assert (
+            np.median(relative_error(arrays["importance"][:, first], importance[:, first])) < 1e-5
+        )
+        assert np.median(relative_error(arrays["importance"], importance)) < 1e-4
         flat = np.concatenate([part.ravel() for layer in layers for part in layer])
         np.testing.assert_allclose(arrays["parameters"], flat, rtol=0, atol=1e-5)
-        state = arrays["parameters"].astype(np.float64)  # the next epoch replays from the store
+        state = arrays["parameters"].astype(np.float64)  # replay the next epoch from the record
         nll, logits = {}, {}
         for part, x, y in (("train", *data[:2]), ("test", *data[2:])):
             _, logits[part] = forward(split(state, (64, *hidden, 10)), x.astype(np.float64))
@@ -152,14 +154,16 @@ def test_an_epoch_is_that_of_a_replay_in_float64(strategy):
         np.testing.assert_allclose(arrays["nll"], nll["train"], rtol=1e-4)
 
 
-def test_what_a_record_holds():
+def test_contents_of_a_record():
     run = make_run(parameters_every=3)
     records = list(run.records())
     assert [record.epoch for record in records] == [0, 1, 2, 3, 4]
     assert list(records[0].arrays) == ["parameters"]
     always = {"importance", "nll", "batch", *CURVES}
     for record in records[1:]:
-        stored = {"parameters"} if record.epoch in (3, 4) else set()  # every third, and the end
+        stored = (
+            {"parameters"} if record.epoch in (3, 4) else set()
+        )  # every third epoch, and the last
         assert set(record.arrays) == always | stored
         assert record.arrays["importance"].shape == (3, 40)
         assert record.arrays["nll"].shape == record.arrays["batch"].shape == (40,)
@@ -179,37 +183,37 @@ def test_what_a_record_holds():
     np.testing.assert_array_equal(records[-1].arrays["parameters"], final)
 
 
-def test_parameters_can_be_switched_off():
+def test_parameters_every_zero_records_no_parameters():
     records = list(make_run(parameters_every=0).records())
     assert records[0].arrays == {}
     assert not any("parameters" in record.arrays for record in records)
 
 
-def same(a, b):
-    assert set(a.arrays) == set(b.arrays)
-    return a.epoch == b.epoch and all(
-        np.asarray(a.arrays[name]).tobytes() == np.asarray(b.arrays[name]).tobytes()
-        for name in a.arrays
+def same_bytes(record, other):
+    assert set(record.arrays) == set(other.arrays)
+    return record.epoch == other.epoch and all(
+        np.asarray(record.arrays[name]).tobytes() == np.asarray(other.arrays[name]).tobytes()
+        for name in record.arrays
     )
 
 
 @pytest.mark.parametrize("strategy", ["shuffle", "rand"])
 @pytest.mark.parametrize("epoch", [1, 3])
-def test_a_run_that_resumes_goes_on_with_the_same_bytes(strategy, epoch):
+def test_resumed_run_continues_with_equal_bytes(strategy, epoch):
     whole = list(make_run(strategy=strategy).records())
     interrupted = make_run(strategy=strategy)
     for record in interrupted.records():
         if record.epoch == epoch:
             break
-    torch.manual_seed(123)  # another process has drawn something else
+    torch.manual_seed(123)  # as in another process
     resumed = make_run(strategy=strategy)
     resumed.restore(interrupted.state(), epoch)
     rest = list(resumed.records())
     assert [record.epoch for record in rest] == list(range(epoch + 1, 5))
-    assert all(map(same, rest, whole[epoch + 1 :]))
+    assert all(map(same_bytes, rest, whole[epoch + 1 :]))
 
 
-OTHERS = [
+OTHER_CONFIGURATIONS = [
     {"model": "cnn", "optimizer": "momentum", "schedule": "cosine"},
     {"model": "gru", "optimizer": "adam", "schedule": "step"},
     {"model": "transformer", "optimizer": "adamw"},
@@ -217,8 +221,10 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("changes", OTHERS, ids=lambda changes: "-".join(changes.values()))
-def test_other_networks_and_optimizers_resume_and_record_alike(changes):
+@pytest.mark.parametrize(
+    "changes", OTHER_CONFIGURATIONS, ids=lambda changes: "-".join(changes.values())
+)
+def test_other_networks_and_optimizers_resume_with_equal_bytes(changes):
     data = make_data(inputs=16)
     data = data._replace(
         train_inputs=data.train_inputs.reshape(-1, 1, 4, 4),
@@ -233,22 +239,22 @@ def test_other_networks_and_optimizers_resume_and_record_alike(changes):
             break
     second = make_run(data, **changes)
     second.restore(first.state(), 2)
-    for got, expected in zip(second.records(), whole[3:], strict=True):
-        assert same(got, expected)
+    for record, expected in zip(second.records(), whole[3:], strict=True):
+        assert same_bytes(record, expected)
     *_, plain = make_run(data, record=False, **changes).records()
     np.testing.assert_array_equal(plain.arrays["parameters"], whole[-1].arrays["parameters"])
 
 
-def test_a_run_that_is_finished_yields_nothing_more():
+def test_finished_run_yields_no_record():
     run = make_run()
     for _ in run.records():
         pass
-    again = make_run()
-    again.restore(run.state(), 4)
-    assert list(again.records()) == []
+    restored = make_run()
+    restored.restore(run.state(), 4)
+    assert list(restored.records()) == []
 
 
-def test_the_state_of_another_epoch_is_refused():
+def test_state_of_another_epoch_is_refused():
     run = make_run()
     records = run.records()
     next(records), next(records), next(records)
@@ -260,14 +266,14 @@ def test_the_state_of_another_epoch_is_refused():
     assert torch.equal(flatten_parameters(other.model), before)
 
 
-def test_without_recording_the_parameters_are_the_same():
+def test_recording_does_not_change_the_parameters():
     with_recording, without = (list(make_run(record=record).records()) for record in (True, False))
-    for a, b in zip(with_recording, without, strict=True):
-        assert a.arrays["parameters"].tobytes() == b.arrays["parameters"].tobytes()
-        assert "importance" not in b.arrays
+    for recorded, plain in zip(with_recording, without, strict=True):
+        assert recorded.arrays["parameters"].tobytes() == plain.arrays["parameters"].tobytes()
+        assert "importance" not in plain.arrays
 
 
-def test_seeds_decide_initialisation_and_order_apart():
+def test_seed_and_order_seed_are_independent():
     def first_epoch(**changes):
         records = make_run(epochs=1, **changes).records()
         return next(records).arrays["parameters"].tobytes(), next(records).arrays["batch"].tobytes()
@@ -280,7 +286,7 @@ def test_seeds_decide_initialisation_and_order_apart():
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")
-def test_a_run_that_diverges_says_so_and_stops():
+def test_diverging_run_is_marked_and_stops():
     records = list(make_run(learning_rate=1e18).records())
     assert [record.epoch for record in records] == [0, 1]
     assert records[-1].diverged
@@ -289,7 +295,7 @@ def test_a_run_that_diverges_says_so_and_stops():
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")
-def test_importance_that_is_not_finite_is_divergence():
+def test_infinite_importance_counts_as_divergence():
     # A linear model at rate 1e20: logits and NLL of 1e20 are finite, (1e20 x)^2 in float32 is not.
     records = list(make_run(learning_rate=1e20, hidden=(), weight_decay=0.0).records())
     assert np.isfinite(records[1].arrays["train_nll"])
@@ -298,13 +304,13 @@ def test_importance_that_is_not_finite_is_divergence():
     assert len(records) == 2
 
 
-def test_a_class_that_only_the_training_set_has_is_an_output():
+def test_class_of_the_training_set_only_is_an_output():
     data = make_data()
     data = data._replace(test_labels=np.minimum(data.test_labels, 1))
     assert make_run(data).model.Out.out_features == 3
 
 
-def test_nll_and_error_are_those_of_numpy():
+def test_nll_and_error_equal_numpy():
     samples = EVALUATION_CHUNK + 7  # more than one chunk
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(samples, 5)).astype(np.float32) * 30  # confident: NLL from 1e-40 up
@@ -325,7 +331,7 @@ def test_nll_and_error_are_those_of_numpy():
     assert 0 < error < 0.5
 
 
-# Networks that behave otherwise in training; they are evaluated as in use.
+# Networks that behave differently in training mode; they are evaluated in evaluation mode.
 
 
 def with_dropout(input_shape, class_count):
@@ -347,7 +353,7 @@ def with_frozen_batch_norm(input_shape, class_count):
 
 
 def nll_by_numpy(model, inputs, labels):
-    """Return the NLL of a network of the above, in use, and the fraction misclassified."""
+    """Return NLL and fraction misclassified of one of these networks in evaluation mode."""
     values = inputs.astype(np.float64)
     for module in model:
         state = {name: tensor.double().numpy() for name, tensor in module.state_dict().items()}
@@ -366,7 +372,7 @@ def nll_by_numpy(model, inputs, labels):
     ("network", "record"),
     [(with_dropout, True), (with_frozen_batch_norm, True), (with_batch_norm, False)],
 )
-def test_nll_and_errors_are_those_of_the_network_in_use(network, record):
+def test_nll_and_errors_are_those_of_evaluation_mode(network, record):
     data = make_data(samples=60, tests=200, inputs=4)
     run = make_run(data, record=record, model=f"{__name__}:{network.__name__}", batch_size=20)
     before = [module.training for module in run.model.modules()]
@@ -378,14 +384,14 @@ def test_nll_and_errors_are_those_of_the_network_in_use(network, record):
     np.testing.assert_allclose(epoch.arrays["test_nll"], nll.mean(), rtol=1e-4)
     assert epoch.arrays["test_error"] == error
     assert [module.training for module in run.model.modules()] == before
-    if network is with_batch_norm:  # 4 epochs of 3 batches, and no more by being evaluated
+    if network is with_batch_norm:  # 4 epochs of 3 batches; evaluation adds none
         assert run.model[1].num_batches_tracked == 12
     if network is with_frozen_batch_norm:
         assert run.model[1].num_batches_tracked == 0
         torch.testing.assert_close(run.model[1].running_mean, torch.linspace(-1, 1, 8))
 
 
-def test_an_evaluation_that_fails_leaves_the_modes_as_they_were():
+def test_failed_evaluation_restores_every_mode():
     model = with_frozen_batch_norm((4,), 3)
     before = [module.training for module in model.modules()]
     assert len(set(before)) == 2
@@ -408,25 +414,25 @@ def test_evaluations_that_overlap_restore_the_fused_encoder_layer():
 
 @pytest.fixture
 def determinism_is_restored(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that teardown restores it
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def test_no_operation_of_a_run_refuses_deterministic_algorithms(determinism_is_restored):
+def test_run_supports_deterministic_algorithms(determinism_is_restored):
     before = list(make_run().records())
     use_deterministic_algorithms()
     assert torch.are_deterministic_algorithms_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    assert all(map(same, make_run().records(), before))
+    assert all(map(same_bytes, make_run().records(), before))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_on_a_gpu_a_run_has_the_same_bytes_each_time(determinism_is_restored):
-    first, again = (list(make_run(device="cuda").records()) for _ in range(2))
+def test_gpu_runs_have_equal_bytes(determinism_is_restored):
+    first, second = (list(make_run(device="cuda").records()) for _ in range(2))
     assert torch.are_deterministic_algorithms_enabled()
-    assert all(map(same, first, again))
+    assert all(map(same_bytes, first, second))
     for gpu, cpu in zip(first[1:], list(make_run().records())[1:], strict=True):
         np.testing.assert_array_equal(gpu.arrays["batch"], cpu.arrays["batch"])
         np.testing.assert_allclose(gpu.arrays["nll"], cpu.arrays["nll"], rtol=1e-2)

@@ -1,4 +1,4 @@
-"""Each strategy's batches against its description, in plain Python."""
+"""Batches of each strategy against an implementation of its description in plain Python."""
 
 import math
 
@@ -15,12 +15,12 @@ counts = st.integers(1, 60)
 batch_sizes = st.integers(1, 70)
 
 
-def listed(batches):
+def as_lists(batches):
     return [batch.tolist() for batch in batches]
 
 
-def cut(order, count):
-    """Cut a list into `count` runs whose lengths differ by at most one, the longer ones first."""
+def split_evenly(order, count):
+    """Split a list into `count` parts whose lengths differ by at most one, longer parts first."""
     short, longer = divmod(len(order), count)
     batches, start = [], 0
     for number in range(count):
@@ -30,15 +30,15 @@ def cut(order, count):
     return batches
 
 
-def described(strategy, difficulty, count):
-    """The description of a sorted strategy, with Python's own stable sort."""
+def expected_batches(strategy, difficulty, count):
+    """Return the batches of a sorted strategy, by Python's stable sort."""
     order = sorted(range(len(difficulty)), key=lambda sample: difficulty[sample])
     if strategy in ("nlm", "sim"):
         batches = [[] for _ in range(count)]
         for k, sample in enumerate(order):
             batches[k % count].append(sample)
         return batches
-    batches = cut(order, count)
+    batches = split_evenly(order, count)
     return batches[::-1] if strategy in ("rnlo", "rsio") else batches
 
 
@@ -62,52 +62,52 @@ def test_every_sample_is_in_exactly_one_batch(sample_count, batch_size, strategy
     batch_sizes,
     st.sampled_from(SORTED_STRATEGIES),
 )
-def test_sorted_strategies_follow_their_description(difficulty, batch_size, strategy):
+def test_sorted_strategies_match_their_description(difficulty, batch_size, strategy):
     count = math.ceil(len(difficulty) / batch_size)
     schedule = make_schedule(strategy, len(difficulty), batch_size, 7, np.array(difficulty))
-    expected = described(strategy, difficulty, count)
-    assert listed(schedule(1)) == expected
-    assert listed(schedule(9)) == expected
+    expected = expected_batches(strategy, difficulty, count)
+    assert as_lists(schedule(1)) == expected
+    assert as_lists(schedule(9)) == expected
 
 
-def test_the_order_of_the_papers_terms():
+def test_batches_of_six_samples_by_hand():
     difficulty = np.array([0.5, 0.1, 0.9, 0.3, 0.7, 0.2])  # sorted: 1, 5, 3, 0, 4, 2
     batches = {
-        strategy: listed(make_schedule(strategy, 6, 2, 0, difficulty)(1))
+        strategy: as_lists(make_schedule(strategy, 6, 2, 0, difficulty)(1))
         for strategy in SORTED_STRATEGIES
     }
     assert batches["nlo"] == batches["sio"] == [[1, 5], [3, 0], [4, 2]]  # low first
     assert batches["rnlo"] == batches["rsio"] == [[4, 2], [3, 0], [1, 5]]
-    assert batches["nlm"] == batches["sim"] == [[1, 0], [5, 4], [3, 2]]  # k into k mod 3
+    assert batches["nlm"] == batches["sim"] == [[1, 0], [5, 4], [3, 2]]  # k-th into batch k mod 3
 
 
-def test_rand_is_drawn_once_from_the_order_seed():
+def test_rand_is_one_permutation_from_the_order_seed():
     schedule = make_schedule("rand", 40, 8, 3)
-    assert listed(schedule(1)) == listed(schedule(50))
-    assert listed(schedule(1)) == listed(make_schedule("rand", 40, 8, 3)(1))
-    assert listed(schedule(1)) != listed(make_schedule("rand", 40, 8, 4)(1))
+    assert as_lists(schedule(1)) == as_lists(schedule(50))
+    assert as_lists(schedule(1)) == as_lists(make_schedule("rand", 40, 8, 3)(1))
+    assert as_lists(schedule(1)) != as_lists(make_schedule("rand", 40, 8, 4)(1))
 
 
 @pytest.mark.parametrize("strategy", REFERENCES)
 def test_references_are_reshuffled_every_epoch(strategy):
     schedule, again = (make_schedule(strategy, 40, 8, 3) for _ in range(2))
-    epochs = [listed(schedule(epoch)) for epoch in range(1, 6)]
+    epochs = [as_lists(schedule(epoch)) for epoch in range(1, 6)]
     assert all(a != b for i, a in enumerate(epochs) for b in epochs[:i])
-    # A run that resumes asks for a later epoch first, and gets the same.
-    assert listed(again(5)) == epochs[4]
-    assert listed(again(2)) == epochs[1]
-    assert listed(make_schedule(strategy, 40, 8, 4)(1)) != epochs[0]
+    # A resumed run requests a later epoch first, and gets the same batches.
+    assert as_lists(again(5)) == epochs[4]
+    assert as_lists(again(2)) == epochs[1]
+    assert as_lists(make_schedule(strategy, 40, 8, 4)(1)) != epochs[0]
 
 
-def test_shuffle_is_not_the_batches_of_rand():
-    assert listed(make_schedule("shuffle", 40, 8, 3)(1)) != listed(
+def test_shuffle_differs_from_rand():
+    assert as_lists(make_schedule("shuffle", 40, 8, 3)(1)) != as_lists(
         make_schedule("rand", 40, 8, 3)(1)
     )
 
 
 @settings(deadline=None, max_examples=50)
 @given(counts, batch_sizes)
-def test_positions_lead_back_to_the_batches(sample_count, batch_size):
+def test_batch_positions_identify_the_batches(sample_count, batch_size):
     batches = make_schedule("shuffle", sample_count, batch_size, 0)(1)
     positions = batch_positions(batches, sample_count)
     assert positions.dtype == np.float32
@@ -115,7 +115,7 @@ def test_positions_lead_back_to_the_batches(sample_count, batch_size):
         assert np.flatnonzero(positions == number).tolist() == sorted(batch.tolist())
 
 
-def test_a_sample_in_no_batch_has_no_position():
+def test_position_of_a_sample_in_no_batch_is_nan():
     positions = batch_positions([np.array([2])], 3)
     assert np.isnan(positions).tolist() == [True, True, False]
 
@@ -123,11 +123,11 @@ def test_a_sample_in_no_batch_has_no_position():
 @pytest.mark.parametrize(
     "difficulty", [None, np.zeros(5), np.array([0, 1, np.nan, 2, 3, 4]), np.full(6, np.inf)]
 )
-def test_a_difficulty_that_cannot_be_sorted_by_is_refused(difficulty):
+def test_missing_or_infinite_difficulty_is_refused(difficulty):
     with pytest.raises(RecordError, match=r"finite overall_importance of 6 samples(.|\n)*sim"):
         make_schedule("sim", 6, 2, 0, difficulty)
 
 
-def test_an_unknown_strategy_is_refused_with_the_nearest_name():
+def test_unknown_strategy_error_suggests_the_nearest():
     with pytest.raises(ConfigError, match="did you mean shuffle_by_seed"):
         make_schedule("shufle_by_seed", 6, 2, 0)
