@@ -1,9 +1,12 @@
-"""What decides the numbers of a run, as frozen dataclasses that check themselves.
+"""The configuration that determines a run's numbers, as frozen dataclasses with checks.
 
 The defaults are the paper's (Gao & Jojic 2017, section 3.1). A trial's fingerprint is the digest of
-everything in its `TrialConfig`, of the data, of the code's version, of the reference run that it
-sorts by, and of what a network of one's own is: two trials with one fingerprint are the same
-experiment.
+everything in its `TrialConfig`, of the data, of the code's version, of the reference run that its
+strategy sorts by, and of the identity of a user's own network. Two trials with equal fingerprints
+are the same experiment.
+
+Map: `TrainingConfig` (how networks are trained), `TrialConfig` (one run, and its fingerprint),
+`NetworkIdentity` (a user's own network), `OPTIMIZERS` and `MODELS` (names), `check_choice`.
 """
 
 import difflib
@@ -18,7 +21,7 @@ from sampimp.errors import ConfigError
 from sampimp.schema import REFERENCES, STRATEGIES, digest_json
 
 OPTIMIZERS = {"sgd": "SGD", "momentum": "SGD, momentum 0.9", "adam": "Adam", "adamw": "AdamW"}
-"""How results name the optimizers."""
+"""Names of the optimizers in results."""
 
 MODELS = ("mlp", "cnn", "resnet18", "lstm", "gru", "transformer")
 """The networks of `sampimp.training.models`."""
@@ -29,10 +32,10 @@ class TrainingConfig:
     """How every network of a study is trained."""
 
     model: str = "mlp"
-    """The network: mlp (the paper's), cnn, resnet18, lstm, gru, transformer, or one's own as
+    """The network: mlp (the paper's), cnn, resnet18, lstm, gru, transformer, or your own as
     package.module:function, called with the shape of a sample and the number of classes."""
     input_scaling: Literal["unit", "standard"] = "unit"
-    """Inputs in [0, 1], or standardised over the training set; the paper does not say."""
+    """Inputs in [0, 1], or standardised over the training set; the paper states neither."""
     hidden: tuple[int, ...] = (512, 512, 512)
     """Units of each hidden layer of the mlp."""
     epochs: int = 50
@@ -42,23 +45,24 @@ class TrainingConfig:
     optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "sgd"
     """Plain SGD as in the paper, SGD with momentum 0.9, Adam or AdamW with their usual betas."""
     learning_rate: float = 0.1
-    """Rate of the optimizer, in the first epoch."""
+    """Learning rate of the optimizer in the first epoch."""
     schedule: Literal["constant", "cosine", "step"] = "constant"
-    """How the rate goes from epoch to epoch: on, along a cosine towards 0, or down by a factor of
-    ten after one half and after three quarters of the epochs."""
+    """Learning rate over the epochs: constant, along a cosine towards 0, or divided by ten after
+    one half and again after three quarters of the epochs."""
     weight_decay: float = 1e-5
-    """Factor of the parameters in the update, beside the gradient of the mean loss."""
+    """Factor of the parameters that is added to the gradient of the mean loss in the update."""
     parameters_every: int = 1
-    """Store all parameters every so many epochs, and at the start and the end; 0 for never."""
+    """Store all parameters every N epochs, and at the start and the end; 0 stores none."""
     threads: int = 1
-    """CPU threads of a trial; fixed, since threads change the order of sums."""
+    """CPU threads of a trial; part of its identity, since threads change the order of sums."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where a trial computes."""
+    """Device of a trial."""
     workers: int = 1
-    """Workers that share each batch of a trial; fixed, since they change the order of sums."""
+    """Workers that share each batch of a trial; part of its identity, since they change the order
+    of sums."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a value that cannot be trained with."""
+        """Raise ConfigError for a value that training does not support."""
         for name in ("epochs", "batch_size", "threads", "workers"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("weight_decay", "parameters_every"):
@@ -74,7 +78,7 @@ class TrainingConfig:
         )
 
     def rate(self, epoch: int) -> float:
-        """Return the learning rate of an epoch, which is 1-based.
+        """Return the learning rate of an epoch (1-based).
 
         Examples
         --------
@@ -85,11 +89,11 @@ class TrainingConfig:
         >>> [round(step.rate(epoch), 3) for epoch in (1, 2, 3, 4)]
         [0.4, 0.4, 0.04, 0.004]
         """
-        past = (epoch - 1) / self.epochs
+        elapsed = (epoch - 1) / self.epochs
         if self.schedule == "cosine":
-            return self.learning_rate * (1 + math.cos(math.pi * past)) / 2
+            return self.learning_rate * (1 + math.cos(math.pi * elapsed)) / 2
         if self.schedule == "step":
-            return self.learning_rate * 0.1 ** ((past >= 0.5) + (past >= 0.75))
+            return self.learning_rate * 0.1 ** ((elapsed >= 0.5) + (elapsed >= 0.75))
         return self.learning_rate
 
     def stored_states(self) -> list[int]:
@@ -107,24 +111,24 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkIdentity:
-    """What a network of one's own is; its name, `package.module:function`, does not tell."""
+    """Identity of a user's own network, which its name `package.module:function` does not tell."""
 
     source: str
-    """SHA-256 of the source that it comes from."""
+    """SHA-256 of the source of the modules that define it."""
     parameters: tuple[tuple[str, tuple[int, ...]], ...]
     """Name and shape of each parameter."""
     initial: tuple[tuple[float, ...], ...]
-    """Mean, root mean square, first and last value of each parameter at the start, by seed 0."""
+    """Mean, root mean square, first and last value of each parameter, initialised with seed 0."""
     outputs: tuple[tuple[float, ...], ...]
-    """Logits of a few training samples at that start, in evaluation mode."""
+    """Logits of a few training samples at these parameters, in evaluation mode."""
 
     @property
     def exact(self) -> dict[str, Any]:
-        """The part that is the same on every machine, and enters fingerprints."""
+        """The part that is equal on every machine; it enters fingerprints."""
         return {"source": self.source, "parameters": self.parameters}
 
     def differences(self, other: "NetworkIdentity") -> list[str]:
-        """Return in words what of the other network is not as it is here.
+        """Return in words how another network differs from this one.
 
         Examples
         --------
@@ -138,10 +142,10 @@ class NetworkIdentity:
         """
         words = ["source"] if self.source != other.source else []
         if self.parameters != other.parameters:
-            here, there = dict(self.parameters), dict(other.parameters)
-            names = [n for n in {**here, **there} if here.get(n) != there.get(n)]
+            before, after = dict(self.parameters), dict(other.parameters)
+            names = [n for n in {**before, **after} if before.get(n) != after.get(n)]
             changes = [
-                f"{name} {_shape_words(there.get(name))}, was {_shape_words(here.get(name))}"
+                f"{name} {_shape_words(after.get(name))}, was {_shape_words(before.get(name))}"
                 for name in names[:3]
             ]
             changes += [f"{len(names) - 3} more"] if names[3:] else []
@@ -155,7 +159,7 @@ class NetworkIdentity:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "NetworkIdentity":
-        """Return the identity that `dataclasses.asdict` and JSON made a mapping of."""
+        """Return the identity from JSON, as written from `dataclasses.asdict`."""
         return cls(
             source=value["source"],
             parameters=tuple((name, tuple(shape)) for name, shape in value["parameters"]),
@@ -165,7 +169,7 @@ class NetworkIdentity:
 
 
 def _nearly_equal(expected: Any, values: Any) -> bool:
-    """Return whether values agree to 1e-4 of the largest: processors differ in their rounding."""
+    """Return whether values agree to 1e-4 of the largest; processors differ in their rounding."""
     expected, values = np.asarray(expected), np.asarray(values)
     tolerance = 1e-4 * np.nanmax(np.abs(expected), initial=0)
     return expected.shape == values.shape and np.allclose(
@@ -179,12 +183,12 @@ def _shape_words(shape: tuple[int, ...] | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialConfig:
-    """One training run: which data, which batches, which initialisation."""
+    """One training run: its data set, batch strategy and seeds."""
 
     dataset: str
-    """Key of the data set, as `sampimp.data.dataset_key` gives it."""
+    """Key of the data set, as returned by `sampimp.data.dataset_key`."""
     strategy: str
-    """One of the reference strategies or of the paper's seven."""
+    """A reference strategy, or one of the paper's seven."""
     seed: int
     """Seed of the initialisation."""
     order_seed: int
@@ -215,10 +219,12 @@ class TrialConfig:
         reference_digest
             Digest of the record that a sorted strategy sorts by; None for the other strategies.
         network
-            What a network of one's own is; None for the others, whose code is this package's.
+            Identity of a user's own network; None for this package's networks.
         """
         trial = asdict(self)
-        for name in ("model", "optimizer", "schedule"):  # they came later: the paper's go unnamed
+        # Fields that were added later enter only where they differ from the paper's values, so that
+        # trials of the paper keep their fingerprints.
+        for name in ("model", "optimizer", "schedule"):
             if trial["training"][name] == getattr(TrainingConfig, name):
                 del trial["training"][name]
         identity = {
@@ -237,7 +243,21 @@ class TrialConfig:
 
 
 def check_choice(value: str, choices: Sequence[str], what: str) -> str:
-    """Return the value if it is one of the choices, else raise ConfigError naming the nearest.
+    """Return the value if it is one of the choices; otherwise suggest the nearest one.
+
+    Parameters
+    ----------
+    value
+        The user's value.
+    choices
+        The permitted values.
+    what
+        Name of the setting, for the message.
+
+    Raises
+    ------
+    ConfigError
+        The value is none of the choices.
 
     Examples
     --------
@@ -245,17 +265,18 @@ def check_choice(value: str, choices: Sequence[str], what: str) -> str:
     'nlm'
     """
     if value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
+        nearest = difflib.get_close_matches(value, choices, n=1)
         raise ConfigError(
             expected=f"a {what} among {', '.join(choices)}",
             got=repr(value),
             where=what,
-            todo=f"did you mean {near[0]}?" if near else f"choose one of the {len(choices)}",
+            todo=f"did you mean {nearest[0]}?" if nearest else f"choose one of the {len(choices)}",
         )
     return value
 
 
 def _require(holds: bool, name: str, expected: str, got: Any) -> None:
+    """Raise ConfigError for a command-line option unless its condition holds."""
     if not holds:
         raise ConfigError(
             expected=f"{name} to be {expected}",

@@ -1,12 +1,12 @@
-"""The one contract between training and analysis: dimensions, variables, units and chunks.
+"""The contract between training and analysis: dimensions, variables, units and chunks.
 
 A trial writes one record, a Zarr group with the variables below; `sampimp.open_cube` stacks the
-records of a study along `strategy` and `seed`. One write is one whole chunk, which is one epoch of
-one trial, so that two writers never share a chunk. "Not measured" is NaN, never 0.
+records of a study along `strategy` and `seed`. Each write covers one whole chunk, one epoch of one
+trial, so that two writers never share a chunk. Values that were not measured are NaN, never 0.
 
-Map: `Variable` and `VARIABLES` (what is stored), `REFERENCES` and `STRATEGIES` (who writes it),
-`chunk_shape` and `Layout` (how), `EpochRecord` (what the training loop hands over), `digest` (how
-it is proved).
+Map: `Variable` and `VARIABLES` (the arrays of a record), `REFERENCES` and `STRATEGIES` (the names
+of the runs), `chunk_shape` and `Layout` (shapes and chunks), `EpochRecord` (the result of one epoch
+of training), `digest` and `digest_json` (checksums).
 """
 
 import hashlib
@@ -20,16 +20,17 @@ import numpy as np
 __version__ = "0.1.0"
 
 SCHEMA_VERSION = 2
-"""2: every attempt at a trial has a record of its own, and each chunk a digest."""
+"""Version 2: every attempt at a trial writes its own record, and every chunk has a digest."""
 
 REFERENCES = ("shuffle", "shuffle_by_seed")
-"""Batches reshuffled every epoch; `shuffle`: one sequence for all seeds, the other one a seed."""
+"""Batches reshuffled every epoch: `shuffle` by one sequence for all seeds, `shuffle_by_seed` by one
+sequence per seed."""
 
 STRATEGIES = ("rand", "nlo", "rnlo", "nlm", "sio", "rsio", "sim")
-"""The paper's seven ways to fix the batches for a whole run (section 3.6)."""
+"""The paper's seven strategies, whose batches are fixed for a whole run (section 3.6)."""
 
 SORTED_STRATEGIES = STRATEGIES[1:]
-"""Those that sort by the final NLL or the overall importance of the reference run."""
+"""The strategies that sort by the final NLL or the overall importance of the reference run."""
 
 REFERENCE_STRATEGY, REFERENCE_SEED = "shuffle", 1
 """The run whose final NLL and overall importance the sorted strategies sort by."""
@@ -37,7 +38,7 @@ REFERENCE_STRATEGY, REFERENCE_SEED = "shuffle", 1
 
 @dataclass(frozen=True)
 class Variable:
-    """One array of a record: its dimensions inside a trial, its type, and what it means."""
+    """One array of a record: its dimensions within a trial, type, units and meaning."""
 
     dims: tuple[str, ...]
     dtype: str
@@ -63,7 +64,7 @@ VARIABLES: Mapping[str, Variable] = {
     ),
     "batch": Variable(
         ("epoch", "sample"),
-        "float32",  # exact up to 2^24 batches, and able to say NaN for a trial that is missing
+        "float32",  # exact up to 2^24 batches; NaN where a trial is missing
         "1",
         "position (0-based, in the order visited) of the batch that used the sample",
     ),
@@ -86,22 +87,24 @@ VARIABLES: Mapping[str, Variable] = {
 }
 
 CURVES = ("train_error", "test_error", "train_nll", "test_nll")
+"""The variables with one value per epoch."""
 
 CHUNK_VALUES = 2**20
-"""Most values in one chunk before it is split along its last dimension (4 MiB of float32)."""
+"""Largest number of values in a chunk; larger chunks are split along their last dimension (4 MiB of
+float32)."""
 
 
 def chunk_shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Return the chunk of a variable: one epoch (or state), split along its last dimension.
 
-    Curves are a single chunk, written once: 50 files of 8 bytes would cost more than they tell.
+    A curve is a single chunk, written once, instead of 50 files of 8 bytes.
 
     Parameters
     ----------
     name
         A key of `VARIABLES`.
     sizes
-        The size of each of the variable's dimensions.
+        Size of each of the variable's dimensions.
 
     Examples
     --------
@@ -151,7 +154,7 @@ class Layout:
 
     @property
     def variables(self) -> list[str]:
-        """Names of what a record holds."""
+        """Names of a record's variables."""
         return [
             name
             for name in VARIABLES
@@ -173,18 +176,18 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """What one epoch of training hands over.
+    """The result of one epoch of training.
 
     Attributes
     ----------
     epoch
-        1-based; 0 for the state before training, which has `parameters` alone.
+        1-based; 0 for the state before training, which has only `parameters`.
     arrays
-        Variable name to its values at this epoch, without the `epoch` (or `state`) dimension.
+        Values of each variable at this epoch, without the `epoch` (or `state`) dimension.
     diverged
-        True if the loss or the importance stopped being finite in this epoch.
+        True if the loss or the importance became infinite or NaN in this epoch.
     seconds
-        Wall-clock time of the epoch's training steps and of its evaluation.
+        Wall-clock time of the epoch's training steps and evaluation.
     """
 
     epoch: int
@@ -209,5 +212,5 @@ def digest(*arrays: np.ndarray) -> str:
 
 
 def digest_json(value: Any) -> str:
-    """Return the SHA-256 of a value that JSON can hold, whatever the order of its keys."""
+    """Return the SHA-256 of a value as JSON, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""The store replays: parameters, batches and data give the importance that was recorded.
+"""A stored study is replayed: parameters, batches and data give the recorded importance.
 
-The replay is NumPy in float64 and knows nothing of the package but the cube and the data set: from
-the parameters at the start of an epoch it walks through the epoch's batches, step by step. What it
-finds can differ from what was recorded by the rounding of float32 alone.
+The replay is NumPy in float64 and uses only the cube and the data set. From the parameters at the
+start of an epoch it takes the epoch's steps, batch by batch. Its importance may differ from the
+recorded one only by the rounding of float32.
 """
 
 import logging
@@ -10,7 +10,7 @@ import os
 from io import StringIO
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray on the loopback alone
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray on loopback only
 
 import numpy as np
 import pytest
@@ -28,17 +28,17 @@ BATCHES = 1500 // BATCH_SIZE
 
 ARGUMENTS = (
     *("--preset", "digits", "--hidden", "32", "24", "--epochs", str(EPOCHS)),
-    *("--batch-size", str(BATCH_SIZE), "--weight-decay", "0.001"),  # large enough to be seen
+    *("--batch-size", str(BATCH_SIZE), "--weight-decay", "0.001"),  # large enough to matter
     *("--seeds", "1", "--reference-seeds", "1"),
 )
 
 
 @pytest.fixture(scope="module")
 def cube(tmp_path_factory):
-    """Every strategy once, on small digits."""
+    """A study of every strategy with one seed, on the digits."""
     out = tmp_path_factory.mktemp("replay") / "study"
-    mine = not ray.is_initialized()
-    if mine:
+    starts_ray = not ray.is_initialized()
+    if starts_ray:
         ray.init(
             address="local",
             num_cpus=2,
@@ -53,7 +53,7 @@ def cube(tmp_path_factory):
         )
         config = study.parse([*ARGUMENTS, "--out", str(out)])
         assert study.run(config, Console(file=StringIO())) == 0
-    if mine:
+    if starts_ray:
         ray.shutdown()
     return sampimp.open_cube(out)["digits"].to_dataset()
 
@@ -90,7 +90,7 @@ class Replay:
     def step(self, index):
         """Take one step of SGD, and return the importance of its samples, [layer, sample].
 
-        Each sample's own gradient is written out, [sample, parameter], and squared.
+        Every per-sample gradient is computed in full, [sample, parameter], and squared.
         """
         activations = [self.inputs_NI[index]]
         for weight, bias in self.layers[:-1]:
@@ -119,14 +119,14 @@ class Replay:
         return np.array(importance[::-1])
 
 
-def test_every_strategy_is_there(cube):
+def test_every_strategy_is_recorded(cube):
     assert cube.strategy.values.tolist() == [*REFERENCES, *STRATEGIES]
     assert not np.isnan(cube.importance).any()
 
 
 @pytest.mark.parametrize("strategy", [*REFERENCES, *STRATEGIES])
 @pytest.mark.parametrize("epoch", range(1, EPOCHS + 1))
-def test_importance_and_parameters_are_replayed(cube, strategy, epoch):
+def test_replay_gives_recorded_importance_and_parameters(cube, strategy, epoch):
     trial = cube.sel(strategy=strategy, seed=1).load()
     replay = Replay(cube, trial, state=epoch - 1)
     batch_N = trial.batch.sel(epoch=epoch).values
@@ -138,21 +138,21 @@ def test_importance_and_parameters_are_replayed(cube, strategy, epoch):
         expected_LN = replay.step(index)
         errors.append(np.abs(recorded_LN[:, index] - expected_LN) / expected_LN)
 
-    # The first batch sees the very parameters that are stored: float32 alone is between the two.
-    # Measured: median 1.2e-7, largest 6e-7.
+    # The first batch is trained at exactly the stored parameters, so that the only difference is
+    # float32 rounding. Measured: median 1.2e-7, largest 6e-7.
     assert np.median(errors[0]) < 1e-6
     assert errors[0].max() < 1e-5
-    # Later ones see parameters that were rounded at every step; a ReLU unit that is near zero may
-    # even be on in one and off in the other. Measured: median 1.6e-7, largest 2e-6.
+    # Later batches are trained at parameters that were rounded in every step; a ReLU unit near zero
+    # may even be active in only one of the two. Measured: median 1.6e-7, largest 2e-6.
     assert np.median(np.concatenate(errors, axis=1)) < 1e-5
     assert max(error.max() for error in errors) < 1e-3
 
     start_P, end_P = trial.parameters.sel(state=[epoch - 1, epoch]).values
-    # A step rounds a parameter by half an ulp at most, 2^-24 of it, and its gradient by a few ulp
-    # of something smaller: twice that, 25 times over. Measured: a fifth of the bound at most.
+    # A step rounds a parameter by at most half an ulp, 2^-24 of its value, and adds a smaller error
+    # of its gradient. The bound is twice that, for each of 25 steps. Measured: a fifth of it.
     bound = 2 * BATCHES * 2.0**-24 * np.abs(end_P).max()
     assert np.abs(end_P - replay.parameters).max() < bound
-    # The bound means something: the epoch moves parameters by 1e4 times as much, and the weight
-    # decay alone by 0.1 x 0.001 x 25 of a parameter, 400 times.
+    # The bound is tight enough to detect errors: the epoch moves parameters by 1e4 times as much,
+    # and weight decay alone by 0.1 x 0.001 x 25 of a parameter, which is 400 times as much.
     assert np.abs(end_P - start_P).max() > 1e4 * bound
     assert replay.rate * replay.decay * BATCHES * np.abs(end_P).max() > 400 * bound
