@@ -39,26 +39,20 @@ from sampimp.errors import ConfigError, UnsupportedError
 from sampimp.importance.evaluation import evaluation_mode
 from sampimp.importance.gradients import Explicit, Factor, Outer, Product, squares, total
 from sampimp.importance.optimizers import Derivative, Diagonal, UpdateDerivative
-from sampimp.importance.ownership.layout import AxisLayout, joined_rows
-from sampimp.importance.ownership.proof import (
-    COUPLED,
-    SUM,
-    UNCHECKED,
-    Proof,
-    ProofResult,
-    Use,
-    is_proved_now,
-)
-from sampimp.importance.ownership.rows import (
-    SELECT_BY_NUMBER,
-    TAKE_LENGTHS,
+from sampimp.importance.ownership.coupling import COUPLED, SUM, UNCHECKED
+from sampimp.importance.ownership.data_rows import (
     DataRows,
     as_sequence,
     is_data,
     mark_as_range,
-    moves_samples,
 )
+from sampimp.importance.ownership.layout import AxisLayout, joined_rows
+from sampimp.importance.ownership.operations import SELECT_BY_NUMBER, TAKE_LENGTHS
+from sampimp.importance.ownership.passes import is_proved_now
+from sampimp.importance.ownership.proof import Proof, ProofResult
 from sampimp.importance.ownership.tape import Tape
+from sampimp.importance.ownership.use import Use
+from sampimp.importance.ownership.value_moves import moves_samples
 from sampimp.importance.rules.arithmetic import LOOKS, RULES, SUMS, Batch, feature_axes, generic
 from sampimp.importance.rules.inner_nodes import InnerNodes
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
@@ -166,8 +160,8 @@ class Capture(TorchFunctionMode):
     Attributes
     ----------
     loss
-        One of `sampimp.importance.ownership.proof.SUM`, `UNCHECKED` and `COUPLED`: the weakest of
-        all proofs so far.
+        One of `SUM`, `UNCHECKED` and `COUPLED` (`sampimp.importance.ownership.coupling`): the
+        weakest of all proofs so far.
 
     Raises
     ------

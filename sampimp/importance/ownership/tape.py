@@ -1,11 +1,12 @@
-"""The loss as a function of the model's outputs, from the operations that made it.
+"""The loss as a function of the model's outputs: the operations that made it, to be run again.
 
-What couples samples piecewise linearly (a hinge on differences of their scores, the mean of the
-largest losses, a median) has no second derivative that would show it. Where the loss was computed
-outside the model, its operations are carried out again at outputs that are changed for some
-samples: the first derivatives at all others must stay as they are.
+A coupling that is piecewise linear (a hinge on differences of scores, the mean of the largest
+losses, a median) has a second derivative of zero. It is found by changes instead. Where the loss is
+computed outside the model, the tape holds its operations; they are run again at outputs that are
+changed for some samples, and the first derivatives at all other samples must stay as they are.
 
-Map: `Tape` (operations), `Tape.is_sum` (by their names), `Tape.couples` (by carrying them out).
+Map: `Tape.add` (note operations), `Tape.is_sum` (judge the loss by the names of its operations),
+`Tape.couples` (judge it by changes of the outputs).
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -15,143 +16,136 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.nn import functional
 
-from sampimp.importance.ownership.layout import AxisLayout, sign_patterns, values_of_rows
+from sampimp.importance.ownership.layout import AxisLayout, values_of_rows
+from sampimp.importance.ownership.operations import (
+    CASTS,
+    JOINS_AXES,
+    LINEAR_IN_FIRST,
+    LOSSES_BY_ROW,
+)
+from sampimp.importance.ownership.signs import sign_patterns
 
 CHANGES = (0.5, 2.0, 8.0)
-"""By how much outputs are changed, in their standard deviations, one after the other.
+"""Sizes of the changes of the outputs, in their standard deviations, tried one after the other.
 
-Arbitrary; so that other samples become the largest, or the next, and that bounds are passed.
+Arbitrary: large enough that another sample becomes the largest, or the next, and that bounds are
+passed.
 """
 
 
-BY_ROW = {
-    functional.cross_entropy,
-    functional.nll_loss,
-    functional.mse_loss,
-    functional.l1_loss,
-    functional.smooth_l1_loss,
-    functional.huber_loss,
-    functional.binary_cross_entropy,
-    functional.binary_cross_entropy_with_logits,
-    functional.kl_div,
-}
-"""Losses that are a sum or mean over the rows of their input."""
-CASTS = {Tensor.float, Tensor.double, Tensor.to, Tensor.contiguous}
-JOINS = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten}
-LINEAR = CASTS | {
-    *(torch.sum, torch.mean, Tensor.sum, Tensor.mean, Tensor.neg, Tensor.__neg__),
-    *(Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__),
-    *(Tensor.div, torch.div, Tensor.__truediv__, Tensor.view, Tensor.reshape, Tensor.__getitem__),
-}
-"""Operations that are linear in their first argument."""
-
-
 class Tape:
-    """Operations since the model returned its outputs."""
+    """The operations since the model returned its outputs."""
 
     def __init__(self) -> None:
         self.outputs: dict[int, tuple[Tensor, AxisLayout]] = {}
-        """By id: of the model, with the samples' axis."""
+        """By id: the model's outputs, with the layout of their samples."""
         self._operations: list[tuple[Callable[..., Any], Any, Any, Any]] = []
 
     def add(self, function: Callable[..., Any], args: Any, kwargs: Any, outputs: Any) -> None:
-        """Keep an operation, if the model has returned."""
+        """Note an operation if the model has returned."""
         if self.outputs:
             self._operations.append((function, args, kwargs, outputs))
 
-    def holds(self, node: Node, number: int) -> bool:
-        """Return whether a node's output is one from which the operations begin."""
+    def is_output(self, node: Node, number: int) -> bool:
+        """Return whether an output of a node is one of the model's."""
         return any(
-            one.grad_fn is node and one.output_nr == number for one, _ in self.outputs.values()
+            output.grad_fn is node and output.output_nr == number
+            for output, _ in self.outputs.values()
         )
 
     def clear(self) -> None:
-        """Forget all operations, and their tensors."""
+        """Drop all operations and their tensors."""
         self.outputs.clear()
         self._operations.clear()
 
     def couples(
         self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None], size: int
     ) -> bool | None:
-        """Return whether the loss couples samples; None if it is not known as a function.
+        """Return whether the loss couples samples; None if the tape does not hold all of it.
 
         Parameters
         ----------
         roots, gradients
-            The tensors on which `backward` is called, with the gradients that it is given.
+            The tensors on which `backward` is called, with the gradients passed to it.
         size
             Number of samples, N.
         """
         base = self._derivatives(roots, gradients, {})
-        if base is None or not self._agree(roots, gradients, base):
+        if base is None or not self._is_whole_loss(roots, gradients, base):
             return None
         generator = torch.Generator().manual_seed(0)
         signs = [sign for pattern in sign_patterns(size)[1:] for sign in (pattern, -pattern)]
-        for size_of_change, sign_N in product(CHANGES, signs):
+        for change_size, sign_N in product(CHANGES, signs):
             changed_N = (1 - sign_N) / 2
             changes = {}
             for key, (output, layout) in self.outputs.items():
                 noise = torch.randn(output.shape, generator=generator)
-                spread = size_of_change * (output.detach().std(correction=0) + 1e-3)
+                spread = change_size * (output.detach().std(correction=0) + 1e-3)
                 changes[key] = noise.to(output) * spread * values_of_rows(changed_N, layout, output)
-            found = self._derivatives(roots, gradients, changes)
-            if found is None:
+            derivatives = self._derivatives(roots, gradients, changes)
+            if derivatives is None:
                 return None
             for key, (output, layout) in self.outputs.items():
                 kept = values_of_rows(1 - changed_N, layout, output)
-                difference = ((found[key] - base[key]) * kept).abs().max()
+                difference = ((derivatives[key] - base[key]) * kept).abs().max()
                 if bool(difference > 64 * torch.finfo(output.dtype).eps * base[key].abs().max()):
                     return True
         return False
 
     def is_sum(self, roots: Sequence[Tensor]) -> bool:
-        """Return whether tensors are losses of PyTorch's, by row, of which a sum or mean is taken.
+        """Return whether roots are a sum or mean of losses by row of PyTorch's.
 
-        As most are, which need no test.
+        Most losses are, and need no other test. Every operation that depends on the model's
+        outputs must take them as its first argument only, and be a cast, a join of axes, a loss by
+        row of rows that belong to samples, or linear in such losses.
         """
-        made = {key: output.shape[-1] for key, (output, layout) in self.outputs.items()}
-        # What a loss by row may be given: outputs with samples first, or rows of them joined.
-        rows = {key for key, (output, layout) in self.outputs.items() if layout.axis == 0}
-        rows = {key for key in rows if self.outputs[key][0].dim() > 1}
+        last_lengths = {key: output.shape[-1] for key, (output, _) in self.outputs.items()}
+        # Tensors whose first axis holds rows of samples: a loss by row may take them.
+        rows = {
+            key
+            for key, (output, layout) in self.outputs.items()
+            if layout.axis == 0 and output.dim() > 1
+        }
         losses: set[int] = set()
         for function, args, kwargs, outputs in self._operations:
-            given = [one for one in (*args, *kwargs.values()) if _has(made, one)]
-            if not given:
+            inputs = [
+                value for value in (*args, *kwargs.values()) if _contains(last_lengths, value)
+            ]
+            if not inputs:
                 continue
-            if len(given) > 1 or not args or given[0] is not args[0]:
+            if len(inputs) > 1 or not args or inputs[0] is not args[0]:
                 return False
             if not isinstance(outputs, Tensor):
                 return False
-            source = id(args[0])
+            source, result = id(args[0]), id(outputs)
             if source in losses:
-                if function not in LINEAR:
+                if function not in LINEAR_IN_FIRST:
                     return False
-                losses.add(id(outputs))
-            elif function in BY_ROW and source in rows:
-                losses.add(id(outputs))
+                losses.add(result)
+            elif function in LOSSES_BY_ROW and source in rows:
+                losses.add(result)
             elif function in CASTS:
-                rows |= {id(outputs)} if source in rows else set()
-            elif function in JOINS and outputs.dim() == 2 and outputs.shape[1] == made[source]:
-                rows.add(id(outputs))
+                rows |= {result} if source in rows else set()
+            elif _keeps_last_axis(function, outputs, last_lengths[source]):
+                rows.add(result)
             else:
                 return False
-            made[id(outputs)] = outputs.shape[-1] if outputs.dim() else 0
+            last_lengths[result] = outputs.shape[-1] if outputs.dim() else 0
         return bool(losses) and all(id(root) in losses for root in roots)
 
-    def _agree(
+    def _is_whole_loss(
         self,
         roots: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
         base: Mapping[int, Tensor],
     ) -> bool:
-        """Return whether derivatives are those of the loss itself: no operation was missed."""
+        """Return whether the tape's derivatives are the loss's: it misses no operation."""
         outputs = [output for output, _ in self.outputs.values()]
-        real = torch.autograd.grad(
+        derivatives = torch.autograd.grad(
             list(roots), outputs, list(gradients), retain_graph=True, materialize_grads=True
         )
-        return all(map(torch.equal, real, base.values()))
+        return all(map(torch.equal, derivatives, base.values()))
 
     def _derivatives(
         self,
@@ -159,59 +153,66 @@ class Tape:
         gradients: Sequence[Tensor | None],
         changes: Mapping[int, Tensor],
     ) -> dict[int, Tensor] | None:
-        """Return the derivatives at the changed outputs; None if it cannot be carried out."""
+        """Return the derivatives at the changed outputs; None if the operations do not run."""
         leaves = {
             key: (output.detach() + changes[key] if key in changes else output.detach())
             .clone()
             .requires_grad_()
             for key, (output, _) in self.outputs.items()
         }
-        # As copies, which an operation in place may change.
-        now: dict[int, Any] = {key: leaf.clone() for key, leaf in leaves.items()}
+        # Copies, because operations in place may write into them.
+        values: dict[int, Any] = {key: leaf.clone() for key, leaf in leaves.items()}
         try:
             with torch.enable_grad():
                 for function, args, kwargs, outputs in self._operations:
-                    if not (_has(now, args) or _has(now, kwargs)):
+                    if not (_contains(values, args) or _contains(values, kwargs)):
                         continue
-                    writes = outputs is args[0] if args else False
-                    if writes and id(outputs) not in now:
+                    in_place = outputs is args[0] if args else False
+                    if in_place and id(outputs) not in values:
                         if function is not Tensor.__setitem__:
-                            return None  # its first value is not known any more
-                        now[id(outputs)] = outputs.detach().clone()
-                    result = function(*_replaced(now, args), **_replaced(now, kwargs))
-                    _note(now, outputs, now[id(outputs)] if writes else result)
-                starts = [now[id(root)] for root in roots]
-                found = torch.autograd.grad(
+                            return None  # the value before the write is lost
+                        values[id(outputs)] = outputs.detach().clone()
+                    result = function(*_replaced(values, args), **_replaced(values, kwargs))
+                    _store(values, outputs, values[id(outputs)] if in_place else result)
+                starts = [values[id(root)] for root in roots]
+                derivatives = torch.autograd.grad(
                     starts, list(leaves.values()), list(gradients), materialize_grads=True
                 )
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, KeyError, TypeError):
             return None
-        return dict(zip(leaves, found, strict=True))
+        return dict(zip(leaves, derivatives, strict=True))
 
 
-def _has(now: Container[int], value: Any) -> bool:
+def _keeps_last_axis(function: Callable[..., Any], output: Tensor, last_length: int) -> bool:
+    """Return whether an operation joins all axes but the last: (N, T, C) to (N T, C)."""
+    return function in JOINS_AXES and output.dim() == 2 and output.shape[1] == last_length
+
+
+def _contains(ids: Container[int], value: Any) -> bool:
+    """Return whether a value, or a part of it, has one of these ids."""
     if isinstance(value, Mapping):
-        return _has(now, list(value.values()))
+        return _contains(ids, list(value.values()))
     if isinstance(value, list | tuple):
-        return any(_has(now, one) for one in value)
-    return id(value) in now
+        return any(_contains(ids, item) for item in value)
+    return id(value) in ids
 
 
-def _replaced(now: Mapping[int, Any], value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _replaced(now, one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_replaced(now, one) for one in value)
-    return now.get(id(value), value)
+def _replaced(values: Mapping[int, Any], argument: Any) -> Any:
+    """Return an argument with its tensors replaced by their values of this run."""
+    if isinstance(argument, Mapping):
+        return {key: _replaced(values, item) for key, item in argument.items()}
+    if isinstance(argument, list | tuple):
+        return type(argument)(_replaced(values, item) for item in argument)
+    return values.get(id(argument), argument)
 
 
-def _note(now: dict[int, Any], outputs: Any, results: Any) -> None:
-    """Note results in place of outputs; what has no gradient is a constant of the step."""
+def _store(values: dict[int, Any], outputs: Any, results: Any) -> None:
+    """Store results under the ids of outputs; outputs without gradient stay constants."""
     if isinstance(outputs, Tensor):
         if outputs.requires_grad:
-            now[id(outputs)] = results
+            values[id(outputs)] = results
     elif isinstance(outputs, list | tuple):
         for output, result in zip(outputs, results, strict=True):
-            _note(now, output, result)
+            _store(values, output, result)

@@ -1,0 +1,377 @@
+"""Which sample of the step each row of its data belongs to.
+
+The proof relates the rows of each layer's output to rows of the loss. Which samples these are, the
+data say: a batch is in the order of the step's index. Where the block reorders data, as by
+`x[order]`, `flip` or `cat`, the same operation is carried out on the numbers of their rows, and the
+result is noted on the output tensor. Only data are followed, which depend on no parameter; the rows
+of activations are what the proof finds.
+
+Map: `SampleRows` (the samples of a tensor's rows), `DataRows` (follows the data of one pass),
+`mark_as_range`, `is_data`, `as_sequence`.
+
+Shape suffix: R rows of an axis.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sampimp.importance.ownership.operations import (
+    CREATES,
+    FOLLOWED,
+    IN_PLACE,
+    MOVES_ENTRIES,
+    PRODUCTS,
+    SORTS_FEATURES,
+)
+from sampimp.importance.rules.arithmetic import Batch
+
+_NO_SAMPLE, _UNKNOWN_SAMPLE = -1, -2
+"""Numbers of entries that belong to no sample, or to one that is not known."""
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """The sample of each row of a tensor."""
+
+    axis: int
+    samples: Tensor | None
+    """(R,), positions in the batch, -1 for no sample; None where that is not known any more."""
+
+    is_plain: bool = False
+    """Whether row n is known to be that of sample n."""
+
+    is_created: bool = False
+    """Whether the rows were created in the block (noise). Combined with data, they take the data's
+    samples."""
+
+    @property
+    def is_of_no_sample(self) -> bool:
+        """Whether no row belongs to a sample, as of noise."""
+        if self.is_plain or self.samples is None:
+            return False
+        return bool((self.samples < 0).all())
+
+    def is_ordered(self, size: int) -> bool:
+        """Return whether the samples are in the batch's order, perhaps joined with positions."""
+        if self.is_plain:
+            return True
+        if self.samples is None or not size or len(self.samples) % size:
+            return False
+        rows = torch.arange(len(self.samples))
+        orders = (rows // (len(rows) // size or 1), rows % size)
+        return any(torch.equal(self.samples, order) for order in orders)
+
+    def equals(self, other: "SampleRows") -> bool:
+        """Return whether the axis and the samples are the same, or both unknown."""
+        if self.samples is None or other.samples is None:
+            return self.samples is other.samples
+        return self.axis == other.axis and torch.equal(self.samples, other.samples)
+
+
+UNKNOWN_ROWS = SampleRows(0, None)
+"""The note on data whose rows cannot be followed."""
+
+
+class DataRows:
+    """The samples of the rows of all data in one pass.
+
+    Parameters
+    ----------
+    batch
+        As for rules.
+    index
+        The step's index of the pass's samples, by which they may be fetched inside the block; None
+        if it is not known.
+    step
+        The same object in all passes of a step.
+
+    Attributes
+    ----------
+    active
+        Whether some data are no longer in the batch's order. Until then, only the operations in
+        `operations.FOLLOWED` need to be followed.
+    """
+
+    def __init__(self, batch: Batch, index: Tensor | None, step: object) -> None:
+        self._batch, self._index, self._step = batch, index, step
+        self._pass = object()  # another pass of the step may meet the same data
+        self.active = False
+        self._plain: dict[int, SampleRows] = {}  # by axis
+
+    def of(self, data: Tensor) -> SampleRows | None:
+        """Return what is known of a tensor's rows; None if it has no axis of samples."""
+        noted = self._noted(data)
+        if noted is not None:
+            return noted
+        axis = self._batch.axis(data.dim(), int(data.is_floating_point()))
+        if data.dim() <= axis or data.shape[axis] != self._batch.size:
+            return None
+        if axis and len(data) == data.shape[axis]:
+            return None  # as many positions as samples; it may be transposed later
+        if axis not in self._plain:
+            self._plain[axis] = SampleRows(axis, torch.arange(self._batch.size), is_plain=True)
+        return self._plain[axis]
+
+    def must_follow(self, function: Callable[..., Any]) -> bool:
+        """Return whether an operation on data has to be followed."""
+        return self.active or function in FOLLOWED
+
+    def note_made(self, data: Tensor) -> None:
+        """Note that a tensor was created in the block, and contains no sample."""
+        rows = self.of(data)
+        if rows is not None and rows.is_plain:
+            created = replace(rows, is_created=True)
+            data._sampimp_rows = self._step, self._pass, created  # type: ignore[attr-defined]
+            self.active = True
+
+    def follow(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        outputs: Sequence[Any],
+    ) -> None:
+        """Note the rows of an operation's outputs, which are data."""
+        if function in CREATES:
+            for output in outputs:
+                self.note_made(output)
+            return
+        args = args or (kwargs.get("input", kwargs.get("tensors")),)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("input", "tensors")}
+        if function in SORTS_FEATURES:
+            self._follow_sort(function, args, kwargs, outputs)
+        elif function in MOVES_ENTRIES:
+            self._follow_move(function, args, kwargs, outputs)
+        else:
+            self._follow_values(function, args, kwargs, outputs)
+
+    def _noted(self, data: Tensor) -> SampleRows | None:
+        """Return the note of this step on a tensor."""
+        step, number, rows = getattr(data, "_sampimp_rows", (None, None, None))
+        if step is not self._step:
+            return None
+        return rows if number is self._pass else UNKNOWN_ROWS  # moved before its own pass began
+
+    def _note(self, data: Tensor, rows: SampleRows | None) -> None:
+        if hasattr(data, "_sampimp_rows"):
+            del data._sampimp_rows
+        known = self.of(data)
+        if rows is None or (known is not None and rows.equals(known)):
+            return
+        data._sampimp_rows = self._step, self._pass, rows  # type: ignore[attr-defined]
+        self.active = True
+
+    def _follow_sort(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        outputs: Sequence[Any],
+    ) -> None:
+        """Note unknown rows where each feature is sorted along the samples."""
+        rows = self.of(args[0])
+        place, default = SORTS_FEATURES[function]
+        axis = args[place] if len(args) > place else kwargs.get("dim", default)
+        if rows is not None and args[0].dim() > 1 and axis % args[0].dim() == rows.axis:
+            for output in outputs:
+                self._note(output, UNKNOWN_ROWS)
+
+    # Operations that move entries.
+
+    def _follow_move(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        outputs: Sequence[Any],
+    ) -> None:
+        """Note rows as the operation moves the numbers of its inputs' rows."""
+        places = MOVES_ENTRIES[function]
+        values = [value for place in places for value in as_sequence(args[place : place + 1])]
+        tensors = [item for value in values for item in as_sequence(value) if _is_tensor(item)]
+        if not any(self.of(tensor) for tensor in tensors if self._batch.varies(tensor)):
+            return
+        if self._is_fetched(function, args, kwargs):
+            return
+        has_named_tensor = any(
+            _is_tensor(value) and name != "index" for name, value in kwargs.items()
+        )
+        moved = None if has_named_tensor else self._moved_numbers(function, places, args, kwargs)
+        for output, numbers in zip(outputs, moved or [None] * len(outputs), strict=False):
+            if _is_tensor(output):
+                self._note(output, self._rows_from_numbers(numbers, output))
+
+    def _is_fetched(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> bool:
+        """Return whether an operation fetches the step's samples from a data set by their index."""
+        index = None
+        if function is Tensor.__getitem__:
+            index = args[1]
+        elif function in (torch.index_select, Tensor.index_select):
+            index = args[2] if len(args) > 2 else kwargs.get("index")
+        if self._index is None or not isinstance(index, list | np.ndarray | Tensor):
+            return False
+        if self._noted(args[0]) is not None:  # a batch, not a data set
+            return False
+        index = torch.as_tensor(index)
+        if index.dtype not in (torch.int32, torch.int64) or index.shape != self._index.shape:
+            return False
+        return torch.equal(index.cpu().long(), self._index)
+
+    def _moved_numbers(
+        self,
+        function: Callable[..., Any],
+        places: Sequence[int],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Sequence[Any] | None:
+        """Return what an operation makes of the numbers of its inputs' rows, on the CPU."""
+        named = {name: _on_cpu(value) for name, value in kwargs.items()}
+        if function is torch._C._nn.pad_sequence:
+            args, named = args[:2], {**named, "padding_value": _NO_SAMPLE}
+        for as_copies in (False, True):  # expanded views of one number a row, else whole copies
+            numbered = [
+                self._numbered_all(value, as_copies or function in IN_PLACE)
+                if place in places
+                else _on_cpu(value)
+                for place, value in enumerate(args)
+            ]
+            try:
+                moved = function(*numbered, **named)
+            except (RuntimeError, TypeError, IndexError):
+                continue
+            return as_sequence(numbered[0] if function is Tensor.__setitem__ else moved)
+        return None
+
+    def _numbered_all(self, value: Any, as_copies: bool) -> Any:
+        if isinstance(value, list | tuple):
+            return [self._numbered_all(item, as_copies) for item in value]
+        return self._numbered(value, as_copies) if _is_tensor(value) else value
+
+    def _numbered(self, data: Tensor, as_copy: bool) -> Tensor:
+        """Return the number of each entry's sample, in the shape of the data."""
+        rows = self.of(data) if self._batch.varies(data) else None
+        if rows is None or rows.samples is None:
+            numbers = torch.tensor(_NO_SAMPLE if rows is None else _UNKNOWN_SAMPLE)
+        else:
+            shape = [-1 if axis == rows.axis else 1 for axis in range(data.dim())]
+            numbers = rows.samples.reshape(shape)
+        numbers = numbers.expand(data.shape)
+        return numbers.clone(memory_format=torch.contiguous_format) if as_copy else numbers
+
+    def _rows_from_numbers(self, numbers: Any, output: Tensor) -> SampleRows | None:
+        """Return the axis and the samples that the numbers of all entries amount to."""
+        if not _is_tensor(numbers) or numbers.shape != output.shape or numbers.is_floating_point():
+            return UNKNOWN_ROWS
+        expected = self._batch.axis(output.dim(), int(output.is_floating_point()))
+        strides = zip(numbers.stride(), numbers.shape, strict=True)
+        varying = {axis for axis, (stride, size) in enumerate(strides) if stride and size > 1}
+        axes = sorted(range(numbers.dim()), key=lambda axis: (axis != expected, axis))
+        mixed_rows = None
+        if not numbers.numel():
+            return None
+        for axis in axes:
+            rows = numbers.movedim(axis, 0)
+            rows = rows.flatten(1) if numbers.dim() > 1 else rows[:, None]
+            if not varying - {axis}:  # views of one number a row
+                rows = rows[:, :1]
+            if bool((rows <= _UNKNOWN_SAMPLE).any()):
+                return UNKNOWN_ROWS
+            largest_R = rows.amax(1)
+            smallest_R = rows.where(rows != _NO_SAMPLE, len(rows) + rows.max()).amin(1)
+            if bool(((largest_R == smallest_R) | (largest_R == _NO_SAMPLE)).all()):
+                return SampleRows(axis, largest_R)
+            plain_R = torch.arange(len(rows))
+            is_expected = axis == expected and len(rows) == self._batch.size
+            if is_expected and bool((rows == plain_R[:, None]).any(1).all()):
+                # Each row keeps a part of its own sample, and has parts of others, as by cutmix.
+                mixed_rows = SampleRows(axis, plain_R)
+        return mixed_rows or UNKNOWN_ROWS
+
+    # Operations that compute values.
+
+    def _follow_values(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        outputs: Sequence[Any],
+    ) -> None:
+        """Note rows that stay in place: in the batch's order, if an input has them so.
+
+        Mixup combines a batch with the same batch in another order, for example.
+        """
+        if self._is_left_product(function, args):
+            for output in outputs:
+                self._note(output, UNKNOWN_ROWS)
+            return
+        values = [*as_sequence(args[0]), *args[1:], *kwargs.values()]
+        values = [item for value in values for item in as_sequence(value)]
+        inputs = [
+            value
+            for value in values
+            if _is_tensor(value) and value.dim() and self._batch.varies(value)
+        ]
+        known = [(tensor, rows) for tensor in inputs if (rows := self.of(tensor)) is not None]
+        if not known or any(not self._noted(tensor) for tensor, _ in known):
+            return
+        of_samples = [
+            (tensor, rows)
+            for tensor, rows in known
+            if not (rows.is_created or rows.is_of_no_sample)
+        ]
+        of_samples.sort(key=lambda pair: pair[1].samples is None)
+        source, rows = (of_samples or known)[0]
+        for output in outputs:
+            if not _is_tensor(output) or not output.dim():
+                continue
+            same_axes = rows.samples is not None and output.dim() == source.dim()
+            fits = same_axes and output.shape[rows.axis] == source.shape[rows.axis]
+            if not rows.is_created:
+                self._note(output, rows if fits else UNKNOWN_ROWS)
+            elif fits:
+                self.note_made(output)
+
+    def _is_left_product(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+        """Return whether data are multiplied from the left, perhaps by a permutation matrix."""
+        if function not in PRODUCTS or len(args) < 2 or not all(map(_is_tensor, args[:2])):
+            return False
+        left = self.of(args[0]) if self._batch.varies(args[0]) else None
+        right = self.of(args[1]) if self._batch.varies(args[1]) else None
+        return left is None and right is not None and right.axis == max(0, args[1].dim() - 2)
+
+
+def mark_as_range(tensor: Tensor) -> None:
+    """Mark a tensor as 0, 1, 2, ..., so that it need not be read from its device."""
+    tensor._sampimp_range = True  # type: ignore[attr-defined]
+
+
+def is_marked_range(tensor: Any) -> bool:
+    """Return whether `mark_as_range` was called on a tensor."""
+    return getattr(tensor, "_sampimp_range", False)
+
+
+def is_data(value: Any) -> bool:
+    """Return whether a value depends on no parameter: data, or not a tensor."""
+    return not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf
+
+
+def as_sequence(value: Any) -> Sequence[Any]:
+    """Return value if it is a list or tuple, else [value]."""
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)([_on_cpu(item) for item in value])
+    return value.cpu() if _is_tensor(value) else value
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)

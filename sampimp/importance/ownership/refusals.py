@@ -1,0 +1,68 @@
+"""The errors of the proof: what it expected, what it found, where, and what to do.
+
+Each function returns an `UnsupportedError` to be raised; `where` is the name of the layer.
+"""
+
+from sampimp.errors import UnsupportedError
+from sampimp.importance.ownership.data_rows import is_data
+from sampimp.importance.ownership.use import Use
+from sampimp.importance.rules.arithmetic import Batch
+
+
+def samples_mixed(use: Use, where: str) -> UnsupportedError:
+    """Return the error for rows that depend on several samples."""
+    todo = "leave out what mixes samples, as a mean over the batch, or attention between samples"
+    if use.data is not None or all(map(is_data, use.args)):
+        todo += "; make a tensor that depends on no sample a buffer (register_buffer)"
+    return UnsupportedError(
+        expected="operations that treat each sample of a batch on its own",
+        got=f"an output of {use.name} on each row of which several samples depend: an operation "
+        "between it and the loss mixes them",
+        where=where,
+        todo=todo,
+    )
+
+
+def samples_misplaced(use: Use, where: str, batch: Batch) -> UnsupportedError:
+    """Return the error for an output without an axis of samples where one can be."""
+    axis = use.axes(batch)[:1]
+    return UnsupportedError(
+        expected=f"{batch.size} samples on axis {axis[0] if axis else 0}, one for each index of "
+        "the step, or joined with positions",
+        got=f"an output of {use.name} of shape {use.shapes[0]}, with its samples elsewhere",
+        where=where,
+        todo="move the samples to that axis; batch_dim=1 says that positions come before samples",
+    )
+
+
+def no_samples_above(use: Use, where: str, batch: Batch) -> UnsupportedError:
+    """Return the error for a graph without an axis of samples between the loss and a use."""
+    return UnsupportedError(
+        expected=f"{batch.size} samples on axis {batch.dim} of the model's output, or of another "
+        "tensor that the loss is made of, one for each index of the step",
+        got=f"none between the loss and a layer whose output has shape {use.shapes[0]}",
+        where=where,
+        todo="name as many samples as the batch has, of each part where it comes in parts: "
+        "step([index_1, index_2], ...); batch_dim=1 where positions come before samples",
+    )
+
+
+def order_unknown(use: Use, where: str) -> UnsupportedError:
+    """Return the error for data whose rows are in an unknown order."""
+    return UnsupportedError(
+        expected="data in the order of the step's index, or reordered inside the block by whole "
+        "rows",
+        got="data whose rows could not be matched with the step's samples",
+        where=where,
+        todo="put the batch into its order outside the block",
+    )
+
+
+def backward_not_repeatable(error: Exception) -> UnsupportedError:
+    """Return the error for a graph that failed in a further backward pass."""
+    return UnsupportedError(
+        expected="a backward pass that can be run several times",
+        got=(str(error).strip() or type(error).__name__).splitlines()[0],
+        where="the step",
+        todo="leave out what allows only one, as checkpoint(use_reentrant=True)",
+    )
