@@ -1,4 +1,4 @@
-"""Shared by the parts of `gpu.py`: a table that is printed and written row by row, and a timer."""
+"""Shared by the parts of `gpu.py`: the table `Report`, the checks behind a row, and a timer."""
 
 import os
 import platform
@@ -9,10 +9,14 @@ from pathlib import Path
 
 import torch
 
+from sampimp.errors import UnsupportedError
 from sampimp.schema import __version__
 
 NEEDS_CUDA = "needs CUDA"
 """Stands for a number that only a GPU can give."""
+
+REFUSED_ON_GPU = ("dropout between layers", "with projections")
+"""Recurrent layers that can be recorded only on a CPU, where autograd's graph shows their steps."""
 
 
 @dataclass
@@ -95,3 +99,57 @@ def seconds(device: str, function: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+class PlainStepError(RuntimeError):
+    """The plain step fails on this device, so that the recorded step cannot be judged."""
+
+
+class Checks:
+    """The checks behind one row of the table: their number, largest error and failures."""
+
+    def __init__(self, report: Report, what: str, bound: float | None = None) -> None:
+        self._report, self._what, self._bound = report, what, bound
+        self._largest, self._place, self._count = 0.0, "", 0
+        self._refused: list[str] = []
+        self._unknown: list[str] = []
+        self._failures: list[str] = []
+
+    def check(self, name: str, error_of: Callable[[], float]) -> None:
+        """Compute the error of one check, and note it, a refusal, or a failure."""
+        self._count += 1
+        try:
+            error = error_of()
+        except UnsupportedError as refusal:
+            if any(words in name for words in REFUSED_ON_GPU):
+                self._refused.append(name)
+            else:
+                self._fail(name, one_line(refusal))
+        except PlainStepError as error_of_plain:
+            cause = error_of_plain.__cause__ or error_of_plain
+            self._unknown.append(f"{name} ({one_line(cause)})")
+        except Exception as failure:  # of any kind: the other checks go on
+            self._fail(name, one_line(failure))
+        else:
+            if error >= self._largest:
+                self._largest, self._place = error, name
+            if not error <= (self._bound or 0.0):
+                self._fail(name, f"error {error:.1e}")
+
+    def _fail(self, name: str, why: str) -> None:
+        self._failures.append(f"{name}: {why}")
+        print(f"FAILED {self._what}, {name}: {why}", flush=True)
+
+    def close(self) -> bool:
+        """Write the row and return whether everything holds."""
+        bound = "" if self._bound is None else f"{self._bound:.0e}"
+        largest = "" if self._bound is None else f"{self._largest:.1e} ({self._place})"
+        outcome = "holds"
+        if self._failures:
+            outcome = f"{len(self._failures)} FAILED, first {self._failures[0]}"
+        if self._refused:
+            outcome += f"; {len(self._refused)} refused, as documented: {', '.join(self._refused)}"
+        if self._unknown:
+            outcome += f"; unknown, since the plain step fails: {', '.join(self._unknown)}"
+        self._report.row(self._what, str(self._count), largest, bound, outcome)
+        return not self._failures
