@@ -16,17 +16,9 @@ from sampimp.errors import ConfigError, UnsupportedError
 from sampimp.importance.ownership.proof import Proof
 from sampimp.importance.recorder import ImportanceRecorder
 
+pytestmark = pytest.mark.usefixtures("double_on_one_thread")
+
 N, T, D = 6, 5, 4
-
-
-@pytest.fixture(autouse=True)
-def double_on_one_thread():
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(dtype)
 
 
 class Net(nn.Module):

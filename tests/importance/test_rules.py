@@ -28,20 +28,13 @@ SCALE = torch.tensor([0.4, 1.3, -0.7], dtype=torch.float64)
 """Weights of the samples' losses; a mean or a sum is no more than that."""
 
 # Of the copies in the oracles, which are no leaves, and of functions that vmap loops over.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:There is a perf")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:There is a perf"),
+    pytest.mark.usefixtures("double_on_one_thread"),
+]
 
 OPTIMIZERS, moved_optimizer = oracles.OPTIMIZERS, oracles.moved_optimizer
 recorded, weighted = networks.recorded, oracles.weighted
-
-
-@pytest.fixture(autouse=True, scope="module")
-def double_on_one_thread():
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(dtype)
 
 
 @pytest.mark.parametrize("name", CASES)
