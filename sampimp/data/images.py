@@ -109,6 +109,7 @@ def _list_classes(root: Path, part: str) -> dict[str, list[str]]:
 def _require_same_classes(
     root: Path, train: dict[str, list[str]], test: dict[str, list[str]]
 ) -> None:
+    """Raise DataError if a class folder is in only one of train/ and test/."""
     for part, classes, other, others in (
         ("test", test, "train", train),
         ("train", train, "test", test),
@@ -126,10 +127,12 @@ def _require_same_classes(
 def _paths(
     folder: Path, class_names: tuple[str, ...], classes: dict[str, list[str]]
 ) -> tuple[str, ...]:
+    """Return the paths of all images, class by class."""
     return tuple(os.path.join(folder, name, file) for name in class_names for file in classes[name])
 
 
 def _labels(class_names: tuple[str, ...], classes: dict[str, list[str]]) -> np.ndarray:
+    """Return the label of every image, in the order of `_paths`."""
     counts = [len(classes[name]) for name in class_names]
     return np.repeat(np.arange(len(class_names), dtype=np.int64), counts)
 

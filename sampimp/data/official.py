@@ -269,7 +269,8 @@ def _download(urls: Sequence[str], md5: str, folder: Path | None, home: str) -> 
         expected=f"the file {urls[0].rpartition('/')[2]} on disk or from the network",
         got=f"no file ({searched}) and no download:\n         " + "\n         ".join(reasons),
         where=f"the cache {cache}",
-        todo=f"connect this machine and run again, or download {urls[0]} elsewhere, put it into "
+        todo="connect this machine to the internet and run again, or download "
+        f"{urls[0]} elsewhere, put it into "
         f"DIR/{home} and set SAMPIMP_DATA=DIR",
     )
 

@@ -15,8 +15,8 @@ the loss is over the whole batch in either case.
 
 The operations and their order are those of autograd on such a network, so that the parameters are
 equal bit for bit (tests/training/test_fused.py). The step saves autograd's bookkeeping, and memory
-traffic: gradients and activations keep their buffers from step to step, where autograd takes fresh
-pages for several megabytes. Its cost is measured in `benchmarks/` (`make bench`).
+traffic: gradients and activations keep their buffers from step to step, whereas autograd allocates
+fresh pages for several megabytes. Its cost is measured in `benchmarks/` (`make bench`).
 
 Map: `FusedStep`, `loss_gradient`.
 
@@ -36,7 +36,7 @@ aten = torch.ops.aten
 
 
 class FusedStep:
-    """Train a stack of linear layers on the mean cross-entropy, and record.
+    """Train a stack of linear layers on the mean cross-entropy, and record importance.
 
     Parameters
     ----------
@@ -183,10 +183,8 @@ def loss_gradient(logits_NC: Tensor, labels_N: Tensor, batch_size: int | None = 
     log_softmax_NC = torch.log_softmax(logits_NC.double(), 1)
     mean = 1  # ATen's code of this reduction
     count = log_softmax_NC.new_full((), len(labels_N) if batch_size is None else batch_size)
-    loss_grad = log_softmax_NC.new_ones(())
-    gradient_NC = aten.nll_loss_backward(
-        loss_grad, log_softmax_NC, labels_N, None, mean, -100, count
-    )
+    unit = log_softmax_NC.new_ones(())  # d(loss)/d(loss)
+    gradient_NC = aten.nll_loss_backward(unit, log_softmax_NC, labels_N, None, mean, -100, count)
     delta_NC = aten._log_softmax_backward_data(gradient_NC, log_softmax_NC, 1, torch.float64)
     return delta_NC.to(logits_NC.dtype)
 

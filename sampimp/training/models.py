@@ -3,7 +3,8 @@
 The paper's network has fully connected layers of ReLU units and a linear output (section 3.1); its
 last section asks for convolutional and recurrent networks. All map images (N, C, H, W) to logits
 (N, classes). The recurrent networks and the transformer read an image as a sequence of its rows, as
-is usual for MNIST. Layers are registered in the order in which they are called; none mixes samples.
+is usual for MNIST. Layers are registered in the order in which they are called. No network mixes
+samples.
 
 Map: `build_model` (a network by its name), `build_mlp` (the paper's), `build_cnn`,
 `build_resnet18`, `RowRNN`, `RowTransformer`; `import_builder` (a user's own function);
@@ -69,7 +70,7 @@ def build_model(
     if not isinstance(network, nn.Module):
         raise ConfigError(
             expected="a function that returns a torch.nn.Module",
-            got=f"one that returns {type(network).__name__}",
+            got=f"a function that returns {type(network).__name__}",
             where=f"option --model {name}",
             todo="return the network; it is called with the shape of a sample and the number of "
             "classes",
@@ -111,7 +112,7 @@ def build_mlp(
     class_count
         Number of outputs (logits).
     seed
-        Seed of the initialisation, which depends only on it.
+        Seed of the initialisation, which depends on nothing else.
 
     References
     ----------
@@ -225,7 +226,7 @@ class RowTransformer(nn.Module):
     References
     ----------
     Vaswani et al. (2017), in the form with LayerNorm first; without dropout, so that a step's
-    gradient is deterministic.
+    gradient is that of the whole network.
     """
 
     def __init__(self, input_shape: Sequence[int], class_count: int) -> None:

@@ -32,6 +32,15 @@ class AutogradStep:
     """Train any network by an optimizer on the mean cross-entropy, and record importance.
 
     The softmax is in float64; `sampimp.training.fused.loss_gradient` has the reason.
+
+    Parameters
+    ----------
+    model
+        Any network that `sampimp.ImportanceRecorder` supports.
+    optimizer
+        Over the parameters of the model.
+    record
+        False trains the same parameters without measuring importance.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, record: bool) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sources import make_source
+from sources import tiny_source
 
 from sampimp.data import scale_inputs, scaling
 from sampimp.errors import ConfigError
@@ -10,7 +10,7 @@ from sampimp.errors import ConfigError
 
 def test_unit_scaling_equals_one_line_of_numpy():
     values = np.random.default_rng(2).integers(0, 256, (6, 3, 4, 5), dtype=np.uint8)
-    source = make_source(train_values=values[:4], test_values=values[4:], full_scale=255.0)
+    source = tiny_source(train_values=values[:4], test_values=values[4:], full_scale=255.0)
     dataset = scale_inputs(source, "unit")
     plain = values.astype(np.float32) / np.float32(255)
     np.testing.assert_array_equal(dataset.train_inputs, plain[:4], strict=True)
@@ -25,7 +25,7 @@ def test_standard_scaling_against_float64(monkeypatch, block_bytes, shape, axes)
     monkeypatch.setattr(scaling, "_BLOCK_BYTES", block_bytes)
     values = np.random.default_rng(3).integers(0, 256, (40, *shape), dtype=np.uint8)
     labels = np.zeros(40, np.int64)
-    source = make_source(
+    source = tiny_source(
         train_values=values[:30],
         train_labels=labels[:30],
         test_values=values[30:],
@@ -46,7 +46,7 @@ def test_standard_scaling_against_float64(monkeypatch, block_bytes, shape, axes)
 def test_standard_scaling_of_a_constant_feature_is_zero():
     values = np.full((4, 3), 0.1, np.float32)
     values[:, 1] = [1, 2, 3, 4]
-    source = make_source(train_values=values, test_values=values[:2])
+    source = tiny_source(train_values=values, test_values=values[:2])
     dataset = scale_inputs(source, "standard")
     assert not dataset.train_inputs[:, [0, 2]].any()
     # Mean 2.5, deviation sqrt(5/4) = 1.1180340: 1.5 / 1.1180340 = 1.3416408.
@@ -54,11 +54,11 @@ def test_standard_scaling_of_a_constant_feature_is_zero():
 
 
 def test_scaled_inputs_are_copies():
-    source = make_source()
+    source = tiny_source()
     scale_inputs(source, "unit").train_inputs[0] = 99
     assert source.train_values[0, 0] == 0
 
 
 def test_unknown_scaling_is_refused():
     with pytest.raises(ConfigError, match="unit, standard"):
-        scale_inputs(make_source(), "standart")
+        scale_inputs(tiny_source(), "standart")

@@ -2,22 +2,22 @@
 
 import numpy as np
 import pytest
-from sources import make_source
+from sources import tiny_source
 
 from sampimp.errors import DataError
 
 
 def test_digest_covers_every_value_but_the_name():
     digests = {
-        make_source().digest,
-        make_source(train_values=np.zeros((4, 3), np.float32)).digest,
-        make_source(train_labels=np.array([1, 0, 0, 1])).digest,
-        make_source(test_values=np.zeros((2, 3), np.float32)).digest,
-        make_source(test_labels=np.array([0, 1])).digest,
-        make_source(full_scale=2.0).digest,
+        tiny_source().digest,
+        tiny_source(train_values=np.zeros((4, 3), np.float32)).digest,
+        tiny_source(train_labels=np.array([1, 0, 0, 1])).digest,
+        tiny_source(test_values=np.zeros((2, 3), np.float32)).digest,
+        tiny_source(test_labels=np.array([0, 1])).digest,
+        tiny_source(full_scale=2.0).digest,
     }
     assert len(digests) == 6
-    assert make_source().digest == make_source(name="other").digest
+    assert tiny_source().digest == tiny_source(name="other").digest
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_digest_covers_every_value_but_the_name():
 )
 def test_unfit_source_is_refused(changes, message):
     with pytest.raises(DataError, match=message):
-        make_source(**changes)
+        tiny_source(**changes)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -48,4 +48,4 @@ def test_error_names_the_first_value_that_is_not_finite(value):
     values[2, 1, 0] = values[3, 0, 0] = value
     message = rf"{value} at sample 2, position \[1, 0\] \(2 such values\)"
     with pytest.raises(DataError, match=message):
-        make_source(train_values=values, test_values=values[:2])
+        tiny_source(train_values=values, test_values=values[:2])

@@ -1,6 +1,6 @@
-"""What the tests of `sampimp` share: oracles that know none of its formulas, and tiny studies.
+"""Shared by tests: oracles of importance without the package's formulas, and tiny studies.
 
-`benchmarks/gpu.py` uses the oracles too, where there is no Zarr: the studies import it themselves.
+`benchmarks/gpu.py` uses the oracles without Zarr, so functions of studies import the store inside.
 """
 
 import copy
@@ -18,40 +18,41 @@ from sampimp.training.strategies import SORT_KEY, make_schedule
 
 
 def weighted_loss(model, inputs, labels, weights, reduction, dropout_seed=0):
-    """Return the batch's loss with a weight on every sample's own; the 1/B of a mean stays 1/B."""
-    torch.manual_seed(dropout_seed)  # the masks of dropout, if there is any, are those of the step
+    """Return the batch's loss with a weight per sample; a mean still divides by B."""
+    torch.manual_seed(dropout_seed)  # the dropout masks of the recorded step
     losses = functional.cross_entropy(model(inputs), labels, reduction="none")
     total = (weights * losses).sum()
     return total / len(labels) if reduction == "mean" else total
 
 
 def layers_of(model):
-    """Return the parameters of each module that has some."""
+    """Return the parameters of each module that has parameters of its own."""
     return {
-        name or "model": own
+        name or "model": parameters
         for name, module in model.named_modules()
-        if (own := list(module.parameters(recurse=False)))
+        if (parameters := list(module.parameters(recurse=False)))
     }
 
 
 def rates_of(optimizer):
-    """Return the learning rate of each parameter, by identity."""
+    """Return the learning rate of each parameter, by `id`."""
     return {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
 
 
 def importance_by_autograd(model, optimizer, inputs, labels, reduction="mean"):
-    """Return beta (layer, sample) from each sample's own gradient, one sample at a time."""
+    """Return beta (layer, sample) from per-sample gradients, one sample at a time."""
     rates = rates_of(optimizer)
     scale = 1 / len(labels) if reduction == "mean" else 1.0
     table = []
-    for own in layers_of(model).values():
-        trained = [p for p in own if p.requires_grad and id(p) in rates]
+    for parameters in layers_of(model).values():
+        trained = [p for p in parameters if p.requires_grad and id(p) in rates]
         row = []
         for sample in range(len(labels)):
             beta = torch.zeros((), dtype=inputs.dtype)
             if trained:
-                one = slice(sample, sample + 1)
-                loss = scale * functional.cross_entropy(model(inputs[one]), labels[one])
+                row_of_sample = slice(sample, sample + 1)
+                logits = model(inputs[row_of_sample])
+                loss = scale * functional.cross_entropy(logits, labels[row_of_sample])
                 for p, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
                     beta = beta + ((rates[id(p)] * gradient) ** 2).sum()
             row.append(beta)
@@ -60,22 +61,23 @@ def importance_by_autograd(model, optimizer, inputs, labels, reduction="mean"):
 
 
 def importance_by_two_steps(model, optimizer, inputs, labels, reduction="mean", dropout_seed=0):
-    """Return beta (layer, sample) from the optimizer's own step with the sample and without it."""
+    """Return beta (layer, sample) from the optimizer's step with and without the sample."""
 
     def layers_after_step(weights):
-        twin, twin_optimizer = copy.deepcopy((model, optimizer))  # one call: they stay connected
+        twin, twin_optimizer = copy.deepcopy((model, optimizer))  # one call keeps them connected
         twin_optimizer.zero_grad()
         weighted_loss(twin, inputs, labels, weights, reduction, dropout_seed).backward()
         twin_optimizer.step()
         return [
-            torch.cat([p.detach().reshape(-1) for p in own]) for own in layers_of(twin).values()
+            torch.cat([p.detach().reshape(-1) for p in parameters])
+            for parameters in layers_of(twin).values()
         ]
 
-    every = torch.ones(len(labels), dtype=inputs.dtype)
-    with_all = layers_after_step(every)
+    ones = torch.ones(len(labels), dtype=inputs.dtype)
+    with_all = layers_after_step(ones)
     columns = []
     for sample in range(len(labels)):
-        weights = every.clone()
+        weights = ones.clone()
         weights[sample] = 0
         without = layers_after_step(weights)
         columns.append(
@@ -94,37 +96,37 @@ OPTIMIZERS = {
     "rmsprop, centered": (torch.optim.RMSprop, {"centered": True, "momentum": 0.9}),
     "adagrad": (torch.optim.Adagrad, {"lr_decay": 0.1, "weight_decay": 0.1}),
 }
-"""By name: class and settings, so that every rule of `sampimp.importance.optimizers` is met."""
+"""Class and settings by name; together they use every rule of `sampimp.importance.optimizers`."""
 
 
 def moved_optimizer(name, model, gradients):
-    """Return an optimizer whose moments are those of two steps, at the parameters as they are."""
+    """Return an optimizer with the moments of two steps, at the model's unchanged parameters."""
     kind, options = OPTIMIZERS[name]
     optimizer = kind(model.parameters(), lr=0.1, **options)
     before = copy.deepcopy(model.state_dict())
     for phase in (0, 2):
         for key, parameter in model.named_parameters():
             if key in gradients:
-                own = gradients[key]
-                weights = torch.arange(phase, phase + len(own)).to(own).sin() + 0.4
-                parameter.grad = torch.tensordot(weights, own, 1)
+                rows = gradients[key]
+                weights = torch.arange(phase, phase + len(rows)).to(rows).sin() + 0.4
+                parameter.grad = torch.tensordot(weights, rows, 1)
         optimizer.step()
     model.load_state_dict(before)
     return optimizer
 
 
 def weighted(gradients, scale):
-    """Return the gradients of losses that have a weight."""
-    return {k: torch.einsum("n,n...->n...", scale, own) for k, own in gradients.items()}
+    """Return per-sample gradients, each multiplied by its sample's weight."""
+    return {key: torch.einsum("n,n...->n...", scale, rows) for key, rows in gradients.items()}
 
 
 def layer_of(name):
-    """Return the module that owns a parameter, as the recorder names it."""
+    """Return the module of a parameter, as the recorder names it."""
     return name.rpartition(".")[0] or "model"
 
 
 def gradients_by_loss(model, losses):
-    """Return {parameter's name: gradients (sample, ...)} of the losses (sample,) of one pass."""
+    """Return {parameter name: gradients (sample, ...)} of the losses (sample,) of one pass."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows = [
         torch.autograd.grad(loss, trained.values(), retain_graph=True, materialize_grads=True)
@@ -134,17 +136,19 @@ def gradients_by_loss(model, losses):
 
 
 def importance_by_update(model, optimizer, gradients):
-    """Return {layer: beta (sample,)} of the optimizer's own next step, derived by autograd.
+    """Return {layer: beta (sample,)} of the optimizer's next step, differentiated by autograd.
 
-    `gradients` are by name those of each sample's loss, so of the derivatives by the weights v of
-    the gradient of sum_i v_i loss_i. The step is carried out on copies, as a function of that.
+    `gradients` maps parameter names to per-sample gradients: the derivatives, by the weights v_i,
+    of the gradient of sum_i v_i loss_i. The step is executed on copies of the parameters.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     copies, groups = {}, []
     for group in optimizer.param_groups:
-        own = {names[id(p)]: p.detach().clone().requires_grad_().clone() for p in group["params"]}
-        copies |= own
-        groups.append({"params": list(own.values())})
+        group_copies = {
+            names[id(p)]: p.detach().clone().requires_grad_().clone() for p in group["params"]
+        }
+        copies |= group_copies
+        groups.append({"params": list(group_copies.values())})
     twin = type(optimizer)(groups, differentiable=True)
     twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # with all other settings
     for group in twin.param_groups:
@@ -153,20 +157,20 @@ def importance_by_update(model, optimizer, gradients):
     for name, summed in sums.items():
         copies[name].grad = summed
     twin.step()
-    # Twice backward is once forward: the product with the transposed derivative is linear in its
-    # vector.
+    # Forward mode by two backward passes: the vector-Jacobian product is linear in its vector, so
+    # that its derivative by the vector is the Jacobian-vector product.
     vectors = [torch.ones_like(summed, requires_grad=True) for summed in sums.values()]
-    own = [copies[name] for name in sums]
-    products = torch.autograd.grad(own, list(sums.values()), vectors, create_graph=True)
+    updated = [copies[name] for name in sums]
+    products = torch.autograd.grad(updated, list(sums.values()), vectors, create_graph=True)
     moves = torch.autograd.grad(
         products, vectors, [gradients[name] for name in sums], is_grads_batched=True
     )
     zero = torch.zeros(len(moves[0]), device=moves[0].device)
     betas = {layer_of(name): zero.clone() for name in names.values()}
     for name, move in zip(sums, moves, strict=True):
-        # Where all second moments are 0, so are the gradients, and the root has no derivative.
-        known = move.where(gradients[name] != 0, 0)
-        betas[layer_of(name)] += known.square().reshape(len(move), -1).sum(1)
+        # A second moment of 0 belongs to a gradient of 0, where the root has no derivative.
+        finite = move.where(gradients[name] != 0, 0)
+        betas[layer_of(name)] += finite.square().reshape(len(move), -1).sum(1)
     return betas
 
 
@@ -191,7 +195,7 @@ def make_source(samples=24, tests=9, classes=3, shape=(1, 2, 2), seed=0, name="m
 
 
 def make_plan(sources, grid, **changes):
-    """Return a plan over small data sets, with a small network."""
+    """Return the plan of a study of small data sets with a small network."""
     from sampimp.schema import digest_json
     from sampimp.store.plan import DatasetInfo, Plan
     from sampimp.store.record import chunk_table
@@ -229,7 +233,7 @@ def make_plan(sources, grid, **changes):
 
 
 def trial_config(strategy="shuffle", seed=1, order_seed=0, **changes):
-    """Return a trial of a small network."""
+    """Return the configuration of a trial with a small network."""
     settings = {"hidden": (6, 5), "epochs": 4, "batch_size": 7, "learning_rate": 0.3}
     training = TrainingConfig(**(settings | changes))
     return TrialConfig(
@@ -238,7 +242,7 @@ def trial_config(strategy="shuffle", seed=1, order_seed=0, **changes):
 
 
 def identity_of(planned):
-    """Return what a record says of itself."""
+    """Return the attributes that identify a trial in its record."""
     config = planned.config
     return {
         "dataset": config.dataset,
@@ -249,7 +253,7 @@ def identity_of(planned):
 
 
 def start_study(out, plan, sources):
-    """Write the plan and its data sets, and no trial."""
+    """Write the plan and its data sets, without trials."""
     from sampimp.store.location import Folder
     from sampimp.store.record import write_source
 
@@ -261,15 +265,15 @@ def start_study(out, plan, sources):
 
 
 def run_trials(folder, plan, sources, *, commit=lambda trial: True):
-    """Train what is planned, references first; return the epoch records of each trial by label.
+    """Train the planned trials, references first; return each trial's epoch records by label.
 
-    A trial for which `commit` is false is trained and written, and not committed.
+    A trial for which `commit` returns False is trained and written, but not committed.
     """
     from sampimp.store.plan import read_commits
     from sampimp.store.record import TrialRecord, read_difficulty
 
     done = {}
-    for _ in range(2):  # the references, then those that sort by them
+    for _ in range(2):  # the references, then the strategies that sort by them
         for planned in plan.resolve(read_commits(folder)):
             config, key = planned.config, planned.config.dataset
             if planned.trial_id is None or planned.label in done:
@@ -301,15 +305,15 @@ def run_trials(folder, plan, sources, *, commit=lambda trial: True):
     return done
 
 
-def close(got, want, relative=1e-10, scale=None):
-    """Whether two tensors agree to a fraction of each value, or of `scale` where that is given."""
-    assert got.shape == want.shape
-    tolerance = relative * (want.abs() if scale is None else want.abs() + scale)
-    return bool(((got - want).abs() <= tolerance).all())
+def close(actual, expected, relative=1e-10, scale=None):
+    """Return whether tensors agree within `relative` times each expected value plus `scale`."""
+    assert actual.shape == expected.shape
+    tolerance = relative * (expected.abs() if scale is None else expected.abs() + scale)
+    return bool(((actual - expected).abs() <= tolerance).all())
 
 
 def tiny_mlp(sizes=(4, 5, 3), activation=nn.ReLU, dtype=torch.float64, seed=0):
-    """Return a small network with linear layers named by their position."""
+    """Return a small network of linear layers, named by their position."""
     torch.manual_seed(seed)
     modules = []
     for fan_in, fan_out in itertools.pairwise(sizes):

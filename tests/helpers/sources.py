@@ -5,7 +5,7 @@ import numpy as np
 from sampimp.data import Source
 
 
-def make_source(**changes) -> Source:
+def tiny_source(**changes) -> Source:
     """Return 4 training and 2 test samples of 3 features; `changes` replace attributes."""
     values = {
         "name": "made",

@@ -134,6 +134,6 @@ def test_unknown_network_is_refused(name, shape, words):
 
 
 def test_function_that_returns_no_network_is_refused():
-    with pytest.raises(ConfigError, match="one that returns float") as caught:
+    with pytest.raises(ConfigError, match="a function that returns float") as caught:
         build_model("math:dist", (1.0,), (), (3.0,), seed=1)
     assert "option --model math:dist" in str(caught.value)
