@@ -41,7 +41,7 @@ class FusedStep:
     Parameters
     ----------
     model
-        Linear layers with a ReLU between each two, optionally after a Flatten, all of them trained.
+        Linear layers alternating with ReLUs, optionally after a Flatten; all layers are trained.
     optimizer
         Over all parameters of the model; `sampimp.importance.optimizers` lists the optimizers that
         can be recorded.
@@ -75,7 +75,7 @@ class FusedStep:
         ):
             raise UnsupportedError(
                 expected="an optimizer over all parameters of the model, none of them frozen",
-                got="an optimizer without some of them, or a frozen parameter",
+                got="a frozen parameter, or one that the optimizer does not update",
                 where="the fused training step",
                 todo="train it in your own loop, with ImportanceRecorder around the step",
             )
@@ -200,7 +200,7 @@ def _require_stack(model: nn.Sequential) -> list[nn.Linear]:
         or any(layer.bias is None for layer in layers)
     ):
         raise UnsupportedError(
-            expected="Linear layers with biases and a ReLU between each two",
+            expected="Linear layers with biases, alternating with ReLUs",
             got=", ".join(type(module).__name__ for module in modules) or "no layer",
             where="the model of the training run",
             todo="train it in your own loop, with ImportanceRecorder around the step",

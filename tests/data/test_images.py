@@ -69,7 +69,7 @@ def test_block_size_does_not_change_the_source(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("break_layout", "message"),
     [
         (lambda root: (root / "test").rename(root / "validation"), "no folder test/"),
         (lambda root: (root / "train").rename(root / "training"), "no folder train/"),
@@ -79,9 +79,9 @@ def test_block_size_does_not_change_the_source(tmp_path, monkeypatch):
         (lambda root: (root / "train").rename(root / "x") and (root / "train").mkdir(), "no class"),
     ],
 )
-def test_wrong_folder_layout_is_refused(tmp_path, spoil, message):
+def test_wrong_folder_layout_is_refused(tmp_path, break_layout, message):
     save_folder(tmp_path)
-    spoil(tmp_path)
+    break_layout(tmp_path)
     with pytest.raises(DataError, match=message):
         list_images(tmp_path)
 

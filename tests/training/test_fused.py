@@ -188,7 +188,7 @@ def test_samples_that_no_batch_used_are_nan():
     ],
 )
 def test_other_models_are_refused(model):
-    with pytest.raises(UnsupportedError, match="a ReLU between each two"):
+    with pytest.raises(UnsupportedError, match="alternating with ReLUs"):
         FusedStep(model, None, record=True)
 
 
