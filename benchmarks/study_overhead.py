@@ -20,7 +20,7 @@ from rich.console import Console
 from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import load_dataset
 from sampimp.sweeps.study import StudyConfig, run
-from sampimp.training.loop import AutogradStep, TrainingRun, make_optimizer
+from sampimp.training import AutogradStep, TrainingRun, make_optimizer
 from sampimp.training.strategies import make_schedule
 
 

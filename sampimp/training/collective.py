@@ -5,7 +5,7 @@
     each worker: the same update of its own copy of the parameters
 
 Batches, their order and their samples are those of a single process; only the order in which
-gradients are summed differs. A sum over workers is the one collective operation: per-sample values
+gradients are summed differs. A sum over workers is the only collective operation: per-sample values
 are gathered, bit for bit, as the sum of tables that are zero at the other workers' samples.
 
 Map: `ProcessGroup` and `SINGLE_PROCESS` (a group of one), `TorchProcessGroup` (several processes,

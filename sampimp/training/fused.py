@@ -133,7 +133,7 @@ class FusedStep:
         misses it.
         """
         rows, rates = self._latest
-        # Squared in the precision of `take`.
+        # `take` squares the rates in this precision.
         squared_rates = torch.tensor(rates, dtype=rows.dtype).square().tolist()
         scaled = [row * rate for row, rate in zip(rows, squared_rates, strict=True)]
         return torch.stack(scaled).unflatten(0, (-1, 2)).sum(1)
