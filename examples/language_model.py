@@ -1,15 +1,24 @@
-"""Which sentences shaped a small GPT-2, and where in it: Hugging Face Trainer and one with block.
+"""
+Hugging Face Trainer: which sentences shape a GPT-2
+===================================================
+
+A small grammar makes 400 sentences in which a verb agrees with its subject. Most sentences are
+plain, some are questions, and a few break the rule of agreement. One ``with`` block around
+``Trainer.train`` records which sentences shape a small GPT-2, and where in it::
 
     python examples/language_model.py
 
-The text is made here: a small grammar in which a verb agrees with its subject. Most sentences are
-plain, some are questions, and a few disagree. About 10 s on one core.
+About 10 s on one core; needs the extra ``huggingface``.
 """
+
+# %%
+# The sentences are drawn at random; a sample is one sentence.
 
 import random
 import tempfile
 from typing import Any
 
+import matplotlib.pyplot as plt
 import transformers
 import xarray as xr
 
@@ -23,24 +32,39 @@ SENTENCES, EPOCHS, LENGTH = 400, 8, 7
 
 def make_sentence(rng: random.Random) -> tuple[str, str]:
     """Return a sentence and its kind."""
-    singular, one = rng.random() < 0.5, rng.choice([*NOUNS])
-    subject = one if singular else NOUNS[one]
-    thing = rng.choice([*NOUNS, *NOUNS.values()])
-    third = rng.choice([*VERBS])
+    is_singular, noun = rng.random() < 0.5, rng.choice([*NOUNS])
+    subject = noun if is_singular else NOUNS[noun]
+    complement = rng.choice([*NOUNS, *NOUNS.values()])
+    verb = rng.choice([*VERBS])  # in the third person singular
     kind = rng.choices([*KINDS], [*KINDS.values()])[0]
     if kind == "question":
-        return f"{'does' if singular else 'do'} the {subject} {VERBS[third]} the {thing}", kind
-    verb = third if singular == (kind == "plain") else VERBS[third]
-    return f"the {subject} {verb} the {thing} .", kind
+        return (
+            f"{'does' if is_singular else 'do'} the {subject} {VERBS[verb]} the {complement}",
+            kind,
+        )
+    if is_singular != (kind == "plain"):
+        verb = VERBS[verb]
+    return f"the {subject} {verb} the {complement} .", kind
 
 
-def encode(sentences: list[str]) -> list[dict[str, Any]]:
-    """Return a row for the data set of each sentence: tokens, labels, and its position."""
+rng = random.Random(0)
+sentences, kinds = zip(*(make_sentence(rng) for _ in range(SENTENCES)), strict=True)
+for kind in KINDS:
+    print(f"{kind:10} {sentences[kinds.index(kind)]}")
+
+# %%
+# Each row of the data set has a column ``index`` with the position of the sentence. `Trainer`
+# removes columns that the model does not use, unless ``remove_unused_columns=False``.
+
+
+def encode(sentences: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return the rows of the data set: tokens, labels, index."""
     words = [sentence.split() for sentence in sentences]
-    ids = {word: number for number, word in enumerate(sorted({w for ws in words for w in ws}), 1)}
+    vocabulary = sorted({word for sentence in words for word in sentence})
+    token_of = {word: token for token, word in enumerate(vocabulary, 1)}
     rows = []
-    for index, own in enumerate(words):
-        tokens = [0, *(ids[word] for word in own)]  # 0 begins a sentence, and fills it up
+    for index, sentence in enumerate(words):
+        tokens = [0, *(token_of[word] for word in sentence)]  # 0: start of a sentence, and padding
         padding = LENGTH - len(tokens)
         rows.append(
             {
@@ -71,7 +95,7 @@ def train(rows: list[dict[str, Any]]) -> xr.DataArray:
             num_train_epochs=EPOCHS,
             per_device_train_batch_size=20,
             learning_rate=3e-3,
-            remove_unused_columns=False,  # or Trainer would drop "index"
+            remove_unused_columns=False,
             use_cpu=True,
             disable_tqdm=True,
             report_to="none",
@@ -87,47 +111,64 @@ def train(rows: list[dict[str, Any]]) -> xr.DataArray:
     return importance.recorder.to_dataset()["importance"]
 
 
+# %%
+# Layers are grouped into parts of the network. Epoch 1 is left out: the first update of AdamW,
+# which `Trainer` uses, is nearly a sign; its importance is not comparable with that of later steps.
+
+
 def part_of(layer: str) -> str:
-    """Return which part of the network a layer is in."""
+    """Return the part of the network that contains a layer."""
     if layer.startswith("transformer.h."):
         _, _, block, kind, *_ = layer.split(".")
         return f"block {int(block) + 1}, " + {"attn": "attention", "mlp": "MLP"}.get(kind, "norms")
     return {"transformer.wte": "words", "transformer.wpe": "positions"}.get(layer, "last norm")
 
 
-def main() -> None:
-    """Train, and say which sentences shaped which part, and when."""
-    rng = random.Random(0)
-    sentences, kinds = zip(*(make_sentence(rng) for _ in range(SENTENCES)), strict=True)
-    beta = train(encode(list(sentences)))
-    # Adam's very first steps are signs, almost, and have an importance of another kind.
-    beta = beta.sel(epoch=slice(2, None))
-    beta = beta.assign_coords(
-        kind=("sample", list(kinds)),
-        part=("layer", [part_of(name) for name in beta["layer"].values]),
-    )
-    by_part = beta.sum("epoch").groupby("part").sum()
-    by_epoch = beta.sum("layer")
+beta = train(encode(sentences)).sel(epoch=slice(2, None))
+beta = beta.assign_coords(
+    kind=("sample", list(kinds)),
+    part=("layer", [part_of(name) for name in beta["layer"].values]),
+)
+parts = list(dict.fromkeys(beta["part"].values))
+by_part = beta.sum("epoch").groupby("part").sum()
+by_epoch = beta.sum("layer")
 
-    def print_row(name: str, tau: xr.DataArray) -> None:
-        relative = (tau.groupby("kind").mean() / tau.mean()).sel(kind=list(KINDS)).values
-        print(f"{name:20}", *(f"{value:10.2f}" for value in relative))
-
-    print("Importance of a sentence, by its kind; 1 is that of the average sentence\n")
-    print(f"{'':20}", *(f"{kind:>10}" for kind in KINDS))
-    print(f"{'sentences':20}", *(f"{kinds.count(kind):10}" for kind in KINDS))
-    for name in dict.fromkeys(beta["part"].values):
-        print_row(name, by_part.sel(part=name))
-    print()
-    for epoch in by_epoch["epoch"].values:
-        print_row(f"epoch {epoch}", by_epoch.sel(epoch=epoch))
-
-    print("\nThe sentence that shaped each part most in the last epoch\n")
-    last = beta.sel(epoch=EPOCHS).groupby("part").sum()
-    for name in dict.fromkeys(beta["part"].values):
-        first = int(last.sel(part=name).argmax("sample"))
-        print(f"{name:20} {sentences[first]:34} {kinds[first]}")
+# %%
+# Importance of a sentence by its kind, relative to the average sentence (1). The exceptions to the
+# rule of agreement are learned last.
 
 
-if __name__ == "__main__":
-    main()
+def relative_importance(tau: xr.DataArray) -> list[float]:
+    """Return the mean of each kind of sentence, divided by the mean of all sentences."""
+    return (tau.groupby("kind").mean() / tau.mean()).sel(kind=list(KINDS)).values.tolist()
+
+
+def print_row(name: str, values: list[float]) -> None:
+    """Print a row of the table."""
+    print(f"{name:20}", *(f"{value:10.2f}" for value in values))
+
+
+print("Importance of a sentence, by its kind; 1 is that of the average sentence\n")
+print(f"{'':20}", *(f"{kind:>10}" for kind in KINDS))
+print(f"{'sentences':20}", *(f"{kinds.count(kind):10}" for kind in KINDS))
+for part in parts:
+    print_row(part, relative_importance(by_part.sel(part=part)))
+print()
+for epoch in by_epoch["epoch"].values:
+    print_row(f"epoch {epoch}", relative_importance(by_epoch.sel(epoch=epoch)))
+
+# %%
+# The most important sentence of each part in the last epoch.
+
+print("The sentence that shaped each part most in the last epoch\n")
+last = beta.sel(epoch=EPOCHS).groupby("part").sum()
+for part in parts:
+    sample = int(last.sel(part=part).argmax("sample"))
+    print(f"{part:20} {sentences[sample]:34} {kinds[sample]}")
+
+figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+curves = [relative_importance(by_epoch.sel(epoch=epoch)) for epoch in by_epoch["epoch"].values]
+axes.plot(by_epoch["epoch"], curves, label=list(KINDS))
+axes.set(xlabel="epoch", ylabel="importance, times the average", ylim=(0, None))
+axes.legend(title="sentence")
+plt.show()
