@@ -58,9 +58,7 @@ nb_merge_streams = True
 # Gallery
 
 mpl.use("agg")  # before sphinx-gallery runs the examples
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # small networks; before torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks; before torch is imported
 
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
@@ -94,7 +92,6 @@ html_theme_options = {
     "show_toc_level": 2,
     "navigation_with_keys": False,
     "navbar_align": "left",
-    "header_links_before_dropdown": 6,
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": [],

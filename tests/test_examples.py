@@ -1,4 +1,4 @@
-"""The examples run as they are written, and find what they say."""
+"""The examples run as they are written, print no error, and find what their text says."""
 
 import os
 import re
@@ -13,21 +13,21 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(name, folder, *arguments):
-    """Return what an example prints; its errors stream has to stay empty."""
+    """Return what an example prints; nothing may be written to its standard error."""
     search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name), *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", "MPLBACKEND": "template"},
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+    assert (process.returncode, process.stderr) == (0, "")
+    return process.stdout
 
 
 def table(text):
-    """Return the rows of numbers, by their name."""
+    """Return the printed rows of numbers, by the name in their first column."""
     rows = {}
     for line in text.splitlines():
         name, *cells = re.split(r"\s{2,}", line.strip())
@@ -44,22 +44,26 @@ def test_plain_loop(tmp_path):
     tau = importance.sum(["epoch", "layer"])
     rows = table(text)
     for epoch in importance["epoch"].values:
-        wanted = 100 * importance.sel(epoch=epoch).sum("sample") / tau.sum()
-        assert rows[str(epoch)] == pytest.approx(wanted.values, abs=0.051)  # as printed
-    named = re.findall(r"digit +(\d+), a (\d)", text)
-    assert [int(sample) for sample, _ in named] == tau.argsort().values[::-1][:10].tolist()
-    assert [int(label) for _, label in named] == [int(stored["label"][int(i)]) for i, _ in named]
+        expected = 100 * importance.sel(epoch=epoch).sum("sample") / tau.sum()
+        assert rows[str(epoch)] == pytest.approx(expected.values, abs=0.051)  # as printed
+    largest = re.findall(r"digit +(\d+), a (\d)", text)
+    assert [int(sample) for sample, _ in largest] == tau.argsort().values[::-1][:10].tolist()
+    assert [int(label) for _, label in largest] == [
+        int(stored["label"][int(i)]) for i, _ in largest
+    ]
     tenth = int(re.search(r"most important tenth of the digits has (\d+)%", text)[1])
     assert tenth == pytest.approx(100 * float(tau.sortby(-tau)[:150].sum() / tau.sum()), abs=0.51)
-    assert tenth > 50  # the few shape the network, as in the paper
+    assert tenth > 50  # few samples shape the network, as in the paper
 
 
 def test_with_lightning(tmp_path):
     text = run("with_lightning.py", tmp_path)
     rows = table(text)
     assert [*rows] == [str(epoch) for epoch in range(1, 13)]
-    assert max(rows["1"]) < 10  # at first a wrong label is a label like others, 5 % of them ...
-    assert min(rows["12"]) > 30  # ... and in the end what is left to learn
+    assert (
+        max(rows["1"]) < 10
+    )  # at first wrong labels have the importance of others, and are 5 % ...
+    assert min(rows["12"]) > 30  # ... at the end they are what is left to learn
     assert int(re.search(r"overall importance, (\d+)% have a wrong label", text)[1]) > 60
 
 
@@ -69,8 +73,8 @@ def test_language_model(tmp_path):
     plain, question, disagrees = rows.pop("sentences")
     assert plain + question + disagrees == 400
     assert [*rows][:3] == ["words", "positions", "block 1, norms"]
-    for values in rows.values():  # those of all kinds together are the average
+    for values in rows.values():  # the mean over all sentences is 1
         mean = plain * values[0] + question * values[1] + disagrees * values[2]
         assert mean == pytest.approx(400, abs=2.5)
-    assert rows["epoch 8"][2] > 3 > rows["epoch 2"][2]  # the exceptions are learned last
-    assert text.count(" disagrees\n") > 3  # and shape most parts then
+    assert rows["epoch 8"][2] > 3 > rows["epoch 2"][2]  # exceptions are learned last
+    assert text.count(" disagrees\n") > 3  # and shape most parts in the last epoch
