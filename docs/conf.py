@@ -4,12 +4,15 @@ The build needs no network: no inventory of another project is downloaded unless
 SAMPIMP_INTERSPHINX is set. It runs the scripts of examples/ (sphinx-gallery) and the notebook pages
 (MyST-NB), about a minute on two cores, and repeats only those that changed.
 
-Map: project, extensions, pages (MyST), notebooks, gallery, API, HTML.
+Map: project, extensions, pages (MyST), notebooks, gallery, API, HTML, formulas (`setup`).
 """
 
 import os
+from typing import Any
 
 import matplotlib as mpl
+from docutils import nodes
+from latex2mathml.converter import convert
 
 from sampimp.schema import __version__
 
@@ -27,7 +30,6 @@ extensions = [
     "numpydoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
@@ -64,7 +66,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     "filename_pattern": r"\.py$",
-    "within_subsection_order": "sphinx_gallery.sorting.FileNameSortKey",
+    "within_subsection_order": "sphinx_gallery.sorting.NumberOfCodeLinesSortKey",
     "download_all_examples": False,
     "remove_config_comments": True,
     "show_memory": False,
@@ -86,6 +88,7 @@ numpydoc_xref_param_type = False
 html_theme = "pydata_sphinx_theme"
 html_title = "sampimp"
 html_static_path = ["_static"]
+templates_path = ["_templates"]
 html_css_files = ["sampimp.css"]
 html_show_sourcelink = False
 html_theme_options = {
@@ -97,3 +100,25 @@ html_theme_options = {
     "footer_end": [],
     "pygments_light_style": "tango",
 }
+
+# Formulas: MathML, which browsers display without a script from a server.
+
+html_math_renderer = "mathml"
+
+
+def _add_inline_formula(translator: Any, node: nodes.math) -> None:
+    translator.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def _add_displayed_formula(translator: Any, node: nodes.math_block) -> None:
+    formula = convert(node.astext(), display="block")
+    translator.body.append(f'<div class="formula">{formula}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app: Any) -> None:
+    """Register the renderer of formulas."""
+    app.add_html_math_renderer(
+        "mathml", (_add_inline_formula, None), (_add_displayed_formula, None)
+    )
