@@ -5,7 +5,7 @@
     graph       the paper's step in a CUDA graph                             graph.md
     paper       one reference run on MNIST, beside the CPU's                 paper.md
 
-The script needs PyTorch, NumPy, Pillow, rich and tyro, and no package index: `make gpu-wheels`
+The script needs PyTorch, NumPy, rich and tyro, and no package index: `make gpu-wheels`
 fetches the packages that a machine lacks, and `make gpu` installs them for the run. Each part is a
 process with a time limit: an error inside CUDA ends that part only, and a part beyond its limit is
 stopped; the other parts run. The tables and the printed lines (log.txt) are written to the folder

@@ -19,7 +19,7 @@ from sampimp.data.official import MNIST_FILES, read_mnist_file
 
 ROOT = Path(__file__).parents[1]
 
-PACKAGES = ("numpy", "pillow", "rich", "tyro")
+PACKAGES = ("numpy", "rich", "tyro")
 """Imported beside PyTorch; `tests/test_gpu_script.py` runs the script with no other packages."""
 
 LIMIT = 60 * 10**6

@@ -164,7 +164,7 @@ def test_captured_steps_start_from_the_same_parameters_and_keep_every_batch(load
 def test_the_wheels_are_pinned(load):
     wheels = load("gpu_wheels")
     names = wheels.with_requirements(wheels.PACKAGES)
-    assert {"numpy", "pillow", "pygments", "typeguard"} <= set(names)
+    assert {"numpy", "pygments", "typeguard"} <= set(names)
     assert not {"torch", "ray", "zarr"} & set(names)
     assert all("==" in pin for pin in wheels.pins(names))
 
