@@ -44,7 +44,7 @@ from sampimp.errors import RecordError, UserError
 from sampimp.store.cube import open_cube
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits, read_plan
-from sampimp.store.record import zarr_store
+from sampimp.store.zarr_arrays import zarr_store
 
 __all__ = [
     "FIGURES",
@@ -917,7 +917,7 @@ def _render_snippet(sections: Sequence[Section], out: str) -> str:
     code = f"""import sampimp
 import xarray as xr
 from sampimp.store.location import Folder
-from sampimp.store.record import zarr_store
+from sampimp.store.zarr_arrays import zarr_store
 
 tree = sampimp.open_cube({str(out)!r})   # lazy: nothing is read yet
 cube = tree[{node!r}]

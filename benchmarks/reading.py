@@ -34,9 +34,10 @@ from sampimp.config import TrainingConfig
 from sampimp.data import Source
 from sampimp.schema import CURVES, REFERENCES, STRATEGIES, EpochRecord
 from sampimp.store.cube import open_cube
+from sampimp.store.datasets import write_source
 from sampimp.store.location import Folder
 from sampimp.store.plan import DatasetInfo, Plan, PlannedTrial, read_commits
-from sampimp.store.record import TrialRecord, write_source
+from sampimp.store.record import TrialRecord
 from sampimp.store.sharded import consolidate
 
 LAYERS = ("L1", "L2", "L3", "Out")

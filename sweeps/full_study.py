@@ -14,7 +14,7 @@ from sampimp.errors import UserError
 from sampimp.schema import __version__, digest_json
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
-from sampimp.store.record import SNAPSHOTS
+from sampimp.store.snapshots import SNAPSHOTS
 from sampimp.sweeps.door import INTERRUPTED, run_door
 from sampimp.sweeps.jobs import send
 from sampimp.sweeps.study import parse, run

@@ -21,9 +21,12 @@ from sampimp.config import OPTIMIZERS
 from sampimp.data import Dataset, Scaling, Source, scale_inputs
 from sampimp.errors import ConfigError, StoreError
 from sampimp.importance.recorder import snapshot_importance
+from sampimp.store.attempts import CHECKPOINTS
+from sampimp.store.datasets import read_source
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, read_commits, require_plan
-from sampimp.store.record import CHECKPOINTS, SNAPSHOTS, StoredVariable, read_source, write_snapshot
+from sampimp.store.snapshots import SNAPSHOTS, write_snapshot
+from sampimp.store.variables import StoredVariable
 from sampimp.sweeps.ingest import quiet_ray_data
 from sampimp.training.identity import require_network
 from sampimp.training.loop import use_deterministic_algorithms

@@ -16,9 +16,9 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from sampimp.errors import StoreError
+from sampimp.store.attempts import ERRORS
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits
-from sampimp.store.record import ERRORS
 
 RETRIES = 2
 """How often a trial that failed of itself is started again in one run of the study (arbitrary)."""

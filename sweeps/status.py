@@ -16,18 +16,12 @@ from rich.console import Console
 from rich.progress import track
 
 from sampimp.errors import RecordError, UserError
+from sampimp.store.attempts import LastSign, last_sign
+from sampimp.store.datasets import open_source, read_source
+from sampimp.store.integrity import find_damage, withdraw
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits, require_plan
-from sampimp.store.record import (
-    SNAPSHOTS,
-    LastSign,
-    find_damage,
-    last_sign,
-    open_source,
-    read_source,
-    stored_snapshots,
-    withdraw,
-)
+from sampimp.store.snapshots import SNAPSHOTS, stored_snapshots
 from sampimp.sweeps.door import run_door
 from sampimp.sweeps.progress import format_clock
 

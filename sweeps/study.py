@@ -35,9 +35,9 @@ from sampimp.schema import (
     STRATEGIES,
     digest_json,
 )
+from sampimp.store.datasets import chunk_table, read_source, write_source
 from sampimp.store.location import Folder
 from sampimp.store.plan import DatasetInfo, Plan, PlannedTrial, read_commits, read_plan
-from sampimp.store.record import chunk_table, read_source, write_source
 from sampimp.sweeps.cluster import Cluster, check_shared, connect
 from sampimp.sweeps.ingest import ingest
 from sampimp.sweeps.progress import Progress

@@ -29,7 +29,7 @@ from sampimp.errors import RecordError, ResourceError
 from sampimp.schema import EpochRecord, digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan
-from sampimp.store.record import read_difficulty
+from sampimp.store.variables import read_difficulty
 from sampimp.training.collective import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
 from sampimp.training.identity import require_network
 from sampimp.training.loop import TrainingRun

@@ -11,9 +11,10 @@ from typing import Any
 
 from ray import tune
 
+from sampimp.store.attempts import SupersededError
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan
-from sampimp.store.record import SupersededError, TrialRecord
+from sampimp.store.record import TrialRecord
 from sampimp.sweeps.provenance import describe_machine
 from sampimp.sweeps.team import Sources, Team, WorkerDiedError
 

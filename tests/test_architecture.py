@@ -29,8 +29,13 @@ HOMES = {
     "ray": ["sweeps/", "analysis/schedulers.py"],
     "distributed": ["analysis/schedulers.py"],
     "torch": ["sampimp/", "sweeps/"],
-    "zarr": ["sampimp/store/record.py"],
-    "obstore": ["sampimp/store/location.py"],
+    "zarr": ["sampimp/store/zarr_arrays.py"],
+    "obstore": [
+        f"sampimp/store/{name}.py"
+        for name in ("aws_credentials", "buckets", "location", "s3_errors")
+    ],
+    "boto3": ["sampimp/store/aws_credentials.py"],
+    "botocore": ["sampimp/store/aws_credentials.py"],
     "dask": ["analysis/", "sampimp/store/cube.py"],
     "sklearn": ["analysis/", "sampimp/data/"],
     **{name: ["sampimp/integrations/"] for name in TRAINERS},

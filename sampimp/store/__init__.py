@@ -1,1 +1,73 @@
-"""The store of a study: records, commits, digests, plan and the cube over them."""
+"""The store of a study: one folder or bucket with its plan, data sets, records and results.
+
+    OUT/study.json                       the plan: data sets, grid, configuration
+    OUT/datasets/mnist.zarr              values before scaling, labels, digest of each chunk
+    OUT/trials/mnist-nlo-seed3-1f0c9a2b/ one trial: `sampimp.store.record` lists its files
+    OUT/snapshots.json                   which epochs have snapshot importance, with digests
+    OUT/analysis/                        results, figures, report.html
+    OUT/consolidated/mnist.zarr          all trials in one sharded store, if it was asked for
+
+Map, from the lowest level to the highest:
+
+=================== ========================================================================
+`links`             symbolic links out of a folder are refused
+`s3_errors`         S3 errors are made readable here
+`aws_credentials`   credentials for S3: variables, keys, single sign-on, roles
+`buckets`           opening a folder or an S3 bucket with obstore
+`location`          `Folder`: a folder or bucket as bytes and JSON
+`zarr_arrays`       Zarr groups and arrays; the only module that imports zarr
+`attempts`          who may write a trial, and what happens to a late writer
+`variables`         `StoredVariable`: reads a trial's variable and verifies each chunk
+`integrity`         digests of a record, search for damage, withdrawal
+`record`            `TrialRecord`: writes one attempt: record, checkpoints, commit
+`datasets`          stored data sets
+`snapshots`         stored snapshot importance
+`plan`              `Plan`: which trials there are, and which of them are committed
+`cube`              `open_cube`: a study as one lazy, labelled cube
+`sharded`           `consolidate`: a finished study as one sharded store per data set
+=================== ========================================================================
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sampimp.store.cube import open_cube
+    from sampimp.store.location import Folder
+    from sampimp.store.plan import Plan, read_commits, read_plan
+    from sampimp.store.sharded import consolidate
+    from sampimp.store.zarr_arrays import zarr_store
+
+__all__ = [
+    "Folder",
+    "Plan",
+    "consolidate",
+    "open_cube",
+    "read_commits",
+    "read_plan",
+    "zarr_store",
+]
+
+_HOMES = {
+    "Folder": "sampimp.store.location",
+    "Plan": "sampimp.store.plan",
+    "consolidate": "sampimp.store.sharded",
+    "open_cube": "sampimp.store.cube",
+    "read_commits": "sampimp.store.plan",
+    "read_plan": "sampimp.store.plan",
+    "zarr_store": "sampimp.store.zarr_arrays",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use: a trial's worker needs neither dask nor xarray."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sampimp.store' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, those not yet imported included."""
+    return sorted(__all__)

@@ -25,15 +25,11 @@ import xarray as xr
 from sampimp.config import OPTIMIZERS
 from sampimp.errors import RecordError
 from sampimp.schema import CURVES, REFERENCES, STRATEGIES, VARIABLES, Layout, digest_json
+from sampimp.store.datasets import StoredSource, open_source
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits, require_plan
-from sampimp.store.record import (
-    SNAPSHOTS,
-    StoredSource,
-    StoredVariable,
-    open_source,
-    stored_snapshots,
-)
+from sampimp.store.snapshots import SNAPSHOTS, stored_snapshots
+from sampimp.store.variables import StoredVariable
 
 
 def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:

@@ -20,8 +20,8 @@ from sampimp.schema import (
     Layout,
     __version__,
 )
+from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
-from sampimp.store.record import record_digest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,8 @@ from sampimp.schema import VARIABLES, digest_json
 from sampimp.store.cube import open_cube
 from sampimp.store.location import Folder
 from sampimp.store.plan import PlannedTrial, read_commits, require_plan
-from sampimp.store.record import SNAPSHOTS, open_for_writing, zarr_store
+from sampimp.store.snapshots import SNAPSHOTS
+from sampimp.store.zarr_arrays import open_for_writing, zarr_store
 
 CHUNK_BYTES = 2**20
 """Of one chunk, which is the least that is read. On 8 trials of 20,000 samples, with 64 KiB, 256
@@ -33,8 +34,8 @@ KiB and 1 MiB: one sample of all trials 0.04, 0.02, 0.04 s; one epoch of one tri
 all 11, 3.5, 1.0 s (from the records 2.9 s)."""
 SHARD_BYTES = 2**25
 """Of one shard, at most: an object that a link of 0.6 MB/s puts within
-`sampimp.store.location.TIMEOUT`."""
-BLOCK_BYTES = 2**27
+`sampimp.store.buckets.REQUEST_TIMEOUT`."""
+WRITE_BLOCK_BYTES = 2**27
 """Held in memory at a time, and about three times that while it is encoded (arbitrary)."""
 
 UNFINISHED = "sampimp_unfinished"
@@ -246,7 +247,7 @@ def blocks(cube: xr.Dataset, name: str) -> Iterator[tuple[slice, ...]]:
         return
     axis = array.dims.index(along)
     _, shard = chunk_and_shard(array.dims, array.shape, array.dtype.itemsize)
-    width = shard[axis] * max(1, BLOCK_BYTES // (int(np.prod(shard)) * array.dtype.itemsize))
+    width = shard[axis] * max(1, WRITE_BLOCK_BYTES // (int(np.prod(shard)) * array.dtype.itemsize))
     own = array.shape[2:] if name in VARIABLES else array.shape
     places = np.argwhere(cube["trial"].values != "") if name in VARIABLES else np.empty((1, 0), int)
     for place in places.tolist():

@@ -197,8 +197,8 @@ def make_source(samples=24, tests=9, classes=3, shape=(1, 2, 2), seed=0, name="m
 def make_plan(sources, grid, **changes):
     """Return the plan of a study of small data sets with a small network."""
     from sampimp.schema import digest_json
+    from sampimp.store.datasets import chunk_table
     from sampimp.store.plan import DatasetInfo, Plan
-    from sampimp.store.record import chunk_table
 
     settings = {"hidden": (5, 4), "epochs": 3, "batch_size": 5, "learning_rate": 0.3}
     training = TrainingConfig(**(settings | changes))
@@ -254,8 +254,8 @@ def identity_of(planned):
 
 def start_study(out, plan, sources):
     """Write the plan and its data sets, without trials."""
+    from sampimp.store.datasets import write_source
     from sampimp.store.location import Folder
-    from sampimp.store.record import write_source
 
     folder = Folder.of(out)
     folder.write_json("study.json", plan.to_json())
@@ -270,7 +270,8 @@ def run_trials(folder, plan, sources, *, commit=lambda trial: True):
     A trial for which `commit` returns False is trained and written, but not committed.
     """
     from sampimp.store.plan import read_commits
-    from sampimp.store.record import TrialRecord, read_difficulty
+    from sampimp.store.record import TrialRecord
+    from sampimp.store.variables import read_difficulty
 
     done = {}
     for _ in range(2):  # the references, then the strategies that sort by them

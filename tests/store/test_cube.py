@@ -18,10 +18,12 @@ import sampimp
 from sampimp.data import scale_inputs
 from sampimp.errors import RecordError, StoreError
 from sampimp.schema import CURVES, REFERENCES, STRATEGIES, VARIABLES
-from sampimp.store import record as store
+from sampimp.store import datasets
+from sampimp.store.datasets import read_source, write_source
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
-from sampimp.store.record import TrialRecord, read_source, write_snapshot, write_source
+from sampimp.store.record import TrialRecord
+from sampimp.store.snapshots import write_snapshot
 from sampimp.sweeps import status
 
 GRID = {"sim": (1, 3), "shuffle": (1, 2), "nlo": (1, 3), "shuffle_by_seed": (1,)}
@@ -289,7 +291,7 @@ def test_a_data_set_that_is_not_stored_yet_has_no_labels(tmp_path):
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """A study of one committed trial, and its data set in chunks of four images or 16 labels."""
-    monkeypatch.setattr(store, "SOURCE_CHUNK", 128)
+    monkeypatch.setattr(datasets, "SOURCE_CHUNK", 128)
     sources = {"one": oracles.make_source(samples=24, shape=(2, 4, 4))}
     plan = oracles.make_plan(sources, {"shuffle": (1,)}, epochs=1)
     folder = oracles.start_study(tmp_path, plan, sources)

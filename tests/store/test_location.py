@@ -20,9 +20,12 @@ import pytest
 
 from sampimp.data import Source
 from sampimp.errors import RecordError, StoreError
-from sampimp.store import location as folder_module
-from sampimp.store.location import Folder, ServerAwayError, open_store
-from sampimp.store.record import read_source, write_source, zarr_store
+from sampimp.store import buckets, location
+from sampimp.store.buckets import open_store
+from sampimp.store.datasets import read_source, write_source
+from sampimp.store.location import Folder
+from sampimp.store.s3_errors import ServerAwayError
+from sampimp.store.zarr_arrays import zarr_store
 
 
 def made_source():
@@ -330,9 +333,9 @@ def not_on_aws(monkeypatch, tmp_path):
     monkeypatch.setattr(
         Path, "is_file", lambda path: "sys_vendor" not in str(path) and is_file(path)
     )
-    folder_module.open_store.cache_clear()
+    buckets.open_store.cache_clear()
     yield
-    folder_module.open_store.cache_clear()
+    buckets.open_store.cache_clear()
 
 
 @pytest.fixture
@@ -481,10 +484,10 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(bucket):
 
 
 def test_a_server_that_stays_away_or_hangs_is_given_up(bucket, monkeypatch):
-    monkeypatch.setattr(folder_module, "FIRST_PATIENCE", timedelta(seconds=0.2))
-    monkeypatch.setattr(folder_module, "PATIENCE", timedelta(seconds=0.5))
-    monkeypatch.setattr(folder_module, "_ATTEMPT", timedelta(seconds=0.1))
-    monkeypatch.setattr(folder_module, "TIMEOUT", timedelta(seconds=0.3))
+    monkeypatch.setattr(location, "OPENING_PATIENCE", timedelta(seconds=0.2))
+    monkeypatch.setattr(location, "SERVER_PATIENCE", timedelta(seconds=0.5))
+    monkeypatch.setattr(location, "_RETRY_PATIENCE", timedelta(seconds=0.1))
+    monkeypatch.setattr(buckets, "REQUEST_TIMEOUT", timedelta(seconds=0.3))
     bucket.answers = [(500, "")]
     folder = Folder.of("s3://bucket/study")
     for use in (Folder.check_reachable, Folder.check_writable, Folder.folders):

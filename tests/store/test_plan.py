@@ -9,9 +9,9 @@ import pytest
 from sampimp.config import NetworkIdentity, TrainingConfig, TrialConfig
 from sampimp.errors import ConfigError, RecordError, StoreError
 from sampimp.schema import REFERENCES, STRATEGIES
+from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, read_commits, read_plan
-from sampimp.store.record import record_digest
 
 GRID = {"nlo": (1, 2), "shuffle": (1, 2), "rand": (1,), "sim": (3,), "shuffle_by_seed": (1, 2)}
 

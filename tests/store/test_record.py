@@ -19,23 +19,15 @@ from zarr.errors import ContainsGroupError
 from sampimp import schema
 from sampimp.errors import RecordError
 from sampimp.schema import CURVES, VARIABLES, EpochRecord, Layout, chunk_shape, digest
+from sampimp.store.attempts import SupersededError, claim_attempt
+from sampimp.store.datasets import read_source, write_source
+from sampimp.store.integrity import find_damage, record_digest, withdraw
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
-from sampimp.store.record import (
-    StoredVariable,
-    SupersededError,
-    TrialRecord,
-    claim_attempt,
-    find_damage,
-    open_array,
-    read_difficulty,
-    read_source,
-    record_digest,
-    stored_snapshots,
-    withdraw,
-    write_snapshot,
-    write_source,
-)
+from sampimp.store.record import TrialRecord
+from sampimp.store.snapshots import stored_snapshots, write_snapshot
+from sampimp.store.variables import StoredVariable, read_difficulty
+from sampimp.store.zarr_arrays import open_array
 
 LAYOUT = Layout(epoch=3, layer=2, sample=10, parameter=7, states=(0, 1, 2, 3))
 IDENTITY = {"strategy": "rand", "seed": 1, "fingerprint": "f" * 64}

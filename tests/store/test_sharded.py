@@ -15,8 +15,8 @@ from sampimp.errors import RecordError, StoreError
 from sampimp.schema import VARIABLES
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
-from sampimp.store.record import write_snapshot
 from sampimp.store.sharded import chunk_and_shard, consolidate
+from sampimp.store.snapshots import write_snapshot
 
 GRID = {"shuffle": (1, 2), "nlo": (1, 3)}
 
@@ -44,7 +44,7 @@ def small(monkeypatch):
     """Chunks of 5 or so samples, several of them in a shard, several blocks of one shard."""
     monkeypatch.setattr(sampimp.store.sharded, "CHUNK_BYTES", 200)
     monkeypatch.setattr(sampimp.store.sharded, "SHARD_BYTES", 400)
-    monkeypatch.setattr(sampimp.store.sharded, "BLOCK_BYTES", 400)
+    monkeypatch.setattr(sampimp.store.sharded, "WRITE_BLOCK_BYTES", 400)
 
 
 @pytest.mark.usefixtures("small")

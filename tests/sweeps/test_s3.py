@@ -32,10 +32,11 @@ from rich.console import Console
 import sampimp
 from sampimp.analysis import report
 from sampimp.errors import StoreError
-from sampimp.store import location as folder_module
+from sampimp.store import buckets, location
+from sampimp.store.attempts import ERRORS
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
-from sampimp.store.record import ERRORS, open_array, zarr_store
+from sampimp.store.zarr_arrays import open_array, zarr_store
 from sampimp.sweeps import full_study, study
 from sampimp.sweeps.scoring import score_snapshots
 
@@ -194,7 +195,7 @@ def name_server(endpoint: str) -> None:
 
 def forget_server() -> None:
     """Let what was opened so far be opened anew."""
-    folder_module.open_store.cache_clear()
+    buckets.open_store.cache_clear()
     open_array.cache_clear()
 
 
@@ -257,7 +258,7 @@ def stored(server, cluster, finished) -> Stored:
 
 def objects(url: str, below: str = "") -> dict[str, bytes]:
     """Return every object of a study, by its path."""
-    store = folder_module.open_store(url)
+    store = buckets.open_store(url)
     listed = [item["path"] for page in obstore.list(store, below) for item in page]
     with ThreadPoolExecutor(8) as pool:
         contents = pool.map(lambda path: bytes(obstore.get(store, path).bytes()), listed)
@@ -421,7 +422,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(
 ):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(folder_module, "FIRST_PATIENCE", timedelta(seconds=0.5))
+    monkeypatch.setattr(location, "OPENING_PATIENCE", timedelta(seconds=0.5))
     assert full_study.main([*tiny, "--out", out]) == 2
     text = "".join(capsys.readouterr())
     lines = [line for line in text.splitlines() if not line.startswith("no cluster: ")]

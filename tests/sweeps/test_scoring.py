@@ -13,8 +13,8 @@ from rich.console import Console
 import sampimp
 from sampimp.data import load_source
 from sampimp.errors import ConfigError
-from sampimp.store.cube import SNAPSHOTS
 from sampimp.store.location import Folder
+from sampimp.store.snapshots import SNAPSHOTS
 from sampimp.sweeps import score_snapshots as door
 from sampimp.sweeps import status
 from sampimp.sweeps.scoring import _require_constant_buffers, check_epochs, score_snapshots

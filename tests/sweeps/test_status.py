@@ -9,7 +9,8 @@ import pytest
 
 import sampimp
 from sampimp.store.plan import read_commits
-from sampimp.store.record import SNAPSHOTS, TrialRecord, write_snapshot
+from sampimp.store.record import TrialRecord
+from sampimp.store.snapshots import SNAPSHOTS, write_snapshot
 from sampimp.sweeps import status
 from sampimp.sweeps.status import inspect
 

@@ -1,0 +1,111 @@
+"""Attempts at a trial: who may write, and what happens to a late writer.
+
+A worker that was cut off by the network, and a second worker started in its place, may train the
+same trial at the same time. Every attempt therefore
+
+1. claims a number that no other attempt has (`claim_attempt` creates attempts/NNNN.json, which only
+   one process can create),
+2. writes into a record and checkpoints of its own (record-NNNN.zarr), so that a late writer
+   overwrites nothing,
+3. checks before each epoch and before the commit that no higher number has been claimed
+   (`require_newest`). **A late writer finds one and gets a `SupersededError`**; `sampimp.sweeps`
+   then ends it without a failure, and the newer attempt goes on from the newest checkpoint.
+4. COMMIT.json is created by exactly one attempt, even if two pass the check at the same time. The
+   other one gets a `SupersededError` as well. The commit names the records that its epochs are in.
+
+Map: `claim_attempt`, `require_newest`, `superseded`, `SupersededError`; `last_sign` (what is known
+of a trial that is not committed); `ATTEMPTS`, `CHECKPOINTS` and `ERRORS` (folders of a trial).
+"""
+
+import contextlib
+import os
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+
+from sampimp.errors import RecordError
+from sampimp.store.location import Folder
+
+ATTEMPTS, CHECKPOINTS, ERRORS = "attempts", "checkpoints", "errors"
+"""Folders of a trial."""
+
+
+class SupersededError(RecordError):
+    """A newer attempt at the trial has begun or has committed, so this one must stop."""
+
+
+def claim_attempt(trial: Folder) -> int:
+    """Begin an attempt at a trial; return its number, which no other attempt has."""
+    numbers = [int(name.partition(".")[0]) for name in (trial / ATTEMPTS).files()]
+    number = max(numbers, default=0) + 1
+    claim = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "time": time.time(),
+        "token": secrets.token_hex(8),
+    }
+    while not trial.create_json(_attempt_name(number), claim):
+        number += 1
+    return number
+
+
+def require_newest(trial: Folder, attempt: int) -> None:
+    """Raise SupersededError if a newer attempt at the trial has begun."""
+    newer = _attempt_name(attempt + 1)
+    if trial.read_bytes(newer) is not None:
+        raise superseded(trial, attempt, newer)
+
+
+def superseded(trial: Folder, attempt: int, newer: str) -> SupersededError:
+    """Return the error for an attempt that must stop; `newer` names the file that says so."""
+    return SupersededError(
+        expected=f"attempt {attempt} to be the newest at this trial",
+        got=newer,
+        where=str(trial),
+        todo="nothing: the other attempt goes on from the newest checkpoint",
+    )
+
+
+def _attempt_name(number: int) -> str:
+    return f"{ATTEMPTS}/{number:04d}.json"
+
+
+@dataclass(frozen=True)
+class LastSign:
+    """The most recent traces of a trial's attempts in the store."""
+
+    attempt: int
+    host: str
+    epoch: int
+    """Epoch of the newest checkpoint; 0 if there is none."""
+    time: float
+    """Time of the newest checkpoint or, if later, of the attempt's beginning or failure."""
+    epoch_seconds: float
+    """Mean duration of an epoch in seconds; 0 if none is known."""
+    error: str | None
+    """How the newest attempt failed; None if it did not."""
+
+
+def last_sign(trial: Folder) -> LastSign | None:
+    """Return what is known of a trial that is not committed, or None if it was never begun."""
+    attempts = (trial / ATTEMPTS).files()
+    if not attempts:
+        return None
+    begun = trial.read_json(f"{ATTEMPTS}/{attempts[-1]}")
+    failure = trial.read_json(f"{ERRORS}/{attempts[-1]}")
+    manifest = None
+    for name in reversed((trial / CHECKPOINTS).folders()):
+        with contextlib.suppress(RecordError):
+            manifest = trial.read_json(f"{CHECKPOINTS}/{name}/MANIFEST.json")
+        if manifest is not None:
+            break
+    seconds = manifest["history"]["seconds"] if manifest else []
+    return LastSign(
+        attempt=int(attempts[-1].partition(".")[0]),
+        host=begun["host"],
+        epoch=manifest["epoch"] if manifest else 0,
+        time=max(entry["time"] for entry in (begun, failure, manifest) if entry),
+        epoch_seconds=sum(seconds) / len(seconds) if seconds else 0.0,
+        error=failure["error"] if failure else None,
+    )

@@ -1,0 +1,248 @@
+"""Data sets in a study's store: values before scaling and labels, with a digest of each chunk.
+
+    OUT/datasets/mnist.zarr    train_values, train_labels, test_values, test_labels
+
+The attributes of the group are written last, by one put: a data set without them is not complete.
+A study keeps its data so that a reader needs no other source, and so that every number can be
+traced to the samples it was measured on.
+
+Map: `write_source`, `chunk_table` (what is written about the chunks), `open_source` and
+`StoredSource` (a reader that verifies each chunk), `read_source` (all of it, in memory).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sampimp.data import Source
+from sampimp.errors import RecordError, StoreError
+from sampimp.schema import digest, digest_json
+from sampimp.store.location import Folder
+from sampimp.store.zarr_arrays import first_line, open_uncached, replace_group
+
+SOURCE_ARRAYS = ("train_values", "train_labels", "test_values", "test_labels")
+"""The arrays of a data set."""
+
+SOURCE_CHUNK = 2**22
+"""Largest chunk of these arrays in bytes, unless one sample has more (arbitrary)."""
+
+
+def chunk_table(source: Source) -> dict[str, Any]:
+    """Return the layout of a stored data set and each chunk's digest, as JSON values."""
+    arrays = {}
+    for name in SOURCE_ARRAYS:
+        values = getattr(source, name)
+        rows = max(1, min(len(values), SOURCE_CHUNK // max(1, values[0].nbytes)))
+        starts = range(0, len(values), rows)
+        arrays[name] = {
+            "shape": list(values.shape),
+            "dtype": values.dtype.str,
+            "rows": rows,
+            "digests": [digest(values[start : start + rows]) for start in starts],
+        }
+    return {"full_scale": source.full_scale, "arrays": arrays}
+
+
+def write_source(folder: Folder, source: Source) -> None:
+    """Store a data set: its values before scaling, its labels, and the digest of each chunk."""
+    group = replace_group(folder)
+    table = chunk_table(source)
+    for name, stored in table["arrays"].items():
+        values = getattr(source, name)
+        array = group.create_array(
+            name,
+            shape=values.shape,
+            chunks=(stored["rows"], *values.shape[1:]),
+            dtype=values.dtype,
+            attributes={"full_scale": source.full_scale} if name.endswith("values") else {},
+        )
+        array[:] = values
+    # Last, and by one put: without them the data set is not complete.
+    group.update_attributes(
+        {
+            "name": source.name,
+            "class_names": list(source.class_names),
+            "digest": source.digest,
+            "chunks": table,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class StoredSource:
+    """A data set of a study, each chunk compared with its digest when it is read.
+
+    Parameters
+    ----------
+    folder
+        OUT/datasets/KEY.zarr.
+    attrs
+        The attributes of its group.
+    table
+        As `chunk_table`; without "digests" if the data set was stored by an earlier version.
+    """
+
+    folder: Folder
+    attrs: Mapping[str, Any]
+    table: Mapping[str, Any]
+
+    @property
+    def is_verifiable(self) -> bool:
+        """Whether its chunks have digests."""
+        return "chunks" in self.attrs
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the rows of one array from `start` to `stop`.
+
+        Raises
+        ------
+        RecordError
+            A stored chunk differs from the one that was written.
+        """
+        shape, rows = self.table["arrays"][name]["shape"], self.table["arrays"][name]["rows"]
+        stop = shape[0] if stop is None else stop
+        first, last = start // rows, -(-stop // rows)
+        chunks = [self._read_chunk(name, number) for number in range(first, last)]
+        return np.concatenate(chunks)[start - first * rows : stop - first * rows]
+
+    def damage(self) -> Iterator[str]:
+        """Yield a description of each chunk that differs from the one that was written."""
+        for name, stored in self.table["arrays"].items():
+            for number in range(len(stored.get("digests", ()))):
+                try:
+                    self._read_chunk(name, number)
+                except RecordError as error:
+                    yield f"{self._describe(name, number)}: {error.got}"
+
+    def _read_chunk(self, name: str, number: int) -> np.ndarray:
+        stored = self.table["arrays"][name]
+        start, stop = number * stored["rows"], (number + 1) * stored["rows"]
+        try:
+            array = open_uncached(self.folder, name)
+            form = [list(array.shape), array.dtype.str]
+            values = np.asarray(array[start:stop])
+            actual = digest(values)
+            if form != [stored["shape"], stored["dtype"]]:
+                actual = f"an array {form[1]} {form[0]}"
+        except StoreError:
+            raise  # the store cannot be reached, which says nothing about its content
+        except Exception as error:  # of Zarr or any codec, depending on the damage
+            actual = first_line(error)
+        expected = stored["digests"][number] if "digests" in stored else actual
+        if actual != expected:
+            raise _source_error(
+                expected=f"a chunk with digest {expected[:16]}, in the data set with digest "
+                f"{self.attrs['digest']}",
+                got=actual[:16] if len(actual) == len(expected) else actual,
+                where=f"{self.folder}, {self._describe(name, number)}",
+            )
+        return values
+
+    def _describe(self, name: str, number: int) -> str:
+        rows = self.table["arrays"][name]["rows"]
+        last = min((number + 1) * rows, self.table["arrays"][name]["shape"][0]) - 1
+        return f"{name}, rows {number * rows} to {last}"
+
+
+def open_source(
+    folder: Folder, expected_digest: str | None = None, expected_chunks: str = ""
+) -> StoredSource | None:
+    """Open a stored data set without reading its arrays.
+
+    Parameters
+    ----------
+    folder
+        OUT/datasets/KEY.zarr.
+    expected_digest, expected_chunks
+        Digests that the plan states; a digest that the plan does not state is not compared.
+
+    Returns
+    -------
+    StoredSource or None
+        None if the data set does not exist or is not complete.
+
+    Raises
+    ------
+    RecordError
+        The data set is not the one of the plan.
+    """
+    attrs = (folder.read_json("zarr.json") or {}).get("attributes", {})
+    if "digest" not in attrs:
+        return None
+    table = attrs.get("chunks")
+    for what, actual, expected in (
+        ("digest", attrs["digest"], expected_digest or attrs["digest"]),
+        ("digests of its chunks", digest_json(table), expected_chunks or digest_json(table)),
+    ):
+        if actual != expected:
+            raise _source_error(
+                expected=f"the data set of the plan, {what} {expected[:16]}",
+                got="none" if table is None and what != "digest" else actual[:16],
+                where=f"{folder}/zarr.json",
+            )
+    if table is None:
+        table = _table_without_digests(folder)
+    return StoredSource(folder, attrs, table)
+
+
+def read_source(folder: Folder) -> Source | None:
+    """Read a stored data set into memory; None if it does not exist or is not complete.
+
+    Raises
+    ------
+    RecordError
+        Its values are not those that were stored.
+    """
+    stored = open_source(folder)
+    if stored is None:
+        return None
+    source = Source(
+        name=stored.attrs["name"],
+        full_scale=stored.table["full_scale"],
+        class_names=tuple(stored.attrs["class_names"]),
+        **{name: stored.read(name) for name in SOURCE_ARRAYS},
+    )
+    if source.digest != stored.attrs["digest"]:
+        raise _source_error(
+            expected=f"a data set with digest {stored.attrs['digest']}",
+            got=source.digest,
+            where=str(folder),
+        )
+    return source
+
+
+def _table_without_digests(folder: Folder) -> dict[str, Any]:
+    """Return the chunk table of a data set that was stored without one, from its arrays."""
+    try:
+        arrays = {name: open_uncached(folder, name) for name in SOURCE_ARRAYS}
+        return {
+            "full_scale": arrays["train_values"].attrs["full_scale"],
+            "arrays": {
+                name: {
+                    "shape": list(array.shape),
+                    "dtype": array.dtype.str,
+                    "rows": array.chunks[0],
+                }
+                for name, array in arrays.items()
+            },
+        }
+    except StoreError:
+        raise
+    except Exception as error:  # as in `StoredSource`
+        raise _source_error(
+            expected=f"the arrays {', '.join(SOURCE_ARRAYS)}",
+            got=first_line(error),
+            where=str(folder),
+        ) from None
+
+
+def _source_error(expected: str, got: str, where: str) -> RecordError:
+    return RecordError(
+        expected=expected,
+        got=got,
+        where=where,
+        todo="delete this data set's folder and run the study's own command again: the data set is "
+        "read from its source, and stored again",
+    )

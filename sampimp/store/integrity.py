@@ -1,0 +1,72 @@
+"""Digests of what a trial wrote, and what is done about damage.
+
+Each chunk of a record has a SHA-256 in the trial's COMMIT.json. A damaged chunk is an error when it
+is read (`sampimp.store.variables`); `find_damage` looks for all of them, and `withdraw` takes the
+trial out of the study, which then trains it again.
+
+Map: `chunk_digests`, `record_digest`, `find_damage`, `withdraw`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from sampimp.schema import Layout, digest
+from sampimp.store.location import Folder
+from sampimp.store.variables import StoredVariable
+
+
+def chunk_digests(values: np.ndarray, width: int) -> list[str]:
+    """Return the digest of each chunk of one epoch's values.
+
+    Parameters
+    ----------
+    values
+        Values of one epoch or state.
+    width
+        Length of a chunk along the last dimension.
+
+    Examples
+    --------
+    >>> values = np.arange(6.0).reshape(2, 3)
+    >>> chunk_digests(values, 2) == [digest(values[:, :2]), digest(values[:, 2:])]
+    True
+    """
+    starts = range(0, values.shape[-1], width)
+    return [digest(values[..., start : start + width]) for start in starts]
+
+
+def record_digest(commit: Mapping[str, Any]) -> str:
+    """Return one digest of all importance and NLL values of a committed record."""
+    digests = commit["digests"]
+    text = json.dumps([digests["importance"], digests["nll"]])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def find_damage(trial: Folder, history: Mapping[str, Any], layout: Layout) -> Iterator[str]:
+    """Yield a description of each chunk that differs from its digest.
+
+    Parameters
+    ----------
+    trial
+        OUT/trials/ID.
+    history
+        Its COMMIT.json, or the history of a checkpoint.
+    layout
+        The shape of its record.
+    """
+    for name in history["digests"]:
+        yield from StoredVariable.of(trial, name, layout, history).damage()
+
+
+def withdraw(trial: Folder) -> None:
+    """Take a trial's commit back: readers no longer see it, and the study trains it again.
+
+    The commit is kept as withdrawn/NNNN.json, and the next attempt writes a record of its own.
+    """
+    commit = trial.read_json("COMMIT.json")
+    trial.write_json(f"withdrawn/{commit['attempt']:04d}.json", commit)
+    trial.delete("COMMIT.json")

@@ -1,0 +1,153 @@
+"""Zarr groups and arrays of a study: the only module that imports zarr.
+
+`zarr_store` puts Zarr on the folder or bucket of a `Folder`, with its readable errors, its rule on
+symbolic links and its single-request puts. The rest of the store calls the functions below and
+handles arrays by slicing only.
+
+Map: `zarr_store` (a folder as a Zarr store, for xarray too), `open_array`,
+`open_uncached` and `open_for_writing` (an array), `require_group`, `require_array` and
+`replace_group` (making them), `first_line` (the text of a Zarr error).
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterable
+
+import numpy as np
+import zarr
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.errors import ContainsArrayError, ContainsGroupError
+from zarr.storage import ObjectStore
+
+from sampimp.schema import VARIABLES, Layout
+from sampimp.store.buckets import local_root, open_store, put_whole
+from sampimp.store.links import check_links
+from sampimp.store.location import Folder
+from sampimp.store.s3_errors import readable_errors
+
+
+class _FolderStore(ObjectStore):
+    """A Zarr store on a folder or bucket, with the errors and the link check of `Folder`."""
+
+    def _check(self, key: str) -> None:
+        if (root := local_root(self.store)) is not None:
+            check_links(root, key)
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        self._check(key)
+        with readable_errors(f"{key} of {self.store}"):
+            return await super().get(key, prototype, byte_range)
+
+    async def get_partial_values(
+        self,
+        prototype: BufferPrototype,
+        key_ranges: Iterable[tuple[str, ByteRequest | None]],
+    ) -> list[Buffer | None]:
+        ranges = list(key_ranges)
+        for key, _ in ranges:
+            self._check(key)
+        with readable_errors(self.store):
+            return await super().get_partial_values(prototype, ranges)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self._check_writable()
+        self._check(key)
+        with readable_errors(f"{key} of {self.store}"):
+            await put_whole(self.store, key, value.as_buffer_like())
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        # Zarr calls this for the groups above an array, which exist. obstore retries a get when a
+        # server fails, but not a conditional put.
+        if await self.get(key, default_buffer_prototype()) is None:
+            with readable_errors(f"{key} of {self.store}"):
+                await super().set_if_not_exists(key, value)
+
+    async def delete(self, key: str) -> None:
+        self._check(key)
+        with readable_errors(f"{key} of {self.store}"):
+            await super().delete(key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        if (root := local_root(self.store)) is not None:
+            (Folder(root) / prefix).remove()
+            return
+        with readable_errors(f"{prefix} of {self.store}"):
+            await super().delete_dir(prefix)
+
+
+def zarr_store(folder: Folder) -> ObjectStore:
+    """Return a folder as a Zarr store, for `xarray.open_zarr` and `Dataset.to_zarr` too."""
+    if folder.is_local:
+        check_links(folder.root, folder.path)
+    return _FolderStore(open_store(str(folder)))
+
+
+@functools.lru_cache(maxsize=4096)
+def open_array(root: str, path: str) -> zarr.Array:
+    """Open an array below a root for reading; it stays open in this process."""
+    return zarr.open_array(_FolderStore(open_store(root)), path=path, mode="r", zarr_format=3)
+
+
+def open_uncached(folder: Folder, name: str) -> zarr.Array:
+    """Open an array of a folder for reading, as it is stored now."""
+    return zarr.open_array(zarr_store(folder), path=name, mode="r", zarr_format=3)
+
+
+def open_for_writing(folder: Folder, name: str) -> zarr.Array:
+    """Open an existing array, to write into it and to read it back."""
+    return zarr.open_array(zarr_store(folder), path=name, mode="r+", zarr_format=3)
+
+
+def require_group(folder: Folder) -> zarr.Group:
+    """Open a group for writing, made if it does not exist, also if another process makes it."""
+    store = zarr_store(folder)
+    try:
+        return zarr.open_group(store, mode="a", zarr_format=3)
+    except ContainsGroupError:
+        return zarr.open_group(store, mode="r+", zarr_format=3)
+
+
+def replace_group(folder: Folder) -> zarr.Group:
+    """Make an empty group in place of whatever the folder contains."""
+    return zarr.open_group(zarr_store(folder), mode="w", zarr_format=3)
+
+
+def require_array(group: zarr.Group, name: str, layout: Layout) -> zarr.Array:
+    """Open a variable of a record for writing, made if it does not exist.
+
+    Parameters
+    ----------
+    group
+        The record.
+    name
+        A key of `sampimp.schema.VARIABLES`.
+    layout
+        Its shape and chunks.
+    """
+    variable = VARIABLES[name]
+    if name not in group:
+        with contextlib.suppress(ContainsArrayError):  # made meanwhile, see `write_snapshot`
+            group.create_array(
+                name,
+                shape=layout.shape(name),
+                chunks=layout.chunk(name),
+                dtype=variable.dtype,
+                fill_value=np.nan,
+                dimension_names=variable.dims,
+                attributes={"units": variable.units, "long_name": variable.long_name},
+                # Parameters are noise to a compressor: zstd saved 8 % and took four times as long.
+                compressors=None if name == "parameters" else "auto",
+            )
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    # By default Zarr omits a chunk that is all NaN, as of a diverged epoch: it could not be told
+    # from a lost chunk, and would be read with another NaN pattern than its digest has.
+    return array.with_config({"write_empty_chunks": True})
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error of Zarr or of a codec, or the error's type."""
+    return str(error).partition("\n")[0] or type(error).__name__
