@@ -1,29 +1,30 @@
-"""The arithmetic of the analysis: NumPy arrays in, NumPy arrays out, no names.
+"""The arithmetic of the analysis on samples: NumPy arrays in, NumPy arrays out, no dimension names.
 
-Every kernel works on the last axis (samples, unless it says otherwise), sums in float64, and gives
-NaN for a row that holds a NaN: a trial that is missing is an unknown number, never a smaller
-sample.
+Every kernel works on the last axis (samples, unless it says otherwise) and sums in float64. A row
+with a NaN gives NaN: the value of a missing trial is unknown, and leaving it out would answer for
+fewer samples without saying so.
 
 Map: `rank`, `standardised_ranks`, `spearman`, `bootstrap_spearman` (rank correlation and its
 interval); `sum_by_group`, `top_share`, `gini`, `histogram` (how an amount is spread);
-`bootstrap_sums`, `bootstrap_samples`, `t_interval` (intervals over samples and over seeds); `gram`,
-`principal_components` (exact PCA of few long rows).
+`bootstrap_sums`, `bootstrap_samples` (intervals over samples), `t_interval` (over seeds).
+Principal components are in `sampimp.analysis.pca`. SciPy, which the extra `report` installs, is
+imported by the functions that need it.
 
-Shapes: N samples, V variables, Q pairs of them, R resamples, G groups, S states, P parameters, K
-components.
+Shapes: N samples, V variables, Q pairs of them, R resamples, F folds, G groups of ties.
 """
 
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from scipy import stats
+
+from sampimp.errors import require_package
 
 RESAMPLES = 200
 """Bootstrap resamples behind a standard error (200 suffice: Efron & Tibshirani 1993, sec. 6.4)."""
 
 BOOTSTRAP_SEED = 20170424
-"""The resamples are the same in every call, so that a number does not change between two reports.
-(The value is arbitrary: the first day of the conference the paper was submitted to.)"""
+"""Seed of the resamples: the same in every call, so that two reports have the same numbers.
+(Arbitrary: the first day of the conference that the paper was submitted to.)"""
 
 
 def rank(values: np.ndarray) -> np.ndarray:
@@ -43,14 +44,18 @@ def rank(values: np.ndarray) -> np.ndarray:
     >>> rank(np.array([0.3, 0.1, 0.3, 0.9]))
     array([2.5, 1. , 2.5, 4. ])
     """
+    require_package("scipy", "report")
+    from scipy import stats
+
     return stats.rankdata(values, axis=-1, nan_policy="propagate").astype(np.float64, copy=False)
 
 
 def standardised_ranks(values: np.ndarray) -> np.ndarray:
-    """Return ranks with mean 0 and mean square 1, so that a mean product is Spearman's correlation.
+    """Return ranks with mean 0 and mean square 1.
 
-    The scale is the ranks' actual deviation: with ties it is less than sqrt((N^2 - 1) / 12). A row
-    without any spread, for which no correlation is defined, is NaN.
+    The mean product of two such rows is Spearman's correlation. Ranks are divided by their actual
+    standard deviation; with ties it is less than sqrt((N^2 - 1) / 12). A row of equal values, for
+    which no correlation is defined, is NaN.
 
     Parameters
     ----------
@@ -101,15 +106,15 @@ def bootstrap_spearman(
 ) -> np.ndarray:
     """Return bootstrap intervals, over samples, of the rank correlations of pairs of rows.
 
-    This is the plain bootstrap: N samples are drawn with replacement and ranked anew. It never
-    sorts again, though: a resample is a vector of counts, and the ranks inside it are cumulated
-    counts in the order of the full data, found once (1.6 ms instead of 20 ms per resample of 3 x
-    50,000). Resampling the products of the *full* data's standardised ranks would be cheaper still
-    and is wrong: it takes the ranks as known, and finds an interval of positive width for a
+    This is the plain bootstrap: N samples are drawn with replacement and ranked again. No resample
+    is sorted, however. A resample is a vector of counts, and its ranks are cumulative counts in the
+    order of the full data, which is computed once (1.6 ms instead of 20 ms per resample of 3 x
+    50,000 values). Resampling the products of the *full* data's standardised ranks would be cheaper
+    and wrong: it treats the ranks as known, and gives an interval of positive width for a
     correlation of 1.
 
-    The interval is the bootstrap's standard error on Fisher's scale, atanh(rho) +- 1.96 se, carried
-    back: 200 resamples determine a standard error well and a 2.5 % quantile badly.
+    The interval is atanh(rho) +- 1.96 standard errors on Fisher's scale, transformed back. 200
+    resamples estimate a standard error well and a 2.5 % quantile badly.
 
     Parameters
     ----------
@@ -133,6 +138,9 @@ def bootstrap_spearman(
     ----------
     Efron & Tibshirani, An Introduction to the Bootstrap (1993), sections 6.4 and 12.6.
     """
+    require_package("scipy", "report")
+    from scipy import stats
+
     pairs = list(pairs)
     n = values.shape[-1]
     bounds = np.full((len(pairs), 2), np.nan)
@@ -155,10 +163,10 @@ def bootstrap_spearman(
         for row, group_N in places.items():
             count_G = np.bincount(group_N, weights=count_N)
             ranks_VN[row] = (np.cumsum(count_G) - count_G / 2)[group_N]
-            ranks_VN[row] -= n / 2  # the mean rank, less the half that was never added
+            ranks_VN[row] -= n / 2  # the mean rank (n + 1) / 2, less the 1/2 not added above
         weighted_VN = ranks_VN * count_N
-        # einsum and not @: BLAS threads on such short products cost ten times the work when the
-        # cores are busy (5.2 s instead of 0.5 s for 200 resamples of 5 x 50,000 under load 5).
+        # einsum instead of @: when the cores are busy, BLAS threads on such short products take ten
+        # times as long (5.2 s instead of 0.5 s for 200 resamples of 5 x 50,000 at a load of 5).
         square_V = np.einsum("vn,vn->v", weighted_VN, ranks_VN)
         dot_Q = np.array(
             [
@@ -168,8 +176,8 @@ def bootstrap_spearman(
         )
         with np.errstate(invalid="ignore", divide="ignore"):
             replicates[r] = dot_Q / np.sqrt(square_V[first] * square_V[second])
-    # Fisher's scale has no place for 1. Half the step to the largest correlation below 1 stands
-    # for it: a resample that happens to be in perfect order is then large, not infinite.
+    # atanh(1) is infinite. A correlation of 1 is replaced by 1 minus half the distance to the
+    # largest correlation below 1, so that a resample in perfect order is large and finite.
     limit = 1 - 6 / (n**3 - n)
     error = np.nanstd(np.arctanh(np.clip(replicates, -limit, limit)), axis=0, ddof=1)
     half = stats.norm.ppf((1 + level) / 2) * error
@@ -221,9 +229,9 @@ def bootstrap_sums(
 ) -> tuple[float, float, float]:
     """Return a statistic of totals over samples, and its percentile interval over folds.
 
-    The samples are dealt into F folds once and summed inside each; the folds are then resampled.
-    The sum of a resample has the variance of the plain bootstrap's, at F numbers instead of N, so
-    that shares, ratios and peaks of totals over 50,000 samples get an interval from one pass over
+    The samples are divided into F folds once and summed within each fold; then folds are resampled.
+    The sum of a resample has the variance of the plain bootstrap's, from F numbers instead of N.
+    Shares, ratios and peaks of totals over 50,000 samples thus get an interval from one pass over
     the data.
 
     Parameters
@@ -231,7 +239,7 @@ def bootstrap_sums(
     folds : array [F, ...]
         The totals of each fold.
     statistic
-        Takes totals [R, ...] to one number each [R].
+        Function of totals [R, ...] that returns R numbers.
 
     Returns
     -------
@@ -246,7 +254,7 @@ def bootstrap_sums(
     """
     count = len(folds)
     value = float(statistic(folds.sum(0, keepdims=True))[0])
-    if count < 5:  # arbitrary: with fewer the percentiles are a handful of distinct values
+    if count < 5:  # arbitrary: with fewer folds, resamples have only a few distinct values
         return value, np.nan, np.nan
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
     totals = (draws @ folds.reshape(count, -1)).reshape(resamples, *folds.shape[1:])
@@ -270,7 +278,8 @@ def bootstrap_samples(
     ----------
     columns : array [..., N]
     statistic
-        Takes the columns and the count of each sample in the resample [N] to one number.
+        Function of the columns and of the count of each sample in the resample [N] that returns one
+        number.
 
     Returns
     -------
@@ -295,7 +304,7 @@ def top_share(values: np.ndarray, fraction: float, weights: np.ndarray | None = 
     fraction
         Between 0 and 1.
     weights : array [N], optional
-        How often each sample counts. The sample at the cut counts in part.
+        Count of each sample. The sample at the cut counts in part.
 
     Examples
     --------
@@ -311,7 +320,9 @@ def top_share(values: np.ndarray, fraction: float, weights: np.ndarray | None = 
 
 
 def gini(values: np.ndarray) -> np.ndarray:
-    """Return the Gini coefficient along the last axis: 0 if all share alike, near 1 if one has all.
+    """Return the Gini coefficient along the last axis.
+
+    It is 0 if all values are equal, and near 1 if one value holds the whole sum.
 
     Examples
     --------
@@ -327,7 +338,7 @@ def gini(values: np.ndarray) -> np.ndarray:
 
 
 def histogram(values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return counts, edges of log10 of positive values, and how many are 0, along the last axis.
+    """Return a histogram of log10 of the positive values, and the number of zeros.
 
     Parameters
     ----------
@@ -353,7 +364,7 @@ def histogram(values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np
 
 
 def t_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
-    """Return the mean of a few independent numbers and Student's interval for it.
+    """Return the mean of a few independent numbers and its interval by Student's t.
 
     Parameters
     ----------
@@ -370,96 +381,12 @@ def t_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, f
     >>> [round(x, 3) for x in t_interval(np.array([1.0, 2.0, 3.0]))]
     [2.0, -0.484, 4.484]
     """
+    require_package("scipy", "report")
+    from scipy import stats
+
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return float(values.mean()) if len(values) else np.nan, np.nan, np.nan
     half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
     mean = float(values.mean())
     return mean, float(mean - half), float(mean + half)
-
-
-def gram(blocks: Iterable[np.ndarray], *, columns: int = 16_384) -> np.ndarray:
-    """Return the exact Gram matrix of the rows' differences from the first row, in float64.
-
-    Differences from one of the rows instead of the mean: a row that is not finite then spoils its
-    own products and no others, so that a state of a diverged run need not be known beforehand.
-
-    Parameters
-    ----------
-    blocks : iterable of array [S, p]
-        The matrix [S, P], cut along its long axis. At least one block; the first row must be
-        finite.
-    columns
-        How many columns are held in float64 at once.
-
-    Returns
-    -------
-    array [S, S] of float64
-
-    Examples
-    --------
-    >>> gram([np.array([[1.0, 0.0], [2.0, 0.0], [1.0, np.inf]])])[:2, :2]
-    array([[0., 0.],
-           [0., 1.]])
-    """
-    total: np.ndarray | float = 0.0
-    for block in blocks:
-        for start in range(0, block.shape[1], columns):
-            with np.errstate(invalid="ignore"):
-                part = block[:, start : start + columns].astype(np.float64)
-                part -= part[:1]
-                total = total + part @ part.T
-    return np.asarray(total)
-
-
-def principal_components(
-    products: np.ndarray, count: int, fit: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the scores of rows on the principal components of some of them, from a Gram matrix.
-
-    With far fewer rows than columns the S x S matrix says all: its eigenvectors, scaled by the
-    roots of the eigenvalues, are the scores of a PCA by singular values. The other rows are
-    projected on the same axes. Each component's sign makes its largest score positive.
-
-    Parameters
-    ----------
-    products : array [S, S]
-        `gram` of the rows.
-    count
-        K, the number of components; those beyond the rank are 0.
-    fit : array [S] of bool
-        The rows that the components are made from; they must be finite.
-
-    Returns
-    -------
-    scores : array [S, K]
-        NaN for a row that is not finite.
-    ratio : array [K]
-        Share of the fitted rows' variance.
-
-    Examples
-    --------
-    >>> rows = np.array([[0.0, 0.0], [1.0, 0.0], [5.0, 0.0], [6.0, 7.0]])
-    >>> scores, ratio = principal_components(gram([rows]), 1, np.array([True, True, True, False]))
-    >>> scores.round(3).ravel().tolist(), ratio.round(3).tolist()
-    ([-2.0, -1.0, 3.0, 4.0], [1.0])
-    """
-    core = products[np.ix_(fit, fit)]
-    mean_fit = core.mean(0)
-    with np.errstate(invalid="ignore"):
-        cross = products[:, fit]
-        cross = cross - cross.mean(1, keepdims=True) - mean_fit + mean_fit.mean()
-    values, vectors = np.linalg.eigh((cross[fit] + cross[fit].T) / 2)
-    order = np.argsort(values)[::-1][:count]
-    total = np.trace(cross[fit])
-    # 1e-12 of the variance is rounding of the double centring, not a direction.
-    real = values[order] > 1e-12 * max(total, np.finfo(float).tiny)
-    scale = np.where(real, 1 / np.sqrt(np.where(real, values[order], 1.0)), 0.0)
-    scores = np.zeros((len(products), count))
-    ratio = np.zeros(count)
-    with np.errstate(invalid="ignore"):
-        scores[:, : len(order)] = (cross @ vectors[:, order]) * scale
-    ratio[: len(order)] = np.where(real, values[order], 0.0) / total if total > 0 else 0.0
-    largest = np.abs(scores[fit]).argmax(0)
-    scores *= np.where(scores[fit][largest, np.arange(count)] < 0, -1.0, 1.0)
-    return scores, ratio

@@ -1,13 +1,14 @@
-"""What a cube has to offer: which trials are there, and how its samples are summed chunk by chunk.
+"""Trials and sums of a cube: which trials are there, and how samples are summed chunk by chunk.
 
-Whether a trial is there is read from the curve `train_nll`, a few kilobytes; nothing else is
-computed when an analysis is called. A trial is *complete* if its curve is finite in every epoch,
-and has *started* if it is in any: a diverged run is started, and its epochs before the divergence
-count where an epoch stands for itself.
+Whether a trial is there is read from the curve `train_nll`, a few kilobytes; an analysis computes
+nothing else when it is called. A trial is *complete* if its curve is finite in every epoch, and has
+*started* if it is finite in any. A diverged run has started, and its epochs before the divergence
+count wherever epochs are analysed one by one.
 
-Map: `started`, `complete`, `seeds_of`, `reference_run` (which trials); `codes_of_labels`,
-`sum_samples`, `overall_importance`, `whole_samples` (sums and chunks); `label_result` (attributes);
-`small_cube` (one to try things on).
+Map: `started`, `complete`, `seeds_of`, `reference_run` (trials); `codes_of_labels`, `class_name`,
+`short_name` (labels and names); `sum_samples`, `model_importance`, `overall_importance`,
+`whole_samples`, `lazy` (sums and chunks); `require` and `place_of` (errors); `label_result`
+(attributes of a result).
 """
 
 from collections.abc import Sequence
@@ -23,11 +24,12 @@ from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY
 PAPER = 'Gao & Jojic, "Sample Importance in Training Deep Neural Networks" (2017)'
 
 BLOCK_VALUES = 2**23
-"""Most values in a block that holds all samples (32 MiB of float32), if layers can be split."""
+"""Largest number of values in a block with all samples (32 MiB of float32), if the block has more
+than one layer."""
 
 
 def started(cube: xr.Dataset) -> xr.DataArray:
-    """Return which trials have at least one epoch.
+    """Return whether each trial has at least one epoch.
 
     Returns
     -------
@@ -35,14 +37,17 @@ def started(cube: xr.Dataset) -> xr.DataArray:
 
     Examples
     --------
-    >>> bool(started(small_cube()).sel(strategy="shuffle", seed=1))
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> bool(started(example_cube()).sel(strategy="shuffle", seed=1))
     True
     """
     return _finite(cube).any("epoch")
 
 
 def complete(cube: xr.Dataset) -> xr.DataArray:
-    """Return which trials have every epoch: a diverged, a missing and an unfinished one have not.
+    """Return whether each trial has every epoch.
+
+    A missing, an unfinished and a diverged trial lack some.
 
     Returns
     -------
@@ -52,17 +57,18 @@ def complete(cube: xr.Dataset) -> xr.DataArray:
 
 
 def _finite(cube: xr.Dataset) -> xr.DataArray:
+    """Return whether each trial's curve is finite, by epoch."""
     curve = require(cube, "train_nll")["train_nll"].compute()
     return curve.copy(data=np.isfinite(curve.values))
 
 
 def require(cube: xr.Dataset, *names: str) -> xr.Dataset:
-    """Return the cube if it has these variables.
+    """Return the cube, after checking that it has these variables.
 
     Raises
     ------
     RecordError
-        If one is missing.
+        A variable is missing.
     """
     missing = [name for name in names if name not in cube]
     if missing:
@@ -76,18 +82,19 @@ def require(cube: xr.Dataset, *names: str) -> xr.Dataset:
 
 
 def place_of(cube: xr.Dataset) -> str:
-    """Return the words that name a cube in an error."""
+    """Return the name of a cube for an error message."""
     return f"the cube of data set {cube.attrs.get('dataset', '(unnamed)')}"
 
 
 def seeds_of(cube: xr.Dataset, strategy: str, *, whole: bool = True) -> list[int]:
-    """Return the seeds whose trial of a strategy is complete, or has started.
+    """Return the seeds whose trial of a strategy is complete, or (`whole=False`) has started.
 
     Examples
     --------
-    >>> seeds_of(small_cube(), "shuffle")
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> seeds_of(example_cube(), "shuffle")
     [1, 2, 3]
-    >>> seeds_of(small_cube(), "rsio"), seeds_of(small_cube(), "rsio", whole=False)
+    >>> seeds_of(example_cube(), "rsio"), seeds_of(example_cube(), "rsio", whole=False)
     ([1, 3], [1, 2, 3])
     """
     if strategy not in cube["strategy"].values:
@@ -97,23 +104,24 @@ def seeds_of(cube: xr.Dataset, strategy: str, *, whole: bool = True) -> list[int
 
 
 def reference_run(cube: xr.Dataset, *names: str) -> xr.Dataset:
-    """Return the run from which sections 3.3 to 3.5 are made: `shuffle`, initialisation 1.
+    """Return the run that sections 3.3 to 3.5 are about: `shuffle`, initialisation 1.
 
     Parameters
     ----------
     cube
         One node of the cube.
     names
-        The variables to take.
+        The variables to return.
 
     Raises
     ------
     RecordError
-        If the run, or one of the variables, is not there in full.
+        The run is not complete, or a variable is missing.
 
     Examples
     --------
-    >>> dict(reference_run(small_cube(), "nll").sizes)
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> dict(reference_run(example_cube(), "nll").sizes)
     {'epoch': 6, 'sample': 120}
     """
     require(cube, *names)
@@ -133,7 +141,8 @@ def codes_of_labels(cube: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
 
     Examples
     --------
-    >>> labels, codes = codes_of_labels(small_cube())
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> labels, codes = codes_of_labels(example_cube())
     >>> labels.tolist(), codes[:4].tolist()
     ([0, 1, 2], [0, 1, 2, 0])
     """
@@ -142,11 +151,12 @@ def codes_of_labels(cube: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def class_name(cube: xr.Dataset, label: int) -> str:
-    """Return a label's name, or its number where the cube has no names.
+    """Return the name of a label, or its number if the cube has no class names.
 
     Examples
     --------
-    >>> class_name(small_cube(), 1)
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> class_name(example_cube(), 1)
     'horse'
     """
     names = list(cube.attrs.get("class_names", ()))
@@ -171,7 +181,7 @@ def sum_samples(
     array
         (..., sample)
     codes : array [N] of int
-        Each sample's group, 0 to len(names) - 1. May be lazy.
+        Group of each sample, 0 to len(names) - 1; NumPy or dask.
     dim, names
         The new dimension and its coordinate.
 
@@ -181,7 +191,8 @@ def sum_samples(
 
     Examples
     --------
-    >>> ones = xr.ones_like(small_cube()["nll"].isel(strategy=0, seed=0, drop=True))
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> ones = xr.ones_like(example_cube()["nll"].isel(strategy=0, seed=0, drop=True))
     >>> sum_samples(ones, np.arange(120) % 2, "half", ["even", "odd"]).isel(epoch=0).values
     array([60., 60.])
     """
@@ -211,6 +222,7 @@ def sum_samples(
 
 
 def _sum_block(values: np.ndarray, codes: np.ndarray, count: int) -> np.ndarray:
+    """Return one chunk's sums by group, with an axis of length 1 for the chunk."""
     return kernels.sum_by_group(values, codes, count)[..., np.newaxis]
 
 
@@ -227,7 +239,7 @@ def overall_importance(importance: xr.DataArray) -> xr.DataArray:
 def whole_samples(array: xr.DataArray, *dims: str) -> xr.DataArray:
     """Return the array in blocks that hold all samples (and all of `dims`), for ranking.
 
-    Layers are split instead, so that a block stays below `BLOCK_VALUES` where it can.
+    A block with more than `BLOCK_VALUES` values is split along `layer`, if it has that dimension.
     """
     array = lazy(array)
     chunks: dict[str, int] = dict.fromkeys(("sample", *dims), -1)
@@ -247,20 +259,21 @@ def label_result(
     variables: dict[str, tuple[str, str]],
     importance: str | None = "importance",
 ) -> xr.Dataset:
-    """Write into a result how it was made, and its variables' units and names.
+    """Write a result's attributes: method and source, and the units and names of its variables.
 
     Parameters
     ----------
     result
         Changed in place and returned.
     cube
-        Where the data set's name, and the scale of `importance`, come from.
+        Source of the data set's name and of the scale of `importance`.
     method, figure, section
-        How it was made; which figures of the paper it is; where the paper says so.
+        How the result was computed, the paper's figures, and the paper's section.
     variables
-        Name to units and long name, of every variable.
+        Units and long name of every variable, by its name.
     importance
-        The variable whose learning rate and reduction fix the scale of the numbers, if any.
+        The variable whose attributes (learning rate, loss reduction, ...) set the scale of the
+        numbers; None if they are not importance.
     """
     scale = cube[importance].attrs if importance and importance in cube else {}
     result.attrs = {
@@ -276,24 +289,8 @@ def label_result(
     return result
 
 
-def small_cube() -> xr.Dataset:
-    """Return a made-up cube, for examples: every strategy, 3 seeds, 6 epochs, 120 samples.
-
-    The harder a sample, the higher its NLL and the later its importance. `rsio` seed 2 diverged in
-    epoch 3, and `sim` seed 3 is missing.
-
-    Examples
-    --------
-    >>> dict(small_cube()["importance"].sizes)
-    {'strategy': 9, 'seed': 3, 'epoch': 6, 'layer': 4, 'sample': 120}
-    """
-    from sampimp.analysis._example import build
-
-    return build()
-
-
 def short_name(cube: xr.Dataset) -> str:
-    """Return the data set's name without its path: a folder of CIFAR-10's images is CIFAR-10 too.
+    """Return the data set's name in lower case, without its path and punctuation.
 
     Examples
     --------

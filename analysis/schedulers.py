@@ -1,8 +1,8 @@
-"""Where dask computes: this process's threads, a dask.distributed cluster, or a Ray cluster.
+"""The scheduler that dask computes with: threads, a dask.distributed cluster, or a Ray cluster.
 
-The graph, and with it the order of every sum, is the same in all three, and so are the results. A
-task carries a place and a digest and opens the store where it runs: the workers have to see the
-same folder, or the bucket with credentials of their own.
+The graph, and with it the order of every sum, is the same with all three, and so are the results. A
+task carries the location and digest of a chunk and opens the store on the machine where it runs:
+workers must reach the same folder, or the bucket with their own credentials.
 
 Map: `Scheduler` and `use_scheduler`.
 """
@@ -15,31 +15,31 @@ from typing import Literal
 
 import dask
 
-from sampimp.errors import ResourceError
+from sampimp.errors import ResourceError, require_package
 
 Scheduler = Literal["threads", "distributed", "ray"]
 
-PATIENCE = "15 s"
-"""How long a scheduler may take to answer, before its address is taken for wrong (arbitrary)."""
+CONNECT_TIMEOUT = "15 s"
+"""Time in which a scheduler has to answer before its address counts as wrong (arbitrary)."""
 
 
 @contextlib.contextmanager
 def use_scheduler(scheduler: Scheduler = "threads", address: str | None = None) -> Iterator[None]:
-    """Let dask compute there until the context ends, and end what was started for it.
+    """Have dask compute with a scheduler inside the context; stop what was started for it after.
 
     Parameters
     ----------
     scheduler
-        "threads" of this process; "distributed": the dask.distributed scheduler at the address;
-        "ray": the Ray cluster at the address.
+        "threads" of this process; "distributed": the dask.distributed scheduler at `address`;
+        "ray": the Ray cluster at `address`.
     address
-        Of a cluster that runs. None: that of DASK_SCHEDULER_ADDRESS or RAY_ADDRESS, else one is
-        started on this machine.
+        Address of a running cluster. Default: DASK_SCHEDULER_ADDRESS or RAY_ADDRESS, else a
+        cluster is started on this machine.
 
     Raises
     ------
     ResourceError
-        Nobody answers at the address, or the package is not installed.
+        No scheduler answers at the address, or the package is not installed.
 
     Examples
     --------
@@ -60,6 +60,7 @@ def use_scheduler(scheduler: Scheduler = "threads", address: str | None = None) 
 
 @contextlib.contextmanager
 def _distributed(address: str | None) -> Iterator[None]:
+    """Compute on a dask.distributed cluster."""
     try:
         from distributed import Client, LocalCluster
     except ImportError:
@@ -67,37 +68,39 @@ def _distributed(address: str | None) -> Iterator[None]:
             expected="the package distributed",
             got="none",
             where="option --scheduler",
-            todo='pip install -c constraints.txt -e ".[distributed]", here and on the workers',
+            todo="pip install 'sampimp[distributed]', here and on the workers",
         ) from None
     address = address or dask.config.get("scheduler-address", None)
     with contextlib.ExitStack() as stack:
         if address is None:
-            # Without a dashboard: on this machine alone, and no port that others could see.
+            # Only on this machine, without a dashboard: no port is open to other machines.
             address = stack.enter_context(LocalCluster(host="127.0.0.1", dashboard_address=None))
         try:
-            client = stack.enter_context(Client(address, timeout=PATIENCE))
+            client = stack.enter_context(Client(address, timeout=CONNECT_TIMEOUT))
         except (OSError, ValueError) as error:
             raise _unreachable("a dask.distributed scheduler", address, error) from None
         stack.enter_context(client.as_current())
-        # Unlike the client's own registration, this holds for the other threads as well.
+        # The client registers itself for this thread only; the configuration is for all threads.
         stack.enter_context(dask.config.set(scheduler=client))
         yield
 
 
 @contextlib.contextmanager
 def _ray(address: str | None) -> Iterator[None]:
-    # Read by Ray when it is imported: a study tells nobody that it runs.
+    """Compute on a Ray cluster, one that this process is connected to already included."""
+    # Ray reads this when it is imported: no usage statistics are sent.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    require_package("ray", "study")
     import ray
     from ray.util.dask import ray_dask_get
 
     started = not ray.is_initialized()
     if started:
-        own = not (address or os.environ.get("RAY_ADDRESS")) or address == "local"
+        local = not (address or os.environ.get("RAY_ADDRESS")) or address == "local"
         try:
             ray.init(
                 address,
-                include_dashboard=False if own else None,
+                include_dashboard=False if local else None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
@@ -113,10 +116,11 @@ def _ray(address: str | None) -> Iterator[None]:
 
 
 def _unreachable(what: str, address: object, error: Exception) -> ResourceError:
+    """Return the error for a scheduler that does not answer."""
     return ResourceError(
         expected=f"{what} that answers",
         got=str(error).strip().split("\n")[0] or type(error).__name__,
         where=f"address {address}",
-        todo="start it, mend --scheduler-address, or leave --scheduler out to use the threads of "
-        "this machine",
+        todo="start it, correct --scheduler-address, or omit --scheduler to use this machine's "
+        "threads",
     )

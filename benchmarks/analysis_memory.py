@@ -19,7 +19,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from sampimp.analysis.analyse import analyse
+from sampimp.analysis.results.analyse import analyse
 from sampimp.schema import REFERENCES, STRATEGIES, chunk_shape
 
 

@@ -4,19 +4,21 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from sampimp.analysis._example import TEST_ERROR, build
-from sampimp.analysis.analyse import analyse
-from sampimp.analysis.claims import CLAIMS, VERDICTS, Evidence, claims, judge
-from sampimp.analysis.curves import strategy_curves
+from sampimp.analysis.claims.evidence import Evidence
+from sampimp.analysis.claims.judge import VERDICTS, judge, judge_claims
+from sampimp.analysis.claims.table import CLAIMS
+from sampimp.analysis.example_cube import FINAL_TEST_ERROR, example_cube
+from sampimp.analysis.results.analyse import analyse
+from sampimp.analysis.results.curves import strategy_curves
 
 
 @pytest.fixture(scope="module")
 def results():
-    return analyse(build(missing=(), diverged={}, noise=0.02))
+    return analyse(example_cube(missing=(), diverged={}, noise=0.02))
 
 
 def verdicts(cube, results):
-    table = claims(cube, results)
+    table = judge_claims(cube, results)
     return dict(
         zip(table["sentence"].values.tolist(), table["verdict"].values.tolist(), strict=True)
     )
@@ -55,7 +57,7 @@ def test_a_number_without_interval_decides_only_where_the_claim_says_so():
 
 
 def test_the_planted_structure_is_found(results):
-    cube = build(missing=(), diverged={})
+    cube = example_cube(missing=(), diverged={})
     for words in [
         "stable under initialisation",
         "Easy samples act early",
@@ -72,10 +74,10 @@ def test_the_planted_structure_is_found(results):
 
 
 def test_turned_around_it_does_not_hold(results):
-    cube = build(missing=(), diverged={})
+    cube = example_cube(missing=(), diverged={})
     turned = dict(results)
     curves = results["strategy_curves"].copy()
-    mixed = [name for name in curves["strategy"].values if name not in TEST_ERROR]
+    mixed = [name for name in curves["strategy"].values if name not in FINAL_TEST_ERROR]
     better = curves["final_test_error"] + 0.4 * curves["strategy"].isin(mixed)
     turned["strategy_curves"] = curves.assign(final_test_error=better)
     assert verdict_of(cube, turned, "are worse than mixed") == "does not hold"
@@ -94,25 +96,25 @@ def test_turned_around_it_does_not_hold(results):
 
 
 def test_a_diverged_run_counts_as_guessing_and_a_missing_one_not_at_all():
-    cube = build(missing=(("nlo", 3),), diverged={("rnlo", 2): 3})
+    cube = example_cube(missing=(("nlo", 3),), diverged={("rnlo", 2): 3})
     evidence = Evidence({"strategy_curves": strategy_curves(cube).compute()}, classes=3)
     error = cube["test_error"].isel(epoch=-1).compute()
     rnlo, nlo = evidence.final_error("rnlo").values, evidence.final_error("nlo").values
     assert rnlo[1] == pytest.approx(2 / 3)
     np.testing.assert_allclose(rnlo[[0, 2]], error.sel(strategy="rnlo", seed=[1, 3]))
     assert np.isnan(nlo[2])
-    value, low, high = evidence.difference(["rnlo"], ["nlo"])
+    value, low, high = evidence.error_difference(["rnlo"], ["nlo"])
     assert value == pytest.approx((rnlo - nlo)[:2].mean())
     assert low < value < high
 
 
 def test_without_results_there_is_not_enough_data():
-    cube = build()
-    table = claims(cube, {})
+    cube = example_cube()
+    table = judge_claims(cube, {})
     assert set(table["verdict"].values) == {"not enough data"}
     assert set(table["number"].values) == {"none"}
-    one_seed = analyse(build(seeds=1))
-    assert verdict_of(build(seeds=1), one_seed, "are worse than mixed") == "not enough data"
+    one_seed = analyse(example_cube(seeds=1))
+    assert verdict_of(example_cube(seeds=1), one_seed, "are worse than mixed") == "not enough data"
 
 
 @pytest.mark.parametrize(
@@ -125,15 +127,15 @@ def test_without_results_there_is_not_enough_data():
     ],
 )
 def test_a_sentence_about_one_data_set_is_judged_on_that_one(dataset, there, absent):
-    cube = build()
+    cube = example_cube()
     cube.attrs["dataset"] = dataset
-    sentences = " ".join(claims(cube, {})["sentence"].values.tolist())
+    sentences = " ".join(judge_claims(cube, {})["sentence"].values.tolist())
     assert there in sentences
     assert absent not in sentences
 
 
 def test_a_diverged_path_is_infinitely_far(results):
-    cube = build(missing=(), diverged={})
+    cube = example_cube(missing=(), diverged={})
     paths = results["parameter_paths"].copy(deep=True)
     gone = paths["strategy"] == "rnlo"
     paths["distance"] = (
@@ -141,12 +143,14 @@ def test_a_diverged_path_is_infinitely_far(results):
     )
     evidence = Evidence({"parameter_paths": paths}, 3)
     assert evidence.distance("nlo", "rnlo") == np.inf
-    assert evidence.least([("nlo", "rnlo"), ("sio", "rsio")]) == evidence.distance("sio", "rsio")
+    assert evidence.smallest_distance([("nlo", "rnlo"), ("sio", "rsio")]) == evidence.distance(
+        "sio", "rsio"
+    )
     assert verdict_of(cube, {"parameter_paths": paths}, "reversed order") in VERDICTS
 
 
 def test_each_claim_is_stated_in_full(results):
-    table = claims(build(), results)
+    table = judge_claims(example_cube(), results)
     assert isinstance(table, xr.Dataset)
     assert {claim.section for claim in CLAIMS} == {"3.2", "3.3", "3.4", "3.5", "3.6"}
     assert len({claim.sentence for claim in CLAIMS}) == len(CLAIMS)

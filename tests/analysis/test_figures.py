@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sampimp.analysis import figures
+from sampimp.analysis.figures import reference_runs
 from sampimp.schema import REFERENCES, STRATEGIES
 
 SMALL = {"samples": 200, "clusters": 3}
@@ -146,7 +147,7 @@ def test_few_samples_are_points_and_many_a_density(results, monkeypatch):
     (points,) = [c for ax in figure.axes for c in ax.collections if isinstance(c, PathCollection)]
     expected = np.stack([against["final_nll"], against["overall_importance"]], axis=1)
     np.testing.assert_array_equal(points.get_offsets(), expected)
-    monkeypatch.setattr(figures, "MOST_POINTS", 100)
+    monkeypatch.setattr(reference_runs, "MOST_POINTS", 100)
     figure = figures.draw_importance_against_nll(against)
     (density,) = [c for ax in figure.axes for c in ax.collections if type(c) is PolyCollection]
     assert density.get_array().sum() == 200

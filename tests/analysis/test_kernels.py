@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from sampimp.analysis import kernels
+from sampimp.analysis import kernels, pca
 
 # A few distinct values only, so that ties are frequent, as they are in the NLL of easy samples.
 tied = st.sampled_from([0.0, 1e-30, 0.5, 1.0, 3.0, 1e8])
@@ -156,8 +156,8 @@ def test_the_t_interval_is_scipys_and_leaves_missing_seeds_out():
 def test_exact_pca_is_the_singular_value_decomposition(states, size, cuts, columns, seed):
     matrix = np.random.default_rng(seed).normal(size=(states, size)).astype(np.float32)
     blocks = np.split(matrix, sorted({c for c in cuts if c < size}), axis=1)
-    products = kernels.gram(blocks, columns=columns)
-    scores, ratio = kernels.principal_components(products, 3, np.ones(states, bool))
+    products = pca.gram_matrix(blocks, columns=columns)
+    scores, ratio = pca.principal_components(products, 3, np.ones(states, bool))
     centred = matrix.astype(np.float64) - matrix.astype(np.float64).mean(0)
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
     count = min(3, len(s))
@@ -172,8 +172,8 @@ def test_a_state_that_is_not_finite_spoils_itself_alone():
     spoiled = matrix.copy()
     spoiled[3, 7], spoiled[4, 2] = np.nan, np.inf
     good = np.array([True, True, True, False, False])
-    scores, _ = kernels.principal_components(kernels.gram([spoiled]), 2, good)
-    alone, _ = kernels.principal_components(kernels.gram([matrix[:3]]), 2, good[:3])
+    scores, _ = pca.principal_components(pca.gram_matrix([spoiled]), 2, good)
+    alone, _ = pca.principal_components(pca.gram_matrix([matrix[:3]]), 2, good[:3])
     np.testing.assert_allclose(scores[:3], alone, atol=1e-12)
     assert np.isnan(scores[3:]).all()
 
@@ -182,7 +182,7 @@ def test_rows_that_were_not_fitted_are_projected():
     generator = np.random.default_rng(4)
     matrix = generator.normal(size=(6, 30))
     fit = np.array([True] * 4 + [False] * 2)
-    scores, _ = kernels.principal_components(kernels.gram([matrix]), 2, fit)
+    scores, _ = pca.principal_components(pca.gram_matrix([matrix]), 2, fit)
     mean = matrix[fit].mean(0)
     axes = np.linalg.svd(matrix[fit] - mean, full_matrices=False)[2][:2]
     np.testing.assert_allclose(np.abs(scores), np.abs((matrix - mean) @ axes.T), atol=1e-9)

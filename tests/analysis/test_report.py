@@ -10,8 +10,9 @@ import pytest
 import xarray as xr
 from rich.console import Console
 
-from sampimp.analysis import report
-from sampimp.analysis._example import build
+from sampimp.analysis.example_cube import example_cube
+from sampimp.analysis.report import cli, contents, drawing, terminal, trial_facts, write
+from sampimp.analysis.report.page import render_page
 from sampimp.errors import RecordError, StoreError
 
 
@@ -45,7 +46,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def cube():
-    cube = build(
+    cube = example_cube(
         strategies=("shuffle", "rand", "rsio"),
         seeds=2,
         epochs=4,
@@ -61,26 +62,26 @@ def cube():
 @pytest.fixture(scope="module")
 def section():
     results = made.make_results(epochs=5, samples=100, clusters=3, diverged=("rnlo",))
-    cube = build(samples=30, epochs=3)
-    return report.Section(
+    cube = example_cube(samples=30, epochs=3)
+    return contents.Section(
         name="mnist/<cnn>",
-        facts=[("data set", "a < b & c"), *report.describe_runs(cube, results, 41)],
+        facts=[("data set", "a < b & c"), *contents.describe_runs(cube, results, 41)],
         results=results,
-        drawn=report.draw_figures(cube, {"stability": results["stability"]}),
+        drawn=drawing.draw_figures(cube, {"stability": results["stability"]}),
     )
 
 
 @pytest.fixture(scope="module")
 def written(cube, tmp_path_factory):
     """A report on a tree of two nodes, one of them as bare as a cube can be."""
-    bare = build(strategies=("shuffle", "nlo"), seeds=1, epochs=2, samples=40, states=())
+    bare = example_cube(strategies=("shuffle", "nlo"), seeds=1, epochs=2, samples=40, states=())
     tree = xr.DataTree.from_dict({"mnist": cube, "own/cnn": bare.drop_vars("nll")})
     tree.attrs = {"learning_rate": 0.1, "hidden": [8, 8, 8], "machine": '{"cpu": "a <fast> one"}'}
     out = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "open_cube", lambda _: tree)
+        patch.setattr(write, "open_cube", lambda _: tree)
         steps = []
-        found = report.write_report(str(out), progress=steps.append)
+        found = write.write_report(str(out), progress=steps.append)
     return out, found, steps
 
 
@@ -96,7 +97,7 @@ def test_everything_is_written_where_it_belongs(written):
     names = sorted(path.name for path in (out / "analysis/mnist").glob("*.p*"))
     assert names == sorted(
         f"{plan.name}.{kind}"
-        for plan in report.FIGURES
+        for plan in drawing.FIGURES
         if not plan.optional
         for kind in ("pdf", "png")
     )
@@ -156,15 +157,15 @@ def test_a_second_report_replaces_the_first(written, page_text, cube, monkeypatc
     out, _, _ = written
     assert "own/cnn" in page_text
     tree = xr.DataTree.from_dict({"mnist": cube})
-    monkeypatch.setattr(report, "open_cube", lambda _: tree)
-    monkeypatch.setattr(report, "draw_figures", lambda *_, **__: [])
-    found = report.write_report(str(out))
+    monkeypatch.setattr(write, "open_cube", lambda _: tree)
+    monkeypatch.setattr(write, "draw_figures", lambda *_, **__: [])
+    found = write.write_report(str(out))
     assert not [str(one.message) for one in recwarn if "Zarr" in str(one.message)]
     assert "own/cnn" not in Path(found.path).read_text()
 
 
 def test_numbers_verdicts_and_rules_are_on_the_page(section):
-    text = Page(report.render_page([section], {}, "/study")).text
+    text = Page(render_page([section], {}, "/study")).text
     assert "0.97 [0.96, 0.98] at epoch 50" in text
     assert "✓ holds" in text
     assert "✗ does not hold" in text
@@ -180,7 +181,7 @@ def test_numbers_verdicts_and_rules_are_on_the_page(section):
 
 def test_text_is_escaped(section):
     provenance = {"code": {"note": "<script>alert(1)</script>", "quoted": "\"a\" & 'b'"}}
-    text = report.render_page([section], provenance, "/a&b<c>")
+    text = render_page([section], provenance, "/a&b<c>")
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "high importance &lt;b&gt;exist&lt;/b&gt;" in text
@@ -197,7 +198,7 @@ def test_provenance_is_flattened_and_long_lists_are_folded():
         "versions": {"torch": "2.13.0", "deep": {"a": 1}},
         "fingerprints": {f"trial-{i}": "ab" for i in range(40)},
     }
-    text = report.render_page([], provenance, "/study")
+    text = render_page([], provenance, "/study")
     page = Page(text)
     assert "hidden 512, 512" in page.text
     assert "torch 2.13.0 deep.a 1" in page.text
@@ -212,7 +213,7 @@ def test_json_inside_attributes_is_opened(written, page_text):
 
 def test_images_of_representatives_are_read_in_place(cube):
     chosen = xr.DataArray([[7, 3], [59, -1]], dims=("cluster", "rank"))
-    images = report._images(cube, xr.Dataset({"representative": chosen}))
+    images = drawing.read_images(cube, xr.Dataset({"representative": chosen}))
     np.testing.assert_array_equal(images[0, 0], cube["image"][7])
     np.testing.assert_array_equal(images[0, 1], cube["image"][3])
     np.testing.assert_array_equal(images[1, 0], cube["image"][59])
@@ -233,12 +234,12 @@ def test_commits_give_versions_once_and_fingerprints_each(monkeypatch, tmp_path)
         }
         for seed in (1, 2)
     }
-    monkeypatch.setattr(report, "read_commits", lambda _: commits)
+    monkeypatch.setattr(trial_facts, "read_commits", lambda _: commits)
     trials = tmp_path / "trials"
     for name in commits:
         (trials / name).mkdir(parents=True)
         (trials / name / "trial.json").write_text('{"commit": "c0"}')
-    told = report._describe_trials(str(tmp_path))
+    told = trial_facts.describe_trials(str(tmp_path))
     assert told["versions"] == {"torch": "2.13.0", "zarr": "3.1.6"}
     assert told["trials"] == {"commit": "c0"}
     assert told["machine"] == {"host": "node1, node2"}
@@ -253,7 +254,7 @@ def test_commits_give_versions_once_and_fingerprints_each(monkeypatch, tmp_path)
 def test_summary_fits_the_terminal(section, width):
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     path = "/a/very/long/path" * 8 + "/report.html"
-    report.print_summary(report.Report(path=path, sections=[section]), console)
+    terminal.print_summary(contents.Report(path=path, sections=[section]), console)
     lines = console.export_text().splitlines()
     assert all(len(line) <= width for line in lines[:-1])
     assert lines[-1] == f"Report: {path}"
@@ -269,22 +270,22 @@ def test_a_single_run_has_no_standard_error():
     curves = results["strategy_curves"]
     curves["test_error_se"][:] = np.nan
     curves["test_error"].loc[{"strategy": "sim"}] = np.nan
-    rows = {row.strategy: row for row in report.strategy_rows(results)}
+    rows = {row.strategy: row for row in contents.strategy_rows(results)}
     assert re.fullmatch(r"\d\.\d\d %", rows["rand"].words) or rows["rand"].words.endswith(" %")
     assert "±" not in rows["rand"].words
     assert rows["sim"].words == "—"
-    assert report.strategy_rows({}) == []
+    assert contents.strategy_rows({}) == []
 
 
 def test_a_cube_without_importance_is_a_clear_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "open_cube", lambda _: xr.DataTree())
+    monkeypatch.setattr(write, "open_cube", lambda _: xr.DataTree())
     with pytest.raises(RecordError, match="at least one recorded epoch"):
-        report.write_report(str(tmp_path))
+        write.write_report(str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
 def test_command_line_says_what_is_wrong_without_a_traceback(capsys, tmp_path):
-    assert report.main([str(tmp_path / "absent")]) == 2
+    assert cli.main([str(tmp_path / "absent")]) == 2
     told = capsys.readouterr()
     assert told.err.startswith("Expected a study")
     assert "Traceback" not in told.err
@@ -292,9 +293,9 @@ def test_command_line_says_what_is_wrong_without_a_traceback(capsys, tmp_path):
 
 
 def test_command_line_prints_the_summary(monkeypatch, capsys, section):
-    found = report.Report(path="/x/report.html", sections=[section])
-    monkeypatch.setattr(report, "write_report", lambda out, progress: found)
-    assert report.main(["/x"]) == 0
+    found = contents.Report(path="/x/report.html", sections=[section])
+    monkeypatch.setattr(write, "write_report", lambda out, progress: found)
+    assert cli.main(["/x"]) == 0
     assert "Report: /x/report.html" in capsys.readouterr().out
 
 
@@ -302,13 +303,13 @@ def test_command_line_passes_a_store_error_on(monkeypatch, capsys):
     def fail(out, progress):
         raise StoreError("a folder", "a file", out, "choose another")
 
-    monkeypatch.setattr(report, "write_report", fail)
-    assert report.main(["s3://bucket/study"]) == 2
+    monkeypatch.setattr(write, "write_report", fail)
+    assert cli.main(["s3://bucket/study"]) == 2
     assert "Where s3://bucket/study" in capsys.readouterr().err
 
 
 def test_a_study_under_adam_says_what_its_first_epoch_is():
-    cube = build(strategies=("shuffle",), seeds=1, epochs=2, samples=10)
-    assert "mind" not in dict(report.describe_runs(cube, {}))
+    cube = example_cube(strategies=("shuffle",), seeds=1, epochs=2, samples=10)
+    assert "note" not in dict(contents.describe_runs(cube, {}))
     cube["importance"].attrs["optimizer"] = "AdamW"
-    assert "from the second on" in dict(report.describe_runs(cube, {}))["mind"]
+    assert "from the second on" in dict(contents.describe_runs(cube, {}))["note"]

@@ -8,16 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sampimp.analysis import clusters as clusters_module
 from sampimp.analysis import runs
-from sampimp.analysis._example import build
-from sampimp.analysis.analyse import RESULTS, analyse
-from sampimp.analysis.clusters import cluster_count, clusters
-from sampimp.analysis.curves import strategy_curves
-from sampimp.analysis.decomposition import decomposition, importance_groups, importance_histogram
-from sampimp.analysis.difficulty import importance_against_nll
-from sampimp.analysis.paths import parameter_paths
-from sampimp.analysis.stability import stability
+from sampimp.analysis.example_cube import example_cube
+from sampimp.analysis.results.analyse import RESULTS, analyse
+from sampimp.analysis.results.clusters import cluster_count, clusters, default_class
+from sampimp.analysis.results.curves import strategy_curves
+from sampimp.analysis.results.decomposition import (
+    decomposition,
+    importance_groups,
+    importance_histogram,
+)
+from sampimp.analysis.results.difficulty import importance_against_nll
+from sampimp.analysis.results.paths import parameter_paths
+from sampimp.analysis.results.stability import stability
 from sampimp.errors import ConfigError, RecordError
 
 LAZY = {
@@ -32,7 +35,7 @@ LAZY = {
 
 @pytest.fixture(scope="module")
 def cube():
-    return build()
+    return example_cube()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def test_nothing_but_the_curves_is_computed_on_the_call(cube, name):
 @settings(deadline=None, max_examples=3)
 @given(sample=st.integers(7, 40), layer=st.integers(1, 4), epoch=st.integers(1, 3))
 def test_no_result_depends_on_the_chunks(name, sample, layer, epoch):
-    small = build(
+    small = example_cube(
         strategies=("shuffle", "shuffle_by_seed", "nlo"),
         seeds=2,
         samples=40,
@@ -112,13 +115,13 @@ def test_stability_is_spearman_between_seeds(results, memory):
 
 
 def test_stability_keeps_the_epochs_before_a_divergence_and_leaves_missing_seeds_out():
-    cube = build(seeds=4, missing=(("shuffle", 4),), diverged={("shuffle", 2): 3})
+    cube = example_cube(seeds=4, missing=(("shuffle", 4),), diverged={("shuffle", 2): 3})
     result = stability(cube, resamples=10).sel(reference="shuffle").compute()
     by_epoch = result["rank_correlation"].sel(pair="1-2")
     assert np.isfinite(by_epoch.values).tolist() == [True, True, False, False, False, False]
     assert np.isfinite(result["rank_correlation"].sel(pair="1-3")).all()
     assert np.isnan(result["rank_correlation"].sel(pair="3-4")).all()  # there in shuffle_by_seed
-    alone = build(strategies=("shuffle",), seeds=4, missing=(("shuffle", 4),), diverged={})
+    alone = example_cube(strategies=("shuffle",), seeds=4, missing=(("shuffle", 4),), diverged={})
     assert stability(alone)["pair"].values.tolist() == ["1-2", "1-3", "2-3"]
 
 
@@ -149,7 +152,7 @@ def test_decomposition_adds_up(results, memory):
 
 
 def test_decomposition_takes_complete_seeds_alone():
-    cube = build(diverged={("shuffle", 2): 3})
+    cube = example_cube(diverged={("shuffle", 2): 3})
     beta = cube["importance"].sel(strategy="shuffle", seed=[1, 3]).values.astype(np.float64)
     result = decomposition(cube)
     np.testing.assert_allclose(result["importance_by_layer"], beta.mean(0).sum(-1))
@@ -205,7 +208,7 @@ def test_importance_against_nll(results, memory):
 
 
 def test_equal_nll_is_split_by_the_order_of_the_samples():
-    cube = build(samples=20)
+    cube = example_cube(samples=20)
     cube["nll"] = xr.zeros_like(cube["nll"])
     result = importance_against_nll(cube).compute()
     beta = cube["importance"].sel(strategy="shuffle", seed=1).values.astype(np.float64)
@@ -230,7 +233,7 @@ def test_the_histogram_counts_every_sample_with_importance(cube):
 
 
 def test_clusters_find_what_was_planted_and_are_ordered_by_importance():
-    cube = build(samples=120, classes=2, diverged={}, missing=())
+    cube = example_cube(samples=120, classes=2, diverged={}, missing=())
     beta = np.full((6, 4, 120), 1e-9, np.float32)
     kind = np.arange(120) // 2 % 3  # in both classes
     for k, (t, d, size) in enumerate([(0, 3, 1e-3), (2, 1, 1e-2), (5, 0, 1e-1)]):
@@ -263,7 +266,7 @@ def beta_mean(beta, samples):
 
 
 def test_a_small_cluster_names_minus_one_and_equal_profiles_make_fewer_clusters():
-    cube = build(samples=30, classes=1, diverged={}, missing=())
+    cube = example_cube(samples=30, classes=1, diverged={}, missing=())
     cube["importance"] = xr.ones_like(cube["importance"]).compute()
     cube["importance"][..., 0] = 9.0
     with pytest.warns(match="distinct clusters"):
@@ -276,11 +279,11 @@ def test_the_paper_decides_how_many_clusters_where_the_class_is_large():
     cube = xr.Dataset(coords={"label": ("sample", np.repeat([0, 1, 2], [5000, 600, 30]))})
     cube.attrs = {"class_names": ["horse", "5", "cat"]}
     assert [cluster_count(cube, label) for label in range(3)] == [30, 20, 2]
-    assert clusters_module.default_class(cube) == 0
+    assert default_class(cube) == 0
     with pytest.raises(ConfigError, match="a label out of"):
-        clusters(build(), label=77)
+        clusters(example_cube(), label=77)
     with pytest.raises(ConfigError, match="between 1 and 40 clusters"):
-        clusters(build(), label=1, count=41)
+        clusters(example_cube(), label=1, count=41)
 
 
 def test_curves_are_over_the_seeds_that_have_the_epoch(results, memory):
@@ -304,14 +307,14 @@ def test_curves_are_over_the_seeds_that_have_the_epoch(results, memory):
 
 
 def test_one_seed_has_no_standard_error():
-    result = strategy_curves(build(strategies=("shuffle", "nlo"), seeds=1)).compute()
+    result = strategy_curves(example_cube(strategies=("shuffle", "nlo"), seeds=1)).compute()
     assert np.isnan(result["test_error_se"]).all()
     assert np.isfinite(result["test_error"]).all()
 
 
 @pytest.mark.parametrize("block_bytes", [1, 700, 2**20])
 def test_paths_are_an_exact_pca_of_all_states(block_bytes):
-    cube = build(states=(0, 2, 6), missing=(("sim", 1),), diverged={("rsio", 1): 3})
+    cube = example_cube(states=(0, 2, 6), missing=(("sim", 1),), diverged={("rsio", 1): 3})
     result = parameter_paths(cube, 2, block_bytes=block_bytes)
     assert "sim" not in result["strategy"].values
     assert result["state"].values.tolist() == [0, 2, 6]
@@ -333,26 +336,26 @@ def test_paths_are_an_exact_pca_of_all_states(block_bytes):
 
 
 def test_what_is_not_there_is_said():
-    no_parameters = build(states=())
+    no_parameters = example_cube(states=())
     with pytest.raises(RecordError, match="none named parameters"):
         parameter_paths(no_parameters)
     with pytest.raises(RecordError, match="at least two seeds"):
-        stability(build(strategies=("shuffle", "rand"), seeds=1))
-    diverged = build(diverged={("shuffle", 1): 4})
+        stability(example_cube(strategies=("shuffle", "rand"), seeds=1))
+    diverged = example_cube(diverged={("shuffle", 1): 4})
     for function in (importance_groups, importance_against_nll, importance_histogram, clusters):
         with pytest.raises(RecordError, match="diverged before its last epoch"):
             function(diverged)
     with pytest.raises(RecordError, match="a complete run of shuffle"):
-        decomposition(build(strategies=("rand",)))
+        decomposition(example_cube(strategies=("rand",)))
     with pytest.raises(ConfigError, match="positive number of components"):
-        parameter_paths(build(), 0)
+        parameter_paths(example_cube(), 0)
 
 
 def test_analyse_returns_what_the_cube_allows(cube, results):
     assert list(results) == [key for key in RESULTS if key != "snapshot_stability"]
     assert not any(dask.is_dask_collection(result) for result in results.values())
     xr.testing.assert_allclose(results["stability"], stability(cube).compute())
-    few = analyse(build(strategies=("rand", "nlo"), states=()))
+    few = analyse(example_cube(strategies=("rand", "nlo"), states=()))
     assert list(few) == ["strategy_curves", "claims"]
     assert "parameter_paths: expected" in few["claims"].attrs["left_out"]
 
@@ -363,7 +366,7 @@ def test_a_cube_that_is_not_chunked_is_welcome(memory):
 
 @pytest.mark.parametrize("layers", [1, 2, 6])
 def test_any_number_of_layers_classes_and_epochs(layers):
-    results = analyse(build(layers=layers, classes=2, epochs=2, samples=24, states=()))
+    results = analyse(example_cube(layers=layers, classes=2, epochs=2, samples=24, states=()))
     assert results["decomposition"].sizes["layer"] == layers
     assert set(results["claims"]["verdict"].values) <= {
         "holds",

@@ -9,10 +9,10 @@ import oracles
 import pytest
 import xarray as xr
 
-from sampimp.analysis.analyse import compute_together
-from sampimp.analysis.decomposition import decomposition
-from sampimp.analysis.difficulty import importance_against_nll
 from sampimp.analysis.report import main
+from sampimp.analysis.results.analyse import compute_together
+from sampimp.analysis.results.decomposition import decomposition
+from sampimp.analysis.results.difficulty import importance_against_nll
 from sampimp.analysis.schedulers import use_scheduler
 from sampimp.errors import ResourceError
 from sampimp.store.cube import open_cube
@@ -79,7 +79,7 @@ def test_its_address_is_found_in_the_environments_place(study, scheduler):
 
 
 def test_a_wrong_address_is_said(study, monkeypatch, capsys):
-    monkeypatch.setattr("sampimp.analysis.schedulers.PATIENCE", "1 s")
+    monkeypatch.setattr("sampimp.analysis.schedulers.CONNECT_TIMEOUT", "1 s")
     address = "tcp://127.0.0.1:9"
     assert main([str(study), "--scheduler", "distributed", "--scheduler-address", address]) == 2
     said = " ".join(capsys.readouterr().err.split())

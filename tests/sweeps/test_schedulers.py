@@ -4,8 +4,8 @@ import dask
 import pytest
 import xarray as xr
 
-from sampimp.analysis.analyse import compute_together
-from sampimp.analysis.decomposition import decomposition
+from sampimp.analysis.results.analyse import compute_together
+from sampimp.analysis.results.decomposition import decomposition
 from sampimp.analysis.schedulers import use_scheduler
 from sampimp.store.cube import open_cube
 

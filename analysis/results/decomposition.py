@@ -1,10 +1,11 @@
-"""Which classes, layers and samples shape the network, and when? (section 3.3, Figs. 2, 3 and 10).
+"""Decomposition: the classes, layers and samples that shape the network, by epoch.
 
-Importance adds up: over samples, layers and epochs. `decomposition` sums it by epoch, layer and
-class; `importance_groups` by the samples' rank in overall importance tau; `importance_histogram`
-shows how tau itself is spread.
+Importance is a sum over samples, layers and epochs. `decomposition` groups it by epoch, layer and
+class; `importance_groups` groups it by the samples' rank in overall importance tau;
+`importance_histogram` describes the distribution of tau (section 3.3).
 
-Map: `decomposition` (Fig. 2), `importance_groups` (Fig. 3), `importance_histogram` (Fig. 10).
+Map: `decomposition` (Fig. 2), `importance_groups` (Fig. 3), `importance_histogram` (Fig. 10);
+`folds_of` divides samples into folds for intervals.
 """
 
 import dask.array as da
@@ -28,19 +29,20 @@ from sampimp.errors import RecordError
 from sampimp.schema import REFERENCE_STRATEGY
 
 FOLDS = 100
-"""Folds that samples are dealt into for the intervals of totals (arbitrary; fewer if N is)."""
+"""Folds of samples for the intervals of totals (arbitrary; N folds if there are fewer samples)."""
 
 GROUPS = {"top 10 %": 0.1, "next 10 %": 0.1, "other 80 %": 0.8}
-"""The paper's split of the samples by overall importance, with its fractions (section 3.3)."""
+"""The paper's groups of samples by overall importance, with their fractions (section 3.3)."""
 
 BINS = 60
 """Bins of the histogram (arbitrary)."""
 
-QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+HISTOGRAM_QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+"""Quantiles of overall importance that are stored with the histogram (arbitrary)."""
 
 
 def folds_of(samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the folds' numbers and each sample's fold: its position modulo their number.
+    """Return the numbers of the folds, and each sample's fold: its position modulo their count.
 
     Examples
     --------
@@ -64,18 +66,18 @@ def decomposition(cube: xr.Dataset) -> xr.Dataset:
     -------
     Dataset, lazy
         importance_by_class(epoch, layer, label), importance_by_layer(epoch, layer),
-        class_size(label), importance_by_fold(fold, epoch, layer) for intervals, and where
-        parameters are stored parameter_count(layer).
+        class_size(label), importance_by_fold(fold, epoch, layer) for intervals, and
+        parameter_count(layer) if parameters are stored.
 
     Raises
     ------
     RecordError
-        If no seed of `shuffle` is complete.
+        No seed of `shuffle` is complete.
 
     Examples
     --------
-    >>> from sampimp.analysis.runs import small_cube
-    >>> result = decomposition(small_cube())
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> result = decomposition(example_cube())
     >>> dict(result["importance_by_class"].sizes)
     {'epoch': 6, 'layer': 4, 'label': 3}
 
@@ -116,8 +118,8 @@ def decomposition(cube: xr.Dataset) -> xr.Dataset:
     return label_result(
         result,
         cube,
-        method=f"sum over samples of in-step importance beta, mean over {len(seeds)} "
-        "initialisations",
+        method="sum over samples of in-step importance beta, "
+        f"mean over {len(seeds)} initialisations",
         figure="2",
         section="3.3",
         variables={
@@ -133,18 +135,17 @@ def decomposition(cube: xr.Dataset) -> xr.Dataset:
 def importance_groups(cube: xr.Dataset, overall: xr.DataArray | None = None) -> xr.Dataset:
     """Return how much of the importance the most important samples hold.
 
-    The groups are known only after a pass over the whole run, and a second one sums them: without
-    `overall`, dask keeps the run's chunks (40 MB for the paper's network) from the first to the
-    second. `sampimp.analysis.analyse.analyse` gives it, and reads twice.
-    (`dask.graph_manipulation.clone`,
-    made for this, does not survive the fusing of tasks in dask 2026.8.)
+    The groups are known only after a pass over the whole run, and a second pass sums them. Without
+    `overall`, dask keeps the run's chunks (40 MB for the paper's network) between the two passes;
+    `analyse` passes `overall`, and reads the run twice. (`dask.graph_manipulation.clone`, made for
+    this purpose, does not survive the fusing of tasks in dask 2026.8.)
 
     Parameters
     ----------
     cube
         One node of the cube.
     overall
-        tau(sample) where it is already known, which saves the first pass.
+        tau(sample) if it is already known, which saves the first pass.
 
     Returns
     -------
@@ -155,12 +156,12 @@ def importance_groups(cube: xr.Dataset, overall: xr.DataArray | None = None) -> 
     Raises
     ------
     RecordError
-        If the reference run is not complete.
+        The reference run is not complete.
 
     Examples
     --------
-    >>> from sampimp.analysis.runs import small_cube
-    >>> importance_groups(small_cube())["share"].round(2).values
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> importance_groups(example_cube())["share"].round(2).values
     array([0.4 , 0.28, 0.32])
 
     References
@@ -199,37 +200,37 @@ def importance_groups(cube: xr.Dataset, overall: xr.DataArray | None = None) -> 
 
 
 def _groups_of(overall: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return each sample's group by its place from the top; ties in the order of the samples."""
+    """Return each sample's group by its rank from the top; ties in the order of the samples."""
     place = np.empty(len(overall), np.int64)
     place[np.argsort(-overall, kind="stable")] = np.arange(len(overall))
     return np.searchsorted(ends, place, side="right")
 
 
 def importance_histogram(cube: xr.Dataset, bins: int = BINS) -> xr.Dataset:
-    """Return how overall importance tau is spread over the samples.
+    """Return the distribution of overall importance tau over the samples.
 
     Parameters
     ----------
     cube
         One node of the cube.
     bins
-        Bins of equal width on the scale of log10 tau, from the smallest to the largest.
+        Number of bins of equal width in log10 tau, from the smallest to the largest positive tau.
 
     Returns
     -------
     Dataset, lazy
-        count(bin), bin_edge(edge) in log10 of tau, zeros() samples of no importance at all (in no
-        bin), quantile(q) of tau, gini(), mean().
+        count(bin), bin_edge(edge) in log10 of tau, zeros(): the samples with tau = 0, which are in
+        no bin, quantile(q) of tau, gini(), mean().
 
     Raises
     ------
     RecordError
-        If the reference run is not complete.
+        The reference run is not complete.
 
     Examples
     --------
-    >>> from sampimp.analysis.runs import small_cube
-    >>> result = importance_histogram(small_cube())
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> result = importance_histogram(example_cube())
     >>> int(result["count"].sum()), round(float(result["gini"]), 2)
     (120, 0.65)
 
@@ -262,7 +263,7 @@ def importance_histogram(cube: xr.Dataset, bins: int = BINS) -> xr.Dataset:
             "count": count,
             "bin_edge": edges,
             "zeros": zeros,
-            "quantile": tau.quantile(list(QUANTILES), dim="sample").rename(quantile="q"),
+            "quantile": tau.quantile(list(HISTOGRAM_QUANTILES), dim="sample").rename(quantile="q"),
             "gini": gini,
             "mean": tau.mean("sample"),
         }
@@ -270,9 +271,8 @@ def importance_histogram(cube: xr.Dataset, bins: int = BINS) -> xr.Dataset:
     return label_result(
         result,
         cube,
-        method=f"{bins} bins of equal width over log10 of overall importance tau of the "
-        "reference run "
-        "(shuffle, seed 1)",
+        method=f"{bins} bins of equal width over log10 of overall importance tau "
+        "of the reference run (shuffle, seed 1)",
         figure="10",
         section="3.3 and appendix",
         variables={

@@ -1,9 +1,9 @@
-"""Do the parameters take another way under another order of batches? (section 3.6, Fig. 8).
+"""Paths of the parameters under the batch strategies (section 3.6, Fig. 8).
 
-All stored states of all strategies of one initialisation, on their first principal components.
-There are a few hundred states of a million parameters, so the exact way is the cheap one: the S x S
-Gram matrix, summed in float64 over blocks of parameters, and its eigenvectors. (A randomised SVD
-was 3 % off.) The same matrix gives the distances between the end points.
+All stored states of all strategies, from one initialisation, on their first principal components.
+There are a few hundred states of a million parameters, so that the exact computation is also the
+cheap one: the S x S Gram matrix, summed in float64 over blocks of parameters, and its eigenvectors.
+(A randomised SVD was 3 % off.) Distances between the last states come from the same matrix.
 
 Map: `parameter_paths`.
 """
@@ -14,53 +14,54 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from sampimp.analysis import kernels
+from sampimp.analysis.pca import gram_matrix, principal_components
 from sampimp.analysis.runs import label_result, lazy, place_of, require, started
 from sampimp.errors import ConfigError, RecordError
 from sampimp.schema import REFERENCE_SEED
 
-BLOCK_BYTES = 2**28
-"""Most bytes of states held at once (256 MiB). A stored chunk is one state, so a smaller block
-means reading a chunk several times: 5 times for the 459 states of 670,000 parameters of the MNIST
-study."""
+STATE_BLOCK_BYTES = 2**28
+"""Largest number of bytes of states in memory (256 MiB). A stored chunk is one whole state, so that
+with smaller blocks each chunk is read more often: 5 times for the 459 states of 670,000 parameters
+of the MNIST study."""
 
 
 def parameter_paths(
-    cube: xr.Dataset, components: int = 3, *, block_bytes: int = BLOCK_BYTES
+    cube: xr.Dataset, components: int = 3, *, block_bytes: int = STATE_BLOCK_BYTES
 ) -> xr.Dataset:
     """Return the paths of the parameters on the principal components of all their states.
 
-    Reads `parameters` at once, block by block. Runs that diverged do not shape the components,
-    since the last states before a divergence can be larger than all else; they are projected onto
-    them.
+    `parameters` is read when this function is called, block by block. The components are computed
+    without the runs that diverged, whose last states can be larger than all others; these runs are
+    projected onto the components.
 
     Parameters
     ----------
     cube
-        One node of the cube. States may be thinned: the stored ones are used.
+        One node of the cube. The states that are stored are used.
     components
-        How many.
+        Number of principal components.
     block_bytes
-        Most bytes of states in memory at once.
+        Largest number of bytes of states in memory.
 
     Returns
     -------
     Dataset, in memory
         path(strategy, state, component), explained_variance_ratio(component),
         distance(strategy, other_strategy) between the last stored states, travelled(strategy) from
-        the first to the last stored state, fitted(strategy) whether a run shaped the components.
+        the first to the last stored state, fitted(strategy): whether the components are computed
+        from the run.
 
     Raises
     ------
     RecordError
-        If parameters were not stored, or for fewer than two states.
+        Parameters were not stored, or at fewer than two states.
     ConfigError
-        If components or block_bytes is not positive.
+        `components` or `block_bytes` is not positive.
 
     Examples
     --------
-    >>> from sampimp.analysis.runs import small_cube
-    >>> result = parameter_paths(small_cube())
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> result = parameter_paths(example_cube())
     >>> dict(result["path"].sizes)
     {'strategy': 9, 'state': 7, 'component': 3}
 
@@ -76,12 +77,10 @@ def parameter_paths(
             "parameter_paths",
             "choose larger ones",
         )
-    begun = started(cube)
+    names = []
     if REFERENCE_SEED in cube["seed"].values:
-        there = begun.sel(seed=REFERENCE_SEED)
-        names = there["strategy"].values[there.values].tolist()
-    else:
-        names = []
+        has_started = started(cube).sel(seed=REFERENCE_SEED)
+        names = has_started["strategy"].values[has_started.values].tolist()
     states = cube["state"].values
     if not names or len(names) * len(states) < 2:
         raise RecordError(
@@ -93,7 +92,7 @@ def parameter_paths(
     run = cube[["parameters"]].sel(strategy=names, seed=REFERENCE_SEED, drop=True)
     values = lazy(run["parameters"].transpose("strategy", "state", "parameter")).data
     rows = values.reshape(-1, values.shape[-1])
-    products = kernels.gram(_blocks(rows, block_bytes))
+    products = gram_matrix(_blocks(rows, block_bytes))
     shape = (len(names), len(states))
     finite = np.asarray(np.isfinite(np.diag(products))).reshape(shape)
     if not finite[0, 0]:
@@ -105,9 +104,7 @@ def parameter_paths(
         )
     whole = np.asarray(finite.all(1))
     fit: np.ndarray = whole if whole.any() else np.ones(len(names), bool)
-    scores, ratio = kernels.principal_components(
-        products, components, (finite & fit[:, None]).ravel()
-    )
+    scores, ratio = principal_components(products, components, (finite & fit[:, None]).ravel())
     size = np.diag(products).reshape(shape)
     cells = np.arange(len(products)).reshape(shape)
     last, first = cells[:, -1], cells[:, 0]
@@ -151,9 +148,9 @@ def parameter_paths(
 
 
 def _blocks(rows: da.Array, block_bytes: int) -> Iterator[np.ndarray]:
-    """Yield the columns of the matrix in blocks, each copied out of the chunks it came from."""
+    """Yield the columns of the matrix in blocks, each copied out of its chunks."""
     width = max(1, block_bytes // (rows.shape[0] * rows.dtype.itemsize))
     for start in range(0, rows.shape[1], width):
-        # A slice of a chunk is a view that would keep the whole chunk in memory, hence the copy.
+        # Copied: a slice of a chunk is a view, which would keep the whole chunk in memory.
         part = rows[:, start : start + width].map_blocks(np.array, copy=True, dtype=rows.dtype)
         yield part.compute()

@@ -1,10 +1,10 @@
-"""A made-up cube with a known structure, for examples and tests; nothing in it was measured.
+"""A synthetic cube with a known structure, for examples and tests; none of it was measured.
 
-Samples have a hardness h between 0 and 1. Their importance peaks at a time and a depth that h moves
-(easy: early, output; hard: late, input), their NLL falls more slowly the larger h is, and the
-batches of comparable difficulty end with a higher test error.
+Each sample has a hardness h between 0 and 1. The epoch and the layer of its largest importance
+depend on h (easy: early, output; hard: late, input), its NLL falls more slowly the larger h is, and
+the strategies with batches of comparable difficulty end with a higher test error.
 
-Map: `build`.
+Map: `example_cube`.
 """
 
 import numpy as np
@@ -12,11 +12,11 @@ import xarray as xr
 
 from sampimp.schema import REFERENCES, STRATEGIES
 
-TEST_ERROR = {"nlo": 0.30, "sio": 0.31, "rnlo": 0.25, "rsio": 0.26}
-"""Where the test error of the strategies ends; the others at 0.20."""
+FINAL_TEST_ERROR = {"nlo": 0.30, "sio": 0.31, "rnlo": 0.25, "rsio": 0.26}
+"""Test error at the end of these strategies; 0.20 of the others."""
 
 
-def build(
+def example_cube(
     *,
     strategies: tuple[str, ...] = (*REFERENCES, *STRATEGIES),
     seeds: int = 3,
@@ -37,17 +37,24 @@ def build(
     Parameters
     ----------
     strategies, seeds, epochs, layers, samples, classes, parameters
-        What there is, and how many.
+        The strategies, and the number of each of the others.
     states
         The states at which parameters are stored; all of them by default, none if empty.
     missing
-        Trials (strategy, seed) that read as NaN.
+        Trials (strategy, seed) whose values are NaN. By default `sim`, seed 3.
     diverged
-        Trials (strategy, seed) and the epoch from which they read as NaN.
+        Trials (strategy, seed) and the epoch from which their values are NaN. By default `rsio`,
+        seed 2, from epoch 3.
     sample_chunk
         Chunk size along `sample`; all samples by default.
     noise, seed
-        Deviation of the logarithm of importance and NLL between runs, and the generator's seed.
+        Standard deviation of the logarithm of importance and NLL between runs, and the seed of
+        the generator.
+
+    Examples
+    --------
+    >>> dict(example_cube()["importance"].sizes)
+    {'strategy': 9, 'seed': 3, 'epoch': 6, 'layer': 4, 'sample': 120}
     """
     diverged = {("rsio", 2): 3} if diverged is None else diverged
     generator = np.random.default_rng(seed)
@@ -55,17 +62,19 @@ def build(
     hard = generator.permutation(np.linspace(0, 1, samples))
     time = np.arange(1, epochs + 1) / epochs
     depth = np.arange(layers) / max(1, layers - 1)  # 0 at the input, 1 at the output
-    when = np.exp(-np.square(time[:, None] - (0.1 + 0.9 * hard)) / 0.1)
-    where = np.exp(-np.square(depth[:, None] - (1 - hard)) / 0.3)
-    beta = 1e-4 * when[:, None, :] * where[None] * (0.01 + hard**6)
-    blur = generator.lognormal(0, noise, (*shape, epochs, layers, samples))
-    importance = (beta * blur).astype(np.float32)
+    in_time = np.exp(-np.square(time[:, None] - (0.1 + 0.9 * hard)) / 0.1)
+    in_depth = np.exp(-np.square(depth[:, None] - (1 - hard)) / 0.3)
+    beta = 1e-4 * in_time[:, None, :] * in_depth[None] * (0.01 + hard**6)
+    variation = generator.lognormal(0, noise, (*shape, epochs, layers, samples))
+    importance = (beta * variation).astype(np.float32)
     nll = (0.01 + 3 * hard * np.exp(-2 * (1 - hard) * time[:, None])) * generator.lognormal(
         0, noise, (*shape, epochs, samples)
     )
     batch = np.broadcast_to(generator.permutation(samples) // 10, (*shape, epochs, samples))
-    end = np.array([TEST_ERROR.get(name, 0.20) for name in strategies])[:, None, None]
-    test_error = end + 0.3 * np.exp(-3 * time) + generator.normal(0, 0.002, (*shape, epochs))
+    final_error = np.array([FINAL_TEST_ERROR.get(name, 0.20) for name in strategies])[:, None, None]
+    test_error = (
+        final_error + 0.3 * np.exp(-3 * time) + generator.normal(0, 0.002, (*shape, epochs))
+    )
     dims = ("strategy", "seed", "epoch")
     variables = {
         "importance": ((*dims, "layer", "sample"), importance),
@@ -85,22 +94,22 @@ def build(
         "label": ("sample", np.arange(samples) % classes),
         "order_seed": (("strategy", "seed"), np.ones(shape, int)),
     }
-    stored = tuple(range(epochs + 1)) if states is None else states
-    if stored:
+    kept_states = tuple(range(epochs + 1)) if states is None else states
+    if kept_states:
         start = generator.normal(size=(1, seeds, 1, parameters))
-        toward = generator.normal(size=(len(strategies), 1, 1, parameters))
-        step = np.sqrt(np.array(stored) / epochs)[:, None]
+        direction = generator.normal(size=(len(strategies), 1, 1, parameters))
+        step = np.sqrt(np.array(kept_states) / epochs)[:, None]
         variables["parameters"] = (
             ("strategy", "seed", "state", "parameter"),
-            (start + step * toward).astype(np.float32),
+            (start + step * direction).astype(np.float32),
         )
-        coords["state"] = np.array(stored)
+        coords["state"] = np.array(kept_states)
         coords["layer_of_parameter"] = (
             "parameter",
             np.sort(np.arange(parameters) % layers).astype(int),
         )
     cube = xr.Dataset(variables, coords)
-    if stored:
+    if kept_states:
         cube = cube.assign_coords(
             layer_of_parameter=("parameter", cube["layer"].values[cube["layer_of_parameter"]])
         )
@@ -114,8 +123,8 @@ def build(
         at = {"strategy": strategies.index(name), "seed": number - 1}
         for key in variables:
             time_dim = "state" if key == "parameters" else "epoch"
-            gone = cube[time_dim].values >= first
-            cube[key][{**at, time_dim: gone}] = np.nan
+            absent = cube[time_dim].values >= first
+            cube[key][{**at, time_dim: absent}] = np.nan
         if first:
             cube["diverged_epoch"][at] = first
     cube["importance"].attrs = {
@@ -130,6 +139,6 @@ def build(
     chunks: dict[str, int] = {"strategy": 1, "seed": 1, "epoch": 1}
     if sample_chunk:
         chunks["sample"] = sample_chunk
-    if stored:
+    if kept_states:
         chunks["state"] = 1
     return cube.chunk(chunks)

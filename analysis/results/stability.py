@@ -1,10 +1,10 @@
-"""Are the same samples important whatever the initialisation? (section 3.2, Fig. 1).
+"""Stability: whether two initialisations find the same samples important.
 
-The paper trains from three initialisations and correlates, by rank, the model importance of the
-samples between each two, and finds more than 0.9 at every epoch. With one sequence of batches for
-all initialisations (`shuffle`) the in-step importance of a sample is taken at the same step of
-every run; with a sequence for each seed (`shuffle_by_seed`) it is not, and the correlation is lower
-early on.
+The paper (section 3.2, Fig. 1) trains from three initialisations, correlates by rank the model
+importance of the samples for each pair of them, and finds more than 0.9 at every epoch. With one
+sequence of batches for all initialisations (`shuffle`), in-step importance of a sample is measured
+at the same step of every run. With a sequence for each seed (`shuffle_by_seed`) it is not, and the
+correlation is lower in early epochs.
 
 Map: `stability`.
 """
@@ -32,17 +32,17 @@ def stability(
 ) -> xr.Dataset:
     """Return the rank correlation of sample importance between initialisations, per epoch.
 
-    Holds one epoch of the reference runs in memory at a time: ranking needs all samples.
+    One epoch of the reference runs is in memory at a time, since ranking needs all samples.
 
     Parameters
     ----------
     cube
-        One node of the cube. Epochs of a diverged run from its divergence on are NaN, and so is an
-        epoch at which `variable` was not measured.
+        One node of the cube. The result is NaN from the epoch in which a run diverged, and for
+        epochs in which `variable` was not measured.
     variable
         `importance` (in-step) or `snapshot_importance` (all samples at the end of the epoch).
     resamples
-        Bootstrap resamples behind an interval.
+        Bootstrap resamples for each interval.
 
     Returns
     -------
@@ -54,12 +54,12 @@ def stability(
     Raises
     ------
     RecordError
-        If no reference has two seeds.
+        No reference has two seeds.
 
     Examples
     --------
-    >>> from sampimp.analysis.runs import small_cube
-    >>> result = stability(small_cube())
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> result = stability(example_cube())
     >>> result["pair"].values.tolist()
     ['1-2', '1-3', '2-3']
     >>> bool((result["rank_correlation"] > 0.9).all())
@@ -71,11 +71,11 @@ def stability(
     """
     require(cube, variable)
     seeds = {name: seeds_of(cube, name, whole=False) for name in REFERENCES}
-    references = [name for name, found in seeds.items() if len(found) >= 2]
+    references = [name for name, numbers in seeds.items() if len(numbers) >= 2]
     if not references:
         raise RecordError(
             "at least two seeds of a reference (shuffle or shuffle_by_seed)",
-            ", ".join(f"{name}: seeds {found or 'none'}" for name, found in seeds.items()),
+            ", ".join(f"{name}: seeds {numbers or 'none'}" for name, numbers in seeds.items()),
             place_of(cube),
             "run the study with more seeds, or let it finish",
         )
@@ -123,10 +123,8 @@ def stability(
         importance=variable,
         method=(
             f"Spearman's rank correlation of {kind} model importance alpha over the samples, "
-            "for each "
-            "pair of initialisations; 95 % interval from the standard error, on Fisher's "
-            "scale, of "
-            f"{resamples} bootstrap resamples of the samples"
+            "for each pair of initialisations; 95 % interval from the standard error, "
+            f"on Fisher's scale, of {resamples} bootstrap resamples of the samples"
         ),
         figure="1",
         section="3.2",

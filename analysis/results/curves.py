@@ -1,9 +1,9 @@
-"""Does it matter how batches are made? (section 3.6, Figs. 7 and 9).
+"""Training curves of the batch strategies (section 3.6, Figs. 7 and 9).
 
 Training and test curves of each strategy, as mean and standard error over the seeds. A run that
-diverged has no value from then on: the mean is over the runs that have the epoch, `runs` says how
-many those are and `diverged` how many are gone, so that a mean over survivors can be seen for what
-it is.
+diverged has no values from that epoch on. The mean is over the runs that have the epoch; `runs` is
+their number and `diverged` the number of diverged runs, so that a mean over fewer runs can be
+recognised.
 
 Map: `strategy_curves`.
 """
@@ -26,16 +26,16 @@ def strategy_curves(cube: xr.Dataset) -> xr.Dataset:
     Returns
     -------
     Dataset, lazy
-        train_error, test_error, train_nll, test_nll (strategy, epoch), the same with `_se` for the
-        standard error (NaN with one run), runs(strategy, epoch), diverged(strategy),
-        final_test_error(strategy, seed), diverged_epoch(strategy, seed; NaN where a run did not),
-        train_error_by_seed(strategy, seed, epoch), and where `nll` is stored class_nll(strategy,
-        epoch, label).
+        train_error, test_error, train_nll, test_nll (strategy, epoch), each with its standard error
+        `*_se` (NaN with one run); runs(strategy, epoch), diverged(strategy);
+        final_test_error(strategy, seed); diverged_epoch(strategy, seed), NaN for a run that did not
+        diverge; train_error_by_seed(strategy, seed, epoch); and class_nll(strategy, epoch, label)
+        if `nll` is stored.
 
     Examples
     --------
-    >>> from sampimp.analysis.runs import small_cube
-    >>> result = strategy_curves(small_cube())
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> result = strategy_curves(example_cube())
     >>> result["runs"].sel(strategy="rsio").values.tolist()
     [3, 3, 2, 2, 2, 2]
     >>> result["test_error"].sel(strategy=["rand", "nlo"]).isel(epoch=-1).round(1).values
@@ -91,8 +91,8 @@ def strategy_curves(cube: xr.Dataset) -> xr.Dataset:
 def _mean_and_error(values: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
     """Return the mean over the seeds that are not NaN, and its standard error.
 
-    In terms of counts that are NaN where they are too small, since `mean` and `std` of an empty row
-    warn from inside dask.
+    Both are computed from sums and counts, with NaN for a count that is too small: `mean` and `std`
+    of an empty row warn inside dask.
     """
     count = values.notnull().sum("seed")
     mean = values.sum("seed") / count.where(count > 0)

@@ -1,10 +1,11 @@
-"""Is importance just another name for a high loss? (section 3.4, Fig. 4; the easy and hard of 3.5).
+"""Difficulty: how importance is related to the negative log-likelihood of the samples.
 
-The paper correlates in-step importance with the negative log-likelihood of the same samples, epoch
-by epoch, and overall importance tau with the final NLL: positive, growing, and far from one. Easy
-samples (low final NLL) are said to act early and near the output, hard ones late and near the
-input; here that is measured for every sample, by its importance-weighted mean epoch and by the
-share of its importance that goes into each layer, and for three groups of samples.
+The paper correlates in-step importance with the NLL of the same samples, epoch by epoch, and
+overall importance tau with the final NLL (section 3.4, Fig. 4). The correlation is positive, grows,
+and stays far from one. Section 3.5 says that easy samples (low final NLL) act early and near the
+output, hard samples late and near the input. That is measured here for every sample, by its
+importance-weighted mean epoch and by each layer's share of its importance, and for three groups of
+samples.
 
 Map: `importance_against_nll`.
 """
@@ -14,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from sampimp.analysis import kernels
-from sampimp.analysis.decomposition import folds_of
+from sampimp.analysis.results.decomposition import folds_of
 from sampimp.analysis.runs import (
     label_result,
     lazy,
@@ -26,42 +27,43 @@ from sampimp.analysis.runs import (
 )
 
 DIFFICULTIES = {"easy": 0.5, "medium": 0.4, "hard": 0.1}
-"""Groups by final NLL, low first, with their fractions. The paper names the groups and gives no
-bounds; a tenth is its unit in section 3.3, and half is "most samples" (arbitrary otherwise)."""
+"""Groups by final NLL, low first, with their fractions. The paper names the groups without bounds;
+a tenth is its unit in section 3.3, and half stands for "most samples" (arbitrary otherwise)."""
 
 
 def importance_against_nll(cube: xr.Dataset, *, resamples: int = kernels.RESAMPLES) -> xr.Dataset:
-    """Return how sample importance goes with negative log-likelihood, in time and in depth.
+    """Return the relation of sample importance to negative log-likelihood, in time and in depth.
 
-    The importance of epoch t is in-step, the NLL is measured at the end of epoch t.
+    The importance of epoch t is in-step; the NLL of epoch t is measured at its end.
 
     Parameters
     ----------
     cube
         One node of the cube.
     resamples
-        Bootstrap resamples behind an interval.
+        Bootstrap resamples for each interval.
 
     Returns
     -------
     Dataset, lazy
-        Rank correlations over the samples: rank_correlation(epoch, layer) of beta with NLL,
-        model_rank_correlation(epoch) of alpha with NLL, overall_rank_correlation() of tau with the
-        final NLL, when_rank_correlation() of the final NLL with mean_epoch(sample),
-        where_rank_correlation(layer) of it with layer_share(layer, sample); each but the first with
-        an interval `*_interval(bound)`. The samples' overall_importance(sample), final_nll(sample).
-        importance_by_difficulty(difficulty, epoch, layer), mean per sample, and the sums of its
-        folds, importance_by_difficulty_and_fold(difficulty, fold, epoch, layer).
+        Rank correlations over the samples: rank_correlation(epoch, layer) of beta with NLL;
+        model_rank_correlation(epoch) of alpha with NLL; overall_rank_correlation() of tau with
+        final NLL; when_rank_correlation() of final NLL with mean_epoch(sample);
+        where_rank_correlation(layer) of final NLL with layer_share(layer, sample). All but the
+        first have an interval `*_interval(bound)`. Values of the samples:
+        overall_importance(sample), final_nll(sample). Sums by difficulty:
+        importance_by_difficulty(difficulty, epoch, layer), mean per sample, and
+        importance_by_difficulty_and_fold(difficulty, fold, epoch, layer).
 
     Raises
     ------
     RecordError
-        If the reference run is not complete.
+        The reference run is not complete.
 
     Examples
     --------
-    >>> from sampimp.analysis.runs import small_cube
-    >>> result = importance_against_nll(small_cube())
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> result = importance_against_nll(example_cube())
     >>> bool(result["when_rank_correlation"] > 0.9)
     True
     >>> result["where_rank_correlation"].sel(layer=["L1", "Out"]).round(1).values
@@ -75,9 +77,9 @@ def importance_against_nll(cube: xr.Dataset, *, resamples: int = kernels.RESAMPL
     beta, nll = lazy(run["importance"]), lazy(run["nll"])
     alpha, tau = model_importance(beta), overall_importance(beta)
     final = nll.isel(epoch=-1, drop=True)
-    some = tau.where(tau > 0)  # a sample without any importance is nowhere, at no time
-    mean_epoch = (alpha * alpha["epoch"]).sum("epoch", skipna=False) / some
-    share = beta.sum("epoch", skipna=False, dtype=np.float64) / some
+    positive = tau.where(tau > 0)  # a sample with tau = 0 has no mean epoch and no shares
+    mean_epoch = (alpha * alpha["epoch"]).sum("epoch", skipna=False) / positive
+    share = beta.sum("epoch", skipna=False, dtype=np.float64) / positive
     result = xr.Dataset(
         {
             "rank_correlation": xr.apply_ufunc(
@@ -95,13 +97,13 @@ def importance_against_nll(cube: xr.Dataset, *, resamples: int = kernels.RESAMPL
             "layer_share": share,
         }
     )
-    for name, one, other in (
+    for name, first, second in (
         ("model", alpha, nll),
         ("overall", tau, final),
         ("when", final, mean_epoch),
         ("where", final, share),
     ):
-        correlation, interval = _correlate(one, other, resamples)
+        correlation, interval = _correlate(first, second, resamples)
         result[f"{name}_rank_correlation"] = correlation
         result[f"{name}_rank_correlation_interval"] = interval
     result = result.assign_coords(bound=["low", "high"])
@@ -149,7 +151,7 @@ def importance_against_nll(cube: xr.Dataset, *, resamples: int = kernels.RESAMPL
 def _correlate(
     first: xr.DataArray, second: xr.DataArray, resamples: int
 ) -> tuple[xr.DataArray, xr.DataArray]:
-    """Return the rank correlation over samples and its interval, for every other index."""
+    """Return the rank correlation over samples and its interval, for every index of the others."""
     correlation, interval = xr.apply_ufunc(
         _correlate_rows,
         whole_samples(first),
@@ -168,6 +170,7 @@ def _correlate(
 def _correlate_rows(
     first: np.ndarray, second: np.ndarray, resamples: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Return `_correlate` of the arrays of a block."""
     first, second = np.broadcast_arrays(first, second)
     interval = np.empty((*first.shape[:-1], 2))
     for index in np.ndindex(first.shape[:-1]):
@@ -204,7 +207,7 @@ def _by_difficulty(beta: xr.DataArray, final: xr.DataArray) -> tuple[xr.DataArra
 def _codes_of_difficulty(
     final: np.ndarray, ends: np.ndarray, fold: np.ndarray, folds: int
 ) -> np.ndarray:
-    """Return each sample's cell; among equal NLL (0 in float32 is frequent), by sample index."""
+    """Return each sample's cell; equal NLL (0 in float32 is frequent) in the order of samples."""
     place = np.empty(len(final), np.int64)
     place[np.argsort(final, kind="stable")] = np.arange(len(final))
     return np.searchsorted(ends, place, side="right") * folds + fold

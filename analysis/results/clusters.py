@@ -1,42 +1,43 @@
-"""When and where do the samples of one class act? (section 3.5, Figs. 5 and 6).
+"""Clusters of one class: when and in which layers its samples act (section 3.5, Figs. 5 and 6).
 
-k-means on the epoch x layer profiles of in-step importance: 20 clusters of digit 5, 30 of horse.
-The paper does not say how profiles are scaled. Here a profile is log(1 + beta / m_d), m_d the mean
-of layer d over the class and all epochs: the logarithm because importance is heavy-tailed and plain
-k-means would spend its clusters on a handful of extreme samples, the 1 so that values far below the
-mean all count as nothing instead of spreading over twenty decades, and a mean for each layer so
-that a layer counts by its pattern and not by how many parameters it has.
+k-means on epoch x layer profiles of in-step importance, into 20 clusters of digit 5 and 30 of
+horse. The paper does not say how profiles are scaled. Here a profile is log(1 + beta / m_d), with
+m_d the mean of layer d over the class and all epochs. The logarithm is taken because importance is
+heavy-tailed: plain k-means would spend its clusters on a handful of extreme samples. The 1 makes
+all values far below the mean nearly 0 instead of spreading them over twenty decades. A mean for
+each layer makes a layer count by its pattern and not by its number of parameters.
 
-Map: `default_class`, `cluster_count` (which class, how many), `clusters`.
+Map: `default_class`, `cluster_count` (which class, how many clusters), `normalise_profiles`,
+`clusters`.
 """
 
 import numpy as np
 import xarray as xr
-from sklearn.cluster import KMeans
 
 from sampimp.analysis.runs import class_name, codes_of_labels, label_result, place_of, reference_run
-from sampimp.errors import ConfigError
+from sampimp.errors import ConfigError, require_package
 
 PAPER_CLASSES = {"5": 20, "five": 20, "horse": 30}
-"""The classes that the paper clusters, and into how many (section 3.5)."""
+"""The classes that the paper clusters, with their number of clusters (section 3.5)."""
 
 SAMPLES_PER_CLUSTER = 25
-"""Least samples per cluster, on average, for fewer clusters than the paper's (arbitrary)."""
+"""Smallest mean number of samples per cluster; a small class gets fewer clusters than the paper's
+(arbitrary)."""
 
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-"""What a box plot shows."""
+BOX_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Quantiles that a box plot shows."""
 
 REPRESENTATIVES = 12
-"""Samples named for each cluster, the closest to its centre (arbitrary)."""
+"""Number of samples listed for each cluster, those nearest to its centre (arbitrary)."""
 
 
 def default_class(cube: xr.Dataset) -> int:
-    """Return the label of the class the paper clusters, else the smallest label.
+    """Return the label of the class that the paper clusters, else the smallest label.
 
     Examples
     --------
-    >>> from sampimp.analysis.runs import small_cube
-    >>> default_class(small_cube())
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> default_class(example_cube())
     1
     """
     labels, _ = codes_of_labels(cube)
@@ -47,14 +48,14 @@ def default_class(cube: xr.Dataset) -> int:
 
 
 def cluster_count(cube: xr.Dataset, label: int) -> int:
-    """Return how many clusters a class gets: the paper's, fewer if a cluster would be tiny.
+    """Return the number of clusters of a class: the paper's, or fewer for a small class.
 
-    Twenty (thirty for `horse`), but not more than one for every 25 samples, and at least two.
+    Twenty (thirty for `horse`), at most one per 25 samples, and at least two.
 
     Examples
     --------
-    >>> from sampimp.analysis.runs import small_cube
-    >>> cluster_count(small_cube(), 1)  # 40 samples
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> cluster_count(example_cube(), 1)  # 40 samples
     2
     """
     size = int(np.count_nonzero(cube["label"].values == label))
@@ -65,21 +66,21 @@ def cluster_count(cube: xr.Dataset, label: int) -> int:
 def clusters(
     cube: xr.Dataset, label: int | None = None, count: int | None = None, seed: int = 0
 ) -> xr.Dataset:
-    """Return clusters of one class's samples by when and where they are important.
+    """Return clusters of the samples of one class by the epochs and layers of their importance.
 
-    Reads the class's profiles, [samples of the class x epochs x layers], into memory at once.
+    The profiles of the class, [samples of the class x epochs x layers], are read into memory.
 
     Parameters
     ----------
     cube
         One node of the cube.
     label
-        The class; `default_class` if not given.
+        Label of the class. Default: `default_class`.
     count
-        The number of clusters; `cluster_count` if not given. Fewer come back if fewer profiles
-        differ.
+        Number of clusters. Default: `cluster_count`. The result has fewer if there are fewer
+        distinct profiles.
     seed
-        Of k-means (10 starts).
+        Seed of k-means (10 starts).
 
     Returns
     -------
@@ -88,20 +89,20 @@ def clusters(
         nll_quantile(cluster, quantile), nll_quantile_by_epoch(cluster, epoch, quantile),
         representative(cluster, rank), overall_importance(sample), mean_epoch(cluster),
         layer_share(cluster, layer). `sample` is the permanent index of the class's samples;
-        clusters are ordered by mean overall importance, low first. A cluster with fewer samples
-        than ranks has -1 there.
+        clusters are ordered by mean overall importance, low first. `representative` is -1 at the
+        ranks that a small cluster lacks.
 
     Raises
     ------
     RecordError
-        If the reference run is not complete.
+        The reference run is not complete.
     ConfigError
-        If the class is not there, or count is not between 1 and its samples.
+        The class does not exist, or `count` is not between 1 and its number of samples.
 
     Examples
     --------
-    >>> from sampimp.analysis.runs import small_cube
-    >>> result = clusters(small_cube(), label=1, count=3)
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> result = clusters(example_cube(), label=1, count=3)
     >>> result["size"].values.tolist(), result.attrs["class_name"]
     ([26, 9, 5], 'horse')
 
@@ -127,34 +128,23 @@ def clusters(
             place_of(cube),
             "choose another number",
         )
-    own = run.isel(sample=members).compute()
-    beta = own["importance"].transpose("sample", "epoch", "layer").astype(np.float64)
+    samples = run.isel(sample=members).compute()
+    beta = samples["importance"].transpose("sample", "epoch", "layer").astype(np.float64)
     features = normalise_profiles(beta.values)
-    fitted = KMeans(n_clusters=count, n_init=10, random_state=seed).fit(
-        features.reshape(len(members), -1)
-    )
     tau = beta.sum(("epoch", "layer"))
-    found = np.unique(fitted.labels_)
-    means = [tau.values[fitted.labels_ == c].mean() for c in found]
-    order = found[np.argsort(means, kind="stable")]
-    codes = np.empty(len(members), np.int64)
-    for new, old in enumerate(order):
-        codes[fitted.labels_ == old] = new
-    groups = [np.flatnonzero(codes == c) for c in range(len(order))]
+    codes = _assign_clusters(features, tau.values, count, seed)
+    groups = [np.flatnonzero(codes == c) for c in range(codes.max() + 1)]
     ranks = min(REPRESENTATIVES, len(members))
-    closest = np.full((len(order), ranks), -1, np.int64)
-    for c, group in enumerate(groups):
-        distance = np.square(features[group] - features[group].mean(0)).sum((1, 2))
-        nearest = group[np.argsort(distance, kind="stable")[:ranks]]
-        closest[c, : len(nearest)] = own["sample"].values[nearest]
-    nll = own["nll"].transpose("epoch", "sample").values.astype(np.float64)
+    nearest = _nearest_to_centres(features, groups, ranks)
+    representative = np.where(nearest >= 0, samples["sample"].values[nearest], -1)
+    nll = samples["nll"].transpose("epoch", "sample").values.astype(np.float64)
     profile = np.stack([beta.values[group].mean(0) for group in groups])
     total = profile.sum((1, 2))
     with np.errstate(invalid="ignore"):
-        mean_epoch = profile.sum(2) @ own["epoch"].values / total
+        mean_epoch = profile.sum(2) @ samples["epoch"].values / total
         share = profile.sum(1) / total[:, None]
     quantile_by_epoch = np.stack(
-        [np.quantile(nll[:, group], QUANTILES, axis=1).T for group in groups]
+        [np.quantile(nll[:, group], BOX_QUANTILES, axis=1).T for group in groups]
     )
     result = xr.Dataset(
         {
@@ -165,16 +155,16 @@ def clusters(
             "overall_importance": ("sample", tau.values),
             "nll_quantile": (("cluster", "quantile"), quantile_by_epoch[:, -1]),
             "nll_quantile_by_epoch": (("cluster", "epoch", "quantile"), quantile_by_epoch),
-            "representative": (("cluster", "rank"), closest),
+            "representative": (("cluster", "rank"), representative),
             "mean_epoch": ("cluster", mean_epoch),
             "layer_share": (("cluster", "layer"), share),
         },
         coords={
-            "cluster": np.arange(len(order)),
-            "epoch": own["epoch"].values,
-            "layer": own["layer"].values,
-            "sample": own["sample"].values,
-            "quantile": list(QUANTILES),
+            "cluster": np.arange(len(groups)),
+            "epoch": samples["epoch"].values,
+            "layer": samples["layer"].values,
+            "sample": samples["sample"].values,
+            "quantile": list(BOX_QUANTILES),
             "rank": np.arange(1, ranks + 1),
         },
     )
@@ -184,8 +174,7 @@ def clusters(
         method=(
             f"k-means (scikit-learn, 10 starts, seed {seed}) into {count} clusters of the profiles "
             "log(1 + beta / m_d) over epoch and layer, m_d the mean of layer d over the class "
-            "and the "
-            "epochs; reference run (shuffle, seed 1)"
+            "and the epochs; reference run (shuffle, seed 1)"
         ),
         figure="6" if class_name(cube, label) == "horse" else "5",
         section="3.5",
@@ -208,7 +197,7 @@ def clusters(
 
 
 def normalise_profiles(beta: np.ndarray) -> np.ndarray:
-    """Return log(1 + beta / m_d), m_d the mean over samples and epochs of each layer.
+    """Return log(1 + beta / m_d), with m_d the mean of layer d over samples and epochs.
 
     Parameters
     ----------
@@ -221,3 +210,29 @@ def normalise_profiles(beta: np.ndarray) -> np.ndarray:
     """
     mean = beta.mean((0, 1), keepdims=True)
     return np.log1p(np.divide(beta, mean, out=np.zeros_like(beta), where=mean > 0))
+
+
+def _assign_clusters(features: np.ndarray, tau: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Return each sample's cluster by k-means, numbered by mean overall importance, low first."""
+    require_package("sklearn.cluster", "report")
+    from sklearn.cluster import KMeans
+
+    fitted = KMeans(n_clusters=count, n_init=10, random_state=seed).fit(
+        features.reshape(len(features), -1)
+    )
+    labels = np.unique(fitted.labels_)
+    means = [tau[fitted.labels_ == label].mean() for label in labels]
+    codes = np.empty(len(features), np.int64)
+    for new, old in enumerate(labels[np.argsort(means, kind="stable")]):
+        codes[fitted.labels_ == old] = new
+    return codes
+
+
+def _nearest_to_centres(features: np.ndarray, groups: list[np.ndarray], ranks: int) -> np.ndarray:
+    """Return the positions of the samples nearest to each centre [cluster, rank]; -1 if too few."""
+    nearest = np.full((len(groups), ranks), -1, np.int64)
+    for c, group in enumerate(groups):
+        distance = np.square(features[group] - features[group].mean(0)).sum((1, 2))
+        chosen = group[np.argsort(distance, kind="stable")[:ranks]]
+        nearest[c, : len(chosen)] = chosen
+    return nearest

@@ -1,0 +1,157 @@
+"""How lines, colours and text look in every figure.
+
+A strategy has one colour, line style and marker in all figures (`strategy_style`), so that two
+strategies differ without colour too. Layers and groups of samples, which have an order, run from
+dark to light (`ordered_styles`); seeds and classes take `CATEGORIES` in turn.
+
+Map: `RC_PARAMS` (matplotlib's settings), `Style`, `strategy_style`, `strategy_name`, `CATEGORIES`,
+`ordered_styles`; `encode` returns a figure as PNG or PDF.
+"""
+
+import io
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+MOST_LINES = 8
+"""More layers than this become a heat map: a ninth colour can no longer be told from the rest."""
+
+MOST_CLASSES = 10
+"""More classes than this become a heat map (colour and line style carry ten)."""
+
+WIDTH = 10.0
+"""Width of every figure in inches: at 1,000 CSS pixels a 10-point font reads as 14 pixels."""
+
+IMPORTANCE_UNIT = "parameter²"
+
+RC_PARAMS: Any = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#555555",
+    "axes.grid": True,
+    "axes.labelsize": 10,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.facecolor": "white",
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the same figure on every machine
+    "font.size": 10,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "legend.handlelength": 3.0,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "pdf.fonttype": 42,  # letters stay letters in the PDF
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+}
+
+
+class Style(NamedTuple):
+    """How one line looks: three ways to tell it apart."""
+
+    color: str
+    linestyle: Any
+    marker: str
+
+
+# Okabe & Ito's palette, without its yellow (too light on white), with a grey and a wine (P. Tol).
+_BLACK, _GREY, BLUE, _SKY = "#000000", "#808080", "#0072B2", "#56B4E9"
+
+_GREEN, _ORANGE, VERMILLION, _PURPLE, _WINE = "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#882255"
+
+DASHED, _DOTDASH = (0, (5, 2)), (0, (6, 2, 1, 2))
+
+# What sorts by NLL is blue to green, by overall importance red to orange; low first is solid,
+# reversed is dashed, spread over the batches ("mixed") is dash-dotted.
+_STRATEGIES = {
+    "shuffle": Style(_BLACK, "-", "o"),
+    "shuffle_by_seed": Style(_GREY, DASHED, "s"),
+    "rand": Style(_PURPLE, "-", "D"),
+    "nlo": Style(BLUE, "-", "^"),
+    "rnlo": Style(_SKY, DASHED, "v"),
+    "nlm": Style(_GREEN, _DOTDASH, ">"),
+    "sio": Style(VERMILLION, "-", "P"),
+    "rsio": Style(_ORANGE, DASHED, "X"),
+    "sim": Style(_WINE, _DOTDASH, "<"),
+}
+
+CATEGORIES = tuple(
+    Style(color, linestyle, marker)
+    for color, linestyle, marker in zip(
+        (_BLACK, VERMILLION, BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _WINE, _GREY, BLUE),
+        ("-", "-", "-", "-", "-", DASHED, DASHED, DASHED, DASHED, _DOTDASH),
+        "os^DvP<X>p",
+        strict=True,
+    )
+)
+
+
+def strategy_style(name: str) -> Style:
+    """Return the one style of a strategy in all figures; a name of one's own gets a fixed one.
+
+    Examples
+    --------
+    >>> strategy_style("nlo")
+    Style(color='#0072B2', linestyle='-', marker='^')
+    >>> strategy_style("mine") == strategy_style("mine")
+    True
+    """
+    return _STRATEGIES.get(name) or CATEGORIES[sum(name.encode()) % len(CATEGORIES)]
+
+
+def strategy_name(name: str) -> str:
+    """Return a strategy's name as the paper writes it.
+
+    Examples
+    --------
+    >>> [strategy_name(name) for name in ("rand", "rnlo", "shuffle_by_seed")]
+    ['Rand', 'RNLO', 'shuffle by seed']
+    """
+    if name == "rand":
+        return "Rand"
+    if name in _STRATEGIES and not name.startswith("shuffle"):
+        return name.upper()
+    return name.replace("_", " ")
+
+
+def ordered_styles(count: int, *, light: bool = False) -> list[Style]:
+    """Return styles for things with an order (layers, groups): dark to light."""
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.25 if light else 0.0, 0.82, count))
+    linestyles = ("-", DASHED, _DOTDASH, (0, (1, 1.2)))
+    return [
+        Style(matplotlib.colors.to_hex(color), linestyles[index % 4], "os^DvP<X"[index % 8])
+        for index, color in enumerate(colors)
+    ]
+
+
+def encode(figure: Figure, kind: str = "png", dpi: int = 150) -> bytes:
+    """Return a figure as the bytes of a file.
+
+    Parameters
+    ----------
+    figure
+        Any of this module's.
+    kind
+        `png`, `pdf` or what else matplotlib can write.
+    dpi
+        Dots per inch of what is raster; 150 gives 1,500 pixels of width.
+
+    Examples
+    --------
+    >>> encode(Figure())[1:4]
+    b'PNG'
+    """
+    buffer = io.BytesIO()
+    # No date in a PDF: the same results give the same bytes.
+    metadata = {"CreationDate": None} if kind == "pdf" else None
+    with matplotlib.rc_context(RC_PARAMS):
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
+    return buffer.getvalue()

@@ -1,0 +1,43 @@
+"""The report of a study: all results, all figures, and one self-contained HTML page.
+
+`write_report` opens the cube of a study, computes the results of each data set, and writes under
+`OUT/analysis/NODE/` the results (Zarr, one group per result) and the figures (PNG and PDF), and
+last `OUT/analysis/report.html`. Where a result cannot be computed (parameters not stored, too few
+seeds, a study that still runs), the page gives the reason in its place. `OUT` is a folder or an
+`s3://` URL.
+
+    python -m sampimp.analysis.report OUT [--scheduler threads|distributed|ray]
+
+Map: `write` (`write_report`, `find_cubes`), `contents` (`Report`, `Section` and their tables),
+`drawing` (`FIGURES`, `draw_figures`: which figure from which result), `trial_facts` (machine,
+versions and fingerprints of the trials), `page` (`render_page`, with the Jinja templates and
+`page.css` in `templates/`), `terminal` (`print_summary`), `cli` (`main`, the command line).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sampimp.analysis.report.cli import main
+    from sampimp.analysis.report.contents import Report, Section
+    from sampimp.analysis.report.page import render_page
+    from sampimp.analysis.report.terminal import print_summary
+    from sampimp.analysis.report.write import write_report
+
+__all__ = ["Report", "Section", "main", "print_summary", "render_page", "write_report"]
+
+_HOMES = {
+    "Report": "sampimp.analysis.report.contents",
+    "Section": "sampimp.analysis.report.contents",
+    "main": "sampimp.analysis.report.cli",
+    "print_summary": "sampimp.analysis.report.terminal",
+    "render_page": "sampimp.analysis.report.page",
+    "write_report": "sampimp.analysis.report.write",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name at its first use: `main --help` needs neither matplotlib nor scikit-learn."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,45 @@
+"""Results: each figure of the paper as a labelled Dataset, from one node of the cube.
+
+Each module holds the functions behind one subject of the paper. A function takes one node of the
+cube (an `xarray.Dataset`) and returns a lazy Dataset whose attributes state the method, the figure
+and the section of the paper; `clusters` and `paths` compute at once.
+
+Map: `stability` (Fig. 1), `decomposition` (Figs. 2, 3, 10), `difficulty` (Fig. 4), `clusters`
+(Figs. 5, 6), `curves` (Figs. 7, 9), `paths` (Fig. 8); `analyse` has the table `RESULTS` and
+computes all of them together.
+
+Variables of each result, by its key (dimensions in brackets):
+
+`stability` and `snapshot_stability` (module `stability`)
+    rank_correlation(reference, epoch, pair), rank_correlation_interval(reference, epoch, pair,
+    bound), layer_rank_correlation(reference, epoch, layer, pair)
+`decomposition` (module `decomposition`)
+    importance_by_class(epoch, layer, label), importance_by_layer(epoch, layer), class_size(label),
+    importance_by_fold(fold, epoch, layer), parameter_count(layer) if parameters are stored
+`importance_groups` (module `decomposition`)
+    importance_by_group(group, epoch, layer), share(group), share_by_layer(group, layer),
+    group_size(group)
+`importance_against_nll` (module `difficulty`)
+    rank_correlation(epoch, layer), model_rank_correlation(epoch), overall_rank_correlation(),
+    when_rank_correlation(), where_rank_correlation(layer), each but the first with
+    `*_interval`(bound); overall_importance(sample), final_nll(sample), mean_epoch(sample),
+    layer_share(layer, sample), importance_by_difficulty(difficulty, epoch, layer),
+    importance_by_difficulty_and_fold(difficulty, fold, epoch, layer), difficulty_size(difficulty)
+`clusters` (module `clusters`; `sample` is the permanent index of the class's samples)
+    profile(cluster, epoch, layer), cluster_of(sample), size(cluster), final_nll(sample),
+    overall_importance(sample), nll_quantile(cluster, quantile), nll_quantile_by_epoch(cluster,
+    epoch, quantile), representative(cluster, rank), mean_epoch(cluster), layer_share(cluster,
+    layer); attributes label, class_name
+`strategy_curves` (module `curves`)
+    train_error, test_error, train_nll, test_nll (strategy, epoch), each with `*_se`;
+    runs(strategy, epoch), diverged(strategy), diverged_epoch(strategy, seed),
+    final_test_error(strategy, seed), train_error_by_seed(strategy, seed, epoch),
+    class_nll(strategy, epoch, label)
+`parameter_paths` (module `paths`)
+    path(strategy, state, component), explained_variance_ratio(component), distance(strategy,
+    other_strategy), travelled(strategy), fitted(strategy)
+`importance_histogram` (module `decomposition`)
+    count(bin), bin_edge(edge) in log10, zeros(), quantile(q), gini(), mean()
+`claims` (package `sampimp.analysis.claims`)
+    section, sentence, scope, number, value, low, high, side, threshold, rule, verdict (claim)
+"""

@@ -1,0 +1,164 @@
+"""Every result of one node of the cube, computed in one pass over its chunks.
+
+Lazy results read the same chunks, so `analyse` computes them together: 50 epochs of a reference run
+are then read once instead of five times. k-means and the exact principal components need small
+inputs in memory and follow. The claims come last, from the numbers of all other results.
+
+Map: `RESULTS` (the table of all results), `analyse`, `compute_together`. The variables of each
+result are listed in `sampimp.analysis.results`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import dask
+import xarray as xr
+
+from sampimp.analysis.claims.judge import judge_claims
+from sampimp.analysis.results.clusters import clusters
+from sampimp.analysis.results.curves import strategy_curves
+from sampimp.analysis.results.decomposition import (
+    decomposition,
+    importance_groups,
+    importance_histogram,
+)
+from sampimp.analysis.results.difficulty import importance_against_nll
+from sampimp.analysis.results.paths import parameter_paths
+from sampimp.analysis.results.stability import stability
+from sampimp.errors import ConfigError, RecordError
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result's title, the paper's figure and section, and the function that computes it."""
+
+    title: str
+    figure: str
+    section: str
+    function: str
+
+
+RESULTS: Mapping[str, Result] = {
+    "stability": Result(
+        "Stability under initialisation", "1", "3.2", "sampimp.analysis.results.stability.stability"
+    ),
+    "snapshot_stability": Result(
+        "Stability of snapshot importance",
+        "1",
+        "3.2",
+        "sampimp.analysis.results.stability.stability",
+    ),
+    "decomposition": Result(
+        "Importance by epoch, layer and class",
+        "2",
+        "3.3",
+        "sampimp.analysis.results.decomposition.decomposition",
+    ),
+    "importance_groups": Result(
+        "Importance of the most important samples",
+        "3",
+        "3.3",
+        "sampimp.analysis.results.decomposition.importance_groups",
+    ),
+    "importance_against_nll": Result(
+        "Importance against negative log-likelihood",
+        "4",
+        "3.4 and 3.5",
+        "sampimp.analysis.results.difficulty.importance_against_nll",
+    ),
+    "clusters": Result(
+        "Clusters of one class", "5 and 6", "3.5", "sampimp.analysis.results.clusters.clusters"
+    ),
+    "strategy_curves": Result(
+        "Training under the strategies",
+        "7 and 9",
+        "3.6",
+        "sampimp.analysis.results.curves.strategy_curves",
+    ),
+    "parameter_paths": Result(
+        "Paths of the parameters", "8", "3.6", "sampimp.analysis.results.paths.parameter_paths"
+    ),
+    "importance_histogram": Result(
+        "Spread of overall importance",
+        "10",
+        "3.3 and appendix",
+        "sampimp.analysis.results.decomposition.importance_histogram",
+    ),
+    "claims": Result(
+        "The paper's claims", "none", "3.2 to 3.6", "sampimp.analysis.claims.judge.judge_claims"
+    ),
+}
+"""Every result that `analyse` can return, in the order of the report."""
+
+
+def analyse(cube: xr.Dataset) -> dict[str, xr.Dataset]:
+    """Compute every result for which the cube has the data.
+
+    Parameters
+    ----------
+    cube
+        One node of the cube.
+
+    Returns
+    -------
+    dict of Dataset, in memory
+        Keys of `RESULTS`, in that order. A result whose input is missing is left out, and the
+        attribute `left_out` of `claims` gives the reason, one line per result.
+
+    Examples
+    --------
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> results = analyse(example_cube().drop_vars("parameters"))
+    >>> sorted(set(RESULTS) - set(results))
+    ['parameter_paths', 'snapshot_stability']
+    """
+    results: dict[str, xr.Dataset] = {}
+    reasons: dict[str, str] = {}
+
+    def attempt(key: str, make: Callable[[], xr.Dataset]) -> None:
+        try:
+            results[key] = make()
+        except (RecordError, ConfigError) as error:
+            reasons[key] = f"{key}: expected {error.expected}; got {error.got}"
+
+    attempt("stability", lambda: stability(cube))
+    if "snapshot_importance" in cube:
+        attempt("snapshot_stability", lambda: stability(cube, "snapshot_importance"))
+    attempt("decomposition", lambda: decomposition(cube))
+    attempt("importance_against_nll", lambda: importance_against_nll(cube))
+    attempt("strategy_curves", lambda: strategy_curves(cube))
+    attempt("importance_histogram", lambda: importance_histogram(cube))
+    results = compute_together(results)
+    against = results.get("importance_against_nll")
+    tau = None if against is None else against["overall_importance"]
+    attempt("importance_groups", lambda: importance_groups(cube, tau).compute())
+    attempt("clusters", lambda: clusters(cube))
+    attempt("parameter_paths", lambda: parameter_paths(cube))
+    results["claims"] = judge_claims(cube, results)
+    results["claims"].attrs["left_out"] = "\n".join(reasons.values())
+    return {key: results[key] for key in RESULTS if key in results}
+
+
+def compute_together(results: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+    """Return the results in memory, after one pass over the chunks that they share.
+
+    Examples
+    --------
+    >>> from sampimp.analysis.example_cube import example_cube
+    >>> results = {"curves": strategy_curves(example_cube())}
+    >>> compute_together(results)["curves"].chunks
+    Frozen({})
+    """
+    lazy = [
+        (key, name)
+        for key, result in results.items()
+        for name in result.variables
+        if dask.is_dask_collection(result.variables[name].data)
+    ]
+    # Not dask.compute(*datasets): dask 2026.8 loses keys when it fuses the tasks of several
+    # datasets ("Missing dependency ... finalize-hlgfinalizecompute").
+    arrays = dask.compute(*(results[key].variables[name].data for key, name in lazy))
+    computed = {key: result.copy() for key, result in results.items()}
+    for (key, name), array in zip(lazy, arrays, strict=True):
+        computed[key][name] = computed[key][name].copy(data=array)
+    return computed
