@@ -25,14 +25,14 @@ from sampimp.analysis.figures.style import CATEGORIES, MOST_LINES, WIDTH, Style,
 
 
 def draw_message(text: str) -> Figure:
-    """Return a figure that says why there is nothing to see."""
+    """Return a figure with a message, for a result without values to draw."""
     figure = Figure(figsize=(WIDTH, 1.2))
     figure.text(0.5, 0.5, text, ha="center", va="center", color="#555555")
     return figure
 
 
 def split_halves(figure: Figure, ratios: tuple[float, float]) -> tuple[Any, Any]:
-    """Divide a figure into an upper and a lower part with layouts and legends of their own."""
+    """Divide a figure into an upper and a lower part, each with its own layout and legend."""
     parts: Any = figure.subfigures(2, 1, height_ratios=ratios)
     return parts[0], parts[1]
 
@@ -96,18 +96,18 @@ def plot_layers(figure: Any, ax: Axes, values: xr.DataArray, label: str) -> None
     format_epoch_axis(ax, values["epoch"].values)
 
 
-def plot_panel(ax: Axes, panel: xr.DataArray, every: np.ndarray) -> None:
-    """Draw `(epoch, layer)` on the scale that it shares with its neighbours."""
+def plot_panel(ax: Axes, panel: xr.DataArray, all_values: np.ndarray) -> None:
+    """Draw `(epoch, layer)` on the scale of `all_values`, those of all panels in its row."""
     if panel.sizes["layer"] > MOST_LINES:
-        plot_layer_mesh(ax, panel.transpose("layer", "epoch"), color_norm(every))
+        plot_layer_mesh(ax, panel.transpose("layer", "epoch"), color_norm(all_values))
     else:
         plot_layer_lines(ax, panel)
-        scale_by_decades(ax.yaxis, every)
+        scale_by_decades(ax.yaxis, all_values)
     format_epoch_axis(ax, panel["epoch"].values)
 
 
 def label_panels(figure: Any, axes: np.ndarray, values: xr.DataArray, label: str) -> None:
-    """Give panels on one scale their common label, and legend or colour bar."""
+    """Add the common y label and the legend or colour bar to panels of `plot_panel`."""
     if values.sizes["layer"] > MOST_LINES:
         figure.colorbar(axes[0].collections[0], ax=list(axes), label=label)
         axes[0].set_ylabel("layer")
@@ -117,7 +117,7 @@ def label_panels(figure: Any, axes: np.ndarray, values: xr.DataArray, label: str
 
 
 def plot_class_lines(ax: Axes, values: xr.DataArray, names: Sequence[str]) -> None:
-    """Draw `(label, epoch)` as a line a class."""
+    """Plot `(label, epoch)` as one line per class."""
     for index, name in enumerate(names):
         plot_line(ax, values["epoch"].values, values.values[index], CATEGORIES[index], name)
 
@@ -143,7 +143,7 @@ def plot_mesh(
 
 
 def cell_edges(centres: np.ndarray) -> np.ndarray:
-    """Return the borders of cells round these centres."""
+    """Return the borders of cells with these centres."""
     if len(centres) == 1:
         return np.array([centres[0] - 0.5, centres[0] + 0.5])
     middle = (centres[1:] + centres[:-1]) / 2
@@ -151,7 +151,7 @@ def cell_edges(centres: np.ndarray) -> np.ndarray:
 
 
 def name_ticks(axis: Any, names: Sequence[str], most: int = 15) -> None:
-    """Label places of an axis by name, evenly if there are too many."""
+    """Label positions 0, 1, ... of an axis by name; at most `most` of them, evenly spaced."""
     step = -(-len(names) // most)
     axis.set_ticks(range(0, len(names), step), [shorten_name(name) for name in names[::step]])
 
@@ -172,12 +172,13 @@ def format_epoch_axis(ax: Axes, epochs: np.ndarray, most: int = 6) -> None:
 def scale_by_decades(axis: Any, values: np.ndarray) -> float | None:
     """Make an axis logarithmic if its values span more than a decade.
 
-    Values of exactly 0 (an error that vanished) have a linear piece below the smallest other one.
+    If a value is exactly 0 (an error of zero), the axis is linear below the smallest positive
+    value.
 
     Returns
     -------
     float or None
-        The least value that the axis can show, None if it stays linear.
+        The smallest value that the axis can show; None if it stays linear.
     """
     positive = values[np.isfinite(values) & (values > 0)]
     if not positive.size or positive.max() < 10 * positive.min():
@@ -191,7 +192,7 @@ def scale_by_decades(axis: Any, values: np.ndarray) -> float | None:
         limits(0, float(positive.max()) * 1.6)
         return 0.0
     scale("log")
-    if positive.max() < 300 * least:  # few decades: name the steps between as well
+    if positive.max() < 300 * least:  # few decades: label minor ticks as well
         axis.set_minor_formatter(FuncFormatter(_minor_tick))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         if not 1e-3 < least < 1e4:
@@ -202,12 +203,15 @@ def scale_by_decades(axis: Any, values: np.ndarray) -> float | None:
 
 
 def _minor_tick(value: float, _: int) -> str:
-    """Name 2 and 5 of each decade and leave the others out."""
+    """Return the label of a minor tick: 2 and 5 of each decade have one."""
     return f"{value:g}" if f"{value:e}"[0] in "25" and f"{value:.1e}"[2] == "0" else ""
 
 
 def color_norm(values: np.ndarray) -> Normalize | None:
-    """Return a logarithmic colour scale if the values span more than a decade."""
+    """Return a colour scale, logarithmic if the values span more than a decade.
+
+    None if no value is positive.
+    """
     positive = values[np.isfinite(values) & (values > 0)]
     if not positive.size:
         return None
@@ -218,14 +222,14 @@ def color_norm(values: np.ndarray) -> Normalize | None:
 
 
 def names_of_labels(labels: np.ndarray, names: Sequence[str]) -> list[str]:
-    """Return the names of the labels: the data set's, else the labels."""
+    """Return the data set's class names of the labels, or the labels if it has none."""
     if names and np.issubdtype(labels.dtype, np.integer) and labels.max() < len(names):
         return [shorten_name(str(names[label])) for label in labels]
     return [shorten_name(str(label)) for label in labels]
 
 
 def add_legend_beside(ax: Axes, title: str) -> None:
-    """Put the legend of the axes to their right."""
+    """Put the legend to the right of the axes."""
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title=title)
 
 

@@ -23,13 +23,13 @@ from sampimp.analysis.figures.style import BLUE, RC_PARAMS, VERMILLION, WIDTH
 
 @matplotlib.rc_context(RC_PARAMS)
 def draw_clusters(clusters: xr.Dataset, images: xr.DataArray | None = None) -> Figure:
-    """Draw Figs. 5 and 6: the clusters of one class, a row a cluster.
+    """Draw Figs. 5 and 6: the clusters of one class, one per row.
 
     Parameters
     ----------
     clusters
         `profile(cluster, epoch, layer)`, `size(cluster)` and `nll_quantile(cluster, quantile)` in
-        nats; of `sampimp.analysis.clusters`.
+        nats: the result `clusters`.
     images
         uint8, `(cluster, rank, row, column, channel)`: the representatives of each cluster;
         without images (the data is a table) that column is left out.
@@ -41,7 +41,7 @@ def draw_clusters(clusters: xr.Dataset, images: xr.DataArray | None = None) -> F
         the epochs, and the final NLL as boxes (quartiles; whiskers are the outermost quantiles).
     """
     count, layers = clusters.sizes["cluster"], clusters.sizes["layer"]
-    # Placed in inches and not by constrained layout: rows align and pixels stay square.
+    # Axes are placed in inches, not by constrained layout: rows align and pixels stay square.
     row, left, gap, right, top, bottom = 0.5, 1.15, 0.22, 0.2, 0.5, 1.1
     pictures = 0.0
     if images is not None:

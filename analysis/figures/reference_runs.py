@@ -58,20 +58,19 @@ MOST_POINTS = 5_000
 
 @matplotlib.rc_context(RC_PARAMS)
 def draw_stability(stability: xr.Dataset) -> Figure:
-    """Draw Fig. 1: how alike two initialisations rank the samples, by epoch.
+    """Draw Fig. 1: the rank correlation of importance between initialisations, by epoch.
 
     Parameters
     ----------
     stability
         `rank_correlation(reference, epoch, pair)`, its `rank_correlation_interval` (with `bound`)
-        and `layer_rank_correlation(reference, epoch, layer, pair)`; of
-        `sampimp.analysis.stability`.
+        and `layer_rank_correlation(reference, epoch, layer, pair)`: the result `stability`.
 
     Returns
     -------
     Figure
-        A column for each reference that was run; above, model importance with its interval, one
-        line a pair of seeds; below, the layers.
+        One column per reference strategy that was run. Above, model importance with its interval,
+        one line per pair of seeds. Below, the layers.
     """
     shown = [
         reference
@@ -121,7 +120,7 @@ def draw_stability(stability: xr.Dataset) -> Figure:
 
 
 def _reference_title(reference: str) -> str:
-    """Name a reference by what it does with the batches."""
+    """Return a reference strategy's title, with its order of batches."""
     return {
         "shuffle": "shuffle: one order for all seeds",
         "shuffle_by_seed": "shuffle by seed: an order for each",
@@ -129,11 +128,11 @@ def _reference_title(reference: str) -> str:
 
 
 def _draw_layer_stability(ax: Axes, correlation: xr.DataArray) -> QuadMesh | None:
-    """Draw the layers of one reference: every pair a line, or the first pair as a heat map."""
+    """Draw the layers of one reference: one line per pair, or the first pair as a heat map."""
     if correlation.sizes["layer"] > MOST_LINES:
         first = correlation.isel(pair=0)
         ax.set_title(f"each layer, seeds {first['pair'].item()}")
-        # One scale for both references: below 0 nothing is alike.
+        # One scale for both references; a correlation below 0 is shown as 0.
         return plot_layer_mesh(ax, first.transpose("layer", "epoch"), Normalize(0, 1))
     for style, (name, layer) in zip(
         ordered_styles(correlation.sizes["layer"]), split_layers(correlation), strict=True
@@ -152,15 +151,15 @@ def draw_decomposition(decomposition: xr.Dataset, class_names: Sequence[str] = (
     ----------
     decomposition
         `importance_by_layer(epoch, layer)`, `importance_by_class(epoch, layer, label)` and
-        `class_size(label)`, in parameter²; of `sampimp.analysis.decomposition`.
+        `class_size(label)`, in parameter²: the result `decomposition`.
     class_names
         Names of the labels 0, 1, 2 ...; without them the labels are shown.
 
     Returns
     -------
     Figure
-        Above, the layers; below, one panel a layer with a line a class (at most four layers are
-        shown by class: the first, the last and two between).
+        Above, one line per layer. Below, one panel per layer with one line per class, for at most
+        four layers: the first, the last and two between.
     """
     by_layer, by_class = decomposition["importance_by_layer"], decomposition["importance_by_class"]
     layers = by_layer.sizes["layer"]
@@ -195,19 +194,19 @@ def draw_decomposition(decomposition: xr.Dataset, class_names: Sequence[str] = (
 
 @matplotlib.rc_context(RC_PARAMS)
 def draw_groups(groups: xr.Dataset) -> Figure:
-    """Draw Fig. 3: who holds the importance: the top 10 %, the next 10 %, the other 80 %.
+    """Draw Fig. 3: the importance of the top 10 %, the next 10 % and the other 80 %.
 
     Parameters
     ----------
     groups
         `importance_by_group(group, epoch, layer)` in parameter², `share(group)` and
-        `share_by_layer(group, layer)`; of `analysis.importance_groups`.
+        `share_by_layer(group, layer)`: the result `importance_groups`.
 
     Returns
     -------
     Figure
-        Above, one panel a group with its layers; below, the groups' shares, of each layer and of
-        the whole.
+        Above, one panel per group with its layers. Below, the groups' shares, of all layers
+        together and of each layer.
     """
     importance = groups["importance_by_group"]
     names = [str(name) for name in groups["group"].values]
@@ -223,7 +222,7 @@ def draw_groups(groups: xr.Dataset) -> Figure:
 
 
 def _draw_shares(ax: Axes, groups: xr.Dataset, names: Sequence[str]) -> None:
-    """Draw the groups' shares as bars: of the whole, then of each layer."""
+    """Draw the groups' shares as bars: of all layers together, then of each layer."""
     by_layer = groups["share_by_layer"].transpose("group", "layer")
     where = ["all layers", *(str(layer) for layer in by_layer["layer"].values)]
     shares = np.concatenate([groups["share"].values[:, None], by_layer.values], axis=1) * 100
@@ -232,7 +231,7 @@ def _draw_shares(ax: Axes, groups: xr.Dataset, names: Sequence[str]) -> None:
     hatches = ("", "//", "..", "xx", "--", "++")
     width = 0.8 / max(1, len(names))
     for index, (name, style) in enumerate(zip(names, styles, strict=True)):
-        if len(where) > MOST_LINES + 1:  # bars would be hairs
+        if len(where) > MOST_LINES + 1:  # too many for bars
             plot_line(ax, places, shares[index], style, name)
             continue
         bars = ax.bar(
@@ -265,15 +264,15 @@ def draw_importance_against_nll(against: xr.Dataset) -> Figure:
     against
         `rank_correlation(epoch, layer)`, `model_rank_correlation(epoch)`,
         `overall_importance(sample)` in parameter², `final_nll(sample)` in nats,
-        `overall_rank_correlation`, and where there is one
-        `importance_by_difficulty(difficulty, epoch, layer)`; of `analysis.importance_against_nll`.
+        `overall_rank_correlation`, and optionally
+        `importance_by_difficulty(difficulty, epoch, layer)`: the result `importance_against_nll`.
 
     Returns
     -------
     Figure
-        Left, the rank correlation of an epoch's importance with its NLL; right, the samples, as
-        points or (more than `MOST_POINTS`) as a density; below, the layers at which easy and hard
-        samples act.
+        Left, the rank correlation of an epoch's importance with its NLL. Right, the samples, as
+        points or (more than `MOST_POINTS`) as a density. Below, importance by layer of easy and
+        hard samples.
     """
     grouped = "importance_by_difficulty" in against
     figure = Figure(figsize=(WIDTH, 7.8 if grouped else 4.6), layout="constrained")
@@ -300,7 +299,7 @@ def draw_importance_against_nll(against: xr.Dataset) -> Figure:
 
 
 def _draw_difficulty(figure: Any, importance: xr.DataArray) -> None:
-    """Draw one panel a group of samples of like difficulty, with its layers."""
+    """Draw one panel for each group of samples of similar difficulty, with its layers."""
     names = [str(name) for name in importance["difficulty"].values]
     axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for index, (ax, name) in enumerate(zip(axes, names, strict=True)):
@@ -310,7 +309,7 @@ def _draw_difficulty(figure: Any, importance: xr.DataArray) -> None:
 
 
 def _draw_scatter(figure: Any, ax: Axes, against: xr.Dataset) -> None:
-    """Draw final NLL against overall importance, one point a sample or their density."""
+    """Draw final NLL against overall importance: one point per sample, or their density."""
     nll, overall = against["final_nll"].values, against["overall_importance"].values
     drawn = np.isfinite(nll) & np.isfinite(overall) & (nll > 0) & (overall > 0)
     ax.set_title("the samples after the last epoch")
@@ -348,13 +347,13 @@ def _draw_scatter(figure: Any, ax: Axes, against: xr.Dataset) -> None:
 
 @matplotlib.rc_context(RC_PARAMS)
 def draw_histogram(histogram: xr.Dataset) -> Figure:
-    """Draw Fig. 10: how many samples have how much overall importance.
+    """Draw Fig. 10: the distribution of overall importance over the samples.
 
     Parameters
     ----------
     histogram
         `count(bin)`, `bin_edge(edge)` as log10 of parameter², `quantile(q)` in parameter², `gini`
-        and `zeros` (samples in no bin); of `analysis.importance_histogram`.
+        and `zeros` (samples in no bin): the result `importance_histogram`.
 
     Returns
     -------
@@ -384,7 +383,10 @@ def draw_histogram(histogram: xr.Dataset) -> Figure:
                 f"{level * 100:g} %",
                 (np.log10(value), 1.0),
                 xycoords=("data", "axes fraction"),
-                xytext=(0, 3 + 11 * (index % 3)),  # neighbours alternate, so as not to overlap
+                xytext=(
+                    0,
+                    3 + 11 * (index % 3),
+                ),  # heights alternate, so that neighbours do not overlap
                 textcoords="offset points",
                 ha="center",
                 fontsize=8.5,

@@ -46,7 +46,7 @@ def draw_curves(curves: xr.Dataset) -> Figure:
     ----------
     curves
         `train_error` and `test_error(strategy, epoch)` as fractions, `*_se`, `runs` and
-        `diverged(strategy)`; of `analysis.strategy_curves`.
+        `diverged(strategy)`: the result `strategy_curves`.
 
     Returns
     -------
@@ -74,7 +74,7 @@ def draw_curves(curves: xr.Dataset) -> Figure:
 
 
 def _draw_curve(ax: Axes, curve: xr.Dataset, name: str) -> None:
-    """Draw one strategy's mean, its standard error and where its runs diverged."""
+    """Draw one strategy's mean and standard error, and mark the epochs in which runs diverged."""
     strategy = str(curve["strategy"].item())
     values = curve[name].values * 100
     if not np.isfinite(values).any():
@@ -90,7 +90,7 @@ def _draw_curve(ax: Axes, curve: xr.Dataset, name: str) -> None:
         )
     if diverged and "runs" in curve:
         runs = curve["runs"].values
-        # The last epoch that counts the run; a strategy whose runs all end there ends in a cross.
+        # The cross is at the last epoch with the run: a strategy may have no run after it.
         last = np.flatnonzero(np.diff(runs, append=runs[-1:]) < 0)
         last = last[np.isfinite(values[last])]
         ax.plot(epochs[last], values[last], "x", color="#cc0000", markersize=9, mew=2, zorder=5)
@@ -103,14 +103,14 @@ def draw_paths(paths: xr.Dataset) -> Figure:
     Parameters
     ----------
     paths
-        `path(strategy, state, component)`, `explained_variance_ratio(component)` and where there
-        is one `fitted(strategy)`, false for a diverged run; of `analysis.parameter_paths`.
+        `path(strategy, state, component)`, `explained_variance_ratio(component)`, and optionally
+        `fitted(strategy)`, false for a diverged run: the result `parameter_paths`.
 
     Returns
     -------
     Figure
-        The second component against the first and, if there is one, the third against the first;
-        a ring marks the start and a large marker the end; the picture is cut to the runs that did
+        The second component against the first and, if there is one, the third against the first.
+        A ring marks the start and a large marker the end. The axes are limited to the runs that did
         not diverge.
     """
     components = paths.sizes["component"]
@@ -121,40 +121,28 @@ def draw_paths(paths: xr.Dataset) -> Figure:
     ratios = paths["explained_variance_ratio"].values * 100
     fitted = paths["fitted"].values if "fitted" in paths else np.ones(len(paths["strategy"]), bool)
     for ax, (horizontal, vertical) in zip(axes, pairs, strict=True):
-        seen = []
+        converged = []
         for strategy, whole in zip(paths["strategy"].values, fitted, strict=True):
-            name = strategy_name(str(strategy)) + ("" if whole else " (diverged)")
-            style = strategy_style(str(strategy))
             path = paths["path"].sel(strategy=strategy).transpose("component", "state")
             xy = path.values[[horizontal, vertical]]
             xy = xy[:, np.isfinite(xy).all(axis=0)]
-            if not xy.size:
-                continue
-            plot_line(ax, xy[0], xy[1], style, name, size=4)
-            ax.plot(*xy[:, 0], "o", color="white", mec="#333333", markersize=9, zorder=4)
-            end = {"mec": "white"} if whole else {"mew": 2.0}
-            ax.plot(
-                *xy[:, -1],
-                style.marker if whole else "x",
-                color=style.color if whole else "#cc0000",
-                markersize=10,
-                zorder=5,
-                **end,
-            )
-            if whole:
-                seen.append(xy)
-        if seen and not fitted.all():
-            # The last steps of a diverged run can be larger than all else: it leaves the picture.
-            low, high = np.hstack(seen).min(axis=1), np.hstack(seen).max(axis=1)
-            room = 0.15 * (high - low)
-            ax.set_xlim(low[0] - room[0], high[0] + room[0])
-            ax.set_ylim(low[1] - room[1], high[1] + room[1])
+            if xy.size:
+                _draw_path(ax, xy, str(strategy), diverged=not whole)
+                if whole:
+                    converged.append(xy)
+        if converged and not fitted.all():
+            # The last steps of a diverged run can be larger than all others: the axes omit them.
+            points = np.hstack(converged)
+            low, high = points.min(axis=1), points.max(axis=1)
+            margin = 0.15 * (high - low)
+            ax.set_xlim(low[0] - margin[0], high[0] + margin[0])
+            ax.set_ylim(low[1] - margin[1], high[1] + margin[1])
         for axis, component in ((ax.xaxis, horizontal), (ax.yaxis, vertical)):
             number = names[component] if names[component].isdigit() else str(component + 1)
             axis.set_label_text(
                 f"principal component {number} (parameter; {ratios[component]:.1f} % of variance)"
             )
-        if not seen or fitted.all():
+        if not converged or fitted.all():
             ax.margins(0.08)
     handles, labels = _first_of_each_label(axes[0].get_legend_handles_labels())
     handles.append(Line2D([], [], color="white", mec="#333333", marker="o", linestyle="", ms=9))
@@ -165,6 +153,23 @@ def draw_paths(paths: xr.Dataset) -> Figure:
     return figure
 
 
+def _draw_path(ax: Axes, xy: np.ndarray, strategy: str, *, diverged: bool) -> None:
+    """Draw one path [2, state] with a ring at its start and a large marker at its end."""
+    style = strategy_style(strategy)
+    name = strategy_name(strategy) + (" (diverged)" if diverged else "")
+    plot_line(ax, xy[0], xy[1], style, name, size=4)
+    ax.plot(*xy[:, 0], "o", color="white", mec="#333333", markersize=9, zorder=4)
+    edge = {"mew": 2.0} if diverged else {"mec": "white"}
+    ax.plot(
+        *xy[:, -1],
+        "x" if diverged else style.marker,
+        color="#cc0000" if diverged else style.color,
+        markersize=10,
+        zorder=5,
+        **edge,
+    )
+
+
 @matplotlib.rc_context(RC_PARAMS)
 def draw_class_nll(curves: xr.Dataset, class_names: Sequence[str] = ()) -> Figure:
     """Draw Fig. 9: error curves and the NLL of each class, strategy by strategy.
@@ -173,14 +178,14 @@ def draw_class_nll(curves: xr.Dataset, class_names: Sequence[str] = ()) -> Figur
     ----------
     curves
         `train_error` and `test_error(strategy, epoch)` as fractions and
-        `class_nll(strategy, epoch, label)` in nats; of `analysis.strategy_curves`.
+        `class_nll(strategy, epoch, label)` in nats: the result `strategy_curves`.
     class_names
         Names of the labels 0, 1, 2 ...; without them the labels are shown.
 
     Returns
     -------
     Figure
-        A block a strategy, all on the same axes: errors above, classes below.
+        One block per strategy, all on the same scales: errors above, classes below.
     """
     strategies = [
         strategy
@@ -205,20 +210,10 @@ def draw_class_nll(curves: xr.Dataset, class_names: Sequence[str] = ()) -> Figur
     errors = np.stack([curves["train_error"].values, curves["test_error"].values]) * 100
     norm = color_norm(curves["class_nll"].values)
     for index, strategy in enumerate(strategies):
-        here = curves.sel(strategy=strategy)
+        curve = curves.sel(strategy=strategy)
         upper, lower = (axes[2 * (index // columns) + k, index % columns] for k in (0, 1))
-        diverged = int(here["diverged"].item()) if "diverged" in here else 0
-        mark = f" ({diverged} diverged)" if diverged else ""
-        upper.set_title(strategy_name(str(strategy)) + mark)
-        for name, style in (
-            ("train_error", Style(BLUE, DASHED, "o")),
-            ("test_error", Style(VERMILLION, "-", "s")),
-        ):
-            label = name.replace("_", " ")
-            plot_line(upper, here["epoch"].values, here[name].values * 100, style, label)
-        scale_by_decades(upper.yaxis, errors)
-        upper.set_ylabel("error (%)")
-        panel = here["class_nll"].transpose("label", "epoch")
+        _draw_errors(upper, curve, errors)
+        panel = curve["class_nll"].transpose("label", "epoch")
         if many:
             mesh = plot_mesh(lower, panel["epoch"].values, names, panel.values, norm)
             lower.set_ylabel("class")
@@ -228,7 +223,6 @@ def draw_class_nll(curves: xr.Dataset, class_names: Sequence[str] = ()) -> Figur
             lower.set_ylabel("NLL (nat)")
         format_epoch_axis(lower, panel["epoch"].values)
         lower.tick_params(labelbottom=True)
-        upper.set_xlabel("")
     for index in range(len(strategies), lines * columns):
         for k in (0, 1):
             axes[2 * (index // columns) + k, index % columns].set_visible(False)
@@ -244,13 +238,29 @@ def draw_class_nll(curves: xr.Dataset, class_names: Sequence[str] = ()) -> Figur
     return figure
 
 
+def _draw_errors(ax: Axes, curve: xr.Dataset, all_errors: np.ndarray) -> None:
+    """Draw one strategy's train and test error in per cent, on the scale of all strategies."""
+    diverged = int(curve["diverged"].item()) if "diverged" in curve else 0
+    mark = f" ({diverged} diverged)" if diverged else ""
+    ax.set_title(strategy_name(str(curve["strategy"].item())) + mark)
+    for name, style in (
+        ("train_error", Style(BLUE, DASHED, "o")),
+        ("test_error", Style(VERMILLION, "-", "s")),
+    ):
+        label = name.replace("_", " ")
+        plot_line(ax, curve["epoch"].values, curve[name].values * 100, style, label)
+    scale_by_decades(ax.yaxis, all_errors)
+    ax.set_ylabel("error (%)")
+    ax.set_xlabel("")
+
+
 def _class_label(name: str) -> str:
-    """Return a class's name in a legend that holds other things too: a number alone says little."""
+    """Return a class's name for a legend with other entries: 'class 3' for a number."""
     return f"class {name}" if name.isdigit() else name
 
 
 def _first_of_each_label(legend: tuple[list[Any], list[str]]) -> tuple[list[Any], list[str]]:
-    """Keep the first of each label."""
+    """Return a legend's handles and labels without repeated labels."""
     kept: dict[str, Line2D | Patch] = {}
     for handle, label in zip(*legend, strict=True):
         kept.setdefault(label, handle)

@@ -1,4 +1,4 @@
-"""How lines, colours and text look in every figure.
+"""Colours, line styles and text settings of all figures.
 
 A strategy has one colour, line style and marker in all figures (`strategy_style`), so that two
 strategies differ without colour too. Layers and groups of samples, which have an order, run from
@@ -16,10 +16,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 MOST_LINES = 8
-"""More layers than this become a heat map: a ninth colour can no longer be told from the rest."""
+"""More layers than this are drawn as a heat map: a ninth colour cannot be distinguished."""
 
 MOST_CLASSES = 10
-"""More classes than this become a heat map (colour and line style carry ten)."""
+"""More classes than this are drawn as a heat map (colours and line styles distinguish ten)."""
 
 WIDTH = 10.0
 """Width of every figure in inches: at 1,000 CSS pixels a 10-point font reads as 14 pixels."""
@@ -39,7 +39,7 @@ RC_PARAMS: Any = {
     "figure.constrained_layout.h_pad": 0.08,
     "figure.constrained_layout.w_pad": 0.08,
     "figure.facecolor": "white",
-    "font.family": "DejaVu Sans",  # ships with matplotlib: the same figure on every machine
+    "font.family": "DejaVu Sans",  # part of matplotlib: the same figure on every machine
     "font.size": 10,
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.6,
@@ -55,22 +55,22 @@ RC_PARAMS: Any = {
 
 
 class Style(NamedTuple):
-    """How one line looks: three ways to tell it apart."""
+    """Appearance of one line: colour, line style and marker, each of which differs."""
 
     color: str
     linestyle: Any
     marker: str
 
 
-# Okabe & Ito's palette, without its yellow (too light on white), with a grey and a wine (P. Tol).
+# Okabe & Ito's palette without yellow, which is too light on white, and a grey and a wine (P. Tol).
 _BLACK, _GREY, BLUE, _SKY = "#000000", "#808080", "#0072B2", "#56B4E9"
 
 _GREEN, _ORANGE, VERMILLION, _PURPLE, _WINE = "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#882255"
 
 DASHED, _DOTDASH = (0, (5, 2)), (0, (6, 2, 1, 2))
 
-# What sorts by NLL is blue to green, by overall importance red to orange; low first is solid,
-# reversed is dashed, spread over the batches ("mixed") is dash-dotted.
+# Strategies that sort by NLL are blue to green, by overall importance red to orange. Low first is
+# solid, the reverse is dashed, and samples spread over all batches ("mixed") are dash-dotted.
 _STRATEGIES = {
     "shuffle": Style(_BLACK, "-", "o"),
     "shuffle_by_seed": Style(_GREY, DASHED, "s"),
@@ -95,7 +95,7 @@ CATEGORIES = tuple(
 
 
 def strategy_style(name: str) -> Style:
-    """Return the one style of a strategy in all figures; a name of one's own gets a fixed one.
+    """Return the style of a strategy in all figures; any other name has a fixed style too.
 
     Examples
     --------
@@ -123,7 +123,7 @@ def strategy_name(name: str) -> str:
 
 
 def ordered_styles(count: int, *, light: bool = False) -> list[Style]:
-    """Return styles for things with an order (layers, groups): dark to light."""
+    """Return styles for ordered items (layers, groups), from dark to light."""
     colors = matplotlib.colormaps["viridis"](np.linspace(0.25 if light else 0.0, 0.82, count))
     linestyles = ("-", DASHED, _DOTDASH, (0, (1, 1.2)))
     return [
@@ -138,11 +138,11 @@ def encode(figure: Figure, kind: str = "png", dpi: int = 150) -> bytes:
     Parameters
     ----------
     figure
-        Any of this module's.
+        A figure of this package.
     kind
-        `png`, `pdf` or what else matplotlib can write.
+        `png`, `pdf` or another format of matplotlib.
     dpi
-        Dots per inch of what is raster; 150 gives 1,500 pixels of width.
+        Dots per inch of raster parts; 150 gives a width of 1,500 pixels.
 
     Examples
     --------
@@ -150,7 +150,7 @@ def encode(figure: Figure, kind: str = "png", dpi: int = 150) -> bytes:
     b'PNG'
     """
     buffer = io.BytesIO()
-    # No date in a PDF: the same results give the same bytes.
+    # Without a date in the PDF, the same results give the same bytes.
     metadata = {"CreationDate": None} if kind == "pdf" else None
     with matplotlib.rc_context(RC_PARAMS):
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
