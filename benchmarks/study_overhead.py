@@ -19,7 +19,8 @@ from rich.console import Console
 
 from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import load_dataset
-from sampimp.sweeps.study import StudyConfig, run
+from sampimp.sweeps.options import StudyConfig
+from sampimp.sweeps.run import run_study
 from sampimp.training import AutogradStep, TrainingRun, make_optimizer
 from sampimp.training.strategies import make_schedule
 
@@ -69,7 +70,7 @@ def main(dataset: str = "mnist", epochs: int = 25, trials_per_core: int = 2) -> 
             address="local",
         )
         start = time.perf_counter()
-        code = run(config, Console())
+        code = run_study(config, Console())
         wall = time.perf_counter() - start
     after = measure_bare(dataset, max(3, epochs // 5), cores)
     bare = (before + after) / 2 * epochs * trials

@@ -1,23 +1,50 @@
-"""The studies: which runs, on which machines. Ray lives here and nowhere else.
+"""Studies: which runs, on which machines. Ray is imported here, and in `analysis.schedulers`.
 
-full_study.py        the door: the paper's study, the digits, or one's own
-score_snapshots.py   the door to snapshot importance, also after a study is done
-study.py             what a study is, and how it runs from plan to exit code
-trial.py             one training run as Ray Tune sees it
-searcher.py          which trial is next: what is missing, and whose reference is there
-cluster.py           which machines
-jobs.py              a study sent to a cluster from a laptop
-progress.py          what a person sees meanwhile
-ingest.py            image folders through Ray Data, once
-snapshots.py         snapshot importance through Ray Data
+Commands (`python sweeps/NAME.py`, or `sampimp`)
+
+===================== ====================================================================
+`command`             `sampimp study`, `status`, `report`, `score`, `consolidate`
+`full_study`          train the paper's study, the digits, or one of your own
+`status`              how far a study is; damage found and withdrawn
+`score_snapshots`     snapshot importance of a study that is done
+`consolidate`         a finished study as one sharded store per data set
+===================== ====================================================================
+
+A study, from its options to its exit code
+
+===================== ====================================================================
+`options`             `StudyConfig`, presets, command line
+`study`               `Study`: options, data sets, plan, and what the store lacks
+`preflight`           checks of the folder, the machines and the disk
+`estimate`            time and storage; `--dry-run`
+`run`                 train what is missing, through Ray Tune
+`trial`               one training run as Tune sees it
+`searcher`            which trial is next
+`team`                the workers of a trial that has several
+`scoring`             snapshot importance, through Ray Data
+`ingest`              folders of images, through Ray Data
+`inspection`          the state of each trial, from the store alone
+`verification`        damage in the store, found and withdrawn
+===================== ====================================================================
+
+Machines and terminals
+
+===================== ====================================================================
+`machines`            machines and their room for trials, without Ray
+`cluster`             the Ray cluster
+`jobs`                a study sent to a cluster from a laptop
+`progress`            the display while a study runs
+`provenance`          versions and hardware behind a trial
+`door`                exit codes, and Ctrl-C
+===================== ====================================================================
 """
 
 import os
 import sys
 from pathlib import Path
 
-# Here, because Ray reads it when it is imported: `ray start` asks for the secret wherever there is
-# one, and a driver shows it only when told to. A cluster that asks for none does not mind.
+# Ray reads the variable when it is imported. `ray start` requires a secret wherever ~/.ray has one,
+# and a driver sends it only in this mode. A cluster that requires none ignores it.
 if "ray" not in sys.modules and (Path.home() / ".ray" / "auth_token").exists():
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 

@@ -1,8 +1,12 @@
-"""The door to one store per data set: write a finished study for publishing and reading by sample.
+"""Write a finished study as one store per data set, for publishing and for reading by sample.
 
 python sweeps/consolidate.py OUT                        into OUT/consolidated
 python sweeps/consolidate.py OUT --to s3://bucket/mnist-study
+
+`sampimp consolidate` is the same command; `sampimp.store.sharded` does the work.
 """
+
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -11,36 +15,52 @@ from sampimp.errors import UserError
 from sampimp.store.sharded import consolidate
 from sampimp.sweeps.door import run_door
 
+HELP = """Write each data set of a finished study as one sharded Zarr store.
 
-def run(out: tyro.conf.Positional[str], /, to: str | None = None) -> int:
-    """Write each data set of a finished study as one sharded Zarr store, compared with the trials.
+Every value is compared with the records of the trials.
+
+Examples:
+  {prog} results/digits                               into results/digits/consolidated
+  {prog} results/digits --to s3://bucket/digits       into a bucket
+
+Exit code:
+  0  all stores are written      2  a mistake that you can correct
+  130  interrupted by Ctrl-C"""
+
+
+def write_stores(
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    /,
+    to: Annotated[str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None,
+) -> int:
+    """Write each data set of a finished study as one sharded Zarr store; return the exit code.
 
     Parameters
     ----------
     out
         The study's folder or s3:// URL.
     to
-        Where the stores go, a folder or s3:// URL; OUT/consolidated by default.
+        Folder or s3:// URL of the stores. Default: OUT/consolidated.
     """
     console = Console(soft_wrap=True)
     with console.status("") as status:
-        done = consolidate(out, to, progress=status.update)
-    for store in done:
+        stores = consolidate(out, to, progress=status.update)
+    for store in stores:
         how = "written and compared" if store.written else "there already, of the same records"
         console.print(f"{store.path}: {store.bytes / 1e9:.2f} GB, {how}.", highlight=False)
     return 0
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command line; return 2 for a mistake that can be mended."""
+def main(arguments: list[str], prog: str = "consolidate.py") -> int:
+    """Run the command line; return its exit code, which `HELP` lists."""
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        return tyro.cli(run, args=arguments, prog="consolidate.py")
+        return tyro.cli(write_stores, args=arguments, prog=prog, description=HELP.format(prog=prog))
     except UserError as error:
         errors.print(str(error), style="red", markup=False, highlight=False)
         return 2
     except KeyboardInterrupt:
-        errors.print("Interrupted. The same command begins the store that it was at anew.")
+        errors.print("Interrupted. The same command begins the unfinished store anew.")
         return 130
 
 

@@ -1,36 +1,46 @@
-"""The door: train the paper's study, or one's own, and write its report.
+"""Train the paper's study, or one of your own, and write its report.
 
 python sweeps/full_study.py                       the paper's study
 python sweeps/full_study.py --preset digits       the same on 1,797 digits, in minutes
 python sweeps/full_study.py --cluster YAML ...    on the cluster that `ray up YAML` started
 python sweeps/full_study.py --help                all options
+
+`sampimp study` is the same command.
 """
 
 import io
 
 from rich.console import Console
 
-from sampimp.errors import UserError
+from sampimp.errors import UserError, require_package
 from sampimp.schema import __version__, digest_json
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
 from sampimp.store.snapshots import SNAPSHOTS
 from sampimp.sweeps.door import INTERRUPTED, run_door
-from sampimp.sweeps.jobs import send
-from sampimp.sweeps.study import parse, run
+from sampimp.sweeps.options import StudyConfig, parse
 
 
-def main(arguments: list[str]) -> int:
-    """Run the study; return 0 only when every planned trial is committed or diverged."""
+def main(arguments: list[str], prog: str = "full_study.py") -> int:
+    """Run the command line.
+
+    Returns
+    -------
+    int
+        0 if every planned trial is committed (done or diverged), 1 if one is missing, 2 for a
+        mistake that the user can correct, 130 after Ctrl-C.
+    """
     console = Console(soft_wrap=True)
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        config = parse(arguments)
+        config = parse(arguments, prog)
         if config.cluster:
+            from sampimp.sweeps.jobs import send
+
             return send(config, arguments, console)
-        code = run(config, console)
+        code = run_or_describe(config, console)
         if not config.dry_run:
-            report(config.out, console)
+            write_study_report(config.out, console)
         return code
     except UserError as error:
         errors.print(str(error), style="red", markup=False, highlight=False)
@@ -40,9 +50,23 @@ def main(arguments: list[str]) -> int:
         return 130
 
 
-def report(out: str, console: Console) -> None:
-    """Analyse the study unless its report is of these very records, and print what came of it."""
-    # Here: the trials need not wait for the analyses' packages, nor does a mistake to be told.
+def run_or_describe(config: StudyConfig, console: Console) -> int:
+    """Run a study, or print its plan if that is asked for; return the exit code."""
+    # The imports are here so that a dry run, and a mistake in the options, need no Ray.
+    if config.dry_run:
+        from sampimp.sweeps.estimate import describe_study
+
+        return describe_study(config, console)
+    require_package("ray", "study")
+    from sampimp.sweeps.run import run_study
+
+    return run_study(config, console)
+
+
+def write_study_report(out: str, console: Console) -> None:
+    """Analyse the study unless its report is of the same records, and print the summary."""
+    # The import is here so that training waits for none of the packages of the analyses.
+    require_package("matplotlib", "report")
     from sampimp.analysis.report import print_summary, write_report
 
     folder = Folder.of(out)

@@ -26,7 +26,7 @@ from sampimp.schema import digest_json
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
 
-    from sampimp.sweeps.study import StudyConfig
+    from sampimp.sweeps.options import StudyConfig
 
 SPEECH = "sampimp-job"
 """First word of the lines that the head says to the laptop, among those of ssh and of the job."""
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str]) -> int:
     """Submit a study to the Ray that runs here, or find it running, and print its log."""
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    from sampimp.sweeps.study import parse
+    from sampimp.sweeps.options import parse
 
     client = JobSubmissionClient()
     study = parse(list(arguments)).out.rstrip("/")

@@ -38,7 +38,7 @@ from sampimp.training.strategies import SORT_KEY, Schedule, make_schedule
 
 Sources = Mapping[str, "ray.ObjectRef[Source]"]
 
-PATIENCE = 60.0
+DEATH_NOTICE = 60.0
 """Seconds to wait for the reason why a worker is gone: Ray takes up to half a minute to miss a
 machine, where its peers see a closed connection at once."""
 
@@ -246,7 +246,7 @@ def _results(others: list[Any]) -> list[Any]:
 
 def _raise_cause(others: list[Any], error: Exception) -> NoReturn:
     """Raise the death of a worker if that is behind an error, else what a worker says, else it."""
-    ended, _ = ray.wait(others, num_returns=len(others), timeout=PATIENCE)
+    ended, _ = ray.wait(others, num_returns=len(others), timeout=DEATH_NOTICE)
     causes: list[Exception] = []
     for other in ended:
         try:

@@ -19,8 +19,9 @@ from rich.console import Console
 
 import sampimp
 from sampimp.schema import REFERENCES, STRATEGIES
-from sampimp.sweeps import study
-from sampimp.sweeps.cluster import Cluster, Machines
+from sampimp.sweeps import run
+from sampimp.sweeps.machines import Cluster, Machines
+from sampimp.sweeps.options import parse
 
 EPOCHS = 3
 BATCH_SIZE = 60
@@ -49,10 +50,10 @@ def cube(tmp_path_factory):
         )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            study, "connect", lambda address: Cluster("tests", (Machines(1, cpus=2, gpus=0),))
+            run, "connect", lambda address: Cluster("tests", (Machines(1, cpus=2, gpus=0),))
         )
-        config = study.parse([*ARGUMENTS, "--out", str(out)])
-        assert study.run(config, Console(file=StringIO())) == 0
+        config = parse([*ARGUMENTS, "--out", str(out)])
+        assert run.run_study(config, Console(file=StringIO())) == 0
     if starts_ray:
         ray.shutdown()
     return sampimp.open_cube(out)["digits"].to_dataset()

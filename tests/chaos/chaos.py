@@ -35,7 +35,8 @@ from rich.table import Table
 import sampimp
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits, require_plan
-from sampimp.sweeps import status
+from sampimp.sweeps.inspection import inspect
+from sampimp.sweeps.verification import verify, withdraw_all
 
 TRIALS, EPOCHS = 10, 24
 STUDY = (
@@ -248,9 +249,9 @@ def take_out_damage(out: Path) -> int:
     """Withdraw the trials that are damaged, as `status.py OUT --withdraw` does; return how many."""
     folder = Folder.of(out)
     plan = require_plan(folder)
-    damaged = status.verify(folder, plan, status.inspect(folder, plan), QUIET)
+    damaged = verify(folder, plan, inspect(folder, plan), QUIET)
     if damaged:
-        status.withdraw_all(folder, list(damaged), QUIET)
+        withdraw_all(folder, list(damaged), QUIET)
     return len(damaged)
 
 

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from sampimp.data import load_source
-from sampimp.sweeps.study import make_plan, parse
+from sampimp.sweeps.options import parse
+from sampimp.sweeps.study import make_plan
 
 STUDY = (
     *("--preset", "digits", "--hidden", "16", "--epochs", "8", "--batch-size", "5"),

@@ -16,9 +16,9 @@ import ray
 from processes import Driver
 from rich.console import Console
 
-from sampimp.sweeps import study
-from sampimp.sweeps.cluster import Cluster, Machines
-from sampimp.sweeps.study import parse
+from sampimp.sweeps import estimate, full_study, run
+from sampimp.sweeps.machines import Cluster, Machines
+from sampimp.sweeps.options import parse
 
 TINY = (
     *("--preset", "digits", "--hidden", "16", "--epochs", "3", "--batch-size", "25"),
@@ -85,7 +85,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def run_study(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> RunStudy:
     """Run a study on the tests' cluster; return its exit code and what it printed."""
-    monkeypatch.setattr(study, "connect", lambda address: cluster)
+    monkeypatch.setattr(run, "connect", lambda address: cluster)
     return partial(_run, ONE_BY_ONE)
 
 
@@ -97,12 +97,14 @@ def run_untrained(monkeypatch: pytest.MonkeyPatch) -> RunStudy:
         raise AssertionError("this study was to train nothing")
 
     machines = Cluster("no cluster", (Machines(1, cpus=2, gpus=0),))
-    monkeypatch.setattr(study, "connect", lambda address: machines)
-    monkeypatch.setattr(study, "train", refuse)
+    monkeypatch.setattr(run, "connect", lambda address: machines)
+    monkeypatch.setattr(estimate, "this_machine", lambda origin: machines)
+    monkeypatch.setattr(estimate, "noted_address", lambda: None)
+    monkeypatch.setattr(run, "train", refuse)
     return partial(_run, ())
 
 
 def _run(more: Sequence[str], out: Path, *arguments: str) -> tuple[int, str]:
     console = Console(file=StringIO(), width=200)
-    code = study.run(parse([*more, *arguments, "--out", str(out)]), console)
+    code = full_study.run_or_describe(parse([*more, *arguments, "--out", str(out)]), console)
     return code, console.file.getvalue()  # type: ignore[attr-defined]

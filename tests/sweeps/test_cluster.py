@@ -15,17 +15,20 @@ from rich.console import Console
 
 from sampimp.data import load_source
 from sampimp.errors import ResourceError, StoreError
+from sampimp.store.location import Folder
 from sampimp.sweeps import cluster as cluster_module
-from sampimp.sweeps import study
-from sampimp.sweeps.cluster import (
+from sampimp.sweeps import estimate
+from sampimp.sweeps.cluster import autoscaling_config, check_shared, connect
+from sampimp.sweeps.machines import (
     Cluster,
     Machines,
-    autoscaling_config,
-    check_shared,
-    connect,
+    check_answers,
     machines_to_come,
+    noted_address,
 )
-from sampimp.sweeps.study import check_cluster, concurrent_trials, make_plan, parse
+from sampimp.sweeps.options import parse
+from sampimp.sweeps.preflight import check_cluster
+from sampimp.sweeps.study import Study, concurrent_trials, make_plan
 
 ROOT = Path(__file__).parents[2]
 HEAD = Machines(1, cpus=0, gpus=0)
@@ -150,32 +153,43 @@ def test_a_folder_that_other_nodes_do_not_see(monkeypatch, tmp_path, cluster):
         (False, 1.0, ""),
     ],
 )
-def test_a_long_study_on_this_machine_is_told_of_the_cluster(monkeypatch, here, seconds, says):
-    monkeypatch.setattr(study, "measure_epoch", lambda *_: seconds)
-    monkeypatch.setattr(study, "LONG", 700)
+def test_a_long_study_on_this_machine_is_told_of_the_cluster(
+    monkeypatch, tmp_path, here, seconds, says
+):
+    monkeypatch.setattr(estimate, "measure_epoch", lambda *_: seconds)
+    monkeypatch.setattr(estimate, "LONG_STUDY", 700)
     config = parse(["--preset", "digits", "--strategies", "rand", "--epochs", "288"])
     sources = {"digits": load_source("digits")}
     plan = make_plan(config, sources)
     cluster = Cluster("x", (Machines(1, cpus=2, gpus=0),), started_here=here)
     console = Console(file=StringIO(), width=200)
     # 5 seeds x 288 epochs x 1 s / 2 at a time = 720 s
-    study.say_cluster(config, plan, plan.resolve({}), sources, cluster, console)
+    study = Study(
+        config=config,
+        folder=Folder.of(tmp_path),
+        cluster=cluster,
+        sources=sources,
+        plan=plan,
+        trials=plan.resolve({}),
+    )
+    estimate.suggest_cluster(study, console)
     text = console.file.getvalue()
     assert (says in text) if says else not text
 
 
 def test_a_cluster_that_was_killed_is_not_waited_for(monkeypatch, tmp_path):
-    noted = tmp_path / "ray_current_cluster"
-    monkeypatch.setattr(cluster_module, "NOTED", noted)
-    assert cluster_module.noted_address() is None
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    noted = tmp_path / "ray" / "ray_current_cluster"
+    noted.parent.mkdir()
+    assert noted_address() is None
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         noted.write_text(address)
-        assert cluster_module.noted_address() == address
-    assert cluster_module.noted_address() is None
+        assert noted_address() == address
+    assert noted_address() is None
     with pytest.raises(ResourceError, match=f"nobody answers at {address}: Connection refused"):
         connect(address)
     with pytest.raises(ResourceError, match=r"a node of none(.|\n)*address auto"):
         connect("auto")
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
-        cluster_module.check_answers(f"[::1]:{server.getsockname()[1]}")
+        check_answers(f"[::1]:{server.getsockname()[1]}")

@@ -17,7 +17,9 @@ from sampimp.data import load_source
 from sampimp.store.location import Folder
 from sampimp.store.plan import PlannedTrial, read_plan
 from sampimp.sweeps import full_study, searcher
-from sampimp.sweeps.study import conclude, make_plan, parse
+from sampimp.sweeps.options import parse
+from sampimp.sweeps.run import conclude
+from sampimp.sweeps.study import make_plan
 from sampimp.training.models import build_model, flatten_parameters, load_parameters
 
 NOISE = ("warning", "traceback", "ray::", "(pid=", "raylet", "tune", "deprecat", "trial name")
@@ -165,7 +167,7 @@ def test_ctrl_c_is_said(monkeypatch, tmp_path, capsys):
     def interrupt(config, console):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(full_study, "run", interrupt)
+    monkeypatch.setattr(full_study, "run_or_describe", interrupt)
     assert full_study.main(["--preset", "digits", "--out", str(tmp_path)]) == 130
     text = "".join(capsys.readouterr())
     assert text == "Interrupted. What is committed is kept; the same command continues.\n"

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from sampimp.errors import ConfigError, ResourceError
 from sampimp.sweeps import full_study, jobs
-from sampimp.sweeps.study import parse
+from sampimp.sweeps.options import parse
 
 SENT = ["--preset", "digits", "--out", "s3://bucket/study"]
 

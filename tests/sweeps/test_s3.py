@@ -37,7 +37,7 @@ from sampimp.store.attempts import ERRORS
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
 from sampimp.store.zarr_arrays import open_array, zarr_store
-from sampimp.sweeps import full_study, study
+from sampimp.sweeps import full_study, run
 from sampimp.sweeps.scoring import score_snapshots
 
 KEY, SECRET = "STUDYKEY", "secret-of-the-study-5f1a"
@@ -246,7 +246,7 @@ def stored(server, cluster, finished) -> Stored:
         contextlib.redirect_stderr(out),
         ThreadPoolExecutor(1) as pool,
     ):
-        patch.setattr(study, "connect", lambda address: cluster)
+        patch.setattr(run, "connect", lambda address: cluster)
         # All are drawn for `finished`; two say as well how a bucket gets them.
         patch.setattr(report, "FIGURES", [one for one in report.FIGURES if one.number in "27"])
         restarted = pool.submit(kill_and_restart)

@@ -17,8 +17,9 @@ from sampimp.store.location import Folder
 from sampimp.store.snapshots import SNAPSHOTS
 from sampimp.sweeps import score_snapshots as door
 from sampimp.sweeps import status
+from sampimp.sweeps.options import parse
 from sampimp.sweeps.scoring import _require_constant_buffers, check_epochs, score_snapshots
-from sampimp.sweeps.study import make_plan, parse
+from sampimp.sweeps.study import make_plan
 from sampimp.training.models import build_model
 
 SAMPLES = (0, 1, 733, 1499)

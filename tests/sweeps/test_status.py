@@ -11,8 +11,8 @@ import sampimp
 from sampimp.store.plan import read_commits
 from sampimp.store.record import TrialRecord
 from sampimp.store.snapshots import SNAPSHOTS, write_snapshot
-from sampimp.sweeps import status
-from sampimp.sweeps.status import inspect
+from sampimp.sweeps import inspection, status
+from sampimp.sweeps.inspection import inspect
 
 
 class Study:
@@ -73,11 +73,11 @@ def test_where_each_trial_is(tmp_path, monkeypatch, capsys):
         "one-rand-seed3": ("waiting", ""),
     }
     assert done.commit is None
-    now = status.time.time()
-    monkeypatch.setattr(status.time, "time", lambda: now + 7200)
+    now = inspection.time.time()
+    monkeypatch.setattr(inspection.time, "time", lambda: now + 7200)
     assert study.states()["one-rand-seed1"][0] == "stopped"
     code, text, _ = call(capsys, tmp_path)
-    assert code == 0
+    assert code == 3
     assert "6 trials: 1 done, 1 diverged, 1 stopped, 1 failed, 2 waiting" in text
     assert "No space left on device" in text
     assert "errors/ATTEMPT.json" in text

@@ -21,9 +21,11 @@ from sampimp.data import load_source
 from sampimp.errors import ConfigError, RecordError, ResourceError
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
-from sampimp.sweeps import study
-from sampimp.sweeps.cluster import Cluster, Machines
-from sampimp.sweeps.study import check_cluster, concurrent_trials, make_plan, parse
+from sampimp.sweeps import run
+from sampimp.sweeps.machines import Cluster, Machines
+from sampimp.sweeps.options import parse
+from sampimp.sweeps.preflight import check_cluster
+from sampimp.sweeps.study import concurrent_trials, make_plan
 from sampimp.sweeps.team import RunMaker, Team
 
 TWO = ("--workers-per-trial", "2", "--strategies", "nlo", "--seeds", "1")
@@ -45,8 +47,8 @@ def together(cluster, tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("workers") / "study"
     console = Console(file=StringIO(), width=200)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "connect", lambda address: cluster)
-        code = study.run(parse([*tiny, *TWO, "--out", str(out)]), console)
+        patch.setattr(run, "connect", lambda address: cluster)
+        code = run.run_study(parse([*tiny, *TWO, "--out", str(out)]), console)
     assert code == 0, console.file.getvalue()
     return out
 

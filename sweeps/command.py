@@ -1,0 +1,114 @@
+"""The command `sampimp`: one subcommand for each script of the studies and their analysis.
+
+A subcommand takes the options of its script, and has its exit codes, since both call the same
+function. Nothing of them is imported before the subcommand is known: `sampimp --help` needs no
+package but this one, and takes a tenth of a second. Where a package of an extra is missing, the
+error names the extra.
+
+Map: `main`; `SUBCOMMANDS`.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import partial
+from importlib import import_module
+from typing import NamedTuple, NoReturn
+
+from sampimp.errors import ConfigError, UserError, require_package
+from sampimp.schema import __version__
+from sampimp.sweeps.door import run_door
+
+
+class Subcommand(NamedTuple):
+    """What a subcommand runs, and what it needs."""
+
+    module: str
+    """Module whose `main` takes the arguments and returns the exit code."""
+    extra: str
+    """Extra that installs what the module imports."""
+    packages: tuple[str, ...]
+    """Packages of that extra which the module imports as soon as it is imported."""
+
+
+SUBCOMMANDS: Mapping[str, Subcommand] = {
+    "study": Subcommand("sampimp.sweeps.full_study", "study", ("rich", "tyro")),
+    "status": Subcommand("sampimp.sweeps.status", "study", ("rich", "tyro")),
+    "score": Subcommand("sampimp.sweeps.score_snapshots", "study", ("rich", "tyro", "ray")),
+    "consolidate": Subcommand("sampimp.sweeps.consolidate", "study", ("rich", "tyro")),
+    "report": Subcommand(
+        "sampimp.analysis.report",
+        "report",
+        ("rich", "tyro", "jinja2", "matplotlib", "scipy", "sklearn"),
+    ),
+}
+
+HELP = """usage: sampimp COMMAND [OPTIONS]
+
+Which training samples shaped a network, in which layer, and when.
+
+Run a study:
+  study         train the paper's study, or one of your own, and write its report
+  score         add the importance of every sample at the parameters of stored epochs
+
+Look at a study:
+  status        the state of each run; damage in the store
+  report        results, figures and report.html
+
+Publish a study:
+  consolidate   one sharded Zarr store per data set
+
+Options:
+  -h, --help    this text; `sampimp COMMAND --help` has the options of a command
+  --version     the version of sampimp
+
+Examples:
+  sampimp study --preset digits --out results/digits
+  sampimp status results/digits
+  sampimp report results/digits
+  sampimp study --datasets mnist --dry-run
+
+Exit code: 0 for success, 2 for a mistake that you can correct; the help of a command has others."""
+
+
+def main() -> NoReturn:
+    """Run the command line of this process, and end the process with its exit code."""
+    run_door(run_command)
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run a subcommand; return its exit code.
+
+    Parameters
+    ----------
+    arguments
+        The command line without `sampimp`.
+    """
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if name == "--version":
+        print(f"sampimp {__version__}")
+        return 0
+    try:
+        return _load(name)(rest)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _load(name: str) -> Callable[[list[str]], int]:
+    """Import the function of a subcommand."""
+    if name not in SUBCOMMANDS:
+        close = get_close_matches(name, SUBCOMMANDS, 1)
+        raise ConfigError(
+            expected=f"one of the commands {', '.join(SUBCOMMANDS)}",
+            got=f"{name!r}" + (f"; did you mean {close[0]}?" if close else ""),
+            where="the command line",
+            todo="see sampimp --help",
+        )
+    subcommand = SUBCOMMANDS[name]
+    for package in subcommand.packages:
+        require_package(package, subcommand.extra)
+    return partial(import_module(subcommand.module).main, prog=f"sampimp {name}")

@@ -1,0 +1,142 @@
+"""What a study would take: the time of an epoch, measured; the whole time; the storage.
+
+`--dry-run` prints it and ends, without Ray: it counts this machine, and asks no cluster. Before a
+study trains on this machine alone, `suggest_cluster` uses the same measurement.
+
+Map: `describe_study` (`--dry-run`), `suggest_cluster`, `measure_epoch`, `format_duration`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+
+from sampimp.config import TrialConfig
+from sampimp.data import Source, load_source, scale_inputs
+from sampimp.store.plan import Plan
+from sampimp.sweeps.machines import Cluster, named_address, noted_address, this_machine
+from sampimp.sweeps.options import StudyConfig
+from sampimp.sweeps.preflight import check_cluster
+from sampimp.sweeps.study import Study, prepare_study
+from sampimp.training.loop import TrainingRun
+from sampimp.training.strategies import make_schedule
+
+LONG_STUDY = 3600.0
+"""Seconds from which a study on one machine is pointed to clusters (arbitrary)."""
+
+MEASURED_STEPS = 30
+"""Steps whose time stands for an epoch: a fraction of a second for the networks of the paper."""
+
+
+def describe_study(config: StudyConfig, console: Console) -> int:
+    """Print what would be trained, the time it would take and what it would store; return 0.
+
+    A Ray cluster that the options name, or that runs here, is neither asked nor started: the time
+    is that of this machine.
+    """
+    address = named_address(config.address)
+    address = noted_address() if address in (None, "auto") else address
+
+    def count_this_machine() -> Cluster:
+        machine = this_machine("This machine")
+        console.print(f"{machine}.", highlight=False)
+        if address in (None, "local"):
+            check_cluster(config, machine)
+        else:
+            console.print(
+                f"The Ray cluster at {address} was not asked: the time is that of this machine.",
+                highlight=False,
+            )
+        return machine
+
+    _print_plan(prepare_study(config, count_this_machine, load_source, console), console)
+    return 0
+
+
+def _print_plan(study: Study, console: Console) -> None:
+    plan = study.plan
+    console.print(f"Store     {study.folder}", markup=False, highlight=False)
+    for key, info in plan.datasets.items():
+        console.print(
+            f"Data set  {key}: {info.sample_count:,} + {info.test_count:,} samples, "
+            f"{len(info.class_names)} classes, network of {info.parameter_count:,} parameters",
+            highlight=False,
+        )
+    for strategy, seeds in plan.grid.items():
+        words = ", ".join(map(str, seeds))
+        console.print(f"Trials    {strategy:<16} seeds {words}", highlight=False)
+    console.print(
+        f"          {len(study.trials)} in all, {len(study.missing)} of them missing",
+        highlight=False,
+    )
+    with console.status("Measuring an epoch"):
+        epochs = measure_epochs(study)
+    alone = " on one worker" if study.config.workers_per_trial > 1 else ""
+    for key, seconds in epochs.items():
+        console.print(f"Epoch     {key}: about {seconds:.2g} s{alone}", highlight=False)
+    duration = format_duration(total_seconds(study, epochs) / study.slots)
+    console.print(f"Time      about {duration}, {study.slots} trials at a time", highlight=False)
+    console.print(f"Storage   at most {study.bytes_needed / 1e9:.2f} GB", highlight=False)
+
+
+def suggest_cluster(study: Study, console: Console) -> None:
+    """Explain how a cluster takes the study, if it would train long on this machine alone."""
+    if not study.cluster.started_here:
+        return
+    seconds = total_seconds(study, measure_epochs(study)) / study.slots
+    if seconds > LONG_STUDY:
+        console.print(
+            f"This trains on this machine, for about {format_duration(seconds)}. To send it to a "
+            "cluster: ray up cluster.yaml, then this command with --cluster cluster.yaml and "
+            "--out s3://BUCKET/NAME (docs/clusters.md)."
+        )
+
+
+def measure_epochs(study: Study) -> dict[str, float]:
+    """Return the seconds of one epoch on each data set that trials are missing for."""
+    keys = {trial.config.dataset for trial in study.missing}
+    return {
+        key: measure_epoch(study.plan, key, source)
+        for key, source in study.sources.items()
+        if key in keys
+    }
+
+
+def total_seconds(study: Study, epochs: Mapping[str, float]) -> float:
+    """Return the time of all missing trials, one after the other, by the seconds of an epoch."""
+    seconds = sum(epochs.get(trial.config.dataset, 0) for trial in study.missing)
+    return study.plan.training.epochs * seconds
+
+
+def measure_epoch(plan: Plan, key: str, source: Source) -> float:
+    """Return the seconds of one epoch, from a short run on the first samples of a data set."""
+    info, training = plan.datasets[key], replace(plan.training, epochs=2, parameters_every=0)
+    count = min(info.sample_count, MEASURED_STEPS * training.batch_size)
+    part = replace(
+        source,
+        train_values=source.train_values[:count],
+        train_labels=source.train_labels[:count],
+        test_values=source.train_values[:count],
+        test_labels=source.train_labels[:count],
+    )
+    trial = TrialConfig(dataset=key, strategy="shuffle", seed=0, order_seed=0, training=training)
+    schedule = make_schedule("shuffle", count, training.batch_size, 0)
+    threads = torch.get_num_threads()
+    records = list(TrainingRun(trial, scale_inputs(part, "unit"), schedule).records())
+    torch.set_num_threads(threads)
+    return records[-1].seconds * info.sample_count / count
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in seconds, minutes, or hours and minutes.
+
+    Examples
+    --------
+    >>> format_duration(42), format_duration(3723)
+    ('42 s', '1 h 02 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

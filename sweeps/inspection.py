@@ -1,0 +1,74 @@
+"""The state of each trial of a study, from its store alone.
+
+A committed trial is done, or has diverged. Of any other trial, the newest of its attempts,
+checkpoints and errors says whether it runs, has stopped or has failed. A trial that sorts by a
+reference run is blocked until that run is committed.
+
+Map: `Status`, `STATES`, `inspect`.
+"""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from sampimp.store.attempts import LastSign, last_sign
+from sampimp.store.location import Folder
+from sampimp.store.plan import Plan, PlannedTrial, read_commits
+from sampimp.sweeps.progress import format_clock
+
+QUIET_TIME = 60.0
+"""Seconds without a write, beyond the time of three epochs, after which a trial counts as stopped
+(arbitrary)."""
+
+STATES = ("done", "diverged", "running", "stopped", "failed", "waiting", "blocked")
+
+
+class Status(NamedTuple):
+    """The state of a trial."""
+
+    trial: PlannedTrial
+    state: str
+    """One of `STATES`."""
+    detail: str = ""
+    """Epoch, attempt, host, error or reference, in words."""
+
+
+def inspect(folder: Folder, plan: Plan) -> list[Status]:
+    """Return the state of each trial of the plan."""
+    trials = plan.resolve(read_commits(folder))
+
+    def read_sign(trial: PlannedTrial) -> LastSign | None:
+        if trial.commit is not None or trial.trial_id is None:
+            return None
+        return last_sign(folder / "trials" / trial.trial_id)
+
+    with ThreadPoolExecutor(16) as pool:  # an object store answers in tens of milliseconds
+        signs = list(pool.map(read_sign, trials))
+    statuses: list[Status] = []
+    references: dict[str, Status] = {}
+    for trial, sign in zip(trials, signs, strict=True):  # references come first
+        if trial.trial_id is None:
+            reference = references[trial.config.dataset]
+            status = Status(trial, "blocked", f"by {reference.trial.label}: {reference.state}")
+        else:
+            status = _judge(trial, sign, plan.training.epochs)
+        if plan.is_reference(trial.config):
+            references[trial.config.dataset] = status
+        statuses.append(status)
+    return statuses
+
+
+def _judge(trial: PlannedTrial, sign: LastSign | None, epochs: int) -> Status:
+    if trial.commit is not None:
+        diverged = trial.commit["diverged_epoch"]
+        if diverged is None:
+            return Status(trial, "done")
+        return Status(trial, "diverged", f"in epoch {diverged}")
+    if sign is None:
+        return Status(trial, "waiting")
+    where = f"epoch {sign.epoch} of {epochs}, attempt {sign.attempt} on {sign.host}"
+    if sign.error is not None:
+        return Status(trial, "failed", f"{where}: {sign.error}")
+    ago = max(0.0, time.time() - sign.time)  # clocks differ from machine to machine
+    state = "running" if ago < QUIET_TIME + 3 * sign.epoch_seconds else "stopped"
+    return Status(trial, state, f"{where}, last sign {format_clock(ago)} ago")

@@ -1,0 +1,103 @@
+"""Damage in a study's store: found by comparing every chunk with its digest, and withdrawn.
+
+A trial that is withdrawn counts as missing, so that the command that trained the study trains it
+again.
+
+Map: `verify`, `verify_datasets`, `withdraw_all`.
+"""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import track
+
+from sampimp.errors import RecordError
+from sampimp.store.datasets import StoredSource, open_source, read_source
+from sampimp.store.integrity import find_damage, withdraw
+from sampimp.store.location import Folder
+from sampimp.store.plan import Plan
+from sampimp.store.snapshots import SNAPSHOTS, stored_snapshots
+from sampimp.sweeps.inspection import Status
+
+
+def verify(
+    folder: Folder, plan: Plan, statuses: Sequence[Status], console: Console
+) -> dict[str, list[str]]:
+    """Compare every chunk of the committed trials with its digest; return the damage by trial."""
+    snapshots = folder.read_json(SNAPSHOTS) or {}
+    committed = [status.trial for status in statuses if status.trial.commit is not None]
+    damaged: dict[str, list[str]] = {}
+    for trial in track(committed, "Verifying", console=console, transient=True):
+        trial_id, layout = str(trial.trial_id), plan.layout(trial.config.dataset)
+        where = folder / "trials" / trial_id
+        scored = stored_snapshots(where, layout, snapshots.get(trial_id, {}))
+        damage = [*find_damage(where, trial.commit or {}, layout), *scored.damage()]
+        if damage:
+            damaged[trial_id] = damage
+    for trial_id, damage in damaged.items():
+        console.print(f"[bold]{trial_id} is damaged[/]: {damage[0]}", highlight=False)
+        if damage[1:]:
+            console.print(f"  and {len(damage) - 1} more places, to {damage[-1]}", highlight=False)
+    result = f"{len(damaged)} are damaged." if damaged else "every chunk is as it was written."
+    console.print(f"{len(committed)} committed trials verified: {result}", highlight=False)
+    return damaged
+
+
+def verify_datasets(folder: Folder, plan: Plan, committed: bool, console: Console) -> bool:
+    """Compare every chunk of the stored data sets with its digest; return whether all are right.
+
+    Parameters
+    ----------
+    folder, plan
+        The study.
+    committed
+        Whether trials are committed: then a data set that is missing is damage.
+    console
+        Where the results are printed.
+    """
+    sound = True
+    for key, info in plan.datasets.items():
+        where = folder / "datasets" / f"{key}.zarr"
+        try:
+            stored = open_source(where, info.digest, info.chunks)
+            missing = ["it is missing, or not complete"] if stored is None and committed else []
+            damage = [*missing, *(stored.damage() if stored else ())]
+            if stored is not None and not stored.is_verifiable:
+                read_source(where)
+        except RecordError as error:
+            damage = [f"{error.summary}, {error.where}"]
+        if damage:
+            sound = False
+            more = f" and {len(damage) - 1} more places" if damage[1:] else ""
+            console.print(f"[bold]data set {key} is damaged[/]: {damage[0]}{more}", highlight=False)
+            console.print(
+                f"  Delete {where}: the command that trained the study stores it again.",
+                markup=False,
+                highlight=False,
+            )
+        elif stored is not None:
+            console.print(f"data set {key} {_soundness(stored)}", highlight=False)
+    return sound
+
+
+def _soundness(stored: StoredSource) -> str:
+    if stored.is_verifiable:
+        return "verified: every chunk is as it was written."
+    return (
+        "is unverified when it is read: it was stored before chunks had digests. As a whole, it is "
+        "as it was written."
+    )
+
+
+def withdraw_all(folder: Folder, trial_ids: Sequence[str], console: Console) -> None:
+    """Take damaged trials, and their snapshots, out of a study."""
+    snapshots = folder.read_json(SNAPSHOTS)
+    if snapshots:
+        left = {name: entry for name, entry in snapshots.items() if name not in trial_ids}
+        folder.write_json(SNAPSHOTS, left)
+    for trial_id in trial_ids:
+        withdraw(folder / "trials" / trial_id)
+    console.print(
+        f"{len(trial_ids)} withdrawn: the command that trained the study trains them again.",
+        highlight=False,
+    )
