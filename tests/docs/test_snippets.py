@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sampimp
 from sampimp.analysis import report
 from sampimp.data import load_source
-from sampimp.sweeps import consolidate, score_snapshots, status, study
+from sampimp.sweeps import consolidate, options, score_snapshots, status
 
 ROOT = Path(__file__).parents[2]
 GENERATED = ("docs/_build", "docs/gallery", "docs/api")
@@ -249,7 +249,7 @@ def call_script(path, arguments):
 
 
 PROGRAMS = {
-    "sampimp study": study.parse,
+    "sampimp study": options.parse,
     "sampimp status": status.main,
     "sampimp score": score_snapshots.main,
     "sampimp consolidate": consolidate.main,
