@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sampimp.data import Dataset, load_dataset
     from sampimp.importance.optimizers import derivative_rule
     from sampimp.importance.recorder import ImportanceRecorder, snapshot_importance
-    from sampimp.importance.rules.arithmetic import layer_rule
+    from sampimp.importance.rules.registry import layer_rule
     from sampimp.integrations.trainers import HuggingFaceImportance, LightningImportance
     from sampimp.store.cube import open_cube
 
@@ -58,7 +58,7 @@ _HOMES = {
     "ImportanceRecorder": "sampimp.importance.recorder",
     "LightningImportance": "sampimp.integrations.trainers",
     "derivative_rule": "sampimp.importance.optimizers",
-    "layer_rule": "sampimp.importance.rules.arithmetic",
+    "layer_rule": "sampimp.importance.rules.registry",
     "load_dataset": "sampimp.data.loading",
     "open_cube": "sampimp.store.cube",
     "snapshot_importance": "sampimp.importance.recorder",

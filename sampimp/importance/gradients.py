@@ -1,27 +1,27 @@
-"""Per-sample gradients of one parameter in a form that is smaller than they are.
+"""Per-sample gradients of one parameter, as factors that are smaller than the gradients.
 
 The importance of sample i in a layer is beta_i = sum_j phi_ij^2 over the layer's parameters (Gao &
-Jojic 2017, section 2). phi_i = D * g_i: of the sample's part g_i of the gradient of the batch's
-loss, and the derivative D of the update (`sampimp.importance.optimizers`); under plain SGD D is
-minus the
-rate, and the factor 1/B of a mean loss is inside g_i.
+Jojic 2017, section 2), where phi_i = D * g_i: g_i is the sample's part of the gradient of the
+batch's loss, and D is the derivative of the update (`sampimp.importance.update`). Under plain SGD D
+is minus the learning rate; the factor 1/B of a mean loss is inside g_i.
 
-A layer seldom needs the gradient of each sample, which is as large as the parameter; it needs the
-sum of its squares, and the two factors of which the gradient is made give that directly. Four
-forms are enough for every layer here but convolutions, which have their own:
+The gradient of one sample is as large as the parameter, but importance needs only the sum of its
+squares, which often follows from the two factors of which the gradient is made. Four forms serve
+every layer except convolutions, which have a form of their own (`Convolution`, in their rules):
 
-    Explicit   the gradients themselves (biases, normalisations, what has no better form)
-    Product    an outer product (linear layers)
-    Outer      a sum of them over positions (of sequences, recurrent layers)
-    Rows       vectors that are added to rows of a table (embeddings)
+    Explicit       the gradients themselves (biases, normalisations, all that has no better form)
+    Product        one outer product (linear layers)
+    Outer          a sum of outer products over positions (linear layers on sequences, recurrent)
+    EmbeddingRows  vectors that are added to rows of a table (embeddings)
 
-`square` is the squared norm of each sample's gradient; `weighted` the same with each entry scaled
-by the optimizer's derivative D, squared (`sampimp.importance.optimizers.Diagonal`); `gradient` the
-thing
-itself, for a few samples at a time; `summed` the batch's, which autograd has found as well.
+Each form is a `Factor` with the methods `square` (squared norm of each sample's gradient),
+`weighted` (the same with each entry scaled by D), `gradient` (the gradients themselves, of a few
+samples at a time), `summed` (the batch's gradient, for comparison with autograd's) and `joined`
+(samples that occupy several rows of the batch axis). `total` adds the uses of a parameter that is
+used more than once; `squares` chooses between `square` and `weighted`.
 
 Shape suffixes: N samples, T positions (of a sequence, an image), G groups, O outputs, I inputs, E
-entries of a row, P... the shape of the parameter.
+entries of a table's row, S and T positions of two factors, P... the shape of the parameter.
 """
 
 import math
@@ -33,24 +33,28 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sampimp.importance.optimizers import Derivative, Diagonal
+from sampimp.importance.update import Derivative, Diagonal
 
 CHUNK_ON_CPU, CHUNK_ELSEWHERE = 2**19, 2**26
-"""Most values of per-sample gradients that are held at once.
+"""Largest number of values of per-sample gradients that are held at once.
 
-On the CPU they stay in its cache (a GRU under AdamW: 6.6 ms, at 2^22 10.0 ms; convolutions do not
-mind); elsewhere launches count, and the number is an arbitrary bound (256 MB).
+On the CPU they stay in its cache (a GRU under AdamW: 6.6 ms; with 2^22, 10.0 ms; convolutions do
+not depend on it). On other devices kernel launches dominate, and the number is an arbitrary bound
+(256 MB).
 """
 
 GRAM_POSITIONS = 64
-"""Rows of a Gram matrix at a time: of 256 positions this took 0.7 to 0.8 times the whole."""
+"""Rows of a Gram matrix that are formed at a time.
+
+For 256 positions this took 0.7 to 0.8 times as long as the whole matrix at once.
+"""
 
 
 class Factor(Protocol):
-    """The gradients of a parameter by sample."""
+    """The per-sample gradients of one parameter."""
 
     def square(self) -> Tensor:
-        """Return the squared norm of each sample's gradient, shape (N,)."""
+        """Return the squared norm of each sample's gradient, shape (N,); read-only."""
 
     def weighted(self, derivative: Diagonal) -> Tensor:
         """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,)."""
@@ -62,17 +66,17 @@ class Factor(Protocol):
         """Return the sum of all samples' gradients, shape (P...)."""
 
     def joined(self, rows_NT: Tensor) -> "Factor":
-        """Return the gradients of samples, each the sum of those of some rows, -1 for none."""
+        """Return a factor in which sample n is the sum of the rows `rows_NT[n]`; -1 for no row."""
 
 
 @dataclass(frozen=True)
 class Explicit:
-    """Gradients that are there: values (N, P...)."""
+    """The gradients themselves: values (N, P...)."""
 
     values: Tensor
 
     def square(self) -> Tensor:
-        """Return the squared norm of each sample's gradient, shape (N,); not to be changed."""
+        """See `Factor`; computed once."""
         return self._square
 
     @cached_property
@@ -80,72 +84,77 @@ class Explicit:
         return square_sum(self.values)
 
     def weighted(self, derivative: Diagonal) -> Tensor:
-        """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,)."""
-        return _weighted(derivative, precise(self.values))
+        """See `Factor`."""
+        return _weighted(derivative, at_least_float32(self.values))
 
     def gradient(self, samples: slice) -> Tensor:
-        """Return the gradients of some samples, shape (n, P...)."""
-        return precise(self.values[samples])
+        """See `Factor`."""
+        return at_least_float32(self.values[samples])
 
     def summed(self) -> Tensor:
-        """Return the sum of all samples' gradients, shape (P...)."""
-        return precise(self.values).sum(0)
+        """See `Factor`."""
+        return at_least_float32(self.values).sum(0)
 
     def joined(self, rows_NT: Tensor) -> "Explicit":
-        """Return the gradients of samples, each the sum of those of some rows, -1 for none."""
-        return Explicit(taken(precise(self.values), rows_NT).sum(1))
+        """See `Factor`."""
+        return Explicit(gather_rows(at_least_float32(self.values), rows_NT).sum(1))
 
 
 @dataclass(frozen=True)
 class Product:
-    """Gradients left right^T of one position: left (N, O), right (N, I).
+    """Gradients left right^T: left (N, O), right (N, I).
 
-    Both as `Explicit`: the left one is the bias's gradient too, and what it knows serves both.
+    Both are `Explicit`, since the left one is also the gradient of the bias: its squared norms are
+    computed once for both.
     """
 
     left: Explicit
     right: Explicit
 
     def square(self) -> Tensor:
-        """Return the squared norm of each sample's gradient, shape (N,): a product of theirs."""
+        """See `Factor`; the norm of an outer product is the product of the norms."""
         return self.left.square() * self.right.square()
 
     def weighted(self, derivative: Diagonal) -> Tensor:
-        """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,).
+        """See `Factor`.
 
-        A matrix product of the factors' squares, instead of every sample's gradient; by some rows
-        of the parameter after others, while their D^2 is in the cache.
+        A matrix product of the squared factors instead of every sample's gradient, computed by
+        blocks of rows of the parameter while their D^2 is in the cache.
         """
-        left_NO, right_NI = (precise(one.values).square() for one in (self.left, self.right))
+        left_NO, right_NI = (
+            at_least_float32(factor.values).square() for factor in (self.left, self.right)
+        )
         inputs_NI = torch.zeros_like(right_NI)
         for rows, square in derivative.squares():
             inputs_NI.addmm_(left_NO[:, rows], square)
         return inputs_NI.mul_(right_NI).sum(1)
 
     def gradient(self, samples: slice) -> Tensor:
-        """Return the gradients of some samples, shape (n, P...)."""
+        """See `Factor`."""
         return self.left.gradient(samples).unsqueeze(2) * self.right.gradient(samples).unsqueeze(1)
 
     def summed(self) -> Tensor:
-        """Return the sum of all samples' gradients, shape (P...)."""
-        return precise(self.left.values).t() @ precise(self.right.values)
+        """See `Factor`."""
+        return at_least_float32(self.left.values).t() @ at_least_float32(self.right.values)
 
     def joined(self, rows_NT: Tensor) -> "Product | Outer":
-        """Return the gradients of samples, each the sum of those of some rows, -1 for none."""
-        left_NTO, right_NTI = (taken(one.values, rows_NT) for one in (self.left, self.right))
+        """See `Factor`."""
+        left_NTO, right_NTI = (
+            gather_rows(factor.values, rows_NT) for factor in (self.left, self.right)
+        )
         if rows_NT.shape[1] == 1:
             return Product(Explicit(left_NTO.squeeze(1)), Explicit(right_NTI.squeeze(1)))
         shape = (left_NTO.shape[2], right_NTI.shape[2])
         return Outer(left_NTO.unsqueeze(2), right_NTI.unsqueeze(2), shape)
 
     def transposed(self) -> "Product":
-        """Return the gradients of the parameter whose transpose this one is."""
+        """Return the gradients of the transposed parameter."""
         return Product(self.right, self.left)
 
 
 @dataclass(frozen=True)
 class Outer:
-    """Gradients sum_t left_t right_t^T, perhaps in groups: left (N, T, G, O), right (N, T, G, I).
+    """Gradients sum_t left_t right_t^T, by groups: left (N, T, G, O), right (N, T, G, I).
 
     Examples
     --------
@@ -157,105 +166,106 @@ class Outer:
     left: Tensor
     right: Tensor
     shape: Sequence[int]
-    """Of the parameter: (G O, I) reshaped."""
+    """Shape of the parameter: (G O, I) reshaped."""
     left_gram: Callable[[], Tensor] | None = None
-    """Returns `gram` of left, where a second factor has use for it as well."""
+    """Returns `gram_matrix(left)`, if a second factor needs it as well."""
 
     def square(self) -> Tensor:
-        """Return the squared norm of each sample's gradient, shape (N,).
+        """See `Factor`.
 
-        The two Gram matrices take T^2 (O + I) multiplications a sample, and the gradient itself
-        T O I: whichever is less. They are symmetric, so that rows need to be formed from their
-        diagonal on only, and what is right of it counts twice.
+        Two Gram matrices take T^2 (O + I) multiplications a sample, and the gradient itself T O I;
+        the method takes the smaller. Gram matrices are symmetric, so their rows are formed only
+        from the diagonal on, and what is right of it counts twice.
         """
-        left, right = precise(self.left), precise(self.right)
+        left, right = at_least_float32(self.left), at_least_float32(self.right)
         positions, outputs, inputs = left.shape[1], left.shape[3], right.shape[3]
         if self.left_gram is not None:
             if positions * (outputs / 2 + inputs) < outputs * inputs:
-                return gram(right).mul_(self.left_gram()).flatten(1).sum(1).clamp_min_(0)
+                return gram_matrix(right).mul_(self.left_gram()).flatten(1).sum(1).clamp_min_(0)
         elif positions * (outputs + inputs) < outputs * inputs:
             left, right = left.transpose(1, 2), right.transpose(1, 2)  # (N, G, T, K)
             square = left.new_zeros(len(left))
             for start in range(0, positions, GRAM_POSITIONS):
-                some, later = slice(start, start + GRAM_POSITIONS), slice(start, None)
-                part = left[:, :, some] @ left[:, :, later].transpose(2, 3)
-                part *= right[:, :, some] @ right[:, :, later].transpose(2, 3)
+                rows, columns = slice(start, start + GRAM_POSITIONS), slice(start, None)
+                part = left[:, :, rows] @ left[:, :, columns].transpose(2, 3)
+                part *= right[:, :, rows] @ right[:, :, columns].transpose(2, 3)
                 diagonal = part[..., :GRAM_POSITIONS].flatten(1).sum(1)
                 square += part.flatten(1).sum(1).mul_(2).sub_(diagonal)
             return square.clamp_min_(0)
         return in_chunks(self, len(left), left, square_sum)
 
     def weighted(self, derivative: Diagonal) -> Tensor:
-        """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,)."""
+        """See `Factor`."""
         return in_chunks(self, len(self.left), self.left, partial(_weighted, derivative))
 
     def gradient(self, samples: slice) -> Tensor:
-        """Return the gradients of some samples, shape (n, P...)."""
-        left = precise(self.left[samples]).permute(0, 2, 3, 1)  # (N, G, O, T)
-        right = precise(self.right[samples]).transpose(1, 2)  # (N, G, T, I)
+        """See `Factor`."""
+        left = at_least_float32(self.left[samples]).permute(0, 2, 3, 1)  # (N, G, O, T)
+        right = at_least_float32(self.right[samples]).transpose(1, 2)  # (N, G, T, I)
         return (left @ right).reshape(len(left), *self.shape)
 
     def summed(self) -> Tensor:
-        """Return the sum of all samples' gradients, shape (P...)."""
-        left = precise(self.left).flatten(0, 1).permute(1, 2, 0)  # (G, O, N T)
-        right = precise(self.right).flatten(0, 1).transpose(0, 1)  # (G, N T, I)
+        """See `Factor`."""
+        left = at_least_float32(self.left).flatten(0, 1).permute(1, 2, 0)  # (G, O, N T)
+        right = at_least_float32(self.right).flatten(0, 1).transpose(0, 1)  # (G, N T, I)
         return (left @ right).reshape(*self.shape)
 
     def joined(self, rows_NT: Tensor) -> "Outer":
-        """Return the gradients of samples, each the sum of those of some rows, -1 for none."""
-        left, right = (taken(one, rows_NT).flatten(1, 2) for one in (self.left, self.right))
+        """See `Factor`; the rows of one sample are further positions."""
+        left, right = (
+            gather_rows(factor, rows_NT).flatten(1, 2) for factor in (self.left, self.right)
+        )
         return Outer(left, right, self.shape)
 
     def transposed(self) -> "Outer":
-        """Return the gradients of the parameter whose transpose this one, without groups, is."""
+        """Return the gradients of the transposed parameter; for one group only."""
         return Outer(self.right, self.left, self.shape[::-1])
 
 
 @dataclass(frozen=True)
-class Rows:
+class EmbeddingRows:
     """Gradients that add vectors (N, T, E) to the rows index (N, T) of a table."""
 
     vectors: Tensor
     index: Tensor
     shape: Sequence[int]
-    """Of the table: (rows, E)."""
+    """Shape of the table: (rows, E)."""
 
     def square(self) -> Tensor:
-        """Return the squared norm of each sample's gradient, shape (N,)."""
-        return square_sum(self._merged()[0])
+        """See `Factor`."""
+        return square_sum(self._merged())
 
     def weighted(self, derivative: Diagonal) -> Tensor:
-        """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,)."""
-        merged, index = self._merged()
-        return merged.square().mul_(derivative.square()[index]).flatten(1).sum(1)
+        """See `Factor`."""
+        return self._merged().square().mul_(derivative.square()[self.index]).flatten(1).sum(1)
 
     def gradient(self, samples: slice) -> Tensor:
-        """Return the gradients of some samples, shape (n, P...)."""
-        vectors, index = precise(self.vectors[samples]), self.index[samples]
+        """See `Factor`."""
+        vectors, index = at_least_float32(self.vectors[samples]), self.index[samples]
         table = vectors.new_zeros(len(vectors), *self.shape)
         return table.scatter_add_(1, index[:, :, None].expand_as(vectors), vectors)
 
     def summed(self) -> Tensor:
-        """Return the sum of all samples' gradients, shape (P...)."""
-        vectors = precise(self.vectors).flatten(0, 1)
+        """See `Factor`."""
+        vectors = at_least_float32(self.vectors).flatten(0, 1)
         return vectors.new_zeros(*self.shape).index_add_(0, self.index.flatten(), vectors)
 
-    def joined(self, rows_NT: Tensor) -> "Rows":
-        """Return the gradients of samples, each the sum of those of some rows, -1 for none."""
+    def joined(self, rows_NT: Tensor) -> "EmbeddingRows":
+        """See `Factor`; the rows of one sample are further positions."""
         index = self.index[rows_NT.clamp_min(0)].flatten(1)
-        return Rows(taken(self.vectors, rows_NT).flatten(1, 2), index, self.shape)
+        return EmbeddingRows(gather_rows(self.vectors, rows_NT).flatten(1, 2), index, self.shape)
 
-    def _merged(self) -> tuple[Tensor, Tensor]:
-        """Return the vectors with those of one row added up at its first position, and the rows."""
-        vectors = precise(self.vectors)
+    def _merged(self) -> Tensor:
+        """Return the vectors (N, T, E), those of one row summed at the row's first position."""
+        vectors = at_least_float32(self.vectors)
         first = (self.index[:, :, None] == self.index[:, None, :]).int().argmax(2)
         merged = torch.zeros_like(vectors)
-        return merged.scatter_add_(1, first[:, :, None].expand_as(vectors), vectors), self.index
+        return merged.scatter_add_(1, first[:, :, None].expand_as(vectors), vectors)
 
 
 @dataclass(frozen=True)
 class Total:
-    """The sum of gradients of several uses of one parameter, whatever their forms."""
+    """The sum of the gradients of several uses of one parameter, in any forms."""
 
     parts: Sequence[Factor]
     count: int
@@ -265,69 +275,54 @@ class Total:
 
     @property
     def shape(self) -> Sequence[int]:
-        """The shape of the parameter."""
+        """Shape of the parameter."""
         return self.like.shape
 
     def square(self) -> Tensor:
-        """Return the squared norm of each sample's gradient, shape (N,).
+        """See `Factor`.
 
-        A table that is the last layer's weight as well, of a language model, is not formed:
-        |a + b|^2 = |a|^2 + |b|^2 + 2 a.b.
+        For a table that is also the last layer's weight (as in language models) no gradient is
+        formed: |a + b|^2 = |a|^2 + |b|^2 + 2 a.b.
         """
         match self.parts:
-            case [Outer() as outer, Rows() as rows]:
+            case [Outer() as outer, EmbeddingRows() as rows]:
                 return (outer.square() + rows.square() + 2 * _inner(outer, rows)).clamp_min_(0)
         return in_chunks(self, self.count, self.like, square_sum)
 
     def weighted(self, derivative: Diagonal) -> Tensor:
-        """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,)."""
+        """See `Factor`."""
         return in_chunks(self, self.count, self.like, partial(_weighted, derivative))
 
     def gradient(self, samples: slice) -> Tensor:
-        """Return the gradients of some samples, shape (n, P...)."""
+        """See `Factor`."""
         first, *others = (part.gradient(samples) for part in self.parts)
         return sum(others, first)
 
     def summed(self) -> Tensor:
-        """Return the sum of all samples' gradients, shape (P...)."""
+        """See `Factor`."""
         first, *others = (part.summed() for part in self.parts)
         return sum(others, first)
 
     def joined(self, rows_NT: Tensor) -> "Total":
-        """Return the gradients of samples, each the sum of those of some rows, -1 for none."""
+        """See `Factor`."""
         parts = [part.joined(rows_NT) for part in self.parts]
         return Total(parts, len(rows_NT), self.like)
 
 
-def taken(values: Tensor, rows_NT: Tensor) -> Tensor:
-    """Return rows of values (R, ...) by sample, (N, T, ...); zero where there is none.
-
-    Examples
-    --------
-    >>> taken(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[0, 2], [1, -1]]))
-    tensor([[1., 3.],
-            [2., 0.]])
-    """
-    found = values[rows_NT.clamp_min(0)]
-    missing = rows_NT < 0
-    return found.masked_fill(missing.reshape(*missing.shape, *[1] * (values.dim() - 1)), 0)
-
-
-def _inner(outer: Outer, rows: Rows) -> Tensor:
-    """Return the inner product of each sample's two gradients of a table, shape (N,).
-
-    sum_st left_s[index_t] right_s.vector_t
-    """
-    left, right = precise(outer.left.squeeze(2)), precise(outer.right.squeeze(2))
-    index_NST = rows.index[:, None, :].expand(-1, left.shape[1], -1)
-    products_NST = right @ precise(rows.vectors).transpose(1, 2)
-    return products_NST.mul_(left.gather(2, index_NST)).flatten(1).sum(1)
-
-
 def total(parts: Sequence[Factor], count: int, like: Tensor) -> Factor:
-    """Return the sum of the gradients of several uses of a parameter, `like`, by `count` samples.
+    """Return the sum of the gradients of several uses of one parameter.
 
-    Its squared norm is not the sum of theirs. Of one form, they are more positions of one use.
+    The squared norm of the sum is not the sum of the squared norms. Uses of one form are merged
+    into one factor, as further positions.
+
+    Parameters
+    ----------
+    parts
+        One factor for each use.
+    count
+        Number of samples.
+    like
+        The parameter.
     """
     if len(parts) == 1:
         return parts[0]
@@ -338,57 +333,91 @@ def total(parts: Sequence[Factor], count: int, like: Tensor) -> Factor:
         for part in parts
         if isinstance(part, Product | Outer)
     ]
-    rows = [part for part in parts if isinstance(part, Rows)]
-    others = [part for part in parts if not isinstance(part, Product | Outer | Rows)]
+    rows = [part for part in parts if isinstance(part, EmbeddingRows)]
+    others = [part for part in parts if not isinstance(part, Product | Outer | EmbeddingRows)]
     if len({part.left.shape[2] for part in outer}) > 1:
         return Total(parts, count, like)
     merged: list[Factor] = []
     if outer:
         left, right = [part.left for part in outer], [part.right for part in outer]
-        merged.append(Outer(_joined(left), _joined(right), like.shape))
+        merged.append(Outer(_concatenated(left), _concatenated(right), like.shape))
     if rows:
         vectors, index = [part.vectors for part in rows], [part.index for part in rows]
-        merged.append(Rows(_joined(vectors), _joined(index), like.shape))
+        merged.append(EmbeddingRows(_concatenated(vectors), _concatenated(index), like.shape))
     merged += others
     return merged[0] if len(merged) == 1 else Total(merged, count, like)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return positions one after the other; of one part, without a copy."""
+def _concatenated(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate positions; a single part is returned without a copy."""
     return torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
 
 
-def squares(factor: Factor, derivative: Derivative) -> Tensor:
-    """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,); where D is a number, without it.
+def _inner(outer: Outer, rows: EmbeddingRows) -> Tensor:
+    """Return the inner product of each sample's two gradients of a table, shape (N,).
 
-    That is the same for all samples of a step, and comes in later.
+    sum_st left_s[index_t] right_s.vector_t
+    """
+    left = at_least_float32(outer.left.squeeze(2))
+    right = at_least_float32(outer.right.squeeze(2))
+    index_NST = rows.index[:, None, :].expand(-1, left.shape[1], -1)
+    products_NST = right @ at_least_float32(rows.vectors).transpose(1, 2)
+    return products_NST.mul_(left.gather(2, index_NST)).flatten(1).sum(1)
+
+
+def squares(factor: Factor, derivative: Derivative) -> Tensor:
+    """Return sum_j gradient_j^2 of each sample, shape (N,), weighted by D_j^2 if D is a diagonal.
+
+    If D is one number, it is the same for all samples of a step, and the caller applies it later.
     """
     return factor.weighted(derivative) if isinstance(derivative, Diagonal) else factor.square()
 
 
-def chunk(values: int, like: Tensor) -> int:
-    """Return how many samples to work on at once that have so many values each."""
-    most = CHUNK_ON_CPU if like.device.type == "cpu" else CHUNK_ELSEWHERE
-    return most // max(1, values) or 1
+def samples_at_once(values: int, like: Tensor) -> int:
+    """Return how many samples to process at once if each has this many values.
+
+    Parameters
+    ----------
+    values
+        Number of values of one sample.
+    like
+        A tensor on the device in question.
+    """
+    limit = CHUNK_ON_CPU if like.device.type == "cpu" else CHUNK_ELSEWHERE
+    return limit // max(1, values) or 1
 
 
 def in_chunks(
     factor: Outer | Total, count: int, like: Tensor, reduce: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Return a function of each sample's gradient, shape (N,), of a few samples at a time."""
-    few = chunk(math.prod(factor.shape), like)
-    starts = range(0, count or 1, few)  # one empty chunk of no samples
-    return torch.cat([reduce(factor.gradient(slice(start, start + few))) for start in starts])
+    """Return `reduce` of each sample's gradient, shape (N,), for a few samples at a time."""
+    size = samples_at_once(math.prod(factor.shape), like)
+    starts = range(0, count or 1, size)  # without samples, one empty chunk
+    return torch.cat([reduce(factor.gradient(slice(start, start + size))) for start in starts])
 
 
-def gram(values: Tensor) -> Tensor:
-    """Return the products of all positions of values (N, T, G, K), shape (N, G, T, T)."""
-    rows = precise(values).transpose(1, 2)
+def gather_rows(values: Tensor, rows_NT: Tensor) -> Tensor:
+    """Return the rows of values (R, ...) that belong to each sample, (N, T, ...); zero for -1.
+
+    Examples
+    --------
+    >>> gather_rows(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[0, 2], [1, -1]]))
+    tensor([[1., 3.],
+            [2., 0.]])
+    """
+    gathered = values[rows_NT.clamp_min(0)]
+    missing = rows_NT < 0
+    return gathered.masked_fill(missing.reshape(*missing.shape, *[1] * (values.dim() - 1)), 0)
+
+
+def gram_matrix(values: Tensor) -> Tensor:
+    """Return the inner products of all positions of values (N, T, G, K), shape (N, G, T, T)."""
+    rows = at_least_float32(values).transpose(1, 2)
     return rows @ rows.transpose(2, 3)
 
 
-def precise(values: Tensor) -> Tensor:
-    """Return half precision as float32, in whose range the squares are, and all else as it is."""
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return half precision as float32, whose range contains the squares; the rest unchanged."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
@@ -400,16 +429,17 @@ def square_sum(values: Tensor) -> Tensor:
     >>> square_sum(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
     tensor([25.,  1.])
     """
-    norm = torch.linalg.vector_norm(_flat(precise(values)), dim=1)  # one pass, no temporary
+    norm = torch.linalg.vector_norm(_flat(at_least_float32(values)), dim=1)  # no temporary
     return norm.mul_(norm)
 
 
 def _flat(values: Tensor) -> Tensor:
-    """Return what there is of each sample in a row, also one number of a parameter without axes."""
+    """Return values as (N, K), with K = 1 for a parameter without axes."""
     if values.dim() == 2:
         return values
     return values.flatten(1) if values.dim() > 2 else values.unsqueeze(1)
 
 
 def _weighted(derivative: Diagonal, values: Tensor) -> Tensor:
+    """Return sum_j D_j^2 values_j^2 of each sample, shape (N,)."""
     return _flat(values).square() @ derivative.square().flatten()

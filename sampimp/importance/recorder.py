@@ -2,7 +2,7 @@
 
 Every operation of a pass is seen as it is called (`torch.overrides.TorchFunctionMode`): where a
 parameter is among its arguments, a hook on its output receives the gradient there, and a rule
-(`sampimp.importance.rules.arithmetic`) makes factors of the parameter's per-sample gradients of
+(`sampimp.importance.rules`) makes factors of the parameter's per-sample gradients of
 the two. Tensors that
 depend on no sample are followed from the parameters and buffers on, so that a parameter may be
 reshaped, tied, normalised or added before it meets the samples. What is watched is read and never
@@ -33,12 +33,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-import sampimp.importance.rules.convolution  # noqa: F401  (registers its rules)
 from sampimp.config import check_choice
 from sampimp.errors import ConfigError, UnsupportedError
 from sampimp.importance.evaluation import evaluation_mode
 from sampimp.importance.gradients import Explicit, Factor, Outer, Product, squares, total
-from sampimp.importance.optimizers import Derivative, Diagonal, UpdateDerivative
 from sampimp.importance.ownership.coupling import COUPLED, SUM, UNCHECKED
 from sampimp.importance.ownership.data_rows import (
     DataRows,
@@ -53,8 +51,17 @@ from sampimp.importance.ownership.proof import Proof, ProofResult
 from sampimp.importance.ownership.tape import Tape
 from sampimp.importance.ownership.use import Use
 from sampimp.importance.ownership.value_moves import moves_samples
-from sampimp.importance.rules.arithmetic import LOOKS, RULES, SUMS, Batch, feature_axes, generic
+from sampimp.importance.rules.batch import Batch
 from sampimp.importance.rules.inner_nodes import InnerNodes
+from sampimp.importance.rules.registry import (
+    RULES,
+    factors_of,
+    feature_axes,
+    is_sum,
+    look_inside,
+    looks_inside,
+)
+from sampimp.importance.update import Derivative, Diagonal, UpdateDerivative
 from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
 
 if TYPE_CHECKING:
@@ -571,7 +578,7 @@ class Capture(TorchFunctionMode):
             return output
         if not roots or not hooked:
             return output
-        if output is hooked[0] and output.dim() == 0 and RULES.get(function) in SUMS:
+        if output is hooked[0] and output.dim() == 0 and is_sum(function):
             self._penalised |= roots
             return output  # a penalty on parameters beside the loss: no sample is in it
         for row in roots:
@@ -582,10 +589,10 @@ class Capture(TorchFunctionMode):
         self._tape.clear()  # these outputs are no loss's alone
         use = self._use(function, args, kwargs, roots, varying, hooked)
         self._uses.append(use)
-        if RULES.get(function) in SUMS:  # of which autograd keeps no values either
+        if is_sum(function):  # of which autograd keeps no values either
             use.args = tuple(None if self._varies(one) else one for one in args)
-        if function in LOOKS:
-            seen = LOOKS[function](self._batch, hooked, *args, **kwargs)
+        if looks_inside(function):
+            seen = look_inside(function, self._batch, hooked, args, kwargs)
             use.inner = seen or (outputs[0].detach(), outputs[0]._version)
         if isinstance(output, Tensor):
             # On the node, where it is called after every hook that somebody has on the tensor.
@@ -975,17 +982,16 @@ class Capture(TorchFunctionMode):
         rows = use.rows_shape[layout.axis]
         joined = self._joined(layout, rows, self.parameters[min(use.roots)].device)
         with torch._C.DisableTorchFunction(), torch.set_grad_enabled(False):
-            rule = RULES.get(use.function) or partial(generic, function=use.function)
-            given = [Batch(rows, layout.axis, self._varies), delta]
-            if isinstance(use.inner, InnerNodes):
-                given.append(use.inner.close())
-                use.inner = None
-            elif use.inner is not None:
-                output, version = use.inner
-                given.append(output if output._version == version else None)
             try:
+                if isinstance(use.inner, InnerNodes):
+                    pairs, use.inner = use.inner.close().factors(), None
+                else:
+                    output, version = use.inner or (None, 0)
+                    output = output if output is not None and output._version == version else None
+                    batch = Batch(rows, layout.axis, self._varies, output)
+                    pairs = factors_of(use.function, batch, delta, use.args, use.kwargs)
                 found: dict[int, list[Factor]] = {}  # by row: one may be given more than once
-                for tensor, factor in rule(*given, *use.args, **use.kwargs):
+                for tensor, factor in pairs:
                     if tensor is None:
                         continue
                     if joined is not None:

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from sampimp.errors import UnsupportedError
 from sampimp.importance.gradients import Explicit, Product, squares
-from sampimp.importance.optimizers import Diagonal, UpdateDerivative
 from sampimp.importance.recorder import NormBuffer
+from sampimp.importance.update import Diagonal, UpdateDerivative
 from sampimp.training.collective import SINGLE_PROCESS, ProcessGroup
 
 aten = torch.ops.aten

@@ -8,13 +8,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-import sampimp.importance.rules.convolution
-from sampimp.importance.rules.arithmetic import RULES, Batch
+from sampimp.importance.rules import convolution
+from sampimp.importance.rules.batch import Batch
+from sampimp.importance.rules.registry import RULES
 
 WAYS = {
     "pixels": -math.inf,
     "others": math.inf,
-    "by count": sampimp.importance.rules.convolution.ADDITION,
+    "by count": convolution.ADDITION,
 }
 """What an addition costs."""
 
@@ -67,11 +68,13 @@ def test_each_way_finds_the_norm_that_autograd_does(way, geometry):
         ]
     )
     batch = Batch(len(images), 0, lambda _: True)
-    factor = next(iter(RULES[function](batch, delta, images, weight.detach(), None, **options)))[1]
+    factor = next(
+        iter(RULES[function].factors(batch, delta, images, weight.detach(), None, **options))
+    )[1]
     torch.testing.assert_close(factor.gradient(slice(None)), expected, rtol=1e-9, atol=1e-9)
     order = torch.arange(len(images)).flip(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampimp.importance.rules.convolution, "ADDITION", WAYS[way])
+        patch.setattr(convolution, "ADDITION", WAYS[way])
         squares = expected.flatten(1).square().sum(1)
         torch.testing.assert_close(factor.square(), squares, rtol=1e-9, atol=1e-9)
         reversed_squares = factor.joined(order[:, None]).square()
@@ -88,7 +91,7 @@ def test_the_way_goes_by_count(monkeypatch):
     """
     taken = []
     monkeypatch.setattr(
-        sampimp.importance.rules.convolution.Convolution,
+        convolution.Convolution,
         "_square_by_pixels",
         lambda self: taken.append(self) or torch.zeros(len(self.left)),
     )
@@ -99,7 +102,7 @@ def test_the_way_goes_by_count(monkeypatch):
     ):
         images, weight = torch.rand(1, channels, size, size), torch.rand(channels, channels, 3, 3)
         delta = functional.conv2d(images, weight, None, stride, 1)
-        rule = RULES[functional.conv2d](
+        rule = RULES[functional.conv2d].factors(
             Batch(1, 0, lambda _: True), delta, images, weight, None, stride, 1
         )
         next(iter(rule))[1].square()

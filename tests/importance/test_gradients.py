@@ -8,10 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampimp.importance import gradients as factors
-from sampimp.importance import optimizers
-from sampimp.importance.gradients import Explicit, Outer, Product, Rows, Total, total
-from sampimp.importance.optimizers import DerivativeRule, Diagonal, ParameterStep, Room
+from sampimp.importance import gradients, parameter_step
+from sampimp.importance.gradients import (
+    EmbeddingRows,
+    Explicit,
+    Outer,
+    Product,
+    Total,
+    total,
+)
+from sampimp.importance.parameter_step import DerivativeRule, ParameterStep, Workspace
+from sampimp.importance.update import Diagonal
 
 SIZE = st.integers(1, 5)
 
@@ -23,7 +30,7 @@ class Given(DerivativeRule):
 
 def diagonal(values):
     """D with these values, of which a parameter of two or more rows has parts."""
-    step = ParameterStep(values, Room())
+    step = ParameterStep(values, Workspace())
     step.noted = values
     return Diagonal(Given(), step)
 
@@ -54,7 +61,7 @@ def tables(draw, samples=None, rows=None, entries=None):
     want = vectors.new_zeros(n, r, e)
     for sample, position in itertools.product(range(n), range(t)):
         want[sample, index[sample, position]] += vectors[sample, position]
-    return Rows(vectors, index, (r, e)), want
+    return EmbeddingRows(vectors, index, (r, e)), want
 
 
 @st.composite
@@ -89,7 +96,7 @@ def test_every_form_says_what_the_gradients_say(case, block, whole):
     torch.testing.assert_close(factor.joined(pairs).gradient(slice(None)), joined)
     torch.testing.assert_close(factor.square(), want.square().sum((1, 2)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizers, "BLOCK_ON_CPU", block)
+        patch.setattr(parameter_step, "BLOCK_ON_CPU", block)
         if whole:
             torch.testing.assert_close(derivative.square(), values.square())
         got = factor.weighted(derivative)
@@ -99,10 +106,10 @@ def test_every_form_says_what_the_gradients_say(case, block, whole):
 def test_uses_of_one_form_stay_in_it():
     outer = Outer(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 5), (4, 5))
     product = Product(Explicit(torch.ones(2, 4)), Explicit(torch.ones(2, 5)))
-    table = Rows(torch.ones(2, 1, 5), torch.zeros(2, 1, dtype=torch.long), (4, 5))
+    table = EmbeddingRows(torch.ones(2, 1, 5), torch.zeros(2, 1, dtype=torch.long), (4, 5))
     assert total([outer], 2, torch.empty(4, 5)) is outer
     assert isinstance(total([outer, product], 2, torch.empty(4, 5)), Outer)
-    assert isinstance(total([table, table], 2, torch.empty(4, 5)), Rows)
+    assert isinstance(total([table, table], 2, torch.empty(4, 5)), EmbeddingRows)
     mixed = total([outer, table], 2, torch.empty(4, 5))
     assert isinstance(mixed, Total)
     assert mixed.square().tolist() == pytest.approx(
@@ -120,10 +127,10 @@ def test_the_gram_matrices_and_the_gradients_agree(positions, outputs, inputs, m
     right = torch.randn(4, positions, 2, inputs).double()
     outer = Outer(left, right, (2 * outputs, inputs))
     torch.testing.assert_close(
-        outer.square(), factors.in_chunks(outer, 4, left, factors.square_sum)
+        outer.square(), gradients.in_chunks(outer, 4, left, gradients.square_sum)
     )
     if positions != 20:
-        monkeypatch.setattr(factors, "in_chunks", None)
+        monkeypatch.setattr(gradients, "in_chunks", None)
         outer.square()
 
 
@@ -132,7 +139,7 @@ def test_gradients_are_held_a_few_at_a_time(monkeypatch):
     outer = Outer(torch.randn(5, 9, 1, 3), torch.randn(5, 9, 1, 4), (3, 4))
     want = outer.weighted(diagonal(torch.ones(3, 4)))
     held = []
-    monkeypatch.setattr(factors, "CHUNK_ON_CPU", 2 * math.prod(outer.shape))
+    monkeypatch.setattr(gradients, "CHUNK_ON_CPU", 2 * math.prod(outer.shape))
     gradient = Outer.gradient
     monkeypatch.setattr(
         Outer, "gradient", lambda self, part: held.append(g := gradient(self, part)) or g
@@ -147,7 +154,7 @@ def test_squares_of_half_precision_are_in_the_range_of_float32(dtype):
     outer = Outer(left, right, (4, 4))
     product = Product(Explicit(left[:, 0, 0]), Explicit(right[:, 0, 0]))
     explicit = Explicit(torch.full((2, 3), 2**9, dtype=dtype))
-    rows = Rows(left[:, :, 0], torch.zeros(2, 3, dtype=torch.long), (5, 4))
+    rows = EmbeddingRows(left[:, :, 0], torch.zeros(2, 3, dtype=torch.long), (5, 4))
     one = diagonal(torch.ones(4, 4, dtype=dtype))
     assert outer.square().tolist() == [16 * (3 * 2**-20) ** 2] * 2  # float16 ends at 2^-24
     assert outer.weighted(one).tolist() == [16 * (3 * 2**-20) ** 2] * 2

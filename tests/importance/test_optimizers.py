@@ -10,13 +10,10 @@ from hypothesis import strategies as st
 from torch import nn, optim
 
 from sampimp.errors import UnsupportedError
-from sampimp.importance import optimizers
-from sampimp.importance.optimizers import (
-    DerivativeRule,
-    Diagonal,
-    UpdateDerivative,
-    derivative_rule,
-)
+from sampimp.importance import optimizers, parameter_step
+from sampimp.importance.optimizers import derivative_rule
+from sampimp.importance.parameter_step import DerivativeRule
+from sampimp.importance.update import Diagonal, UpdateDerivative
 
 RATE, DECAY = st.floats(1e-3, 0.5), st.sampled_from([0.0, 1e-3, 0.1])
 MAXIMIZE, EPS = st.booleans(), st.sampled_from([1e-8, 1e-3, 0.1])
@@ -339,7 +336,7 @@ def test_large_parameters_are_done_in_parts(monkeypatch, memory_format, chosen):
     weight.data = weight.data.contiguous(memory_format=memory_format)
     optimizer = optim.Adam([weight], lr=0.1, **chosen)
     derivative = UpdateDerivative(optimizer)
-    monkeypatch.setattr(optimizers, "BLOCK_ON_CPU", 24)  # two of five rows, so the last is one
+    monkeypatch.setattr(parameter_step, "BLOCK_ON_CPU", 24)  # two of five rows, so the last is one
     for _ in range(2):
         set_gradients(rng, [weight])
         (expected,) = by_autograd(optimizer)
@@ -442,7 +439,8 @@ def test_an_optimizer_without_a_rule_is_refused_with_the_way_to_add_one(kind):
 
 
 def test_a_rule_of_ones_own_is_used(monkeypatch):
-    monkeypatch.setattr(optimizers, "_RULES", dict(optimizers._RULES))
+    # Removed again after the test.
+    monkeypatch.setitem(optimizers.DERIVATIVE_RULES, SubclassOfAdam, None)
 
     @derivative_rule(SubclassOfAdam)
     class Rule(DerivativeRule):

@@ -681,7 +681,9 @@ class Twice(SGD):
 
 def test_a_closure_that_is_evaluated_twice_is_refused(monkeypatch):
     monkeypatch.setitem(
-        sampimp.importance.optimizers._RULES, Twice, sampimp.importance.optimizers.SGDRule()
+        sampimp.importance.optimizers.DERIVATIVE_RULES,
+        Twice,
+        sampimp.importance.optimizers.SGDRule(),
     )
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     optimizer = Twice(model.parameters(), lr=0.2)
@@ -843,7 +845,7 @@ def test_a_rate_may_be_an_integer(monkeypatch):
         def after(self, step):
             return -2
 
-    monkeypatch.setitem(sampimp.importance.optimizers._RULES, Whole, WholeRule())
+    monkeypatch.setitem(sampimp.importance.optimizers.DERIVATIVE_RULES, Whole, WholeRule())
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     expected = oracles.importance_by_autograd(
         model, SGD(model.parameters(), lr=2.0), inputs, labels

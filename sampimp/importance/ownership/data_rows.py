@@ -28,7 +28,7 @@ from sampimp.importance.ownership.operations import (
     PRODUCTS,
     SORTS_FEATURES,
 )
-from sampimp.importance.rules.arithmetic import Batch
+from sampimp.importance.rules.batch import Batch
 
 _NO_SAMPLE, _UNKNOWN_SAMPLE = -1, -2
 """Numbers of entries that belong to no sample, or to one that is not known."""

@@ -40,8 +40,9 @@ from sampimp.importance.ownership.loss_order import LossOrder
 from sampimp.importance.ownership.passes import SignPasses, announced
 from sampimp.importance.ownership.tape import Tape
 from sampimp.importance.ownership.use import Use
-from sampimp.importance.rules.arithmetic import LOOKS, Batch
-from sampimp.importance.rules.recurrent import is_batch_first, packed_sequences
+from sampimp.importance.rules.batch import Batch
+from sampimp.importance.rules.recurrent_call import is_batch_first, packed_sequences
+from sampimp.importance.rules.registry import looks_inside
 
 MOST_AXES = 5
 """Number of axes that are tried where no tensor has samples on the expected one; arbitrary."""
@@ -249,7 +250,7 @@ class Proof:
         if bool((row_owners == NO_GRADIENT).all()):
             return None, False
         fitting = list(layouts_of(row_owners, axes, size))
-        if use.data is not None and use.function not in LOOKS:
+        if use.data is not None and not looks_inside(use.function):
             fitting = [layout for layout in fitting if layout.axis == use.data.axis]
         if not fitting:
             raise self._misplaced(use)
@@ -259,7 +260,7 @@ class Proof:
 
     def _row_owners(self, use: Use, owners: Sequence[Tensor]) -> Tensor | None:
         """Return the owners of rows; of a recurrent layer those of sequences, or None."""
-        if use.function not in LOOKS:
+        if not looks_inside(use.function):
             return owners[0]
         packed = packed_sequences(use.args, use.kwargs)
         batch_first = is_batch_first(use.function, use.args, use.kwargs)
@@ -307,7 +308,7 @@ class Proof:
             for output_owners in self._passes.owners(use)
         ]
         rows = self._row_owners(use, owners)
-        if rows is not None and use.function not in LOOKS:
+        if rows is not None and not looks_inside(use.function):
             rows = owners_on_axis(rows, layout.axis)
         assert rows is not None  # the layout was made of them
         return rows

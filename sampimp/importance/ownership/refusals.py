@@ -6,7 +6,7 @@ Each function returns an `UnsupportedError` to be raised; `where` is the name of
 from sampimp.errors import UnsupportedError
 from sampimp.importance.ownership.data_rows import is_data
 from sampimp.importance.ownership.use import Use
-from sampimp.importance.rules.arithmetic import Batch
+from sampimp.importance.rules.batch import Batch
 
 
 def samples_mixed(use: Use, where: str) -> UnsupportedError:

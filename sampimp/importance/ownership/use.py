@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from sampimp.importance.ownership.data_rows import SampleRows
-from sampimp.importance.rules.arithmetic import LOOKS, Batch
+from sampimp.importance.rules.batch import Batch
 from sampimp.importance.rules.inner_nodes import InnerNodes
+from sampimp.importance.rules.registry import looks_inside
 
 
 @dataclass(eq=False)
@@ -48,7 +49,7 @@ class Use:
     @property
     def rows_shape(self) -> tuple[int, ...]:
         """Shape of the axes that may hold samples; of a recurrent layer, the axis of sequences."""
-        if self.function in LOOKS:
+        if looks_inside(self.function):
             return self.shapes[-1][-2:-1]
         return self.shapes[0][: len(self.shapes[0]) - self.features]
 

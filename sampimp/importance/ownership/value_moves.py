@@ -23,7 +23,7 @@ from sampimp.importance.ownership.operations import (
     TABLE_LOOKUPS,
     WHOLE_PIECES,
 )
-from sampimp.importance.rules.arithmetic import Batch
+from sampimp.importance.rules.batch import Batch
 
 
 def moves_samples(

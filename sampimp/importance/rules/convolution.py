@@ -1,16 +1,19 @@
-"""Rules of convolutions and of their transposes.
+"""Rules of convolutions and transposed convolutions.
 
 The gradient of a kernel is a sum over positions t of products delta_t patch_t^T, where a patch is
-what the kernel meets: the pixels at K offsets from t. Its squared norm takes one of three ways, the
-cheapest by count:
+the part of the image under the kernel: the pixels at K offsets from t. Its squared norm can be
+computed in three ways; `Convolution` counts operations and takes the cheapest:
 
     the gradient itself                              T O K I multiplications
     Gram matrices of deltas and of patches           T^2 (O + K I)
     Gram matrices of deltas and of pixels            T^2 O + P^2 I, and T^2 K additions
 
-of T positions, P pixels, O and I channels. The last needs no patches, which are K times as large
-as the image: patch_s . patch_t is the sum over offsets o of pixel_{s+o} . pixel_{t+o}, so that the
-products of pixels, shifted, serve all offsets.
+for T positions, P pixels, O and I channels. The last way needs no patches, which are K times as
+large as the image: patch_s . patch_t is the sum over offsets o of pixel_{s+o} . pixel_{t+o}, so one
+matrix of the products of pixels, shifted, serves all offsets.
+
+Map: `Window` (positions of the kernel on an image), `Convolution` (the factor), `conv_factors` and
+`conv_transpose_factors` (the rules).
 
 Shape suffixes: N samples, G groups, T positions, P pixels, S... the axes of an image, O outputs and
 I inputs of a group, K offsets times inputs. In a transposed convolution the image is delta.
@@ -26,38 +29,46 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sampimp.importance.gradients import Explicit, Outer, chunk, gram, taken
-from sampimp.importance.optimizers import Diagonal
-from sampimp.importance.rules.arithmetic import (
-    Batch,
-    Factors,
-    all_but_samples,
-    layer_rule,
-    require_samples,
+from sampimp.importance.gradients import (
+    Explicit,
+    Outer,
+    gather_rows,
+    gram_matrix,
+    samples_at_once,
 )
+from sampimp.importance.rules.batch import Batch, Factors, require_samples
+from sampimp.importance.update import Diagonal
 
 ADDITION = 12
-"""Multiplications of a matrix product in the time of one of those additions, on a CPU.
+"""Multiplications of a matrix product that take as long as one of those additions, on a CPU.
 
-Where two ways took equally long (3 x 3 and 5 x 5, 16 to 128 channels, 4 x 4 to 24 x 24 positions),
-the counts were equal at 9 to 14.
+Where two ways took equally long (kernels of 3 x 3 and 5 x 5, 16 to 128 channels, 4 x 4 to 24 x 24
+positions), their counts were equal with a value of 9 to 14.
 """
 
 
 @dataclass(frozen=True)
 class Window:
-    """Where a kernel meets an image: at `step * t + spacing * offset - before`, on each axis."""
+    """The positions of a kernel on an image.
+
+    On each axis, position t and a kernel's offset meet the pixel `step * t + spacing * offset -
+    before`.
+    """
 
     kernel: Sequence[int]
     step: Sequence[int]
     spacing: Sequence[int]
     before: Sequence[int]
-    """Padding, of zeros."""
+    """Padding with zeros before the image."""
     positions: Sequence[int]
-    """How many there are of t."""
+    """Number of positions t."""
 
     def offsets(self, sizes: Sequence[int]) -> Iterator[tuple[list[slice], list[slice]]]:
-        """Yield, of each offset that meets an image of these sizes, from where: t, and pixels."""
+        """Yield (positions, pixels) for each offset that meets an image of these sizes.
+
+        Both are slices, one an axis: the positions t at which the offset is inside the image, and
+        the pixels that it meets there.
+        """
         for offset in product(*map(range, self.kernel)):
             met: list[slice] = []
             pixels: list[slice] = []
@@ -67,7 +78,7 @@ class Window:
                 last = min(self.positions[axis] - 1, (sizes[axis] - 1 - start) // step)
                 met.append(slice(first, last + 1))
                 pixels.append(slice(start + step * first, start + step * last + 1, step))
-            if all(one.start < one.stop for one in met):
+            if all(positions.start < positions.stop for positions in met):
                 yield met, pixels
 
     def unfold(self, images_NGIS: Tensor) -> Tensor:
@@ -79,14 +90,14 @@ class Window:
             padding += [self.before[axis], max(0, last + 1 - images_NGIS.shape[3 + axis])]
         padded = functional.pad(images_NGIS, padding) if any(padding) else images_NGIS.contiguous()
         outer, inner = padded.stride()[:3], padded.stride()[3:]
-        by_offset = (one * size for one, size in zip(self.spacing, inner, strict=True))
-        by_position = (one * size for one, size in zip(self.step, inner, strict=True))
+        by_offset = (pixels * size for pixels, size in zip(self.spacing, inner, strict=True))
+        by_position = (pixels * size for pixels, size in zip(self.step, inner, strict=True))
         view = padded.as_strided(
             (*padded.shape[:3], *self.kernel, *self.positions), (*outer, *by_offset, *by_position)
         )
-        met = padded.shape[2] * math.prod(self.kernel)
-        folded = view.reshape(*padded.shape[:2], met, math.prod(self.positions))
-        return folded.permute(0, 3, 1, 2)
+        patch_size = padded.shape[2] * math.prod(self.kernel)
+        patches = view.reshape(*padded.shape[:2], patch_size, math.prod(self.positions))
+        return patches.permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -97,72 +108,73 @@ class Convolution:
     images: Tensor
     window: Window
     shape: Sequence[int]
-    """Of the kernel: (G O, K) reshaped."""
+    """Shape of the kernel: (G O, K) reshaped."""
 
     def square(self) -> Tensor:
-        """Return the squared norm of each sample's gradient, shape (N,)."""
+        """See `Factor`."""
         groups, inputs = self.images.shape[1:3]
         pixels, (positions, _, outputs) = math.prod(self.images.shape[3:]), self.left.shape[1:]
         offsets = math.prod(self.window.kernel)
         by_pixels = pixels**2 * inputs + positions**2 * (outputs + ADDITION * offsets)
         by_patches = positions**2 * (outputs + offsets * inputs)
         if by_pixels < min(by_patches, positions * outputs * offsets * inputs):
-            few = chunk(groups * (pixels**2 + positions**2), self.left)
-            return torch.cat([piece._square_by_pixels() for piece in self._pieces(few)])
-        return torch.cat([piece._outer().square() for piece in self._pieces(self._few)])
+            size = samples_at_once(groups * (pixels**2 + positions**2), self.left)
+            return torch.cat([chunk._square_by_pixels() for chunk in self._chunks(size)])
+        return torch.cat([chunk._outer().square() for chunk in self._chunks(self._chunk_size)])
 
     def weighted(self, derivative: Diagonal) -> Tensor:
-        """Return sum_j D_j^2 gradient_j^2 of each sample, shape (N,)."""
-        pieces = self._pieces(self._few)
-        return torch.cat([piece._outer().weighted(derivative) for piece in pieces])
+        """See `Factor`."""
+        chunks = self._chunks(self._chunk_size)
+        return torch.cat([chunk._outer().weighted(derivative) for chunk in chunks])
 
     def gradient(self, samples: slice) -> Tensor:
-        """Return the gradients of some samples, shape (n, P...)."""
-        return self._some(samples)._outer().gradient(slice(None))
+        """See `Factor`."""
+        return self._samples(samples)._outer().gradient(slice(None))
 
     def summed(self) -> Tensor:
-        """Return the sum of all samples' gradients, shape (P...)."""
-        first, *others = (piece._outer().summed() for piece in self._pieces(self._few))
+        """See `Factor`."""
+        first, *others = (chunk._outer().summed() for chunk in self._chunks(self._chunk_size))
         return sum(others, first)
 
     def joined(self, rows_NT: Tensor) -> "Convolution | Outer":
-        """Return the gradients of samples, each the sum of those of some rows, -1 for none."""
+        """See `Factor`."""
         if rows_NT.shape[1] > 1:
             return self._outer().joined(rows_NT)
         images = self.images[rows_NT[:, 0].clamp_min(0)]
-        return replace(self, left=taken(self.left, rows_NT).squeeze(1), images=images)
+        return replace(self, left=gather_rows(self.left, rows_NT).squeeze(1), images=images)
 
     @property
-    def _few(self) -> int:
-        """How many samples to form patches of at once."""
+    def _chunk_size(self) -> int:
+        """Number of samples whose patches are formed at once."""
         values = self.left.shape[1] * math.prod(self.window.kernel)
-        return chunk(values * math.prod(self.images.shape[1:3]), self.left)
+        return samples_at_once(values * math.prod(self.images.shape[1:3]), self.left)
 
-    def _some(self, samples: slice | Tensor) -> "Convolution":
+    def _samples(self, samples: slice) -> "Convolution":
         return replace(self, left=self.left[samples], images=self.images[samples])
 
-    def _pieces(self, few: int) -> Iterator["Convolution"]:
-        starts = range(0, len(self.left) or 1, few)  # one empty piece of no samples
-        return (self._some(slice(start, start + few)) for start in starts)
+    def _chunks(self, size: int) -> Iterator["Convolution"]:
+        starts = range(0, len(self.left) or 1, size)  # without samples, one empty chunk
+        return (self._samples(slice(start, start + size)) for start in starts)
 
     def _outer(self) -> Outer:
+        """Return the same gradients by patches."""
         return Outer(self.left, self.window.unfold(self.images), self.shape)
 
     def _square_by_pixels(self) -> Tensor:
+        """Return the squared norms, from the products of pixels."""
         positions, sizes = self.window.positions, self.images.shape[3:]
-        pixels = gram(self.images.flatten(3).permute(0, 3, 1, 2))  # (N, G, P, P)
+        pixels = gram_matrix(self.images.flatten(3).permute(0, 3, 1, 2))  # (N, G, P, P)
         pixels = pixels.reshape(*pixels.shape[:2], *sizes, *sizes)
         patches = pixels.new_zeros(*pixels.shape[:2], *positions, *positions)
-        for met, at in self.window.offsets(sizes):
-            to: Any = (..., *met, *met)
-            of: Any = (..., *at, *at)
-            patches[to] += pixels[of]
-        products = gram(self.left).flatten(1).mul_(patches.flatten(1))
+        for met, places in self.window.offsets(sizes):
+            pairs_of_positions: Any = (..., *met, *met)
+            pairs_of_pixels: Any = (..., *places, *places)
+            patches[pairs_of_positions] += pixels[pairs_of_pixels]
+        products = gram_matrix(self.left).flatten(1).mul_(patches.flatten(1))
         return products.sum(1).clamp_min_(0)
 
 
-@layer_rule(functional.conv1d, functional.conv2d, functional.conv3d, features=all_but_samples)
-def _conv(
+def conv_factors(
     batch: Batch,
     delta: Tensor,
     input: Tensor,
@@ -173,10 +185,11 @@ def _conv(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Factors:
+    """Yield the factors of `functional.conv1d`, `conv2d`, `conv3d`."""
     kernel = weight.shape[2:]
     require_samples(batch, input, "a convolution", len(kernel) + 2)
     stride, dilation = _each(stride, len(kernel)), _each(dilation, len(kernel))
-    if padding == "same":  # the odd one comes after
+    if padding == "same":  # if the padding is odd, one pixel more comes after the image
         whole = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
         before = [size // 2 for size in whole]
     else:
@@ -187,13 +200,7 @@ def _conv(
         yield bias, Explicit(delta.flatten(2).sum(2))
 
 
-@layer_rule(
-    functional.conv_transpose1d,
-    functional.conv_transpose2d,
-    functional.conv_transpose3d,
-    features=all_but_samples,
-)
-def _conv_transpose(
+def conv_transpose_factors(
     batch: Batch,
     delta: Tensor,
     input: Tensor,
@@ -205,10 +212,16 @@ def _conv_transpose(
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
 ) -> Factors:
-    # The convolution the other way: what it scattered of the input is gathered from delta.
+    """Yield the factors of `functional.conv_transpose1d`, `conv_transpose2d`, `conv_transpose3d`.
+
+    It is the adjoint of a convolution: the patches are those of delta, and the input is what a
+    convolution has as delta.
+    """
     kernel = weight.shape[2:]
     require_samples(batch, input, "a convolution", len(kernel) + 2)
-    stride, dilation, before = (_each(one, len(kernel)) for one in (stride, dilation, padding))
+    stride, dilation, before = (
+        _each(setting, len(kernel)) for setting in (stride, dilation, padding)
+    )
     window = Window(kernel, stride, dilation, before, input.shape[2:])
     yield weight, _convolution(input, delta, window, groups, weight)
     if bias is not None:
@@ -222,5 +235,13 @@ def _convolution(
     return Convolution(left_NTGO, images.unflatten(1, (groups, -1)), window, weight.shape)
 
 
+def conv_features(
+    batch: Batch, ndim: int, input: Tensor, weight: Tensor, *_: object, **__: object
+) -> int:
+    """Return the number of all axes but the first; of all axes, for an image without a batch."""
+    return ndim - (weight.dim() == ndim)
+
+
 def _each(value: Any, count: int) -> list[int]:
+    """Return a setting of a convolution as one number for each of `count` axes."""
     return [value] * count if isinstance(value, int) else list(value) * (count // len(value))
