@@ -5,7 +5,7 @@ only if each row belongs to one sample. Whether it does depends on all operation
 the loss; a list of permitted operations let 56 of 85 patterns that mix or move samples pass. So it
 is not inferred from shapes or names, but proved on the graph of the step, before the backward pass.
 
-Definitions:
+Definitions (the file of each subject is in parentheses):
 
 v_i
     Weight of sample i in the objective, sum_i v_i l_i, with v_i = 1 in training (Gao & Jojic 2017,
@@ -32,14 +32,16 @@ The argument:
    changes of the model's outputs (`coupling`, `tape`). A loss that couples samples is refused.
 2. Every output gradient below the cut is then linear in v. A row with one owner i is v_i times the
    row of the plain pass, so under a sign pattern it is unchanged or negated, bit for bit, since a
-   change of sign is exact in every floating-point format. All other rows depend on several samples
-   and are refused.
+   change of sign is exact in every floating-point format.
 3. There is one pass for each bit of i + 1, with v_i = -1 where the bit is set. The passes in which
-   a row is negated are the bits of its owner's i + 1. A last pass with v_i = 2 for every other
-   sample shows rows that are divided by a norm over the batch. With the plain pass, that makes
-   ceil(log2(N + 1)) + 2 passes. None computes a gradient of a parameter, and none leaves a trace
-   (`passes`).
-4. The owners are rows of the loss. Uses whose input is data say which samples these are, since the
+   a row is negated are the bits of its owner's i + 1. A row A + B, with A from the samples whose
+   bit is set and B from all others, becomes -A + B, which is neither the row nor its negative
+   unless A or B is zero. Any two samples differ in some bit, so a row that depends on several
+   samples is found and refused, unless their parts cancel exactly.
+4. A last pass with v_i = 2 for every other sample finds rows that are divided by a norm over the
+   batch, which does not change with signs. With the plain pass, that makes ceil(log2(N + 1)) + 2 passes. None
+   computes a gradient of a parameter, and none leaves a trace (`passes`).
+5. The owners are rows of the loss. Uses whose input is data say which samples these are, since the
    order of the data is followed through the block (`data_rows`, `loss_order`).
 
 Cost and validity:
@@ -53,14 +55,16 @@ step in which a gradient is zero, several layouts fit, or an operation moves sam
 Limits:
 
 - Between two proofs, equal operations on equal tensors are assumed to treat samples alike. Mixing
-  that begins by a value alone, as in a mask of attention between samples, is found in the first
-  step of the next epoch.
-- A piecewise linear coupling is found only where the loss is computed outside the model, from
-  outputs that the cut runs through, and only by changes of up to eight standard deviations of the
-  outputs. A loss without a second derivative is recorded with a warning.
+  that begins by a value alone, as in a mask of attention between samples, in `where`, or behind a
+  buffer that is zero at first, is found in the first step of the next epoch.
+- A piecewise linear coupling is found only in the first step of an epoch, where the loss is
+  computed outside the model, and only by changes of up to eight standard deviations of the
+  outputs. Everywhere else, the second derivative alone is tested. A loss without one is recorded
+  with a warning.
 - Data reordered by NumPy, lists of numbers, `index_add`, `torch.vmap` or a product with a matrix
   are taken to be in the batch's order. A second tensor of N rows is taken to hold further rows of
-  the batch's samples.
+  the batch's samples. A plain attribute of N rows is taken for data, and refused where it mixes
+  samples: it has to be a buffer.
 - An operation below the cut that is not linear in the gradient of one sample (a hook that clips
   each value) is not noticed, and what it returns is taken for the sample's gradient.
 - On devices without deterministic sums, rows are compared within 64 times the rounding error.

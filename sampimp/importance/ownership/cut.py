@@ -33,7 +33,7 @@ class CutEdge(NamedTuple):
     consumer: Node | None
     """The node above the edge; None for an edge of a tensor on which `backward` is called."""
     position: int
-    """Of the edge among those of the consumer, or of the tensor among those of `backward`."""
+    """Index of the edge among the consumer's, or of the tensor among those of `backward`."""
     node: Node
     """The node below the edge."""
     number: int
@@ -56,7 +56,7 @@ class BackwardGraph:
     Attributes
     ----------
     leads_to_watched
-        Of each node in the graph, whether it or a node below it is watched.
+        Whether a node of the graph, or a node below it, is watched.
     lowest
         The watched nodes that have no other watched node below them.
     """

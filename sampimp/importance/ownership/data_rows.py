@@ -83,7 +83,7 @@ class DataRows:
     Parameters
     ----------
     batch
-        As for rules.
+        The samples of the pass: their number, their axis, and which tensors depend on them.
     index
         The step's index of the pass's samples, by which they may be fetched inside the block; None
         if it is not known.

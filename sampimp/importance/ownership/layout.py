@@ -65,7 +65,7 @@ def layouts_of(owners: Tensor, axes: Sequence[int], size: int) -> Iterator[AxisL
     Parameters
     ----------
     owners
-        Of the rows, in the shape of the axes that may hold samples; each is a sample or
+        Owners of the rows, in the shape of the axes that may hold samples; each is a sample or
         `NO_GRADIENT`, which agrees with every layout.
     axes
         Axes of `owners` to look at, the expected one first.
@@ -107,8 +107,8 @@ def sequence_owners(
     Parameters
     ----------
     owners
-        Of the rows of its outputs: first the sequence of outputs, of shape (T, R), (R, T), or
-        packed; then the states.
+        Owners of the rows of each output: first of the sequence of outputs, in the shape (T, R),
+        (R, T) or packed; then of the states.
     count
         Number of sequences, R.
     packed
@@ -155,13 +155,13 @@ def joined_rows(
     Parameters
     ----------
     layout
-        Of the axis.
+        Layout of the axis.
     rows, size
         Numbers of rows, R, and of samples, N.
     order
         Sample of each row of the loss, (N,), where that is not the batch's order.
     device
-        Of the result.
+        Device of the result.
     """
     if layout.owners is None and order is None:  # made on the device: no wait for a copy
         if rows == size:

@@ -37,9 +37,9 @@ class SignPasses:
     Parameters
     ----------
     uses
-        Of the user's pass, in the order of their calls.
+        Uses of the user's pass, in the order of their calls.
     edges
-        Of each use, the nodes of its watched outputs, each with the number of its output.
+        For each use, the nodes of its watched outputs, each with the number of the node's output.
     model
         Its buffers are restored after each pass.
     size

@@ -53,7 +53,7 @@ class ProofResult:
     """What the proofs of steps with one sequence of operations have shown."""
 
     layouts: list[AxisLayout | None]
-    """Of the uses; None where no gradient arrived."""
+    """Layout of each use; None where no gradient arrived."""
     order: Tensor | None
     """Sample of each row of the loss, (N,), where that is not the batch's order."""
     complete: bool
@@ -72,13 +72,15 @@ class Proof:
     Parameters
     ----------
     uses
-        Of the pass, in the order of their calls.
+        Uses of the pass, in the order of their calls.
     edges
-        Of each use, the nodes of its watched outputs, each with the number of its output.
+        For each use, the nodes of its watched outputs, each with the number of the node's output.
     outputs
         The outputs of the model on which the samples' axis is known, by node and number.
-    batch, model, coupled_loss
-        As for the recorder.
+    batch
+        The samples of the pass.
+    model, coupled_loss
+        Arguments of the recorder.
     where
         Returns the layer of a use, for messages.
     tape

@@ -6,7 +6,8 @@ unchanged in some passes and negated in the others; the passes in which it is ne
 of i + 1. Counting from 1 gives every sample at least one negated pass, which tells a row of sample
 0 from a row that depends on no sample at the cut. A change of sign is exact in every floating-point
 format, so rows are compared bit for bit. A row that is neither unchanged nor negated depends on
-several samples, and so does one whose code is above N.
+several samples, and so does one whose code is above N. The argument that no such row is missed is
+in `sampimp.importance.ownership`.
 
 A last pass with v_i = 2 for every other sample finds gradients that are divided by a norm over the
 batch, as by a hook: such a norm does not change with signs, but it does with weights.
@@ -64,7 +65,7 @@ class OwnerDecoder:
     Parameters
     ----------
     shape
-        Of the output.
+        Shape of the output.
     row_axes
         Number of leading axes that may hold samples; the axes after them are the features of a row.
     """

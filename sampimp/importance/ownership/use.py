@@ -27,15 +27,15 @@ class Use:
     roots: frozenset[int]
     """Positions of the parameters among those of the model."""
     shapes: Sequence[tuple[int, ...]]
-    """Of the watched outputs."""
+    """Shapes of the watched outputs."""
     features: int
     """Number of an output's last axes that belong to one row."""
     data: SampleRows | None
     """Samples of the rows of its input, if that is data; None for activations or where unknown."""
     number: int
-    """Of the backward pass in the step."""
+    """Number of the backward pass in the step."""
     position: int
-    """Among the uses of the pass."""
+    """Position among the uses of the pass."""
     exempt: bool = False
     """Whether it has no importance because it is called before a BatchNorm in training mode."""
     inner: InnerNodes | tuple[Tensor, int] | None = None

@@ -40,7 +40,7 @@ def moves_samples(
     function, args, kwargs
         The operation, on activations.
     batch
-        Of the pass. Its size decides which axes may hold samples.
+        The samples of the pass: their number and axis decide which axes may hold them.
     is_fixed
         Whether a tensor is a buffer or parameter, whose values stay the same from step to step.
     """
