@@ -39,8 +39,8 @@ The argument:
    unless A or B is zero. Any two samples differ in some bit, so a row that depends on several
    samples is found and refused, unless their parts cancel exactly.
 4. A last pass with v_i = 2 for every other sample finds rows that are divided by a norm over the
-   batch, which does not change with signs. With the plain pass, that makes ceil(log2(N + 1)) + 2 passes. None
-   computes a gradient of a parameter, and none leaves a trace (`passes`).
+   batch, which does not change with signs. With the plain pass, that makes ceil(log2(N + 1)) + 2
+   passes. None computes a gradient of a parameter, and none leaves a trace (`passes`).
 5. The owners are rows of the loss. Uses whose input is data say which samples these are, since the
    order of the data is followed through the block (`data_rows`, `loss_order`).
 
