@@ -34,10 +34,12 @@ class Subcommand(NamedTuple):
 SUBCOMMANDS: Mapping[str, Subcommand] = {
     "study": Subcommand("sampimp.sweeps.full_study", "study", ("rich", "tyro")),
     "status": Subcommand("sampimp.sweeps.status", "study", ("rich", "tyro")),
-    "score": Subcommand("sampimp.sweeps.score_snapshots", "study", ("rich", "tyro", "ray")),
+    "score": Subcommand(
+        "sampimp.sweeps.score_snapshots", "study", ("rich", "tyro", "ray", "pyarrow")
+    ),
     "consolidate": Subcommand("sampimp.sweeps.consolidate", "study", ("rich", "tyro")),
     "report": Subcommand(
-        "sampimp.analysis.report",
+        "sampimp.analysis.report.cli",
         "report",
         ("rich", "tyro", "jinja2", "matplotlib", "scipy", "sklearn"),
     ),

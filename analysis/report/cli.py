@@ -11,16 +11,20 @@ from sampimp.analysis.schedulers import Scheduler, use_scheduler
 from sampimp.errors import UserError, require_package
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, prog: str = "python -m sampimp.analysis.report"
+) -> int:
     """Run the command line and return its exit code: 0, or 2 for a `UserError`.
 
     Parameters
     ----------
     arguments
         Arguments of the command line. Default: `sys.argv`.
+    prog
+        Name of the program in `--help`.
     """
     try:
-        out, scheduler, address = _parse(arguments)
+        out, scheduler, address = _parse(arguments, prog)
         require_package("rich.console", "report")
         from rich.console import Console
 
@@ -36,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> tuple[str, Scheduler, str | None]:
+def _parse(arguments: Sequence[str] | None, prog: str) -> tuple[str, Scheduler, str | None]:
     """Return the study's location, the scheduler and its address."""
     require_package("tyro", "report")
     import tyro
@@ -61,4 +65,4 @@ def _parse(arguments: Sequence[str] | None) -> tuple[str, Scheduler, str | None]
         """
         return out, scheduler, scheduler_address
 
-    return tyro.cli(report, prog="python -m sampimp.analysis.report", args=arguments)
+    return tyro.cli(report, prog=prog, args=arguments)

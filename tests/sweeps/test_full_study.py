@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -151,6 +153,29 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path, run_untrai
     assert "2 trials at a time" in text
     assert "Epoch     digits: about" in text
     assert "Storage   at most 0.00 GB" in text
+
+
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_a_dry_run_imports_no_ray_and_asks_no_cluster(tiny, tmp_path, address):
+    out = tmp_path / "study"
+    code = (
+        "import sys; from sampimp.sweeps import full_study; "
+        "code = full_study.main(sys.argv[1:]); print('ray' in sys.modules); sys.exit(code)"
+    )
+    more = ("--address", address) if address else ("--address", "local")
+    result = subprocess.run(
+        [sys.executable, "-c", code, *tiny, *more, "--dry-run", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("This machine: 1 node, ")
+    asked = f"The Ray cluster at {address} was not asked: the time is that of this machine."
+    assert (lines[1] == asked) is (address is not None)
+    assert lines[-1] == "False"
+    assert not out.exists()
 
 
 def test_a_dry_run_of_a_study_that_is_there_leaves_it_as_it_is(tiny, finished, run_untrained):

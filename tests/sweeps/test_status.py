@@ -1,18 +1,24 @@
 """What the store says of a study, and what becomes of a damaged trial."""
 
+import io
+import itertools
 import json
 import os
+import re
 
 import numpy as np
 import oracles
 import pytest
+from rich.console import Console
 
 import sampimp
-from sampimp.store.plan import read_commits
+from sampimp.config import TrainingConfig, TrialConfig
+from sampimp.schema import REFERENCES, STRATEGIES
+from sampimp.store.plan import PlannedTrial, read_commits
 from sampimp.store.record import TrialRecord
 from sampimp.store.snapshots import SNAPSHOTS, write_snapshot
 from sampimp.sweeps import inspection, status
-from sampimp.sweeps.inspection import inspect
+from sampimp.sweeps.inspection import Status, inspect
 
 
 class Study:
@@ -83,6 +89,72 @@ def test_where_each_trial_is(tmp_path, monkeypatch, capsys):
     assert "errors/ATTEMPT.json" in text
 
 
+def grid_lines(strategies, seeds, width, encoding="utf-8"):
+    """Return the lines of a grid whose trials have all states in turn."""
+    states = itertools.cycle(inspection.STATES)
+    training = TrainingConfig()
+    statuses = [
+        Status(
+            PlannedTrial(
+                TrialConfig(
+                    dataset="cifar10",
+                    strategy=strategy,
+                    seed=seed,
+                    order_seed=0,
+                    training=training,
+                ),
+                *("an id", "a fingerprint", None, None),
+            ),
+            next(states),
+        )
+        for strategy in strategies
+        for seed in range(1, 1 + (seeds if strategy in STRATEGIES else 3))
+    ]
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    status.print_grid("cifar10", statuses, Console(file=file, width=width, soft_wrap=True))
+    file.flush()
+    return file.buffer.getvalue().decode(encoding).splitlines()
+
+
+def test_nine_strategies_and_twenty_seeds_fit_in_80_columns():
+    head, *rows = grid_lines((*REFERENCES, *STRATEGIES), 20, width=80)
+    assert head.split() == ["cifar10", *map(str, range(1, 21))]
+    assert [row.split()[0] for row in rows] == [*REFERENCES, *STRATEGIES]
+    assert max(map(len, [head, *rows])) <= 80
+    assert rows[0].split() == ["shuffle", "✓", "∞", "▶"]  # the first three states
+    # Each symbol is below its seed.
+    symbols = {symbol for symbol, _, _ in status.SYMBOLS.values()}
+    ends = {match.end() for match in re.finditer(r"\d+", head.removeprefix("cifar10").rjust(80))}
+    for row in rows:
+        assert {i + 1 for i, letter in enumerate(row.ljust(80)) if letter in symbols} <= {
+            end - 80 + len(head) for end in ends
+        }
+
+
+def test_seeds_that_do_not_fit_continue_below():
+    lines = grid_lines(("rand", "sim"), 40, width=60)
+    assert max(map(len, lines)) <= 60
+    heads = [line.split()[1:] for line in lines if line.startswith("cifar10")]
+    assert len(heads) > 1
+    assert [seed for head in heads for seed in head] == [str(seed) for seed in range(1, 41)]
+
+
+def test_a_terminal_without_unicode_gets_ascii():
+    lines = grid_lines(("rand",), 7, width=80, encoding="ascii")
+    assert lines[1].split() == ["rand", "+", "~", ">", "=", "x", ".", "o"]
+
+
+def test_the_output_has_a_grid_and_its_legend(tmp_path, capsys):
+    study = Study(tmp_path, {"shuffle": (1,), "nlo": (1, 2)}, commit=lambda trial: False)
+    (study.folder / "trials" / study.trial("one-shuffle-seed1").trial_id).remove()
+    code, text, _ = call(capsys, tmp_path)
+    assert code == 0  # unfinished, and nothing failed
+    lines = [line.rstrip() for line in text.splitlines()]
+    start = lines.index("one     1 2")
+    assert lines[start + 1 : start + 3] == ["shuffle ·", "nlo     ○ ○"]
+    assert "· waiting  ○ blocked" in lines
+
+
 @pytest.mark.parametrize("reference", ["waiting", "failed"])
 def test_what_a_trial_is_blocked_by(tmp_path, reference, capsys):
     study = Study(tmp_path, {"shuffle": (1,), "nlo": (1, 2)}, commit=lambda trial: False)
@@ -92,7 +164,8 @@ def test_what_a_trial_is_blocked_by(tmp_path, reference, capsys):
     blocked = ("blocked", f"by one-shuffle-seed1: {reference}")
     states = study.states()
     assert states["one-nlo-seed1"] == states["one-nlo-seed2"] == blocked
-    text = call(capsys, tmp_path)[1]
+    code, text, _ = call(capsys, tmp_path)
+    assert code == (3 if reference == "failed" else 0)
     assert f"one-nlo-seed1, one-nlo-seed2 by one-shuffle-seed1: {reference}" in text
 
 
