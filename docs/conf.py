@@ -4,10 +4,11 @@ The build needs no network: no inventory of another project is downloaded unless
 SAMPIMP_INTERSPHINX is set. It runs the scripts of examples/ (sphinx-gallery) and the notebook pages
 (MyST-NB), about a minute on two cores, and repeats only those that changed.
 
-Map: project, extensions, pages (MyST), notebooks, gallery, API, HTML, formulas (`setup`).
+Map: project, extensions, pages (MyST), notebooks, gallery, API, HTML, formulas, docstrings.
 """
 
 import os
+import re
 from typing import Any
 
 import matplotlib as mpl
@@ -117,8 +118,28 @@ def _add_displayed_formula(translator: Any, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+# Docstrings
+
+
+def _prepare_docstring(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Mark up what docstrings leave plain: indented blocks of modules, and norms such as |x|."""
+    marked: list[str] = []
+    for line in lines:
+        is_indented = line.startswith("    ")
+        follows_text = len(marked) > 1 and not marked[-1] and marked[-2][:1].strip() != ""
+        if what == "module" and is_indented and follows_text and not marked[-2].endswith("::"):
+            marked += ["::", ""]
+        if not is_indented and ">>>" not in line:
+            line = re.sub(r"\|(?=[^`]*(?:`[^`]*`[^`]*)*$)", r"\|", line)  # outside of backticks
+        marked.append(line)
+    lines[:] = marked
+
+
 def setup(app: Any) -> None:
-    """Register the renderer of formulas."""
+    """Register the renderer of formulas and the markup of docstrings."""
     app.add_html_math_renderer(
         "mathml", (_add_inline_formula, None), (_add_displayed_formula, None)
     )
+    app.connect("autodoc-process-docstring", _prepare_docstring)
