@@ -9,6 +9,8 @@ Map: project, extensions, pages (MyST), notebooks, gallery, API, HTML, formulas,
 
 import os
 import re
+from textwrap import indent
+from types import GenericAlias
 from typing import Any
 
 import matplotlib as mpl
@@ -121,20 +123,35 @@ def _add_displayed_formula(translator: Any, node: nodes.math_block) -> None:
 # Docstrings
 
 
+COLUMNS = re.compile(r"^(?!.*>>>)\S.*\S {3,}\S", re.MULTILINE)
+PIPE = re.compile(r"\|(?=[^`]*(?:`[^`]*`[^`]*)*$)")  # outside of backticks
+
+
 def _prepare_docstring(
     app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
-    """Mark up what docstrings leave plain: indented blocks of modules, and norms such as |x|."""
-    marked: list[str] = []
-    for line in lines:
-        is_indented = line.startswith("    ")
-        follows_text = len(marked) > 1 and not marked[-1] and marked[-2][:1].strip() != ""
-        if what == "module" and is_indented and follows_text and not marked[-2].endswith("::"):
-            marked += ["::", ""]
-        if not is_indented and ">>>" not in line:
-            line = re.sub(r"\|(?=[^`]*(?:`[^`]*`[^`]*)*$)", r"\|", line)  # outside of backticks
-        marked.append(line)
-    lines[:] = marked
+    """Mark up what docstrings leave plain: diagrams and aligned columns of modules, norms |x|."""
+    if what == "module":
+        blocks: list[str] = []
+        for block in re.split(r"\n\s*\n", "\n".join(lines).strip("\n")):
+            is_diagram = block.startswith("    ")
+            is_literal = blocks and (blocks[-1].endswith("::") or blocks[-1].startswith("    "))
+            if (is_diagram and not is_literal) or ("===" not in block and COLUMNS.search(block)):
+                blocks += ["::", indent(block, "    ")]
+            else:
+                blocks.append(block)
+        lines[:] = "\n\n".join([*blocks, ""]).split("\n")
+    lines[:] = [
+        line if line.startswith("    ") or ">>>" in line else PIPE.sub(r"\|", line)
+        for line in lines
+    ]
+
+
+def _skip_type_aliases(
+    app: Any, what: str, name: str, obj: Any, skip: bool, options: Any
+) -> bool | None:
+    """Leave out aliases such as `tuple[float, float]`, which numpydoc takes for classes."""
+    return True if isinstance(obj, GenericAlias) else None
 
 
 def setup(app: Any) -> None:
@@ -143,3 +160,4 @@ def setup(app: Any) -> None:
         "mathml", (_add_inline_formula, None), (_add_displayed_formula, None)
     )
     app.connect("autodoc-process-docstring", _prepare_docstring)
+    app.connect("autodoc-skip-member", _skip_type_aliases)

@@ -22,7 +22,7 @@ Variables of each result, by its key (dimensions in brackets):
 `importance_against_nll` (module `difficulty`)
     rank_correlation(epoch, layer), model_rank_correlation(epoch), overall_rank_correlation(),
     when_rank_correlation(), where_rank_correlation(layer), each but the first with
-    `*_interval`(bound); overall_importance(sample), final_nll(sample), mean_epoch(sample),
+    `*_interval(bound)`; overall_importance(sample), final_nll(sample), mean_epoch(sample),
     layer_share(layer, sample), importance_by_difficulty(difficulty, epoch, layer),
     importance_by_difficulty_and_fold(difficulty, fold, epoch, layer), difficulty_size(difficulty)
 `clusters` (module `clusters`; `sample` is the permanent index of the class's samples)
