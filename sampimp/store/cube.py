@@ -2,16 +2,17 @@
 
 `open_cube` matches the plan with the commits and lays a dask array over the records, one block for
 each chunk that a trial wrote. No array is opened before a block is computed: 300 trials open as
-fast as their COMMIT.json files can be read. A chunk that is read is compared with its digest, so
-that a damaged one is an error and never a number; of a data set, the labels when the cube is
-opened, and images when they are read. A trial that is not committed is NaN and is not
-looked at. What is open does not change: trials committed later are there when it is opened again.
+fast as their COMMIT.json files can be read. A chunk is compared with its digest when it is read, so
+a damaged chunk raises an error and never yields a number. Of a data set, the labels are read when
+the cube is opened, and images when they are computed. A trial that is not committed is NaN, and
+its files are not read. An open cube does not change: trials committed later appear when the study
+is opened again.
 
-Opened while the study grows, a trial is NaN or whole: it is there from its COMMIT.json on, which is
-put whole and names the records that its epochs are in, and no other attempt writes into these. A
+While a study grows, a trial is NaN or complete: readers see it from its COMMIT.json on, which is
+stored whole and names the records that hold its epochs, and no other attempt writes into these. A
 data set that is planned and not stored yet has its trials, all NaN, and no `label`.
 
-Map: `open_cube`.
+Map: `open_cube`; `configuration_attrs` (the study's configuration, in attrs); `COORDINATE_ATTRS`.
 """
 
 import os
@@ -31,6 +32,41 @@ from sampimp.store.plan import Plan, PlannedTrial, read_commits, require_plan
 from sampimp.store.snapshots import SNAPSHOTS, stored_snapshots
 from sampimp.store.variables import StoredVariable
 
+Cells = Sequence[Sequence[PlannedTrial | None]]
+"""The trial of each strategy (rows) and seed (columns); None where none is planned."""
+
+COORDINATE_ATTRS: Mapping[str, Mapping[str, str]] = {
+    "strategy": {"long_name": "batch strategy; shuffle and shuffle_by_seed are reference runs"},
+    "seed": {"units": "1", "long_name": "seed of the initialisation"},
+    "epoch": {"units": "epoch", "long_name": "training epoch, from 1"},
+    "layer": {"long_name": "layer of the network (a module's weight and bias), in forward order"},
+    "sample": {"units": "1", "long_name": "position in the training set, from 0"},
+    "state": {"units": "epoch", "long_name": "0: the start; t: after epoch t"},
+    "order_seed": {"units": "1", "long_name": "seed of the order of the batches"},
+    "label": {"units": "1", "long_name": "class of the sample"},
+    "layer_of_parameter": {"long_name": "layer that the parameter belongs to"},
+}
+"""Units and meaning of each coordinate."""
+
+
+class DataTree(xr.DataTree):
+    """xarray's tree, whose HTML opens with attributes and groups expanded.
+
+    By default xarray collapses ten attributes or 20 items, and a notebook shows the names of the
+    groups alone. The class has xarray's name, since the name is the heading of the HTML.
+    """
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        options = xr.get_options()
+        expanded: dict[str, Any] = {"display_max_items": max(100, options["display_max_items"])}
+        if options["display_expand_attrs"] == "default":
+            expanded["display_expand_attrs"] = True
+        with xr.set_options(**expanded):
+            html: str = super()._repr_html_()
+            return html
+
 
 def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
     """Open a study, finished or still running.
@@ -43,19 +79,20 @@ def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
     Returns
     -------
     xarray.DataTree
-        A node for each data set (`mnist`; `mnist/cnn` for other networks than the paper's) with
+        One node for each data set (`mnist`; `mnist/cnn` for networks other than the paper's) with
         the variables of `sampimp.schema.VARIABLES`, dims (strategy, seed, ...) before their own,
         nothing computed. Missing and unfinished trials are NaN.
-        `diverged_epoch` (strategy, seed) is NaN where a run did not diverge; `trial` names the
+        `diverged_epoch` (strategy, seed) is NaN if a run did not diverge; `trial` names the
         folder of each committed trial; `image` (sample, row, column, channel) shows the training
-        samples where they are images. Its attrs hold the study's configuration.
+        samples if they are images. The attrs `flag_values` and `flag_meanings` of `label` name the
+        classes. The tree's attrs hold the study's configuration.
 
     Raises
     ------
     StoreError
         There is no study.
     RecordError
-        A data set is not the one that was stored.
+        A data set differs from the one that was stored.
     """
     folder = Folder.of(out)
     plan = require_plan(folder)
@@ -67,15 +104,26 @@ def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
         )
         for key in plan.datasets
     }
-    tree = xr.DataTree.from_dict(nodes)
+    tree = DataTree.from_dict(nodes)
+    committed = sum(trial.commit is not None for trial in trials)
     tree.attrs = {
+        "title": "sample importance in every layer and epoch of the training runs of a study",
+        "trials": f"{committed} of {len(trials)} committed",
+        "data_sets": list(nodes),
         "study": str(folder),
+        **configuration_attrs(plan),
+    }
+    return tree
+
+
+def configuration_attrs(plan: Plan) -> dict[str, Any]:
+    """Return the configuration of a study in types that every file format can hold."""
+    return {
         "sampimp_version": plan.code,
         "order_seed": plan.order_seed,
         "rand_batches": plan.rand_batches,
         **_training_attrs(plan),
     }
-    return tree
 
 
 def _open_node(
@@ -85,77 +133,124 @@ def _open_node(
     trials: Sequence[PlannedTrial],
     snapshots: Mapping[str, Mapping[str, list[str]]],
 ) -> xr.Dataset:
+    """Return the cube of one data set."""
     info = plan.datasets[key]
     strategies = [s for s in (*REFERENCES, *STRATEGIES) if s in plan.grid]
     seeds = sorted({seed for strategy in strategies for seed in plan.grid[strategy]})
-    found = {(t.config.strategy, t.config.seed): t for t in trials}
-    layout = plan.layout(key)
-    rows = [[found.get((s, seed)) for seed in seeds] for s in strategies]
-    scored = any(trial.commit and trial.trial_id in snapshots for trial in trials)
-    variables: dict[str, Any] = {}
-    for name in (*layout.variables, *(["snapshot_importance"] if scored else [])):
-        variable = VARIABLES[name]
-        variables[name] = (
-            ("strategy", "seed", *variable.dims),
-            _curves(rows, name, layout)
-            if name in CURVES
-            else _lazy(
-                [[_stored(folder, name, layout, cell, snapshots) for cell in row] for row in rows],
-                name,
-                layout,
-            ),
-            {"units": variable.units, "long_name": variable.long_name},
-        )
-        if name.endswith("importance"):
-            variables[name][2].update(_training_attrs(plan))
-    variables["diverged_epoch"] = (
-        ("strategy", "seed"),
-        np.array([[_diverged(trial) for trial in row] for row in rows]),
-        {"long_name": "epoch in which the run diverged; NaN if it did not"},
-    )
-    names = [[_committed(trial) for trial in row] for row in rows]
-    variables["trial"] = (("strategy", "seed"), np.array(names, dtype=str))
-    coords: dict[str, Any] = {
-        "strategy": strategies,
-        "seed": ("seed", seeds, {"long_name": "seed of the initialisation"}),
-        "epoch": np.arange(1, layout.epoch + 1),
-        "layer": list(info.layer_names),
-        "sample": np.arange(info.sample_count),
+    by_run = {(t.config.strategy, t.config.seed): t for t in trials}
+    cells = [[by_run.get((s, seed)) for seed in seeds] for s in strategies]
+    source = _require_source(folder, plan, key, trials)
+    variables = _record_variables(folder, plan, key, cells, snapshots)
+    coords = {
+        "strategy": ("strategy", strategies),
+        "seed": ("seed", seeds),
+        **_coordinates(plan, key),
         "order_seed": (
             ("strategy", "seed"),
             [[plan.order_seed_of(s, seed) for seed in seeds] for s in strategies],
-            {"long_name": "seed of the order of the batches"},
         ),
     }
-    stored = folder / "datasets" / f"{key}.zarr"
-    source = open_source(stored, info.digest, info.chunks)
     if source is not None:
-        labels = source.read("train_labels")
-        coords["label"] = ("sample", labels, {"long_name": "class of the sample"})
+        coords["label"] = ("sample", source.read("train_labels"))
         values = _StoredValues(source)
         if values.ndim == 4 and values.dtype == np.uint8:
-            variables["image"] = (("sample", "row", "column", "channel"), _images(values))
-    elif any(trial.commit for trial in trials):
+            variables["image"] = (
+                ("sample", "row", "column", "channel"),
+                _images(values),
+                {"units": "1", "long_name": "training sample as an image, 0 to 255"},
+            )
+    if layout_states := plan.layout(key).states:
+        coords["state"] = ("state", list(layout_states))
+        layers, counts = zip(*info.layers, strict=True)
+        coords["layer_of_parameter"] = ("parameter", np.repeat(layers, counts))
+    described = {name: (*coord, dict(COORDINATE_ATTRS[name])) for name, coord in coords.items()}
+    if "label" in described:
+        described["label"][2].update(_class_flags(info.class_names))
+    attrs = {"dataset": info.name, "class_names": list(info.class_names), "digest": info.digest}
+    return xr.Dataset(variables, described, {**attrs, "test_samples": info.test_count})
+
+
+def _record_variables(
+    folder: Folder,
+    plan: Plan,
+    key: str,
+    cells: Cells,
+    snapshots: Mapping[str, Mapping[str, list[str]]],
+) -> dict[str, Any]:
+    """Return the variables that the trials wrote, `diverged_epoch` and `trial`."""
+    layout = plan.layout(key)
+    variables: dict[str, Any] = {}
+    scored = any(
+        trial.trial_id in snapshots for row in cells for trial in row if trial and trial.commit
+    )
+    for name in (*layout.variables, *(["snapshot_importance"] if scored else [])):
+        variable = VARIABLES[name]
+        attrs: dict[str, Any] = {"units": variable.units, "long_name": variable.long_name}
+        if name.endswith("importance"):
+            attrs.update(_training_attrs(plan))
+        if name in CURVES:
+            array = _curves(cells, name, layout)
+        else:
+            stored = [
+                [_stored_variable(folder, name, layout, trial, snapshots) for trial in row]
+                for row in cells
+            ]
+            array = _lazy(stored, name, layout)
+        variables[name] = (("strategy", "seed", *variable.dims), array, attrs)
+    variables["diverged_epoch"] = (
+        ("strategy", "seed"),
+        np.array([[_diverged(trial) for trial in row] for row in cells]),
+        {"long_name": "epoch in which the run diverged; NaN if it did not"},
+    )
+    variables["trial"] = (
+        ("strategy", "seed"),
+        np.array([[_committed(trial) for trial in row] for row in cells], dtype=str),
+        {"long_name": "folder of the committed trial; empty if it is not committed"},
+    )
+    return variables
+
+
+def _coordinates(plan: Plan, key: str) -> dict[str, Any]:
+    """Return the coordinates that the plan alone states."""
+    info = plan.datasets[key]
+    return {
+        "epoch": ("epoch", np.arange(1, plan.training.epochs + 1)),
+        "layer": ("layer", list(info.layer_names)),
+        "sample": ("sample", np.arange(info.sample_count)),
+    }
+
+
+def _class_flags(class_names: Sequence[str]) -> dict[str, Any]:
+    """Return the class names as CF attributes of `label`, blanks within a name as underscores.
+
+    A coordinate `class_name` on `sample` would show names in place of numbers, but it would be
+    carried to every result and store along `sample`: 0.5 GB for the names of ImageNet.
+    """
+    return {
+        "flag_values": list(range(len(class_names))),
+        "flag_meanings": " ".join("_".join(name.split()) for name in class_names),
+    }
+
+
+def _require_source(
+    folder: Folder, plan: Plan, key: str, trials: Sequence[PlannedTrial]
+) -> StoredSource | None:
+    """Open the stored data set; it may be absent only as long as no trial is committed."""
+    info = plan.datasets[key]
+    place = folder / "datasets" / f"{key}.zarr"
+    source = open_source(place, info.digest, info.chunks)
+    if source is None and any(trial.commit for trial in trials):
         raise RecordError(
             expected="the data set that the committed trials were trained on",
             got="none, or one that is not complete",
-            where=str(stored),
+            where=str(place),
             todo="run the study's own command again: the data set is stored again",
         )
-    if layout.states:
-        coords["state"] = (
-            "state",
-            list(layout.states),
-            {"long_name": "0: the start; t: after epoch t"},
-        )
-        layers, counts = zip(*info.layers, strict=True)
-        coords["layer_of_parameter"] = ("parameter", np.repeat(layers, counts))
-    attrs = {"dataset": info.name, "class_names": list(info.class_names), "digest": info.digest}
-    return xr.Dataset(variables, coords, {**attrs, "test_samples": info.test_count})
+    return source
 
 
 def _training_attrs(plan: Plan) -> dict[str, Any]:
-    """Return the configuration in types that every file format can hold."""
+    """Return the configuration of the training runs."""
     training = plan.training
     return {
         "learning_rate": training.learning_rate,
@@ -182,42 +277,43 @@ def _diverged(trial: PlannedTrial | None) -> float:
     return np.nan if epoch is None else float(epoch)
 
 
-def _stored(
+def _stored_variable(
     folder: Folder,
     name: str,
     layout: Layout,
     trial: PlannedTrial | None,
     snapshots: Mapping[str, Mapping[str, list[str]]],
 ) -> StoredVariable | None:
+    """Return a variable of a trial, or None if the trial has none."""
     if trial is None or trial.commit is None or trial.trial_id is None:
         return None
-    where = folder / "trials" / trial.trial_id
+    place = folder / "trials" / trial.trial_id
     if name != "snapshot_importance":
-        return StoredVariable.of(where, name, layout, trial.commit)
-    scored = snapshots.get(trial.trial_id)
-    return stored_snapshots(where, layout, scored) if scored else None
+        return StoredVariable.of(place, name, layout, trial.commit)
+    digests = snapshots.get(trial.trial_id)
+    return stored_snapshots(place, layout, digests) if digests else None
 
 
-def _curves(rows: Sequence[Sequence[PlannedTrial | None]], name: str, layout: Layout) -> da.Array:
-    """Return a curve of all trials, which the commits have already."""
-    values = np.full((len(rows), len(rows[0]), layout.epoch), np.nan)
-    for cells, row in zip(values, rows, strict=True):
-        for cell, trial in zip(cells, row, strict=True):
+def _curves(cells: Cells, name: str, layout: Layout) -> da.Array:
+    """Return a curve of all trials; the commits hold its values."""
+    values = np.full((len(cells), len(cells[0]), layout.epoch), np.nan)
+    for curves, row in zip(values, cells, strict=True):
+        for curve, trial in zip(curves, row, strict=True):
             if trial is not None and trial.commit is not None:
-                curve = trial.commit["curves"].get(name, ())
-                cell[: len(curve)] = curve
+                measured = trial.commit["curves"].get(name, ())
+                curve[: len(measured)] = measured
     return da.from_array(values, chunks=(1, 1, -1))
 
 
 class _Records:
-    """A variable of all trials as dask sees an array: read where it is sliced, and not before.
+    """A variable of all trials, in the interface that dask expects of an array; read when sliced.
 
     Parameters
     ----------
     stored
-        The variable of each trial, by strategy and seed; None where there is none.
+        The variable of each trial, by strategy and seed; None if a trial has none.
     name
-        The variable.
+        Name of the variable.
     layout
         The shape of a record.
     """
@@ -245,10 +341,10 @@ class _Records:
 
     def _read(self, stored: StoredVariable | None, region: Sequence[slice]) -> np.ndarray:
         positions, *middle, columns = region
-        chosen = [range(size)[part] for size, part in zip(self.shape[2:], region, strict=True)]
-        if stored is None or not all(chosen):
-            return np.full(tuple(map(len, chosen)), np.nan, self.dtype)
-        low, high = min(chosen[-1]), max(chosen[-1]) + 1  # a slice may have a step
+        indices = [range(size)[part] for size, part in zip(self.shape[2:], region, strict=True)]
+        if stored is None or not all(indices):
+            return np.full(tuple(map(len, indices)), np.nan, self.dtype)
+        low, high = min(indices[-1]), max(indices[-1]) + 1  # a slice may have a step
         steps = slice(None, None, columns.step)
         return np.stack(
             [
@@ -261,15 +357,17 @@ class _Records:
 def _lazy(stored: Sequence[Sequence[StoredVariable | None]], name: str, layout: Layout) -> da.Array:
     """Return a variable of all trials as a dask array, one block for each chunk that was written.
 
-    Its name is made from the places and the digests alone: dask's own `tokenize` goes through every
-    object and took half of the time of opening 300 trials.
+    The array's name is made from paths and digests: dask's own `tokenize` visits every object and
+    took half of the time of opening 300 trials.
     """
     records = _Records(stored, name, layout)
-    what = [[one and [str(one.trial), one.parts, one.digests] for one in row] for row in stored]
+    content = [
+        [cell and [str(cell.trial), cell.parts, cell.digests] for cell in row] for row in stored
+    ]
     return da.from_array(
         records,
         chunks=(1, 1, *records.chunk),
-        name=f"{name}-{digest_json(what)}",
+        name=f"{name}-{digest_json(content)}",
         asarray=False,
         fancy=False,
         meta=np.empty((0,) * records.ndim, records.dtype),
@@ -277,9 +375,10 @@ def _lazy(stored: Sequence[Sequence[StoredVariable | None]], name: str, layout: 
 
 
 class _StoredValues:
-    """A data set's training values as dask sees an array; workers open it by its place.
+    """A data set's training values, in the interface that dask expects of an array.
 
-    A Zarr array would take its store along, and that the credentials of a bucket.
+    It holds the path, and workers open the array there; a pickled Zarr array would contain its
+    store, and the store a bucket's credentials.
     """
 
     def __init__(self, source: StoredSource) -> None:
@@ -292,10 +391,10 @@ class _StoredValues:
         """Read a region; `index` has slices and integers, one for each dimension."""
         rows, *others = index
         region = rows if isinstance(rows, slice) else slice(rows, rows + 1)
-        chosen = range(self.shape[0])[region]
-        if not chosen:
+        positions = range(self.shape[0])[region]
+        if not positions:
             return np.empty((0, *self.shape[1:]), self.dtype)[(slice(None), *others)]
-        values = self.source.read("train_values", min(chosen), max(chosen) + 1)
+        values = self.source.read("train_values", min(positions), max(positions) + 1)
         inner = slice(None, None, rows.step) if isinstance(rows, slice) else 0
         return values[(inner, *others)]
 

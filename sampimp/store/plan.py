@@ -1,8 +1,11 @@
 """The plan of a study: its data sets, its grid of strategies and seeds, and what each trial is.
 
-The plan is written to OUT/study.json before anything is trained, and it is all that a reader needs
-to know which trials there should be. Which of them there are, only the store says: `Plan.resolve`
-matches the plan with the commits, and both the sweep and the cube go by its answer.
+The plan is written to OUT/study.json before training begins and states which trials there should
+be. Which of them are done, only the commits in the store say: `Plan.resolve` matches the plan with
+the commits, and both the sweep and the cube use its result.
+
+Map: `Plan`, `DatasetInfo` (a data set in a plan), `PlannedTrial` (a trial and its commit);
+`read_plan`, `require_plan` and `read_commits` (reading them from the store).
 """
 
 from collections.abc import Mapping
@@ -26,7 +29,7 @@ from sampimp.store.location import Folder
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What a plan says of a data set."""
+    """A data set in a plan."""
 
     name: str
     digest: str
@@ -35,13 +38,13 @@ class DatasetInfo:
     input_shape: tuple[int, ...]
     class_names: tuple[str, ...]
     layers: tuple[tuple[str, int], ...]
-    """Layer and size of every tensor of the network's parameters, in order."""
+    """Layer and size of every parameter tensor of the network, in the model's order."""
     forward_order: tuple[str, ...] = ()
-    """Names of the layers in the order in which they are called; by default as registered."""
+    """Names of the layers in the order of their calls; empty: the order of registration."""
     chunks: str = ""
-    """Digest of the digests of its chunks in the store; empty where it was stored without."""
+    """Digest of the digests of its chunks in the store; empty if it was stored without digests."""
     network: NetworkIdentity | None = None
-    """What a network of one's own is; None for the others, and in studies that did not note it."""
+    """Identity of a user's own network; None for other networks and in older studies."""
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -55,11 +58,11 @@ class DatasetInfo:
 
 
 class PlannedTrial(NamedTuple):
-    """A trial of the plan, and what the store has of it."""
+    """A trial of the plan, with its commit."""
 
     config: TrialConfig
     trial_id: str | None
-    """Name of its folder; None while the reference that it sorts by is not committed."""
+    """Name of its folder; None while the reference run that it sorts by is not committed."""
     fingerprint: str | None
     reference_id: str | None
     """Folder of the reference run whose record it sorts by; None if it sorts by none."""
@@ -67,13 +70,13 @@ class PlannedTrial(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Its name without the fingerprint: data set, strategy and seed."""
+        """Data set, strategy and seed; the folder's name without the fingerprint."""
         return f"{self.config.dataset}-{self.config.strategy}-seed{self.config.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A study."""
+    """The data sets, configuration and grid of a study."""
 
     datasets: Mapping[str, DatasetInfo]
     """By key."""
@@ -85,10 +88,10 @@ class Plan:
     rand_batches: Literal["shared", "by_seed"] = "shared"
     """Whether the runs of `rand` share one draw of the batches."""
     code: str = __version__
-    """Version of the package that trains it."""
+    """Version of the package that trains the study."""
 
     def trials(self) -> list[TrialConfig]:
-        """Return every trial, the reference runs that others wait for first."""
+        """Return every trial; the reference runs that other trials wait for come first."""
         trials = [
             TrialConfig(
                 dataset=key,
@@ -104,7 +107,7 @@ class Plan:
         return sorted(trials, key=lambda trial: not self.is_reference(trial))
 
     def order_seed_of(self, strategy: str, seed: int) -> int:
-        """Return the seed of a trial's batches: the study's, or one of the trial's own.
+        """Return the seed of a trial's batch order: the study's, or one for each seed.
 
         Examples
         --------
@@ -112,18 +115,19 @@ class Plan:
         >>> plan.order_seed_of("shuffle", 3), plan.order_seed_of("shuffle_by_seed", 3)
         (0, 3)
         """
-        own = strategy == "shuffle_by_seed" or (
+        by_seed = strategy == "shuffle_by_seed" or (
             strategy == "rand" and self.rand_batches == "by_seed"
         )
-        return self.order_seed + seed if own else self.order_seed
+        return self.order_seed + seed if by_seed else self.order_seed
 
     def node(self, key: str) -> str:
-        """Return where the cube has a data set's trials: mnist, or mnist/cnn for other networks.
+        """Return the cube's node of a data set: mnist, or mnist/cnn for other networks.
 
         Examples
         --------
-        >>> own = TrainingConfig(model="my.models:small")
-        >>> [Plan(datasets={}, training=t, grid={}).node("mnist") for t in (TrainingConfig(), own)]
+        >>> small = TrainingConfig(model="my.models:small")
+        >>> configs = TrainingConfig(), small
+        >>> [Plan(datasets={}, training=config, grid={}).node("mnist") for config in configs]
         ['mnist', 'mnist/small']
         """
         model = self.training.model.rpartition(":")[2]
@@ -142,11 +146,22 @@ class Plan:
 
     @staticmethod
     def is_reference(trial: TrialConfig) -> bool:
-        """Return whether the sorted strategies of its data set wait for this trial."""
+        """Return whether the sorted strategies of the trial's data set sort by its results."""
         return (trial.strategy, trial.seed) == (REFERENCE_STRATEGY, REFERENCE_SEED)
 
     def resolve(self, commits: Mapping[str, Mapping[str, Any]]) -> list[PlannedTrial]:
-        """Match the plan with the committed trials, as `read_commits` gives them."""
+        """Match the plan with the committed trials.
+
+        Parameters
+        ----------
+        commits
+            As `read_commits` returns them: COMMIT.json by trial_id.
+
+        Raises
+        ------
+        RecordError
+            A commit has another fingerprint than the plan.
+        """
         references: dict[str, tuple[str, str]] = {}  # data set: trial_id, digest of the record
         resolved = []
         for trial in self.trials():  # references come first
@@ -173,7 +188,7 @@ class Plan:
         return resolved
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as written to study.json."""
+        """Return the content of study.json."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
     @classmethod
@@ -209,14 +224,14 @@ class Plan:
         Raises
         ------
         ConfigError
-            The two differ in anything else, so that one cube cannot hold both.
+            The plans differ in anything else, so that one cube cannot hold both.
         """
         self._require_same_network(other, where)
-        mine, theirs = (_flat(plan) for plan in (self, other))
+        stored, requested = (_fixed_settings(plan) for plan in (self, other))
         differing = [
-            f"{name} {mine[name]!r} (asked for: {theirs[name]!r})"
-            for name in mine
-            if name in theirs and mine[name] != theirs[name]
+            f"{name} {stored[name]!r} (asked for: {requested[name]!r})"
+            for name in stored
+            if name in requested and stored[name] != requested[name]
         ]
         if differing:
             raise ConfigError(
@@ -231,45 +246,46 @@ class Plan:
         }
         datasets = {**self.datasets, **other.datasets}
         for key, info in self.datasets.items():
-            # As they were noted first: what is nearly equal does not drift, and a data set that
-            # was stored without digests has none.
+            # As first recorded: initial values and outputs are compared with a tolerance, and must
+            # not drift; a data set that was stored without digests keeps having none.
             datasets[key] = replace(datasets[key], network=info.network, chunks=info.chunks)
         return replace(self, datasets=datasets, grid=grid)
 
     def _require_same_network(self, other: "Plan", where: str) -> None:
-        """Raise ConfigError unless a network of one's own is the same in both plans."""
+        """Raise ConfigError if the plans name a user's own network that has changed."""
         name = self.training.model
         if ":" not in name or name != other.training.model:
             return
         if any(info.network is None for info in self.datasets.values()):
             raise ConfigError(
-                expected=f"a study that notes what its network {name} is",
-                got="one of an earlier version, which noted its name alone",
+                expected=f"a study that records the identity of its network {name}",
+                got="a study of an earlier version, which recorded the name only",
                 where=where,
-                todo="choose another --out; this one can still be read, but not continued, since "
-                "nobody can tell whether the network is the same",
+                todo="choose another --out; this study can still be read, but not continued, since "
+                "it is unknown whether the network is the same",
             )
         differences: dict[str, None] = {}
-        for key, there in other.datasets.items():
-            assert there.network is not None
+        for key, info in other.datasets.items():
+            requested = info.network
+            assert requested is not None
             if key in self.datasets:
-                here = self.datasets[key].network
-            else:  # a data set that is added has parameters of its own, and the same source
+                stored = self.datasets[key].network
+            else:  # an added data set has parameters of its own, but the same source code
                 source = next(iter(self.datasets.values())).network.source  # type: ignore[union-attr]
-                here = replace(there.network, source=source)
-            assert here is not None
-            differences |= dict.fromkeys(here.differences(there.network))
+                stored = replace(requested, source=source)
+            assert stored is not None
+            differences |= dict.fromkeys(stored.differences(requested))
         if differences:
             raise ConfigError(
                 expected=f"the network that {name} was when the study began",
                 got=f"another one; different: {', '.join(differences)}",
                 where=where,
-                todo="put the function back to what it was, or choose another --out",
+                todo="restore the function, or choose another --out",
             )
 
 
-def _flat(plan: Plan) -> dict[str, Any]:
-    """Return what two plans must agree on, by the name a person knows it by."""
+def _fixed_settings(plan: Plan) -> dict[str, Any]:
+    """Return the settings that two joined plans must share, by the name of their option."""
     values = asdict(plan.training) | {
         name: getattr(plan, name) for name in ("order_seed", "rand_batches", "code")
     }
@@ -282,7 +298,7 @@ def read_plan(folder: Folder) -> Plan | None:
     Raises
     ------
     StoreError
-        It was written in another schema.
+        The study was written in another schema version.
     """
     value = folder.read_json("study.json")
     if value is None:
@@ -306,13 +322,13 @@ def require_plan(folder: Folder) -> Plan:
             expected="a study, with a study.json",
             got="no such file",
             where=str(folder),
-            todo="pass the folder or URL that was given to full_study.py as --out",
+            todo="pass the folder or URL that full_study.py wrote to (its --out)",
         )
     return plan
 
 
 def read_commits(folder: Folder) -> dict[str, dict[str, Any]]:
-    """Return what every committed trial of a study says of itself, by trial_id."""
+    """Return the COMMIT.json of every committed trial of a study, by trial_id."""
     trials = folder / "trials"
     names = trials.folders()
     with ThreadPoolExecutor(16) as pool:  # an object store answers in tens of milliseconds

@@ -1,12 +1,13 @@
 """Write a finished study as one sharded Zarr store per data set, to publish and to read by sample.
 
-    DEST/mnist.zarr    what `open_cube(OUT)["mnist"]` shows; `xarray.open_zarr` reads it
+    DEST/mnist.zarr    the content of `open_cube(OUT)["mnist"]`, for `xarray.open_zarr`
 
-A trial writes one epoch at a time, so all epochs of one sample lie in as many objects as there are
-epochs. Here a chunk holds all epochs of a few samples, and a shard, one object, many chunks.
+A trial writes one epoch at a time, so the epochs of one sample are spread over as many objects as
+there are epochs. Here a chunk holds all epochs of a few samples, and a shard (one object) holds
+many chunks.
 
-The store's own zarr.json is put last, once every value was read back and compared: a store that is
-not whole cannot be opened, and the same call begins it again.
+The store's zarr.json is written last, after every value was read back and compared: an incomplete
+store cannot be opened, and the same call begins it again.
 
 Map: `consolidate`; `chunk_and_shard` (the layout).
 """
@@ -22,24 +23,24 @@ import xarray as xr
 
 from sampimp.errors import RecordError, StoreError
 from sampimp.schema import VARIABLES, digest_json
-from sampimp.store.cube import open_cube
+from sampimp.store.cube import configuration_attrs, open_cube
 from sampimp.store.location import Folder
 from sampimp.store.plan import PlannedTrial, read_commits, require_plan
 from sampimp.store.snapshots import SNAPSHOTS
 from sampimp.store.zarr_arrays import open_for_writing, zarr_store
 
 CHUNK_BYTES = 2**20
-"""Of one chunk, which is the least that is read. On 8 trials of 20,000 samples, with 64 KiB, 256
-KiB and 1 MiB: one sample of all trials 0.04, 0.02, 0.04 s; one epoch of one trial 1.5, 0.3, 0.1 s;
-all 11, 3.5, 1.0 s (from the records 2.9 s)."""
+"""Size of one chunk, the smallest unit that is read. On 8 trials of 20,000 samples, with 64 KiB,
+256 KiB and 1 MiB: one sample of all trials 0.04, 0.02, 0.04 s; one epoch of one trial 1.5, 0.3,
+0.1 s; all 11, 3.5, 1.0 s (from the records 2.9 s)."""
 SHARD_BYTES = 2**25
-"""Of one shard, at most: an object that a link of 0.6 MB/s puts within
+"""Largest shard: an object that a link of 0.6 MB/s uploads within
 `sampimp.store.buckets.REQUEST_TIMEOUT`."""
 WRITE_BLOCK_BYTES = 2**27
-"""Held in memory at a time, and about three times that while it is encoded (arbitrary)."""
+"""Values in memory at a time, three times as much while they are encoded (arbitrary)."""
 
 UNFINISHED = "sampimp_unfinished"
-"""In the attributes of a store whose arrays are being made; it is opened by nobody but us."""
+"""Attribute of a store whose arrays are being made; only this module opens such a store."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Consolidated:
 
     path: str
     bytes: int
-    """Of its values, not compressed."""
+    """Size of its values, uncompressed."""
     written: bool
-    """False if it was there already, of these very records."""
+    """False if the store already existed, made of the same records."""
 
 
 def consolidate(
@@ -65,21 +66,21 @@ def consolidate(
     out
         The study's folder or s3:// URL.
     to
-        Where the stores go, a folder or s3:// URL; OUT/consolidated by default.
+        Folder or s3:// URL to write the stores to; default OUT/consolidated.
     progress
-        Called with a few words before each variable.
+        Called with a short message before each variable.
 
     Returns
     -------
     list of Consolidated
-        One for each data set. What is there already, of the same records, is left as it is.
+        One for each data set. An existing store of the same records is left as it is.
 
     Raises
     ------
     StoreError
-        There is no study, or something else is where a store would go.
+        There is no study, or something else is in the place of a store.
     RecordError
-        Trials are missing, a chunk is damaged, or what was written is not what is read back.
+        Trials are missing, a chunk is damaged, or values read back differ from those written.
     """
     folder = Folder.of(out)
     target = folder / "consolidated" if to is None else Folder.of(to)
@@ -88,15 +89,15 @@ def consolidate(
     _require_finished(trials, folder)
     snapshots = folder.read_json(SNAPSHOTS) or {}
     tree = open_cube(folder)
-    study = {name: value for name, value in tree.attrs.items() if name != "study"}  # a path
+    configuration = configuration_attrs(plan)
     done = []
     for key in plan.datasets:
-        named = {t.trial_id: t.commit for t in trials if t.config.dataset == key and t.commit}
+        committed = {t.trial_id: t.commit for t in trials if t.config.dataset == key and t.commit}
         records = digest_json(
-            [[n, c["digests"], c["curves"], snapshots.get(n)] for n, c in named.items()]
+            [[n, c["digests"], c["curves"], snapshots.get(n)] for n, c in committed.items()]
         )
         node = tree[plan.node(key)]
-        cube = node.to_dataset().assign_attrs({**study, **node.attrs, "records": records})
+        cube = node.to_dataset().assign_attrs({**configuration, **node.attrs, "records": records})
         store = target / f"{key}.zarr"
         written = _begin(store, cube)
         if written:
@@ -108,26 +109,26 @@ def consolidate(
 def _require_finished(trials: list[PlannedTrial], folder: Folder) -> None:
     missing = [trial.label for trial in trials if trial.commit is None]
     if missing:
-        most = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+        labels = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
         raise RecordError(
             expected="a finished study, with every planned trial committed",
-            got=f"{len(missing)} of {len(trials)} trials missing: {most}",
+            got=f"{len(missing)} of {len(trials)} trials missing: {labels}",
             where=str(folder),
-            todo="run the study's own command again, which trains what is missing, then this one",
+            todo="run the study's own command again, which trains the missing ones, then this one",
         )
 
 
 def _begin(store: Folder, cube: xr.Dataset) -> bool:
-    """Make room for a store; return False if it is there already, of the same records."""
+    """Empty the place of a store; return False if a store of the same records exists."""
     root = store.read_json("zarr.json")
     if root is not None:
-        found = root.get("attributes", {})
-        if found.get("records") == cube.attrs["records"]:
+        attrs = root.get("attributes", {})
+        if attrs.get("records") == cube.attrs["records"]:
             return False
-        ours = "records" in found or UNFINISHED in found
-    else:  # one that was interrupted has arrays and nothing else
-        ours = not store.files() and set(store.folders()) <= set(map(str, cube.variables))
-    if not ours:
+        replaceable = "records" in attrs or UNFINISHED in attrs
+    else:  # an interrupted store has arrays only
+        replaceable = not store.files() and set(store.folders()) <= set(map(str, cube.variables))
+    if not replaceable:
         raise StoreError(
             expected="nothing, or a store that this command wrote",
             got=", ".join((store.folders() + store.files())[:8]),
@@ -139,24 +140,24 @@ def _begin(store: Folder, cube: xr.Dataset) -> bool:
 
 
 def _write(store: Folder, cube: xr.Dataset, progress: Callable[[str], None]) -> None:
-    """Write the arrays, compare them, and put zarr.json last."""
+    """Write the arrays, compare them, and write zarr.json last."""
     texts = {n: v.astype(object) for n, v in cube.variables.items() if v.dtype.kind == "U"}
     template = cube.assign({n: v for n, v in texts.items() if n not in cube.dims})
     template = template.assign_coords(
-        {n: (n, v.values) for n, v in texts.items() if n in cube.dims}
+        {n: (n, v.values, v.attrs) for n, v in texts.items() if n in cube.dims}
     )
-    template.attrs = {UNFINISHED: True}  # zarr.json is there while the arrays are made
+    template.attrs = {UNFINISHED: True}  # zarr.json exists while the arrays are made
     lazy = [str(name) for name in cube.data_vars if cube[name].chunks is not None]
     with warnings.catch_warnings():
-        # Of text and of consolidated metadata Zarr 3.1 says that they are no part of the
-        # specification of version 3 yet.
+        # Zarr 3.1 warns that text and consolidated metadata are not in the specification of
+        # version 3 yet.
         warnings.filterwarnings("ignore", ".*specification.*")
         template.to_zarr(
             zarr_store(store),
             mode="w-",
             zarr_format=3,
             consolidated=True,
-            compute=False,  # all but the lazy variables is written now
+            compute=False,  # writes all but the lazy variables
             safe_chunks=False,
             encoding={name: _encoding(name, cube[name]) for name in lazy},
         )
@@ -178,15 +179,15 @@ def _write(store: Folder, cube: xr.Dataset, progress: Callable[[str], None]) -> 
     store.write_json("zarr.json", root)
 
 
-def _compare(found: np.ndarray, expected: np.ndarray, where: str, region: Any) -> None:
+def _compare(stored: np.ndarray, expected: np.ndarray, where: str, region: Any) -> None:
     floats = expected.dtype.kind == "f"
-    if found.shape == expected.shape and np.array_equal(found, expected, equal_nan=floats):
+    if stored.shape == expected.shape and np.array_equal(stored, expected, equal_nan=floats):
         return
     raise RecordError(
         expected="the values of the trials' records",
-        got="others",
+        got="other values",
         where=f"{where}, {region}",
-        todo="run the same command again, which writes this store anew",
+        todo="run the same command again, which rewrites this store",
     )
 
 
@@ -196,9 +197,9 @@ def _encoding(name: str, array: xr.DataArray) -> dict[str, Any]:
     if shard != chunk:
         encoding["shards"] = shard
     if array.dtype.kind == "f":
-        encoding["fill_value"] = np.nan  # a trial that is not in the grid is not written
+        encoding["fill_value"] = np.nan  # trials outside the grid are not written
     if name == "parameters":
-        encoding["compressors"] = None  # as in the records: noise to a compressor
+        encoding["compressors"] = None  # as in the records
     return encoding
 
 
@@ -208,7 +209,8 @@ def chunk_and_shard(
     """Return the chunk and the shard of a variable.
 
     Both hold one trial. A chunk holds all epochs of a few samples; of parameters, which are read
-    by state, one state of many. Images are samples with nothing before them; a curve is one chunk.
+    by state, it holds many parameters of one state. Images are chunked by sample; a curve is one
+    chunk.
 
     Examples
     --------
@@ -226,7 +228,7 @@ def chunk_and_shard(
         1 if dim in ("strategy", "seed") else size for dim, size in zip(dims, shape, strict=True)
     ]
     chunk = [1 if dim == "state" else size for dim, size in zip(dims, shard, strict=True)]
-    row = itemsize * int(np.prod(chunk)) // max(1, shape[axis])  # bytes of one step along the axis
+    row = itemsize * int(np.prod(chunk)) // max(1, shape[axis])  # bytes of one sample
     chunk[axis] = max(1, min(shape[axis], CHUNK_BYTES // max(1, row)))
     row = itemsize * int(np.prod(shard)) // max(1, shape[axis])
     count = max(1, min(-(-shape[axis] // chunk[axis]), SHARD_BYTES // max(1, row * chunk[axis])))
@@ -235,11 +237,12 @@ def chunk_and_shard(
 
 
 def _long_dim(dims: tuple[Any, ...]) -> str | None:
+    """Return the dimension that is split into chunks, if there is one."""
     return next((dim for dim in ("sample", "parameter") if dim in dims), None)
 
 
 def blocks(cube: xr.Dataset, name: str) -> Iterator[tuple[slice, ...]]:
-    """Yield the regions to write at a time, each of whole shards, of the trials that are there."""
+    """Yield regions of whole shards of the committed trials, each to be written at a time."""
     array = cube[name]
     along = _long_dim(array.dims)
     if along is None:
@@ -248,10 +251,11 @@ def blocks(cube: xr.Dataset, name: str) -> Iterator[tuple[slice, ...]]:
     axis = array.dims.index(along)
     _, shard = chunk_and_shard(array.dims, array.shape, array.dtype.itemsize)
     width = shard[axis] * max(1, WRITE_BLOCK_BYTES // (int(np.prod(shard)) * array.dtype.itemsize))
-    own = array.shape[2:] if name in VARIABLES else array.shape
-    places = np.argwhere(cube["trial"].values != "") if name in VARIABLES else np.empty((1, 0), int)
-    for place in places.tolist():
+    is_record = name in VARIABLES  # with dimensions strategy and seed in front
+    sizes = array.shape[2:] if is_record else array.shape
+    cells = np.argwhere(cube["trial"].values != "") if is_record else np.empty((1, 0), int)
+    for cell in cells.tolist():
         for start in range(0, array.shape[axis], width):
-            region = [slice(i, i + 1) for i in place] + [slice(0, size) for size in own]
+            region = [slice(i, i + 1) for i in cell] + [slice(0, size) for size in sizes]
             region[axis] = slice(start, min(start + width, array.shape[axis]))
             yield tuple(region)
