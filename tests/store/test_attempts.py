@@ -1,0 +1,101 @@
+"""Several attempts at one trial: a late writer overwrites nothing, and one attempt commits."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from trial_records import (
+    AT_EPOCH,
+    checkpointed,
+    go_on,
+    make_record,
+    make_records,
+    read_raw,
+    read_whole,
+)
+
+from sampimp.schema import CURVES
+from sampimp.store.attempts import SupersededError, claim_attempt
+from sampimp.store.location import Folder
+
+
+def test_a_trial_that_goes_on_from_a_checkpoint_commits_the_same_values(tmp_path):
+    whole = checkpointed(tmp_path / "whole")
+    whole.commit(None)
+    # Killed after epoch 3 was written, and before its checkpoint.
+    cut = checkpointed(tmp_path / "cut", epochs=2)
+    cut.write(make_records()[3])
+    epoch, again = go_on(tmp_path / "cut")
+    assert epoch == 2
+    again.commit(None)
+    one, other = (
+        json.loads((tmp_path / name / "COMMIT.json").read_text()) for name in ("whole", "cut")
+    )
+    assert (one.pop("parts"), one.pop("attempt")) == ([[0, "record.zarr"]], 1)
+    parts = [[0, "record.zarr"], [3, "record-2.zarr"]]
+    assert (other.pop("parts"), other.pop("attempt")) == (parts, 2)
+    assert one == other
+    for name, values in read_whole(tmp_path / "whole").items():
+        np.testing.assert_array_equal(read_whole(tmp_path / "cut")[name], values)
+        first = 3 if name == "parameters" else 2  # state 3 and epoch 3 are the second attempt's
+        second = read_raw(tmp_path / "cut", "record-2.zarr")[name]
+        assert np.isnan(second[:first]).all()
+        np.testing.assert_array_equal(second[first:], values[first:])
+    for name in CURVES:  # those of all epochs are with the last attempt
+        curve = [r.arrays[name] for r in make_records()[1:]]
+        np.testing.assert_array_equal(read_raw(tmp_path / "cut", "record-2.zarr")[name], curve)
+
+
+# Two attempts at one trial.
+def test_every_attempt_has_a_number_of_its_own(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        numbers = list(pool.map(lambda _: claim_attempt(Folder.of(tmp_path)), range(24)))
+    assert sorted(numbers) == list(range(1, 25))
+
+
+def test_a_worker_that_comes_back_does_not_touch_what_the_second_one_writes(tmp_path):
+    cut_off = checkpointed(tmp_path, epochs=1)
+    _, second = go_on(tmp_path)  # at epochs 2 and 3, with values of its own
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for late in (
+        lambda: cut_off.write(make_records(seed=9)[2]),
+        lambda: cut_off.commit(None),
+    ):
+        with pytest.raises(SupersededError, match="attempt 1 to be the newest"):
+            late()
+    # What was on its way when it was cut off arrives: epoch 2 as it had computed it, with others.
+    cut_off._require_newest = lambda: None
+    cut_off.write(make_records(seed=9)[2])
+    cut_off.checkpoint(2, b"another state")
+    assert all(
+        path.read_bytes() == content
+        for path, content in before.items()
+        if "record.zarr" not in path.parts
+    )
+    second.commit(None)
+    check_whole = read_whole(tmp_path)
+    for name in AT_EPOCH:
+        np.testing.assert_array_equal(
+            check_whole[name], [r.arrays[name] for r in make_records()[1:]]
+        )
+
+
+def test_one_of_two_attempts_commits(tmp_path):
+    first = checkpointed(tmp_path)
+    first._require_newest = lambda: None  # it asked just before the second one began
+    _, second = go_on(tmp_path)
+    first.commit(None)
+    with pytest.raises(SupersededError, match="of another attempt"):
+        second.commit(None)
+    assert json.loads((tmp_path / "COMMIT.json").read_text())["attempt"] == 1
+    np.testing.assert_array_equal(
+        read_whole(tmp_path)["nll"], [r.arrays["nll"] for r in make_records()[1:]]
+    )
+
+
+def test_records_that_no_epoch_is_in_go_with_the_commit(tmp_path):
+    make_record(tmp_path)  # died before it had a checkpoint
+    _, second = go_on(tmp_path)
+    second.commit(None)
+    assert sorted(path.name for path in tmp_path.glob("record*")) == ["record-2.zarr"]

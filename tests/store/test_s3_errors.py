@@ -1,0 +1,47 @@
+"""S3 errors are readable, and repeat no secret of the request."""
+
+import traceback
+
+import oracles
+import pytest
+
+from sampimp.errors import StoreError
+from sampimp.store.datasets import write_source
+from sampimp.store.location import Folder
+
+# What AWS answers to a wrong secret key holds the request, its session token included.
+REFUSAL = (
+    "<Error><Code>SignatureDoesNotMatch</Code><Message>They differ.</Message>"
+    "<CanonicalRequest>x-amz-security-token:token-of-the-tests</CanonicalRequest></Error>"
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (403, REFUSAL, ("credentials that may", "SignatureDoesNotMatch: They differ.")),
+        (400, "<Error><Code>ExpiredToken</Code></Error>", ("credentials that may", "Expired")),
+        (404, "<Error><Code>NoSuchBucket</Code></Error>", ("a bucket that is there", "create")),
+        (301, "", ("the region of the bucket", "AWS_REGION")),
+        (405, "token-of-the-tests", ("a request that the server accepts", "status 405")),
+    ],
+)
+def test_an_answer_is_told_without_its_secrets(bucket, monkeypatch, status, body, words):
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "token-of-the-tests")
+    bucket.answers = [(status, body)]
+    folder = Folder.of("s3://bucket/study")
+    source = oracles.make_source()
+    uses = (Folder.check_reachable, Folder.check_writable, Folder.is_empty, Folder.remove)
+    for use in (
+        *uses,
+        lambda folder: folder.create_bytes("x", b"1"),
+        lambda folder: folder.read_json("x"),
+        lambda folder: write_source(folder, source),  # by Zarr
+    ):
+        with pytest.raises(StoreError) as caught:
+            use(folder)
+        text = "".join(traceback.format_exception(caught.value))
+        assert all(word in text for word in words), text
+        assert "bucket" in caught.value.where
+        for secret in ("token-of-the-tests", "secret-of-the-tests"):
+            assert secret not in text
