@@ -18,7 +18,7 @@ AT_EPOCH = ("importance", "nll", "batch")
 
 
 def make_records(layout=LAYOUT, seed=0):
-    """Random values, epoch by epoch."""
+    """Return epoch records with random values."""
     rng = np.random.default_rng(seed)
     records = []
     for epoch in range(layout.epoch + 1):
@@ -38,7 +38,7 @@ def make_record(folder, layout=LAYOUT, identity=IDENTITY):
 
 
 def read_raw(folder, record="record.zarr"):
-    """Read every array with Zarr alone."""
+    """Open every array of a record by Zarr, without this package."""
     group = zarr.open_group(str(folder / record), mode="r")
     return dict(group.arrays())
 
@@ -56,7 +56,7 @@ def check_equal(folder, records):
 
 # Checkpoints.
 def checkpointed(folder, epochs=3):
-    """A trial that has written some epochs, with a checkpoint after each."""
+    """Return a trial that has written some epochs, with a checkpoint after each."""
     record, records = make_record(folder), make_records()
     record.write(records[0])
     for epoch in range(1, epochs + 1):
@@ -65,8 +65,8 @@ def checkpointed(folder, epochs=3):
     return record
 
 
-def go_on(folder):
-    """Begin another attempt, and train to the end from the newest checkpoint that verifies."""
+def resume(folder):
+    """Begin another attempt and write all epochs after the newest checkpoint that verifies."""
     record = make_record(folder)
     epoch, _ = record.newest_checkpoint() or (-1, None)
     for epoch_record in make_records()[epoch + 1 :]:
@@ -75,7 +75,7 @@ def go_on(folder):
 
 
 def read_whole(folder, layout=LAYOUT):
-    """Read every array as its commit says."""
+    """Read every variable through its commit."""
     trial = Folder.of(folder)
     commit = trial.read_json("COMMIT.json")
     return {

@@ -8,11 +8,11 @@ import pytest
 from trial_records import (
     AT_EPOCH,
     checkpointed,
-    go_on,
     make_record,
     make_records,
     read_raw,
     read_whole,
+    resume,
 )
 
 from sampimp.schema import CURVES
@@ -20,13 +20,13 @@ from sampimp.store.attempts import SupersededError, claim_attempt
 from sampimp.store.location import Folder
 
 
-def test_a_trial_that_goes_on_from_a_checkpoint_commits_the_same_values(tmp_path):
+def test_a_resumed_trial_commits_the_same_values(tmp_path):
     whole = checkpointed(tmp_path / "whole")
     whole.commit(None)
-    # Killed after epoch 3 was written, and before its checkpoint.
+    # Interrupted after epoch 3 was written and before its checkpoint.
     cut = checkpointed(tmp_path / "cut", epochs=2)
     cut.write(make_records()[3])
-    epoch, again = go_on(tmp_path / "cut")
+    epoch, again = resume(tmp_path / "cut")
     assert epoch == 2
     again.commit(None)
     one, other = (
@@ -38,25 +38,25 @@ def test_a_trial_that_goes_on_from_a_checkpoint_commits_the_same_values(tmp_path
     assert one == other
     for name, values in read_whole(tmp_path / "whole").items():
         np.testing.assert_array_equal(read_whole(tmp_path / "cut")[name], values)
-        first = 3 if name == "parameters" else 2  # state 3 and epoch 3 are the second attempt's
+        first = 3 if name == "parameters" else 2  # the second attempt wrote state 3 and epoch 3
         second = read_raw(tmp_path / "cut", "record-2.zarr")[name]
         assert np.isnan(second[:first]).all()
         np.testing.assert_array_equal(second[first:], values[first:])
-    for name in CURVES:  # those of all epochs are with the last attempt
+    for name in CURVES:  # the last attempt stores the curves of all epochs
         curve = [r.arrays[name] for r in make_records()[1:]]
         np.testing.assert_array_equal(read_raw(tmp_path / "cut", "record-2.zarr")[name], curve)
 
 
 # Two attempts at one trial.
-def test_every_attempt_has_a_number_of_its_own(tmp_path):
+def test_concurrent_attempts_claim_different_numbers(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         numbers = list(pool.map(lambda _: claim_attempt(Folder.of(tmp_path)), range(24)))
     assert sorted(numbers) == list(range(1, 25))
 
 
-def test_a_worker_that_comes_back_does_not_touch_what_the_second_one_writes(tmp_path):
+def test_a_late_writer_is_refused_and_overwrites_nothing(tmp_path):
     cut_off = checkpointed(tmp_path, epochs=1)
-    _, second = go_on(tmp_path)  # at epochs 2 and 3, with values of its own
+    _, second = resume(tmp_path)  # writes epochs 2 and 3
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for late in (
         lambda: cut_off.write(make_records(seed=9)[2]),
@@ -64,7 +64,7 @@ def test_a_worker_that_comes_back_does_not_touch_what_the_second_one_writes(tmp_
     ):
         with pytest.raises(SupersededError, match="attempt 1 to be the newest"):
             late()
-    # What was on its way when it was cut off arrives: epoch 2 as it had computed it, with others.
+    # A write that was under way when the worker was cut off: epoch 2 with other values.
     cut_off._require_newest = lambda: None
     cut_off.write(make_records(seed=9)[2])
     cut_off.checkpoint(2, b"another state")
@@ -74,17 +74,15 @@ def test_a_worker_that_comes_back_does_not_touch_what_the_second_one_writes(tmp_
         if "record.zarr" not in path.parts
     )
     second.commit(None)
-    check_whole = read_whole(tmp_path)
+    values = read_whole(tmp_path)
     for name in AT_EPOCH:
-        np.testing.assert_array_equal(
-            check_whole[name], [r.arrays[name] for r in make_records()[1:]]
-        )
+        np.testing.assert_array_equal(values[name], [r.arrays[name] for r in make_records()[1:]])
 
 
-def test_one_of_two_attempts_commits(tmp_path):
+def test_exactly_one_of_two_attempts_commits(tmp_path):
     first = checkpointed(tmp_path)
-    first._require_newest = lambda: None  # it asked just before the second one began
-    _, second = go_on(tmp_path)
+    first._require_newest = lambda: None  # it checked just before the second one began
+    _, second = resume(tmp_path)
     first.commit(None)
     with pytest.raises(SupersededError, match="of another attempt"):
         second.commit(None)
@@ -94,8 +92,8 @@ def test_one_of_two_attempts_commits(tmp_path):
     )
 
 
-def test_records_that_no_epoch_is_in_go_with_the_commit(tmp_path):
-    make_record(tmp_path)  # died before it had a checkpoint
-    _, second = go_on(tmp_path)
+def test_the_commit_deletes_records_without_epochs(tmp_path):
+    make_record(tmp_path)  # died before its first checkpoint
+    _, second = resume(tmp_path)
     second.commit(None)
     assert sorted(path.name for path in tmp_path.glob("record*")) == ["record-2.zarr"]

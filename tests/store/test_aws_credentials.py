@@ -21,7 +21,7 @@ from sampimp.store.location import Folder
 from sampimp.store.zarr_arrays import zarr_store
 
 
-def test_s3_without_credentials_is_refused_before_any_connection(not_on_aws, tmp_path):
+def test_missing_credentials_are_reported_before_any_connection(not_on_aws, tmp_path):
     folder = Folder.of("s3://bucket/without-credentials")
     uses = (Folder.check_writable, Folder.check_reachable, Folder.is_empty, Folder.folders)
     for use in (*uses, lambda folder: folder.read_json("study.json")):
@@ -31,7 +31,7 @@ def test_s3_without_credentials_is_refused_before_any_connection(not_on_aws, tmp
             use(folder)
 
 
-def test_s3_settings_come_from_the_profile(bucket, tmp_path, monkeypatch):
+def test_settings_come_from_the_profile(bucket, tmp_path, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name)
     bucket.answers = [NO_SUCH_KEY]
@@ -61,7 +61,7 @@ def test_s3_settings_come_from_the_profile(bucket, tmp_path, monkeypatch):
         Folder.of("s3://bucket/absent").read_bytes("x")
 
 
-def test_s3_settings_of_the_environment_go_first(bucket, tmp_path, monkeypatch):
+def test_settings_of_the_environment_take_precedence(bucket, tmp_path, monkeypatch):
     (tmp_path / ".aws" / "credentials").write_text(
         "[default]\naws_access_key_id = A\naws_secret_access_key = B\n"
     )

@@ -16,7 +16,7 @@ from sampimp.store.location import Folder
 from sampimp.store.s3_errors import ServerAwayError
 
 
-def test_urls_stay_as_they_are():
+def test_urls_are_kept_without_a_trailing_slash():
     folder = Folder.of("s3://bucket/study/") / "trials"
     assert str(folder) == "s3://bucket/study/trials"
     assert not folder.is_local
@@ -34,7 +34,7 @@ def test_other_urls_are_refused(url):
     ("endpoint", "word"),
     [("http://192.0.2.1", "in clear"), ("https://user:hidden@192.0.2.1", "credentials in it")],
 )
-def test_an_endpoint_that_gives_secrets_away_is_refused(bucket, monkeypatch, endpoint, word):
+def test_an_endpoint_that_exposes_secrets_is_refused(bucket, monkeypatch, endpoint, word):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
     with pytest.raises(StoreError, match=word) as caught:
         Folder.of("s3://bucket/x").check_reachable()
@@ -52,7 +52,7 @@ def test_a_secret_in_the_url_is_not_repeated(url):
     assert "hid" not in str(caught.value)
 
 
-def test_a_server_that_is_away_for_a_while_is_waited_for(bucket):
+def test_requests_are_repeated_while_a_server_is_away(bucket):
     bucket.answers = [(503, ""), (None, ""), NO_SUCH_KEY]
     assert Folder.of("s3://bucket/study").read_bytes("x") is None
     assert [method for method, _, _ in bucket.requests] == ["GET"] * 3
@@ -61,7 +61,7 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(bucket):
     assert Folder.of("s3://bucket/study").folders() == []
 
 
-def test_a_server_that_stays_away_or_hangs_is_given_up(bucket, monkeypatch):
+def test_a_server_that_stays_away_or_hangs_raises_server_away_error(bucket, monkeypatch):
     monkeypatch.setattr(location, "OPENING_PATIENCE", timedelta(seconds=0.2))
     monkeypatch.setattr(location, "SERVER_PATIENCE", timedelta(seconds=0.5))
     monkeypatch.setattr(location, "_RETRY_PATIENCE", timedelta(seconds=0.1))
@@ -79,15 +79,15 @@ def test_a_server_that_stays_away_or_hangs_is_given_up(bucket, monkeypatch):
 
 
 @pytest.fixture
-def hears_ctrl_c():
-    """Hear it as in a terminal: what a shell starts in the background does not."""
+def handles_ctrl_c():
+    """Handle SIGINT as in a terminal; processes that a shell starts in the background ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("hears_ctrl_c")
-def test_ctrl_c_is_heard_while_a_server_is_waited_for(bucket):
+@pytest.mark.usefixtures("handles_ctrl_c")
+def test_ctrl_c_interrupts_waiting_for_a_server(bucket):
     bucket.answers = [(503, "")]
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     start = time.monotonic()
@@ -96,14 +96,14 @@ def test_ctrl_c_is_heard_while_a_server_is_waited_for(bucket):
     assert time.monotonic() - start < 60  # of 180 s
 
 
-def test_an_object_is_created_once_though_the_answer_is_lost(bucket):
+def test_an_object_is_created_once_even_if_the_answer_is_lost(bucket):
     folder = Folder.of("s3://bucket/study")
     there = (412, "<Error><Code>PreconditionFailed</Code></Error>")
     bucket.answers = [(None, ""), there, (200, "mine")]
     assert folder.create_bytes("owner", b"mine")
     bucket.answers = [(None, ""), there, (200, "another's")]
     assert not folder.create_bytes("owner", b"mine")
-    # Two at the same time: S3 says 409 to one, and may have put neither.
+    # Two writers at the same time: S3 answers 409 to one, and may have stored neither object.
     conflict = (409, "<Error><Code>ConditionalRequestConflict</Code></Error>")
     bucket.answers = [conflict, NO_SUCH_KEY, (200, "")]
     bucket.requests.clear()

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import time
 
 import numpy as np
@@ -29,7 +30,7 @@ DIMS = ("strategy", "seed")
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Two data sets, four strategies, one trial still running: folder, plan, sources, records."""
+    """Two data sets, four strategies, one uncommitted trial: folder, plan, sources, records."""
     out = tmp_path_factory.mktemp("study")
     sources = {
         "one": oracles.make_source(samples=24, classes=3, name="one"),
@@ -61,7 +62,7 @@ def test_dims_types_and_coordinates(study, tree):
             assert node[name].dims == (*DIMS, *VARIABLES[name].dims)
             assert node[name].dtype == VARIABLES[name].dtype
             assert node[name].attrs["units"] == VARIABLES[name].units
-        # In the order of the schema, whatever the order of the grid.
+        # In the order of the schema, not of the grid.
         assert node["strategy"].values.tolist() == ["shuffle", "shuffle_by_seed", "nlo", "sim"]
         assert node["seed"].values.tolist() == [1, 2, 3]
         assert node["epoch"].values.tolist() == [1, 2, 3]
@@ -80,7 +81,7 @@ def test_dims_types_and_coordinates(study, tree):
         assert node.attrs["class_names"] == list(source.class_names)
 
 
-def test_importance_names_the_scale_it_is_in(tree):
+def test_importance_states_its_scale(tree):
     expected = {
         "learning_rate": 0.3,
         "batch_size": 5,
@@ -91,10 +92,10 @@ def test_importance_names_the_scale_it_is_in(tree):
     attrs = tree["one"]["importance"].attrs
     assert {name: attrs[name] for name in expected} == expected
     assert {name: tree.attrs[name] for name in expected} == expected
-    json.dumps([dict(attrs), tree["one"].attrs])  # types that any file format can hold
+    json.dumps([dict(attrs), tree["one"].attrs])  # types that every file format can hold
 
 
-def test_values_are_those_of_the_records_and_nan_elsewhere(study, tree):
+def test_values_equal_the_records_and_are_nan_elsewhere(study, tree):
     _, _, sources, done = study
     assert UNCOMMITTED in done
     for key in sources:
@@ -120,7 +121,7 @@ def test_values_are_those_of_the_records_and_nan_elsewhere(study, tree):
                     )
 
 
-def test_a_part_is_what_it_is_in_the_whole(tree):
+def test_a_selection_equals_the_whole_there(tree):
     node = tree["one"]
     whole = node["importance"].compute()
     part = node["importance"].sel(strategy="sim", epoch=2, layer="Out", sample=[20, 3])
@@ -129,7 +130,7 @@ def test_a_part_is_what_it_is_in_the_whole(tree):
     )
 
 
-def test_images_are_those_of_the_training_samples(study, tree):
+def test_images_equal_the_training_samples(study, tree):
     _, _, sources, _ = study
     image = tree["one"]["image"]
     assert image.dims == ("sample", "row", "column", "channel")
@@ -137,7 +138,7 @@ def test_images_are_those_of_the_training_samples(study, tree):
     assert "image" not in tree["two"]
 
 
-def test_labels_and_samples_are_those_of_training(study, tree):
+def test_labels_equal_those_of_training(study, tree):
     _, _, sources, _ = study
     data = scale_inputs(sources["one"], "unit")
     np.testing.assert_array_equal(tree["one"]["label"], data.train_labels)
@@ -146,20 +147,20 @@ def test_labels_and_samples_are_those_of_training(study, tree):
 @pytest.fixture
 def reads(monkeypatch):
     """List the path of every Zarr array of which a value is read."""
-    seen = []
+    paths = []
     getitem = zarr.Array.__getitem__
 
     def counted(array, selection):
         values = getitem(array, selection)
-        if np.size(values):  # dask asks for array[0:0] to learn its type
-            seen.append(array.path)
+        if np.size(values):  # dask reads array[0:0] for its type
+            paths.append(array.path)
         return values
 
     monkeypatch.setattr(zarr.Array, "__getitem__", counted)
-    return seen
+    return paths
 
 
-def test_nothing_is_computed_to_open_print_or_show(study, reads):
+def test_opening_and_showing_reads_no_record(study, reads):
     tree = sampimp.open_cube(study[0])
     assert all(path.endswith("train_labels") for path in reads)  # a coordinate
     reads.clear()
@@ -173,17 +174,17 @@ def test_nothing_is_computed_to_open_print_or_show(study, reads):
         assert tree["one"][name].chunks is not None
 
 
-def test_only_what_is_asked_for_is_read(study, reads):
+def test_a_selection_reads_only_its_chunks(study, reads):
     node = sampimp.open_cube(study[0])["one"]
     reads.clear()
     node["importance"].sel(strategy="nlo", seed=1, epoch=2).compute()
     assert len(reads) == 1  # one trial, one epoch: one chunk
     assert reads[0].endswith("importance")
-    node["importance"].sel(strategy="nlo", seed=3).compute()  # not committed: not looked at
+    node["importance"].sel(strategy="nlo", seed=3).compute()  # not committed: not read
     assert len(reads) == 1
 
 
-def test_equal_places_and_digests_have_equal_names(study):
+def test_equal_paths_and_digests_give_equal_dask_names(study):
     first, second = (sampimp.open_cube(study[0])["one"] for _ in range(2))
     other = sampimp.open_cube(study[0])["two"]
     for name in ("importance", "parameters", "image"):
@@ -192,7 +193,7 @@ def test_equal_places_and_digests_have_equal_names(study):
     assert len(set(names)) == 4
 
 
-def test_a_cube_that_was_pickled_reads_the_same(tree):
+def test_a_pickled_cube_reads_the_same_values(tree):
     node = tree["one"]
     copy = pickle.loads(pickle.dumps(node))
     for name in ("importance", "parameters", "image"):
@@ -228,14 +229,15 @@ def test_parameters_switched_off(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")
-def test_a_diverged_trial_says_from_which_epoch(tmp_path):
+def test_a_diverged_trial_states_its_last_epoch(tmp_path):
     sources = {"one": oracles.make_source()}
     plan = oracles.make_plan(
         sources, {"shuffle": (1, 2), "nlo": (1,)}, learning_rate=1e18, epochs=4
     )
     folder = oracles.start_study(tmp_path, plan, sources)
     done = oracles.run_trials(folder, plan, sources)
-    assert set(done) == {"one-shuffle-seed1", "one-shuffle-seed2"}  # nlo has no reference
+    # The reference diverged, so `nlo` has nothing to sort by.
+    assert set(done) == {"one-shuffle-seed1", "one-shuffle-seed2"}
     node = sampimp.open_cube(tmp_path)["one"].compute()
     last = [done[label][-1].epoch for label in sorted(done)]
     assert node["diverged_epoch"].sel(strategy="shuffle").values.tolist() == last
@@ -245,7 +247,7 @@ def test_a_diverged_trial_says_from_which_epoch(tmp_path):
     assert batch.sel(epoch=slice(last[0] + 1, None)).isnull().all()
 
 
-def test_snapshots_are_there_where_they_were_asked_for(tmp_path):
+def test_snapshots_appear_once_they_are_scored(tmp_path):
     sources = {"one": oracles.make_source()}
     plan = oracles.make_plan(sources, {"shuffle": (1, 2)})
     folder = oracles.start_study(tmp_path, plan, sources)
@@ -284,7 +286,7 @@ def test_three_hundred_trials(tmp_path, reads):
     grid = dict.fromkeys(STRATEGIES, seeds) | dict.fromkeys(REFERENCES, seeds[:10])
     plan = oracles.make_plan(sources, grid, epochs=50)
     folder = oracles.start_study(tmp_path, plan, sources)
-    for _ in range(2):  # the reference, then those that sort by it
+    for _ in range(2):  # the reference, then the strategies that sort by it
         for trial in plan.resolve(read_commits(folder)):
             if trial.trial_id and trial.commit is None:
                 digests = {name: [["0" * 64]] * 50 for name in ("importance", "nll", "batch")}
@@ -303,7 +305,7 @@ def test_three_hundred_trials(tmp_path, reads):
     tree = sampimp.open_cube(tmp_path)
     print(f"300 trials opened in {time.perf_counter() - start:.2f} s")
     str(tree), tree._repr_html_()
-    assert all(path.endswith("train_labels") for path in reads)  # the records are not even there
+    assert all(path.endswith("train_labels") for path in reads)  # the records do not exist
     node = tree["one"]
     assert node["importance"].shape == (9, 40, 50, 3, 24)
     assert (node["trial"] != "").sum() == 7 * 40 + 2 * 10
@@ -311,7 +313,7 @@ def test_three_hundred_trials(tmp_path, reads):
     assert node["diverged_epoch"].sel(strategy="sim", seed=9) == 7
 
 
-def test_a_folder_that_is_no_study_is_refused_and_left(tmp_path):
+def test_a_folder_without_a_study_is_refused_and_unchanged(tmp_path):
     with pytest.raises(StoreError, match=rf"study.json(.|\n)*{tmp_path}"):
         sampimp.open_cube(tmp_path)
     absent = tmp_path / "absent"
@@ -321,10 +323,10 @@ def test_a_folder_that_is_no_study_is_refused_and_left(tmp_path):
     file.write_text("no study")
     with pytest.raises(StoreError, match=f"Where {file}"):
         sampimp.open_cube(file)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing was made
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing was created
 
 
-def test_paths_strings_and_folders_are_the_same_study(study, monkeypatch):
+def test_paths_strings_and_folders_open_the_same_study(study, monkeypatch):
     out = study[0]
     monkeypatch.chdir(out.parent)
     opened = [sampimp.open_cube(form) for form in (out, str(out), out.name, Folder.of(out))]
@@ -333,7 +335,7 @@ def test_paths_strings_and_folders_are_the_same_study(study, monkeypatch):
 
 @pytest.fixture
 def small_study(tmp_path):
-    """One committed trial: its folder and its cube's node."""
+    """One committed trial: its folder, and its node of the cube."""
     sources = {"one": oracles.make_source()}
     plan = oracles.make_plan(sources, {"shuffle": (1,)})
     folder = oracles.start_study(tmp_path, plan, sources)
@@ -342,8 +344,32 @@ def small_study(tmp_path):
     return trial, sampimp.open_cube(tmp_path)["one"]
 
 
-def test_a_part_with_steps_is_what_it_is_in_the_whole(small_study):
+def test_a_selection_with_steps_equals_the_whole_there(small_study):
     node = small_study[1]
     whole = node["importance"].values
     for region in (np.s_[..., ::2], np.s_[..., 20:3:-4], np.s_[..., 1::2, 5:6], np.s_[..., 4:4]):
         np.testing.assert_array_equal(node["importance"][region], whole[region])
+
+
+def test_every_coordinate_is_described(tree):
+    for name, coordinate in tree["one"].coords.items():
+        assert coordinate.attrs["long_name"]
+        assert ("units" in coordinate.attrs) == (coordinate.dtype.kind != "U"), name
+    label = tree["one"]["label"].attrs
+    assert label["flag_values"] == [0, 1, 2]
+    assert label["flag_meanings"] == "class_0 class_1 class_2"
+
+
+def test_the_html_shows_its_content_at_first_sight(tree):
+    assert tree.attrs["trials"] == "13 of 14 committed"
+    assert tree.attrs["data_sets"] == ["one", "two"]
+    html = tree._repr_html_()
+    assert "<div class='xr-obj-type'>xarray.DataTree</div>" in html
+    groups = re.findall(r"<input id='group-[^>]*>", html)
+    assert len(groups) == 2
+    assert not any("checked" in group for group in groups)  # a checked box collapses a group
+    attributes = re.findall(r"type='checkbox'( checked)? />\s*<label[^>]*>Attributes:", html)
+    assert attributes == [" checked"] * 3  # a checked box expands a section
+    with xr.set_options(display_expand_attrs=False):
+        closed = re.findall(r"type='checkbox'( checked)? />\s*<label[^>]*>Attr", tree._repr_html_())
+    assert closed == [""] * 3

@@ -17,7 +17,7 @@ from sampimp.sweeps import status
 
 @pytest.fixture
 def small_study(tmp_path):
-    """One committed trial: its folder and its cube's node."""
+    """One committed trial: its folder, and its node of the cube."""
     sources = {"one": oracles.make_source()}
     plan = oracles.make_plan(sources, {"shuffle": (1,)})
     folder = oracles.start_study(tmp_path, plan, sources)
@@ -45,12 +45,12 @@ def test_a_damaged_chunk_is_an_error_and_never_a_number(small_study, name):
     for part in (node["importance"], node["importance"].sel(epoch=2, layer="L1", sample=[3, 5])):
         with pytest.raises(RecordError, match=r"importance, epoch 2\n +To do run sweeps/status.py"):
             part.compute()
-    rest = node["importance"].sel(epoch=[1, 3])  # the other chunks are as they were
+    rest = node["importance"].sel(epoch=[1, 3])  # the other chunks are intact
     np.testing.assert_array_equal(rest, whole.sel(epoch=[1, 3]))
 
 
 @pytest.mark.parametrize("offset", [0, 7, 40])
-def test_no_flipped_bit_is_read(small_study, offset):
+def test_a_flipped_bit_is_an_error(small_study, offset):
     trial, node = small_study
     (chunk,) = (trial / "record.zarr" / "parameters" / "c").glob("3/0")
     content = bytearray(chunk.read_bytes())
@@ -63,7 +63,7 @@ def test_no_flipped_bit_is_read(small_study, offset):
 # Damage to a data set.
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """A study of one committed trial, and its data set in chunks of four images or 16 labels."""
+    """A study with one committed trial; its data set has chunks of four images or 16 labels."""
     monkeypatch.setattr(datasets, "SOURCE_CHUNK", 128)
     sources = {"one": oracles.make_source(samples=24, shape=(2, 4, 4))}
     plan = oracles.make_plan(sources, {"shuffle": (1,)}, epochs=1)
@@ -134,7 +134,7 @@ DAMAGE = {
         lambda at: flip(at / "train_values/c/3/0/0/0"),
     ),
     "images swapped": (
-        "train_values",  # of the two that are exchanged, whichever is read first
+        "train_values",  # either of the exchanged chunks, depending on the order of reading
         lambda at: exchange(at / "train_values/c/1", at / "train_values/c/2"),
     ),
     "images of another type": (
@@ -164,24 +164,24 @@ def test_damage_to_a_data_set_is_an_error_and_never_a_number(made, capsys, name)
     place, damage = DAMAGE[name]
     damage(where)
     assert status.main([str(out), "--verify"]) == 1
-    said = capsys.readouterr().out
-    assert "data set one is damaged: " in said
-    assert "1 committed trials verified: every chunk is as it was written." in said
+    output = capsys.readouterr().out
+    assert "data set one is damaged: " in output
+    assert "1 committed trials verified: every chunk is as it was written." in output
     if place.startswith("test_"):
         sampimp.open_cube(out)["one"]["image"].compute()
     else:
         with pytest.raises(RecordError, match=f"Where {where.parent}.*{place}") as caught:
             sampimp.open_cube(out)["one"]["image"].compute()
         assert all(part.strip() for part in caught.value.args)
-        if place.startswith("train_values"):  # the labels are right, and so is what they say
+        if place.startswith("train_values"):  # the labels are intact
             assert sampimp.open_cube(out)["one"]["label"].shape == (24,)
     if (where / "zarr.json").is_file() and name != "digests forgotten":
-        # Without the plan, what is read as a whole has the digest of the whole.
+        # Without the plan, the whole data set is compared with its own digest.
         with pytest.raises(RecordError):
             read_source(Folder.of(where))
 
 
-def test_a_data_set_that_was_stored_without_digests_is_read_unverified(made, capsys):
+def test_a_data_set_stored_without_digests_is_read_unverified(made, capsys):
     out, where, source = made
     rewrite(where / "zarr.json", forget_digests)
     rewrite(out / "study.json", lambda plan: plan["datasets"]["one"].pop("chunks"))

@@ -17,7 +17,7 @@ from sampimp.store.record import TrialRecord
 
 
 def grow(folder, plan, sources, done):
-    """Write a study as it comes about, with attempts that overlap; `done` has its records."""
+    """Write a study step by step, with overlapping attempts; `done` has its records."""
     folder.write_json("study.json", plan.to_json())
     for key, source in sources.items():
         write_source(folder / "datasets" / f"{key}.zarr", source)
@@ -26,7 +26,7 @@ def grow(folder, plan, sources, done):
         place = folder / "trials" / trial.trial_id
         return TrialRecord(place, oracles.identity_of(trial), plan.layout(trial.config.dataset))
 
-    for _ in range(2):  # the references, then those that sort by them
+    for _ in range(2):  # the references, then the strategies that sort by them
         for trial in plan.resolve(read_commits(folder)):
             if trial.trial_id is None or trial.commit is not None:
                 continue
@@ -41,17 +41,17 @@ def grow(folder, plan, sources, done):
             first.checkpoint(1, b"state")
             second = begin(trial)
             assert second.newest_checkpoint() == (1, b"state")
-            first._require_newest = lambda: None  # it asked just before the second began
+            first._require_newest = lambda: None  # it checked just before the second began
             first.write(zeros[2])
             for record in epochs[1:]:
                 second.write(record)
             second.commit(None)
-            third = begin(trial)  # of a driver that did not see the commit
+            third = begin(trial)  # started by a driver that did not see the commit
             third.write(zeros[0])
             third.write(zeros[1])
 
 
-def test_a_growing_study_opens_at_any_time_and_a_trial_is_nan_or_whole(tmp_path):
+def test_a_growing_study_opens_at_any_time_with_trials_nan_or_complete(tmp_path):
     sources = {"one": oracles.make_source()}
     plan = oracles.make_plan(sources, {"shuffle": (1, 2), "nlo": (1, 2), "sim": (1,)})
     model = oracles.start_study(tmp_path / "model", plan, sources)
@@ -61,10 +61,10 @@ def test_a_growing_study_opens_at_any_time_and_a_trial_is_nan_or_whole(tmp_path)
         writer = pool.submit(grow, folder, plan, sources, done)
         finished = False
         while not finished:
-            finished = writer.done()  # before it is opened: the last look sees all
+            finished = writer.done()  # before opening: the last cube is complete
             try:
                 node = sampimp.open_cube(folder)["one"].compute()
-            except StoreError:  # until study.json is there, there is no study
+            except StoreError:  # there is no study before study.json
                 assert not seen
                 continue
             for strategy, seed in itertools.product(node["strategy"].values, (1, 2)):
@@ -84,14 +84,14 @@ def test_a_growing_study_opens_at_any_time_and_a_trial_is_nan_or_whole(tmp_path)
     assert seen == set(done)
 
 
-def test_a_trial_committed_later_is_there_when_it_is_opened_again(tmp_path):
+def test_a_trial_committed_later_appears_when_the_study_is_opened_again(tmp_path):
     sources = {"one": oracles.make_source()}
     plan = oracles.make_plan(sources, {"shuffle": (1,), "nlo": (1,)})
     folder = oracles.start_study(tmp_path, plan, sources)
     empty = sampimp.open_cube(tmp_path)["one"]
     assert empty["nll"].sizes == {"strategy": 2, "seed": 1, "epoch": 3, "sample": 24}
     done = oracles.run_trials(folder, plan, sources)
-    assert empty["nll"].isnull().all()  # what is open does not change
+    assert empty["nll"].isnull().all()  # an open cube does not change
     full = sampimp.open_cube(tmp_path)["one"]
     assert full["nll"].notnull().all()
     np.testing.assert_array_equal(
@@ -99,7 +99,7 @@ def test_a_trial_committed_later_is_there_when_it_is_opened_again(tmp_path):
     )
 
 
-def test_a_data_set_that_is_not_stored_yet_has_no_labels(tmp_path):
+def test_a_data_set_not_yet_stored_has_no_labels(tmp_path):
     sources = {"one": oracles.make_source()}
     plan = oracles.make_plan(sources, {"shuffle": (1,)})
     folder = Folder.of(tmp_path)

@@ -45,7 +45,7 @@ def test_a_data_set_of_other_values_is_refused(tmp_path, name):
         read_source(Folder.of(tmp_path))
 
 
-def test_a_data_set_that_was_cut_off_is_none(tmp_path):
+def test_an_incomplete_data_set_is_none(tmp_path):
     write_source(Folder.of(tmp_path), oracles.make_source())
     group = zarr.open_group(str(tmp_path), mode="r+")
     del group.attrs["digest"]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from trial_records import AT_EPOCH, LAYOUT, checkpointed, go_on, make_records, read_whole
+from trial_records import AT_EPOCH, LAYOUT, checkpointed, make_records, read_whole, resume
 
 from sampimp.errors import RecordError
 from sampimp.store.integrity import find_damage, record_digest, withdraw
@@ -19,10 +19,10 @@ def chunk_of(folder, name, position):
 
 
 @pytest.mark.parametrize("name", [*AT_EPOCH, "parameters"])
-def test_damage_before_a_checkpoint_is_found_and_trained_again(tmp_path, name):
+def test_epochs_damaged_before_a_checkpoint_are_trained_again(tmp_path, name):
     checkpointed(tmp_path, epochs=3)
     chunk_of(tmp_path, name, 2).unlink()  # epoch 3, or state 2
-    epoch, record = go_on(tmp_path)
+    epoch, record = resume(tmp_path)
     assert epoch == (-1 if name == "parameters" else 2)  # state 2 is in both checkpoints
     record.commit(None)
     for variable in AT_EPOCH:
@@ -31,7 +31,7 @@ def test_damage_before_a_checkpoint_is_found_and_trained_again(tmp_path, name):
         )
 
 
-def test_damage_after_the_commit_is_named_and_can_be_withdrawn(tmp_path):
+def test_damage_after_the_commit_is_named_and_the_trial_withdrawn(tmp_path):
     trial = Folder.of(tmp_path)
     checkpointed(tmp_path).commit(None)
     commit = trial.read_json("COMMIT.json")
@@ -48,7 +48,7 @@ def test_damage_after_the_commit_is_named_and_can_be_withdrawn(tmp_path):
     withdraw(trial)
     assert trial.read_json("COMMIT.json") is None
     assert trial.read_json("withdrawn/0001.json") == commit
-    epoch, record = go_on(tmp_path)  # no checkpoint is left that all of the record agrees with
+    epoch, record = resume(tmp_path)  # every checkpoint has a damaged epoch
     assert epoch == -1
     record.commit(None)
     assert list(find_damage(trial, trial.read_json("COMMIT.json"), LAYOUT)) == []
@@ -58,7 +58,7 @@ def test_damage_after_the_commit_is_named_and_can_be_withdrawn(tmp_path):
     assert not (tmp_path / "record.zarr").exists()
 
 
-def test_the_records_digest_follows_its_samples_alone():
+def test_the_record_digest_depends_on_importance_and_nll_only():
     commit = {"digests": {"importance": ["1"], "nll": ["2"], "parameters": ["3"]}}
     other = {"digests": {"importance": ["1"], "nll": ["2"]}, "seconds": [5]}
     assert record_digest(commit) == record_digest(other)

@@ -14,7 +14,7 @@ from sampimp.store.zarr_arrays import zarr_store
 
 @pytest.fixture
 def linked(tmp_path):
-    """A root that is reached by a link, a folder beside it, and a trial in it."""
+    """A root reached through a link, with a trial in it and a folder outside."""
     (tmp_path / "disk" / "study" / "trial" / "deep").mkdir(parents=True)
     (tmp_path / "disk" / "study" / "other").mkdir()
     (tmp_path / "outside").mkdir()
@@ -25,11 +25,11 @@ def linked(tmp_path):
 
 
 OUTSIDE = ("../../../outside", "../../../outside/precious", "../../../outside/new")
-"""From a trial: a folder, a file, and nothing yet."""
+"""Targets relative to a trial: a folder, a file, and a path that does not exist."""
 
 
 @pytest.mark.parametrize("target", OUTSIDE)
-def test_a_link_that_leads_out_is_refused_with_its_path(linked, tmp_path, target):
+def test_a_link_out_of_the_root_is_refused_with_its_path(linked, tmp_path, target):
     link = tmp_path / "study" / "trial" / "link"
     link.symlink_to(target)
     trial = linked / "trial"
@@ -59,7 +59,7 @@ def test_a_link_that_leads_out_is_refused_with_its_path(linked, tmp_path, target
     assert linked.size() == 2
 
 
-def test_zarr_follows_no_link_that_leads_out(linked, tmp_path):
+def test_zarr_follows_no_link_out_of_the_root(linked, tmp_path):
     write_source(linked / "made.zarr", oracles.make_source())
     for name in ("train_labels", "train_values/c/0"):
         place = tmp_path / "study" / "made.zarr" / name
@@ -76,7 +76,7 @@ def test_zarr_follows_no_link_that_leads_out(linked, tmp_path):
     assert read_source(linked / "made.zarr") is not None
 
 
-def test_a_link_that_stays_inside_is_deleted_and_not_followed(linked, tmp_path):
+def test_deleting_a_link_inside_the_root_keeps_its_target(linked, tmp_path):
     study = tmp_path / "study"
     trial = linked / "trial"
     for name, target in (("folder", "../other"), ("file", "../other/kept"), ("loop", "..")):
@@ -100,7 +100,7 @@ def test_a_link_that_stays_inside_is_deleted_and_not_followed(linked, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../outside", "trial/../../outside"])
-def test_a_name_that_leads_out_is_refused(linked, name):
+def test_a_name_with_dots_out_of_the_root_is_refused(linked, name):
     for use in (lambda: linked.read_bytes(f"{name}/precious"), lambda: (linked / name).remove()):
         with pytest.raises(StoreError, match="leads out"):
             use()

@@ -30,11 +30,11 @@ def test_a_folder_holds_bytes_and_json(tmp_path):
     assert Folder.of(tmp_path).folders() == ["a"]
 
 
-def test_what_is_there_is_not_created_again(tmp_path):
+def test_an_existing_object_is_not_created_again(tmp_path):
     folder = Folder.of(tmp_path / "new") / "trial"
     assert folder.create_json("owner.json", {"attempt": "a"})
     assert not folder.create_json("owner.json", {"attempt": "b"})
-    assert folder.create_json("owner.json", {"attempt": "a"})  # asked again by the same caller
+    assert folder.create_json("owner.json", {"attempt": "a"})  # repeated by the same caller
     assert folder.read_json("owner.json") == {"attempt": "a"}
     folder.write_json("owner.json", {"attempt": "c"})
     assert not folder.create_json("owner.json", {"attempt": "a"})
@@ -42,7 +42,7 @@ def test_what_is_there_is_not_created_again(tmp_path):
     assert [path.name for path in (tmp_path / "new" / "trial").iterdir()] == ["owner.json"]
 
 
-def test_of_several_threads_that_create_an_object_one_does(tmp_path):
+def test_one_of_several_threads_creates_an_object(tmp_path):
     folder, start = Folder.of(tmp_path), threading.Barrier(8)
 
     def race(number):
@@ -66,7 +66,7 @@ print(*(r for r in range(200) if folder.create_bytes(f"round-{r}", me)))
 """
 
 
-def test_of_several_processes_that_create_an_object_one_does(tmp_path):
+def test_one_of_several_processes_creates_an_object(tmp_path):
     folder = Folder.of(tmp_path / "new")
     racers = [
         subprocess.Popen(
@@ -87,7 +87,7 @@ def test_of_several_processes_that_create_an_object_one_does(tmp_path):
         assert folder.read_bytes(f"round-{r}") == b"%d" % winner
 
 
-def test_paths_are_made_absolute_at_once(tmp_path, monkeypatch):
+def test_relative_paths_become_absolute_on_construction(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Folder.of("study/")
     assert folder == Folder.of(tmp_path / "study") == Folder.of(folder)
@@ -114,13 +114,13 @@ def test_damaged_json_is_refused(tmp_path):
         Folder.of(tmp_path).read_json("study.json")
 
 
-def test_what_can_be_written_is_left_clean(tmp_path):
+def test_the_write_test_leaves_no_file(tmp_path):
     Folder.of(tmp_path / "new").check_writable()
     assert list((tmp_path / "new").iterdir()) == []
 
 
 @pytest.mark.parametrize("below", ["", "study"])
-def test_a_file_in_the_way_is_refused_and_left(tmp_path, below):
+def test_a_file_in_place_of_a_folder_is_refused_and_kept(tmp_path, below):
     file = tmp_path / "results"
     file.write_text("precious")
     for use in (Folder.check_writable, lambda folder: folder.write_bytes("x", b"1")):

@@ -30,11 +30,11 @@ def commit_of(planned, diverged_epoch=None, digests=("1", "2")):
 
 
 def reference_of(plan, key):
-    (found,) = (t for t in plan.resolve({}) if t.label == f"{key}-shuffle-seed1")
-    return found
+    (reference,) = (t for t in plan.resolve({}) if t.label == f"{key}-shuffle-seed1")
+    return reference
 
 
-def test_every_strategy_seed_and_data_set_is_a_trial_and_references_come_first():
+def test_trials_cover_the_grid_and_references_come_first():
     trials = make_plan().trials()
     names = [(t.dataset, t.strategy, t.seed) for t in trials]
     assert len(names) == len(set(names)) == 2 * 8
@@ -62,9 +62,9 @@ def test_sorted_strategies_wait_for_the_reference_of_their_own_data_set():
     waiting = {label for label, t in resolved.items() if t.trial_id is None}
     assert waiting == {"b-nlo-seed1", "b-nlo-seed2", "b-sim-seed3"}
     assert all(resolved[label].fingerprint is None for label in waiting)
-    sorted_one = resolved["a-nlo-seed2"]
-    assert sorted_one.reference_id == reference.trial_id
-    assert sorted_one.fingerprint == sorted_one.config.fingerprint(
+    sorted_trial = resolved["a-nlo-seed2"]
+    assert sorted_trial.reference_id == reference.trial_id
+    assert sorted_trial.fingerprint == sorted_trial.config.fingerprint(
         plan.code, plan.datasets["a"].digest, record_digest(commit)
     )
     assert resolved["a-rand-seed1"].reference_id is None
@@ -74,7 +74,7 @@ def test_sorted_strategies_wait_for_the_reference_of_their_own_data_set():
             assert trial.trial_id == f"{trial.label}-{trial.fingerprint[:8]}"
 
 
-def test_what_the_reference_found_is_part_of_the_identity():
+def test_the_results_of_the_reference_are_part_of_the_fingerprint():
     plan = make_plan()
     reference = reference_of(plan, "a")
 
@@ -82,12 +82,13 @@ def test_what_the_reference_found_is_part_of_the_identity():
         resolved = plan.resolve({reference.trial_id: commit})
         return {t.label: t.fingerprint for t in resolved if t.config.dataset == "a"}
 
-    one, other = fingerprints(commit_of(reference)), fingerprints(commit_of(reference, digests="9"))
-    changed = {label for label in one if one[label] != other[label]}
+    first = fingerprints(commit_of(reference))
+    second = fingerprints(commit_of(reference, digests="9"))
+    changed = {label for label in first if first[label] != second[label]}
     assert changed == {"a-nlo-seed1", "a-nlo-seed2", "a-sim-seed3"}
 
 
-def test_a_diverged_reference_is_no_reference():
+def test_a_diverged_reference_is_not_sorted_by():
     plan = make_plan()
     reference = reference_of(plan, "a")
     resolved = plan.resolve({reference.trial_id: commit_of(reference, diverged_epoch=2)})
@@ -120,12 +121,12 @@ CHANGES = {
 }
 
 
-def test_the_changes_below_are_all_settings():
+def test_changes_cover_every_setting():
     assert set(CHANGES) == {field.name for field in dataclasses.fields(TrainingConfig)}
 
 
 def test_the_papers_trials_keep_their_fingerprint():
-    # As it was before there were other models and optimizers: their records are still theirs.
+    # The value before other models and optimizers existed: stored records still match.
     trial = TrialConfig(
         dataset="mnist", strategy="rand", seed=1, order_seed=0, training=TrainingConfig()
     )
@@ -141,15 +142,15 @@ def test_every_setting_changes_the_fingerprint(name):
         training = TrainingConfig(**changes)
         return TrialConfig(dataset="a", strategy="rand", seed=1, order_seed=0, training=training)
 
-    one, other = trial(), trial(**{name: CHANGES[name]})
-    assert one.fingerprint("1", "2", None) != other.fingerprint("1", "2", None)
-    assert one.fingerprint("1", "2", None) == trial().fingerprint("1", "2", None)
+    default, changed = trial(), trial(**{name: CHANGES[name]})
+    assert default.fingerprint("1", "2", None) != changed.fingerprint("1", "2", None)
+    assert default.fingerprint("1", "2", None) == trial().fingerprint("1", "2", None)
 
 
 @pytest.mark.parametrize(
     "change", [{"dataset": "b"}, {"strategy": "nlo"}, {"seed": 2}, {"order_seed": 1}]
 )
-def test_what_a_trial_is_changes_the_fingerprint(change):
+def test_data_set_strategy_and_seeds_change_the_fingerprint(change):
     trial = oracles.trial_config()
     other = dataclasses.replace(trial, **change)
     assert trial.fingerprint("1", "2", None) != other.fingerprint("1", "2", None)
@@ -173,26 +174,26 @@ NETWORK = NetworkIdentity(
 
 
 def with_network(plan, network):
-    """Return the plan of a network of one's own."""
+    """Return the plan for a user's own network."""
     training = dataclasses.replace(plan.training, model="nets:make")
     infos = {key: dataclasses.replace(info, network=network) for key, info in plan.datasets.items()}
     return dataclasses.replace(plan, training=training, datasets=infos)
 
 
-def test_source_and_parameters_of_a_network_of_ones_own_are_part_of_the_identity():
+def test_source_and_parameters_of_a_users_network_change_the_fingerprint():
     def fingerprints(network):
         trials = with_network(make_plan({"rand": (1, 2)}), network).resolve({})
         return [trial.fingerprint for trial in trials]
 
     first = fingerprints(NETWORK)
-    # What differs between processors is not.
+    # Initial values and outputs differ between processors, and are no part of it.
     assert first == fingerprints(dataclasses.replace(NETWORK, initial=(), outputs=()))
     assert not set(first) & set(fingerprints(dataclasses.replace(NETWORK, source="1" * 64)))
     assert not set(first) & set(fingerprints(dataclasses.replace(NETWORK, parameters=())))
     assert not set(first) & set(fingerprints(None))
 
 
-def test_the_network_that_was_noted_first_stays():
+def test_the_network_recorded_first_is_kept():
     nearly = dataclasses.replace(NETWORK, outputs=((1.0, 2.0, 3.0001),))
     mine, theirs = (with_network(make_plan(), network) for network in (NETWORK, nearly))
     assert mine.joined(theirs, "OUT") == mine
@@ -212,7 +213,7 @@ def test_joining_adds_seeds_strategies_and_data_sets():
     joined = mine.joined(theirs, "OUT")
     assert joined.grid == {"shuffle": (1, 2), "rand": (1, 2, 5), "nlm": (1,)}
     assert list(joined.datasets) == ["a", "b"]
-    # What was planned before is still the same trial.
+    # The trials planned before keep their fingerprints.
     before = {t.fingerprint for t in mine.resolve({})}
     assert before <= {t.fingerprint for t in joined.resolve({})}
     assert joined.joined(mine, "OUT") == joined

@@ -43,7 +43,7 @@ def test_a_record_round_trips(tmp_path):
         assert np.isnan(array.fill_value)
 
 
-def test_what_is_not_written_yet_is_nan(tmp_path):
+def test_epochs_not_yet_written_are_nan(tmp_path):
     record, records = make_record(tmp_path), make_records()
     assert all(np.isnan(array[:]).all() for array in read_raw(tmp_path).values())
     for epoch_record in records[:2]:
@@ -54,7 +54,7 @@ def test_what_is_not_written_yet_is_nan(tmp_path):
         assert np.isnan(array[done:]).all()
 
 
-def test_only_some_states_may_be_stored(tmp_path):
+def test_states_can_be_stored_at_some_epochs_only(tmp_path):
     layout = replace(LAYOUT, states=(0, 2, 3))
     record, records = make_record(tmp_path, layout), make_records(layout)
     for epoch_record in records:
@@ -71,7 +71,7 @@ def test_without_states_there_are_no_parameters(tmp_path):
     assert set(read_raw(tmp_path)) == {*AT_EPOCH, *CURVES}
 
 
-# Alignment: one write is whole chunks that no other write touches.
+# Alignment: one write covers whole chunks that no other write touches.
 some_sizes = st.fixed_dictionaries(
     {
         "epoch": st.integers(1, 60),
@@ -96,7 +96,7 @@ def test_a_chunk_is_one_epoch_and_not_too_large(sizes, name):
     assert chunk[-1] <= sizes[dims[-1]]
     values = int(np.prod(chunk))
     assert values <= 2**20
-    if chunk[-1] < sizes[dims[-1]]:  # split, and no more than has to be
+    if chunk[-1] < sizes[dims[-1]]:  # split into as few chunks as possible
         assert values + np.prod(chunk[:-1]) > 2**20
 
 
@@ -144,7 +144,7 @@ def test_one_write_touches_whole_chunks_of_its_own(
         check_equal(folder, make_records(layout))
         record.commit(None)
         commit = json.loads((folder / "COMMIT.json").read_text())
-        for name in (*AT_EPOCH, "parameters"):  # as a reader has it, whole and in part
+        for name in (*AT_EPOCH, "parameters"):  # as a reader gets it, whole and in part
             stored = StoredVariable.of(Folder.of(folder), name, layout, commit)
             for position, epoch_record in enumerate(make_records(layout)[name != "parameters" :]):
                 values, columns = epoch_record.arrays[name], slice(samples // 3, parameters)
@@ -204,7 +204,7 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path):
     assert make_record(tmp_path).newest_checkpoint() == (3, b"state 3")
 
 
-def test_epochs_are_ordered_as_numbers(tmp_path):
+def test_checkpoints_are_ordered_by_epoch_number(tmp_path):
     record = make_record(tmp_path)
     for epoch in (9, 10, 99, 100):
         record.checkpoint(epoch, b"state %d" % epoch)
@@ -234,18 +234,18 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_checkpoint_that_does_not_verify_falls_back_to_the_one_before(tmp_path, name):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, name):
     checkpointed(tmp_path)
     DAMAGES[name](tmp_path / "checkpoints" / "epoch-000003-attempt-0001")
     again = make_record(tmp_path)
     assert again.newest_checkpoint() == (2, b"state 2")
-    assert len(again.history.seconds) == 2  # the history is that of the same checkpoint
+    assert len(again.history.seconds) == 2  # the history is of the same checkpoint
     DAMAGES[name](tmp_path / "checkpoints" / "epoch-000002-attempt-0001")
     assert make_record(tmp_path).newest_checkpoint() is None
 
 
 # Commits.
-def test_a_trial_counts_once_it_is_committed(tmp_path):
+def test_a_trial_is_visible_once_it_is_committed(tmp_path):
     trial = tmp_path / "trials" / "one"
     record = checkpointed(trial)
     assert read_commits(Folder.of(tmp_path)) == {}
@@ -266,7 +266,7 @@ def test_a_trial_counts_once_it_is_committed(tmp_path):
         assert commit["curves"][name] == raw[name].tolist()
 
 
-def test_a_diverged_trial_keeps_what_it_has(tmp_path):
+def test_a_diverged_trial_keeps_its_epochs(tmp_path):
     record, records = make_record(tmp_path), make_records()
     for epoch_record in records[:3]:
         record.write(epoch_record)

@@ -9,7 +9,7 @@ from sampimp.errors import StoreError
 from sampimp.store.datasets import write_source
 from sampimp.store.location import Folder
 
-# What AWS answers to a wrong secret key holds the request, its session token included.
+# The answer of AWS to a wrong secret key repeats the request, session token included.
 REFUSAL = (
     "<Error><Code>SignatureDoesNotMatch</Code><Message>They differ.</Message>"
     "<CanonicalRequest>x-amz-security-token:token-of-the-tests</CanonicalRequest></Error>"
@@ -26,7 +26,7 @@ REFUSAL = (
         (405, "token-of-the-tests", ("a request that the server accepts", "status 405")),
     ],
 )
-def test_an_answer_is_told_without_its_secrets(bucket, monkeypatch, status, body, words):
+def test_errors_quote_the_answer_without_its_secrets(bucket, monkeypatch, status, body, words):
     monkeypatch.setenv("AWS_SESSION_TOKEN", "token-of-the-tests")
     bucket.answers = [(status, body)]
     folder = Folder.of("s3://bucket/study")
@@ -36,7 +36,7 @@ def test_an_answer_is_told_without_its_secrets(bucket, monkeypatch, status, body
         *uses,
         lambda folder: folder.create_bytes("x", b"1"),
         lambda folder: folder.read_json("x"),
-        lambda folder: write_source(folder, source),  # by Zarr
+        lambda folder: write_source(folder, source),  # through Zarr
     ):
         with pytest.raises(StoreError) as caught:
             use(folder)

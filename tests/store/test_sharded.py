@@ -1,4 +1,4 @@
-"""A consolidated store: the cube's values and words, whole or not to be opened."""
+"""A consolidated store has the cube's values and attributes; an incomplete one cannot be opened."""
 
 import numpy as np
 import oracles
@@ -41,14 +41,14 @@ def study(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Chunks of 5 or so samples, several of them in a shard, several blocks of one shard."""
+    """Chunks of about 5 samples, several chunks in a shard, and several blocks of one shard."""
     monkeypatch.setattr(sampimp.store.sharded, "CHUNK_BYTES", 200)
     monkeypatch.setattr(sampimp.store.sharded, "SHARD_BYTES", 400)
     monkeypatch.setattr(sampimp.store.sharded, "WRITE_BLOCK_BYTES", 400)
 
 
 @pytest.mark.usefixtures("small")
-def test_it_is_the_cube(study, tmp_path):
+def test_it_equals_the_cube(study, tmp_path):
     (store,) = consolidate(study, tmp_path)
     assert store.path == str(tmp_path / "one.zarr")
     cube, found = sampimp.open_cube(study)["one"].to_dataset(), xr.open_zarr(store.path)
@@ -58,7 +58,7 @@ def test_it_is_the_cube(study, tmp_path):
         assert found[name].dims == cube[name].dims
         assert found[name].attrs == cube[name].attrs
         np.testing.assert_array_equal(found[name], cube[name])  # NaN where there is no trial
-        if cube[name].dtype.kind == "U":  # text of no fixed length, as Zarr 3 has it
+        if cube[name].dtype.kind == "U":  # Zarr 3 has text of variable length
             assert isinstance(
                 zarr.open_array(store.path, path=name).metadata.data_type, VariableText
             )
@@ -67,20 +67,20 @@ def test_it_is_the_cube(study, tmp_path):
     assert found["importance"].sel(strategy="nlo", seed=2).isnull().all()
     assert found.attrs["learning_rate"] == 0.3
     assert found.attrs["digest"] == cube.attrs["digest"]
-    assert str(study) not in str(found.attrs)  # it is for others to read
+    assert str(study) not in str(found.attrs)  # for other readers, without a path of this machine
     array = zarr.open_array(tmp_path / "one.zarr" / "importance", mode="r")
     assert array.chunks == (1, 1, 3, 3, 5)
     assert array.shards == (1, 1, 3, 3, 10)
 
 
-def test_the_same_records_are_not_written_again(study, tmp_path):
+def test_a_store_of_the_same_records_is_not_rewritten(study, tmp_path):
     assert all(store.written for store in consolidate(study, tmp_path))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert not any(store.written for store in consolidate(study, tmp_path))
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
 
 
-def test_one_that_was_interrupted_cannot_be_opened_and_is_begun_again(study, tmp_path):
+def test_an_interrupted_store_cannot_be_opened_and_is_rewritten(study, tmp_path):
     consolidate(study, tmp_path)
     whole = xr.open_zarr(tmp_path / "one.zarr").load()
 
@@ -97,18 +97,18 @@ def test_one_that_was_interrupted_cannot_be_opened_and_is_begun_again(study, tmp
     xr.testing.assert_identical(xr.open_zarr(tmp_path / "one.zarr").load(), whole)
 
 
-def test_one_that_was_interrupted_at_once_is_begun_again(study, tmp_path, monkeypatch):
+def test_a_store_interrupted_at_the_start_is_rewritten(study, tmp_path, monkeypatch):
     def interrupt(folder, name):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "delete", interrupt)  # zarr.json is there, and the values are not
+        patch.setattr(Folder, "delete", interrupt)  # zarr.json exists, the values do not
         with pytest.raises(KeyboardInterrupt):
             consolidate(study, tmp_path)
     assert [store.written for store in consolidate(study, tmp_path)] == [True]
 
 
-def test_a_value_that_is_not_what_was_written_is_found(study, tmp_path):
+def test_a_value_changed_after_writing_is_an_error(study, tmp_path):
     def damage(words):
         if words == "one: comparing nll":
             array = zarr.open_array(tmp_path / "one.zarr" / "nll", mode="r+")
@@ -119,7 +119,7 @@ def test_a_value_that_is_not_what_was_written_is_found(study, tmp_path):
     assert not (tmp_path / "one.zarr" / "zarr.json").exists()
 
 
-def test_something_else_in_its_place_is_refused_and_left(study, tmp_path):
+def test_other_content_in_its_place_is_refused_and_kept(study, tmp_path):
     mine = xr.Dataset({"importance": ("sample", np.arange(3.0))})
     mine.to_zarr(tmp_path / "one.zarr", consolidated=False)
     with pytest.raises(StoreError, match="nothing there was touched"):
@@ -135,7 +135,7 @@ def test_something_else_in_its_place_is_refused_and_left(study, tmp_path):
     assert notes.read_text() == "mine"
 
 
-def test_an_unfinished_study_is_refused_and_says_what_is_missing(tmp_path):
+def test_an_unfinished_study_is_refused_with_its_missing_trials(tmp_path):
     two = oracles.make_source(samples=15, classes=2, shape=(6,), seed=1, name="two")
     folder, plan, sources = make_study(tmp_path, two=two)
     oracles.run_trials(folder, plan, sources, commit=lambda trial: trial.label != "two-nlo-seed3")
@@ -154,7 +154,7 @@ def test_a_damaged_record_is_an_error_and_no_store(tmp_path):
     assert not (tmp_path / "consolidated" / "one.zarr" / "zarr.json").exists()
 
 
-def test_more_seeds_are_written_anew(tmp_path):
+def test_added_seeds_rewrite_the_store(tmp_path):
     folder, plan, sources = make_study(tmp_path)
     oracles.run_trials(folder, plan, sources)
     (first,) = consolidate(folder)

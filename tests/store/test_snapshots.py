@@ -30,13 +30,13 @@ def test_snapshots_are_written_beside_a_finished_record(tmp_path):
         stored_snapshots(Folder.of(tmp_path), LAYOUT, {"1": digests}).read(0)
 
 
-def test_two_workers_may_begin_the_snapshots_of_a_trial(tmp_path, monkeypatch):
+def test_workers_may_begin_the_snapshots_of_a_trial_together(tmp_path, monkeypatch):
     values = np.random.default_rng(1).random((2, 2, 10), dtype=np.float32)
     write_snapshot(Folder.of(tmp_path), LAYOUT, 1, values[0])
-    # The second one looked for the array before the first had made it.
+    # The second worker looked for the array before the first had made it.
     monkeypatch.setattr(zarr.Group, "__contains__", lambda group, name: False)
     write_snapshot(Folder.of(tmp_path), LAYOUT, 3, values[1])
-    # And the third one for the group.
+    # The third worker looked for the group too early.
     open_group, modes = zarr.open_group, []
 
     def too_late(store, *, mode, **options):

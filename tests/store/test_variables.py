@@ -15,7 +15,7 @@ def test_difficulty_is_the_final_nll_or_tau(tmp_path):
     nll = read_difficulty(Folder.of(tmp_path), "final_nll", LAYOUT)
     np.testing.assert_array_equal(nll, records[-1].arrays["nll"].astype(np.float64))
     tau = read_difficulty(Folder.of(tmp_path), "overall_importance", LAYOUT)
-    # tau: over layers and over epochs
+    # tau: the sum over layers and epochs
     beta = np.array([r.arrays["importance"] for r in records[1:]], np.float64)
     np.testing.assert_allclose(tau, beta.sum((0, 1)), rtol=1e-12)
     assert nll.dtype == tau.dtype == np.float64
