@@ -1,11 +1,11 @@
-"""The end of a command: its exit code, and no traceback whenever Ctrl-C comes.
+"""Run a command to its exit code, without a traceback whenever Ctrl-C is pressed.
 
-Ray, Python's threads and others have work left when a command is done: they wait for threads and
-processes to end. Ctrl-C there would raise in whatever runs just then, and print a traceback over
-what the command has said. So from its exit code on, a process does not listen to Ctrl-C any more;
-and pressed twice, it is heard once.
+After a command has returned, Ray and Python wait for threads and processes to end. Ctrl-C at that
+moment would raise in whatever code runs just then, and print a traceback below the output of the
+command. So a process ignores Ctrl-C once its exit code is known, and ignores a second Ctrl-C
+shortly after the first.
 
-Map: `run_door`.
+Map: `run_door`, `INTERRUPTED`.
 """
 
 import signal
@@ -16,21 +16,21 @@ from types import FrameType
 from typing import NoReturn
 
 INTERRUPTED = "Interrupted. What is committed is kept; the same command continues."
-"""What an interrupted command says."""
+"""Message of an interrupted command."""
 
 PAUSE = 5.0
-"""Seconds after Ctrl-C in which another one is not heard: a study ends within two (arbitrary)."""
+"""Seconds after Ctrl-C in which another one is ignored: a study ends within two (arbitrary)."""
 
 
 def run_door(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command with this process's arguments, and end the process with its exit code.
+    """Run a command with the arguments of this process; end the process with its exit code.
 
     Parameters
     ----------
     main
-        From arguments to the exit code; it answers KeyboardInterrupt itself.
+        From arguments to the exit code; it handles KeyboardInterrupt itself.
     """
-    # A process that was started in the background ignores Ctrl-C, and goes on to do so.
+    # A process that was started in the background ignores Ctrl-C, and continues to.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _Interrupt())
     try:
@@ -38,23 +38,24 @@ def run_door(main: Callable[[list[str]], int]) -> NoReturn:
             code = main(sys.argv[1:])
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except KeyboardInterrupt:  # before `main` could answer it, or after
+    except KeyboardInterrupt:  # outside of the part of `main` that handles it
         print(INTERRUPTED, file=sys.stderr)
         code = 130
     sys.exit(code)
 
 
 class _Interrupt:
-    """Raise KeyboardInterrupt at Ctrl-C, unless another one was heard a moment ago.
+    """Raises KeyboardInterrupt at Ctrl-C, unless it did so less than `PAUSE` seconds ago.
 
-    Not never again: code that cannot pass an exception on may have swallowed the first.
+    A later Ctrl-C counts again: code that cannot propagate an exception, such as a destructor, may
+    have swallowed the first.
     """
 
     def __init__(self) -> None:
-        self._heard = -PAUSE
+        self._last = -PAUSE
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if now - self._heard >= PAUSE:
-            self._heard = now
+        if now - self._last >= PAUSE:
+            self._last = now
             raise KeyboardInterrupt

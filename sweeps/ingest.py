@@ -1,18 +1,19 @@
-"""Reading a data set once, for a whole study, on all machines.
+"""Read a data set once for a whole study, decoding images on all machines.
 
-Folders of images are decoded in parallel by Ray Data; everything else is one small file that
-`sampimp.data.load_source` reads. Ray Data keeps no order, so every row carries its sample's
-permanent index and is placed by it: the result has the same bytes as `load_source`.
+Ray Data decodes folders of images in parallel; `sampimp.data.load_source` reads all other data
+sets, which are a few files. Ray Data does not preserve order, so each row carries the permanent
+index of its sample and is stored at that index: the result has the same bytes as `load_source`.
 
-An image that cannot be used comes back as a row too. An error raised inside a task would reach the
-driver as a subclass of `RayTaskError`, its message a traceback, after a line in the log, and the
-block that fails first would win; as a row, the first bad image in order is reported, in the very
-words of `load_source`.
+An image that cannot be decoded is returned as a row with the error. An error raised inside a task
+would reach the driver as a subclass of `RayTaskError`, with a traceback as its message, after a
+line in the log, and the block that fails first would decide which error it is. As a row, the error
+of the first bad image in order is raised, with the message of `load_source`.
 
-Measured on 2 cores, files cached: the 60,000 JPEGs of CIFAR-10 take 11 s, of which the start of the
-workers is 4 s (threads in one process: 5 s; Ray pays where many machines decode).
+Measured on 2 cores, files cached: the 60,000 JPEGs of CIFAR-10 take 11 s, 4 s of them for the start
+of the workers (threads in one process: 5 s; Ray is faster where many machines decode).
 
-Map: `ingest` (the door), `decode_block` (what a worker does), `quiet_ray_data` (its terminal).
+Map: `ingest`; `decode_block`, the function of a Ray worker; `quiet_ray_data`, which silences Ray
+Data.
 """
 
 import contextlib
@@ -43,16 +44,16 @@ def ingest(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Source:
-    """Return a data set as stored, decoded in parallel if it is a folder of images.
+    """Return a data set as it is stored, decoded in parallel if it is a folder of images.
 
-    Ray must be running. Every machine must see the folder under the same path.
+    Ray must be running, and every machine must see the folder under the same path.
 
     Parameters
     ----------
     name, data_dir
         As in `sampimp.data.load_source`.
     progress
-        Called with the number of images decoded so far and of all images.
+        Called with the number of images decoded so far, and the number of all images.
 
     Raises
     ------
@@ -70,7 +71,7 @@ def _decode_with_ray(images: ImageList, progress: Callable[[int, int], None] | N
     """Return the decoded images, uint8 [N, C, H, W], in the order of their paths."""
     shape, blocks = image_blocks(images)
     paths = images.paths
-    # One table per block: Ray Data makes one task of each and cuts or copies nothing.
+    # One table per block: Ray Data makes one task of each, without splitting or copying it.
     tables = [
         pa.table({"sample": np.arange(block.start, block.stop), "path": paths[block]})
         for block in blocks
@@ -97,7 +98,7 @@ def _decode_with_ray(images: ImageList, progress: Callable[[int, int], None] | N
 def decode_block(
     batch: dict[str, np.ndarray], shape: tuple[int, int, int]
 ) -> dict[str, np.ndarray]:
-    """Return the images of a block of paths; if one is bad, the first one's error in the first row.
+    """Return the images of a block of paths; the first row has the error of the first bad image.
 
     Parameters
     ----------
@@ -109,8 +110,8 @@ def decode_block(
     Returns
     -------
     dict
-        `sample` as given, `image` uint8 [N, C, H, W], `error` [N]: the four parts of a `DataError`
-        as JSON, or "".
+        `sample` as in `batch`, `image` uint8 [N, C, H, W], and `error` [N]: the four parts of a
+        `DataError` as JSON, or "".
     """
     images = np.zeros((len(batch["path"]), *shape), dtype=np.uint8)
     errors = np.full(len(images), "", dtype=object)
@@ -123,10 +124,10 @@ def decode_block(
 
 @contextlib.contextmanager
 def quiet_ray_data() -> Iterator[None]:
-    """Silence Ray Data's progress bars and its notes below warnings, for a while."""
+    """Silence Ray Data's progress bars, and its log messages below warnings, inside the block."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
-    # The second logger warns that the progress bars are off.
+    # Messages of the second logger warn that the progress bars are off.
     levels = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
     before = {name: logging.getLogger(name).level for name in levels}
     try:

@@ -1,19 +1,23 @@
-"""A study sent from a laptop to a cluster of `ray up`: a Ray job that lives on without the laptop.
+"""Send a study from a laptop to a cluster of `ray up`, as a Ray job that survives the laptop.
 
-The laptop only runs `ray exec`, so that ssh is the one way in, and what it runs on the head is this
-module: there, next to the dashboard and its secret, the job is submitted or found, and its log
-followed. Whatever becomes of the connection, the job does not notice.
+The laptop runs `ray exec`, so that ssh is the only connection, and `ray exec` runs this module on
+the head. There, where the dashboard and its secret are, `main` submits the job, or finds it, and
+prints its log. The job does not depend on the connection.
 
-    laptop   full_study.py --cluster YAML ...: send -> ray exec YAML "python -m sampimp.sweeps.jobs
-    ..."
-    head     main -> JobSubmissionClient -> full_study.py ..., a job
+    laptop   full_study.py --cluster YAML ... calls `send`, which runs
+             ray exec YAML "python -m sampimp.sweeps.jobs ..."
+    head     `main` submits the job full_study.py ... through JobSubmissionClient
+
+Map: `send`, `check_sendable` (laptop); `main`, `choose` (head).
 """
 
 import asyncio
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,8 +32,8 @@ if TYPE_CHECKING:
 
     from sampimp.sweeps.options import StudyConfig
 
-SPEECH = "sampimp-job"
-"""First word of the lines that the head says to the laptop, among those of ssh and of the job."""
+MARK = "sampimp-job"
+"""First word of the lines from `main` to `send`, among the lines of ssh and of the job."""
 
 
 def send(config: "StudyConfig", arguments: Sequence[str], console: Console) -> int:
@@ -38,28 +42,28 @@ def send(config: "StudyConfig", arguments: Sequence[str], console: Console) -> i
     Parameters
     ----------
     config
-        What `arguments` mean.
+        The options of the study.
     arguments
-        The command line of `full_study.py`.
+        The command line of `full_study.py` that they come from.
     console
-        Where to show the job's log.
+        Where the job's log is printed.
 
     Raises
     ------
     ConfigError
-        An option names something of this machine that the cluster cannot see.
+        An option names a path of this machine that the cluster cannot see.
     ResourceError
         The cluster does not take the job.
     """
     check_sendable(config)
     cluster = str(config.cluster)
     remote = shlex.join(["python", "-m", "sampimp.sweeps.jobs", *without_cluster(arguments)])
-    ray_exec = [sys.executable, "-m", "ray.scripts.scripts", "exec", cluster]
+    ray_exec = [_ray_program(), "exec", cluster]
     job = code = None
-    chatter = []
+    output = []
     with subprocess.Popen(
         [*ray_exec, remote],
-        stdin=subprocess.DEVNULL,  # else ssh takes the keys, Ctrl-C among them, to the head
+        stdin=subprocess.DEVNULL,  # else ssh sends key presses, Ctrl-C among them, to the head
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -69,9 +73,9 @@ def send(config: "StudyConfig", arguments: Sequence[str], console: Console) -> i
         try:
             for line in process.stdout:
                 words = line.split()
-                if words[:1] != [SPEECH]:
+                if words[:1] != [MARK]:
                     if job is None:
-                        chatter.append(line.strip())
+                        output.append(line.strip())
                     else:
                         console.print(line.rstrip(), markup=False, highlight=False)
                 elif words[1] == "ended":
@@ -86,7 +90,7 @@ def send(config: "StudyConfig", arguments: Sequence[str], console: Console) -> i
     if job is None:
         raise ResourceError(
             expected="a cluster that takes the study as a job",
-            got=_last_words(chatter),
+            got=_last_words(output),
             where=cluster,
             todo=f"start it, or bring it up to date with this checkout: ray up {cluster}",
         )
@@ -95,7 +99,7 @@ def send(config: "StudyConfig", arguments: Sequence[str], console: Console) -> i
         stop = shlex.join(["ray", "exec", cluster, f"ray job stop {job}"])
         console.print(
             f"{lost}; the study goes on as job {job}.\n"
-            f"Come back: the same command. Stop it: {stop}",
+            f"To attach to it: the same command. Stop it: {stop}",
             highlight=False,
         )
         return 130
@@ -103,7 +107,7 @@ def send(config: "StudyConfig", arguments: Sequence[str], console: Console) -> i
 
 
 def check_sendable(config: "StudyConfig") -> None:
-    """Raise ConfigError for what means nothing, or something else, on a cluster."""
+    """Raise ConfigError for an option that has no meaning, or another one, on a cluster."""
     if not Path(str(config.cluster)).is_file():
         raise ConfigError(
             expected="the YAML file of a cluster",
@@ -152,30 +156,35 @@ def without_cluster(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
+def _ray_program() -> str:
+    """Return the command `ray` of this environment, else that of PATH."""
+    return shutil.which("ray", path=sysconfig.get_path("scripts")) or shutil.which("ray") or "ray"
+
+
 def _introduce(words: Sequence[str], cluster: str) -> str:
     if words[1] == "sent":
-        said = f"The study runs as job {words[2]} on {cluster}."
+        message = f"The study runs as job {words[2]} on {cluster}."
     elif words[1] == "found":
-        said = f"The study runs already, as job {words[2]} on {cluster}; its log from the start:"
+        message = f"The study runs already, as job {words[2]} on {cluster}; its log from the start:"
     else:
-        said = (
+        message = (
             f"The study runs already, as job {words[2]} on {cluster}, with OTHER OPTIONS than "
             "these, which are not used; its log from the start:"
         )
-    return f"{said} Ctrl-C leaves it running."
+    return f"{message} Ctrl-C leaves it running."
 
 
-def _last_words(chatter: Sequence[str]) -> str:
-    # ssh's own command line, which Ray repeats when a command fails, tells a person nothing.
-    said = [line for line in chatter if line and not line.startswith(("ssh ", "Error: Command"))]
-    return said[-1] if said else "no answer"
+def _last_words(output: Sequence[str]) -> str:
+    # ssh's own command line, which Ray repeats when a command fails, does not help a user.
+    lines = [line for line in output if line and not line.startswith(("ssh ", "Error: Command"))]
+    return lines[-1] if lines else "no answer"
 
 
-# ------------------------------------------------------------------------------ on the head
+# On the head.
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Submit a study to the Ray that runs here, or find it running, and print its log."""
+    """Submit a study to the Ray cluster of this machine, or find it there; print its log."""
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     from sampimp.sweeps.options import parse
@@ -185,25 +194,25 @@ def main(arguments: Sequence[str]) -> int:
     entrypoint = shlex.join([sys.executable, "-u", "-m", "sampimp.sweeps.full_study", *arguments])
     job, running, next_id = choose(client.list_jobs(), study)
     if job is None:
-        # A second laptop that asks at the same moment gets the same id and is refused.
+        # A second laptop at the same moment uses the same id, and Ray refuses it.
         job = client.submit_job(
             entrypoint=entrypoint, submission_id=next_id, metadata={"study": study}
         )
-        print(SPEECH, "sent", job, flush=True)
+        print(MARK, "sent", job, flush=True)
     else:
-        print(SPEECH, "found" if running == entrypoint else "differs", job, flush=True)
+        print(MARK, "found" if running == entrypoint else "differs", job, flush=True)
     asyncio.run(_print_log(client.tail_job_logs(job)))
     details = client.get_job_info(job)
     code = 0 if details.status == JobStatus.SUCCEEDED else details.driver_exit_code
-    if code is None:  # it was stopped, or its head was lost: the log says nothing of that
+    if code is None:  # the job was stopped, or its head was lost; the log does not show it
         print(details.message)
         code = 1
-    print(SPEECH, "ended", code, flush=True)
-    return 0  # what went wrong is said; Ray would print all of ssh's command line
+    print(MARK, "ended", code, flush=True)
+    return 0  # the error is printed already; Ray would print the command line of ssh as well
 
 
 def choose(jobs: Iterable["JobDetails"], study: str) -> tuple[str | None, str | None, str]:
-    """Return the job and command that train a study now, if any, and the id of its next job.
+    """Return the running job of a study and its command, or None, and the id of the next job.
 
     Two drivers of one study at a time would train every trial twice.
     """

@@ -1,4 +1,9 @@
-"""What a person sees while a study runs: how far it is, what runs, what failed, how long yet."""
+"""The display while a study runs: counts, running trials, failures and the time left.
+
+On a terminal it is a live display of a few lines; elsewhere, a line now and then.
+
+Map: `Progress`, a callback of Ray Tune; `format_clock`.
+"""
 
 import time
 from collections import Counter
@@ -20,24 +25,24 @@ from sampimp.errors import UserError
 from sampimp.store.plan import PlannedTrial
 
 LINE_EVERY = 30.0
-"""Seconds between two lines where the output is no terminal, so that a log stays short."""
+"""Seconds between two lines if the output is no terminal (arbitrary; a log stays short)."""
 
 
 class Progress(Callback):
-    """A live display fed by Ray Tune; plain lines where the output is no terminal.
+    """Displays the progress of a study, from the callbacks of Ray Tune.
 
     Parameters
     ----------
     trials
-        The plan, resolved.
+        The plan, matched with the commits in the store.
     epochs
-        Epochs of a trial.
+        Number of epochs of a trial.
     slots
-        Trials that run at a time.
+        Number of trials that run at a time.
     given_up
-        The labels of the trials that are not tried again; the searcher adds to them.
+        Labels of the trials that are not tried again; the searcher adds to them.
     console
-        Where to show it.
+        Where the display is printed.
     """
 
     def __init__(
@@ -75,17 +80,17 @@ class Progress(Callback):
             self._console.print(self._line(), highlight=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this terminal: Tune pickles its callbacks."""
+        """Leave out the terminal: Tune pickles its callbacks."""
         return {**vars(self), "_live": None, "_console": None}
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """Note that Tune started a trial."""
+        """Count a trial as running."""
         self._set(trial.config["label"], "running")
 
     def on_trial_result(
         self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Note that a trial finished an epoch."""
+        """Count an epoch, and a trial that is done."""
         label = trial.config["label"]
         self._epoch[label] = result["epoch"]
         if result.get("superseded"):
@@ -98,7 +103,7 @@ class Progress(Callback):
         self._print_now_and_then()
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """Say that a trial failed and why, and whether it is tried again."""
+        """Print why a trial failed, and whether it is tried again."""
         label = trial.config["label"]
         given_up = label in self._given_up
         self._set(label, "failed" if given_up else "waiting")
@@ -135,12 +140,12 @@ class Progress(Callback):
             self._console.print(self._line(), highlight=False)
 
     def _render(self) -> Group:
-        whole = self._total * self._epochs
+        planned = self._total * self._epochs
         finished = sum(self._epoch.values())
         head = Table.grid(padding=(0, 2))
         head.add_row(
-            ProgressBar(total=whole, completed=finished, width=32),
-            f"{finished:,} of {whole:,} epochs",
+            ProgressBar(total=planned, completed=finished, width=32),
+            f"{finished:,} of {planned:,} epochs",
             format_clock(time.monotonic() - self._start),
             self._time_left(),
         )
@@ -150,7 +155,7 @@ class Progress(Callback):
             if state == "running"
         ]
         shown = ", ".join(running[:4]) + (f" and {len(running) - 4} more" if running[4:] else "")
-        body = Table.grid()  # wraps, where a Text on a console that does not (soft_wrap) is cut off
+        body = Table.grid()  # wraps; a Text is cut off on a console with soft_wrap
         body.add_row(Text(self._counts()))
         body.add_row(Text(f"running: {shown}", style="dim"))
         return Group(head, body)
@@ -180,7 +185,7 @@ def _waiting_state(trial: PlannedTrial) -> str:
 def _reason(trial: Any) -> str:
     """Return in one line why a trial failed.
 
-    Tune's own `get_error` and `get_pickled_error` look where the error is copied to later.
+    Tune's `get_error` and `get_pickled_error` read a place to which the error is copied later.
     """
     if trial.pickled_error_file is None:
         return "its process did not start"

@@ -1,4 +1,7 @@
-"""Where a number comes from: the versions and the machine behind a trial."""
+"""Provenance of a trial: library versions, git commit and hardware.
+
+Map: `describe_machine`, `git_commit`.
+"""
 
 import os
 import platform

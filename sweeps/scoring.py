@@ -1,8 +1,12 @@
-"""Snapshot importance: every sample at the fixed parameters of the end of an epoch.
+"""Snapshot importance of a study: every sample at the fixed parameters of an epoch's end.
 
-A Ray Data job over the stored parameters: each row names one epoch of one trial, `map_batches`
-scores all samples there and writes them, one writer for each whole chunk. It needs nothing but the
-store, so it can be asked for long after a study is done. What is scored is not scored again.
+A Ray Data job over the stored parameters. Each of its rows names one epoch of one trial;
+`map_batches` computes the importance of all samples there and writes it, each chunk by one writer.
+The job reads the store alone, so that it can run long after the study is done. Epochs that have
+snapshot importance are skipped.
+
+Map: `score_snapshots`; `check_model` and `check_epochs`, before it begins; `score_rows`, the
+function of a Ray worker.
 """
 
 import io
@@ -42,32 +46,32 @@ def score_snapshots(
     cpus: float = 1,
     gpus: float = 0,
 ) -> int:
-    """Score every so many epochs of every committed trial that stored their parameters.
+    """Compute the snapshot importance of every N-th epoch of every committed trial.
 
     Parameters
     ----------
     out
-        The study.
+        The study's folder or s3:// URL.
     every
-        Epochs between two snapshots.
+        N: the number of epochs between two snapshots.
     console
         Where progress is shown.
     model
-        The study's network; needed where that is `package.module:function`, which is code to run.
+        The study's network; required if it is `package.module:function`, which is code to run.
     cpus, gpus
-        What scoring one epoch takes at a time.
+        CPUs and GPUs that the samples of one epoch take.
 
     Returns
     -------
     int
-        Epochs scored now, those that were there already not counted.
+        Number of epochs computed now.
 
     Raises
     ------
     StoreError
-        There is no study.
+        There is no study at `out`.
     ConfigError
-        Parameters of these epochs were not stored, or the network is another one or not named.
+        Parameters of these epochs are not stored, or `model` is not the network of the study.
     """
     folder = Folder.of(out)
     plan = require_plan(folder)
@@ -104,10 +108,10 @@ def score_snapshots(
 
 
 def check_model(plan: Plan, model: str | None) -> None:
-    """Raise ConfigError where a study's network is not the one that was named, or is not known.
+    """Raise ConfigError unless the named network is the study's, and the study has its identity.
 
-    A store may be somebody else's, and its `package.module:function` any function at all, which
-    would be imported and called: so a person has to name it as well.
+    A store may come from another person, and its `package.module:function` may be any function,
+    which would be imported and called. So the user has to name the function as well.
     """
     name = plan.training.model
     if model != name and (model is not None or ":" in name):
@@ -127,13 +131,13 @@ def check_model(plan: Plan, model: str | None) -> None:
 
 
 def check_epochs(plan: Plan, every: int) -> list[int]:
-    """Return the epochs to score, or raise ConfigError if their parameters are not stored."""
+    """Return the epochs of the snapshots, or raise ConfigError if parameters are not stored."""
     if plan.training.optimizer in ("adam", "adamw"):
         raise ConfigError(
-            expected="SGD, whose rate alone makes a gradient an update",
+            expected="SGD, where the learning rate alone turns a gradient into an update",
             got=OPTIMIZERS[plan.training.optimizer],
             where="option --every",
-            todo="use the in-step importance, which knows the optimizer's state",
+            todo="use the in-step importance, which includes the optimizer's state",
         )
     epochs = list(range(every, plan.training.epochs + 1, every)) if every > 0 else []
     lacking = sorted(set(epochs) - set(plan.training.stored_states()))
@@ -167,7 +171,7 @@ def score_rows(
     plan: Mapping[str, Any],
     sources: Mapping[str, "ray.ObjectRef[Source]"],
 ) -> dict[str, np.ndarray]:
-    """Score and write the epochs that a batch of rows names; return the rows with their digests.
+    """Compute and write the snapshots of some epochs; return the rows with their digests.
 
     Parameters
     ----------
@@ -176,7 +180,7 @@ def score_rows(
     out, plan
         The study's store, and its plan as JSON.
     sources
-        Its data sets by key.
+        The study's data sets, by key, as Ray objects.
     """
     study, folder = Plan.from_json(plan), Folder.of(out)
     torch.set_num_threads(study.training.threads)
@@ -187,7 +191,7 @@ def score_rows(
     return {**batch, "digests": np.array(digests)}
 
 
-@lru_cache(maxsize=1)  # Ray keeps the process for the next rows; two data sets may not fit
+@lru_cache(maxsize=1)  # Ray reuses the process for the next rows; two data sets may not fit
 def _scaled(source: "ray.ObjectRef[Source]", scaling: Scaling) -> Dataset:
     return scale_inputs(ray.get(source), scaling)
 
@@ -197,7 +201,7 @@ def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> li
     commit = trial.read_json("COMMIT.json")
     stored = StoredVariable.of(trial, "parameters", layout, commit)
     flat_P = stored.read(layout.states.index(epoch))
-    # By the trial's own seed: a network may have made buffers by it, which are not stored.
+    # With the trial's seed: a network may derive buffers from it, and buffers are not stored.
     model = build_model(
         training.model, info.input_shape, training.hidden, len(info.class_names), commit["seed"]
     )
@@ -217,9 +221,9 @@ def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> li
 
 
 def _require_constant_buffers(model: nn.Module, trial: Folder) -> None:
-    """Raise ConfigError if training has changed buffers: of an epoch, parameters alone are stored.
+    """Raise ConfigError if training has changed buffers, which are not stored for each epoch.
 
-    Those of the last checkpoint are compared with those of the start.
+    The buffers of the last checkpoint are compared with those at the start.
     """
     buffers = dict(model.named_buffers())
     checkpoints = trial / CHECKPOINTS
@@ -237,6 +241,6 @@ def _require_constant_buffers(model: nn.Module, trial: Folder) -> None:
             expected="a network whose buffers stay as they are at the start",
             got=f"others after training: {', '.join(changed[:5])}",
             where=str(trial),
-            todo="use the in-step importance; snapshots are scored at stored parameters, and the "
-            "buffers of each epoch are not stored",
+            todo="use the in-step importance; snapshots are computed from stored parameters, and "
+            "the buffers of each epoch are not stored",
         )

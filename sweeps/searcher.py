@@ -1,12 +1,14 @@
-"""Which trial is next: the plan, minus what is committed, as soon as its reference is there.
+"""Choose the trial that trains next: planned, not committed, its reference run committed.
 
-Ray Tune asks a `Searcher` whenever a machine is free. The trials that wait for no reference are
-handed out first, so that the machines are busy while the reference runs train, and the sorted
-strategies follow when the store says that theirs is committed. One `fit` does the whole study.
+Ray Tune asks a `Searcher` whenever a machine is free. Trials that need no reference run come first,
+so that the machines are busy while the reference runs train. The strategies that sort follow once
+the store has the commit of their reference run. One call of `fit` trains the whole study.
 
-A trial that came to nothing is handed out again, and a new attempt goes on from its newest
-checkpoint. One that failed left a word in the store, and may do so a few times; machines that go
-leave none, and may do so often.
+A trial that ended without a commit is suggested again, and the new attempt continues from its
+newest checkpoint. A trial that failed has written its error into the store; that may happen
+`RETRIES` times. A process or machine that dies writes none; that may happen `RESTARTS` times.
+
+Map: `PlanSearcher`.
 """
 
 from collections import Counter
@@ -21,23 +23,23 @@ from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits
 
 RETRIES = 2
-"""How often a trial that failed of itself is started again in one run of the study (arbitrary)."""
+"""How often a trial that raised an error is started again in one run of the study (arbitrary)."""
 
 RESTARTS = 20
-"""The same for one whose process or machine died: a weekend on spot machines (arbitrary)."""
+"""The same for a trial whose process or machine died: a weekend on spot machines (arbitrary)."""
 
 
 class PlanSearcher(Searcher):
-    """Hand out the trials of a plan that are not in the store yet.
+    """Suggests the trials of a plan that the store does not have.
 
     Parameters
     ----------
     plan
-        The study.
+        The plan of the study.
     folder
-        Its store.
+        The store of the study.
     trials
-        The plan resolved against the store's commits.
+        The plan, matched with the commits in the store.
     """
 
     def __init__(self, plan: Plan, folder: Folder, trials: Sequence[PlannedTrial]) -> None:
@@ -46,13 +48,13 @@ class PlanSearcher(Searcher):
         self._trials = list(trials)
         self._waiting = [i for i, trial in enumerate(trials) if trial.commit is None]
         self._running: dict[str, int] = {}
-        self._errors: dict[int, int] = {}  # words of failure in the store when it was handed out
+        self._errors: dict[int, int] = {}  # errors in the store at its suggestion
         self._failures: Counter[int] = Counter()
         self._deaths: Counter[int] = Counter()
         self.failed: set[str] = set()
-        """Labels of the trials that are given up."""
+        """Labels of the trials that are not tried again."""
         self.superseded_by: str | None = None
-        """A trial that another run of the study has begun as well."""
+        """Label of a trial that another run of the study has begun as well."""
 
     def suggest(self, trial_id: str) -> Any:
         """Return a trial's configuration, None to be asked again, or FINISHED."""
@@ -69,27 +71,28 @@ class PlanSearcher(Searcher):
                     "fingerprint": trial.fingerprint,
                     "reference_id": trial.reference_id,
                 }
-        # Any that runs may set others free, or fail and be handed out again.
+        # A trial that runs may unblock others, or fail and be suggested again.
         return None if self._running else Searcher.FINISHED
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Look which trials a finished run has set free, or what becomes of a failed one."""
+        """Unblock the trials that waited for this one, or suggest it again if it failed."""
         position = self._running.pop(trial_id, None)
         if position is None:
             return
         if error and not self._is_committed(position):
             self._note_failure(position)
         elif result and result.get("superseded"):
-            # Two runs of one study would go on taking each other's trials: the later one has them.
+            # Two runs of one study would take each other's trials without end; the later one
+            # keeps them.
             self.superseded_by = self._trials[position].label
             self._waiting.clear()
         elif self._plan.is_reference(self._trials[position].config):
             self._trials = self._plan.resolve(read_commits(self._folder))
 
     def _note_failure(self, position: int) -> None:
-        """Hand the trial out again, unless it has had its chances."""
+        """Suggest the trial again, unless it has failed or died too often."""
         if self._count_errors(position) > self._errors[position] or not self._is_writable():
             self._failures[position] += 1
         else:
@@ -100,7 +103,7 @@ class PlanSearcher(Searcher):
             self.failed.add(self._trials[position].label)
 
     def _is_writable(self) -> bool:
-        """Return whether a trial that failed could leave a word: not so on a full disk."""
+        """Return whether a failed trial could write its error; on a full disk it could not."""
         try:
             self._folder.check_writable()
         except StoreError:
@@ -108,7 +111,7 @@ class PlanSearcher(Searcher):
         return True
 
     def _is_committed(self, position: int) -> bool:
-        """Return whether a trial is done, which its process may not have lived to say."""
+        """Return whether a trial is committed; its process may have died after the commit."""
         return self._folder_of(position).read_bytes("COMMIT.json") is not None
 
     def _count_errors(self, position: int) -> int:
@@ -118,7 +121,7 @@ class PlanSearcher(Searcher):
         return self._folder / "trials" / str(self._trials[position].trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        """Keep nothing: the store is the truth."""
+        """Do nothing: the store has the state of the study."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Take nothing back: the store is the truth."""
+        """Do nothing: the store has the state of the study."""

@@ -1,17 +1,17 @@
-"""The workers of one trial: the process that Tune started, and those that it leads.
+"""The worker processes of one trial: the process that Tune started, and its helpers.
 
-    Tune reserves a placement group of k bundles, puts the trial into the first
-    the trial puts k - 1 helpers into the others, and all meet in one process group
-    each epoch: every helper trains its share of each batch, in step with the trial
-    the trial alone writes, checkpoints and commits what was gathered
+1. Tune reserves a placement group of k bundles, and starts the trial's process in the first.
+2. The trial starts k - 1 helpers in the other bundles; all k processes form one process group.
+3. In each epoch, every process computes its share of each batch, in step with the others.
+4. The trial's process alone writes, checkpoints and commits the gathered record.
 
-Ray Train is made for this and does not fit here. In 2.60 its trainer reserves a placement group of
-its own beside Tune's: where Tune had reserved the workers' CPUs it waited for them without end, and
-where Tune had not, nothing keeps trials from waiting for each other's. It also starts a controller
-and all workers anew for each trial, where a trial's processes are kept here for the next one.
+Ray Train is made for this, and does not fit. In Ray 2.60 its trainer reserves a placement group in
+addition to Tune's. If Tune had reserved the workers' CPUs, the trainer waited for them without end;
+if Tune had not, trials could wait for each other's CPUs. Ray Train also starts a controller and all
+workers anew for each trial, whereas here the processes of a trial stay for the next one.
 
-Map: `RunMaker` (what every worker does for itself), `Helper` (a worker that is led), `Team` (what
-the trial sees).
+Map: `Team`, used by the trial; `Helper`, a helper's Ray actor; `RunMaker`, which makes the training
+run of one process.
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,23 +39,23 @@ from sampimp.training.strategies import SORT_KEY, Schedule, make_schedule
 Sources = Mapping[str, "ray.ObjectRef[Source]"]
 
 DEATH_NOTICE = 60.0
-"""Seconds to wait for the reason why a worker is gone: Ray takes up to half a minute to miss a
-machine, where its peers see a closed connection at once."""
+"""Seconds to wait for Ray to report a worker's death. Ray takes up to half a minute to notice that
+a machine is gone, while the other workers see a closed connection at once."""
 
 
 class WorkerDiedError(ResourceError):
-    """A worker beside the first is gone, and the trial with it."""
+    """A helper died, so that this attempt at the trial ends."""
 
 
 class RunMaker:
-    """Make the training runs of planned trials, one after the other.
+    """Makes the training runs of planned trials, one after the other.
 
     Parameters
     ----------
     out, plan
         The study's store, and its plan.
     sources
-        Its data sets by key.
+        The study's data sets, by key, as Ray objects.
     """
 
     def __init__(self, out: str, plan: Plan, sources: Sources) -> None:
@@ -68,7 +68,7 @@ class RunMaker:
         checkpoint: tuple[int, bytes] | None,
         workers: ProcessGroup = SINGLE_PROCESS,
     ) -> TrainingRun:
-        """Return the run of the trial that the searcher handed out, at its checkpoint."""
+        """Return the run of the trial that the searcher suggested, restored to its checkpoint."""
         trial = self._plan.trials()[config["position"]]
         schedule = self._schedule(trial, config["reference_id"])
         run = TrainingRun(trial, self._read_data(trial), schedule, process_group=workers)
@@ -81,7 +81,7 @@ class RunMaker:
 
     def _read_data(self, trial: TrialConfig) -> Dataset:
         if self._data is None or self._data[0] != trial.dataset:
-            self._data = None  # before the next one is made: two may not fit
+            self._data = None  # freed first: two data sets may not fit in memory
             source = ray.get(self._sources[trial.dataset])
             scaling = self._plan.training.input_scaling
             self._data = trial.dataset, scale_inputs(source, scaling)
@@ -100,37 +100,37 @@ class RunMaker:
 
 
 class Helper:
-    """One of a trial's workers beside the first, in a process of its own; a Ray actor."""
+    """A Ray actor: one of the workers of a trial, other than the trial's own process."""
 
     def __init__(self, out: str, plan: Plan, sources: Sources) -> None:
         self._maker, self._device = RunMaker(out, plan, sources), plan.training.device
 
     def join(self, store: tuple[str, int], rank: int, size: int) -> None:
-        """Meet the other workers."""
+        """Join the process group of the trial."""
         self._workers = TorchProcessGroup.join(
             store, get_node_ip_address(), rank, size, self._device
         )
 
     def start(self, config: Mapping[str, Any], checkpoint: tuple[int, bytes] | None) -> None:
-        """Get ready for a trial."""
+        """Make the run of a trial."""
         self._run = self._maker.make(config, checkpoint, self._workers)
         self._records = self._run.records()
 
     def advance(self) -> str:
-        """Compute this worker's part of the next record; return the parameters' digest."""
+        """Compute this worker's share of the next record; return the digest of the parameters."""
         next(self._records, None)
         return parameter_digest(self._run)
 
     def release(self) -> None:
-        """Let go of the trial and of its memory."""
+        """Drop the run, and free its memory."""
         del self._run, self._records
         release_memory(self._device)
 
 
 class Team:
-    """All workers of a trial, led by the process that Tune started.
+    """All workers of a trial, as its own process uses them.
 
-    They stay for the next trial, and go with this process, which owns them.
+    The helpers stay for the next trial. They end with this process, which owns them.
 
     Parameters
     ----------
@@ -146,7 +146,7 @@ class Team:
         if size == 1:
             return
         group = get_current_placement_group()
-        assert group is not None  # Tune's
+        assert group is not None  # reserved by Tune
         for rank, bundle in list(enumerate(group.bundle_specs))[1:]:
             self._helpers.append(
                 ray.remote(Helper)
@@ -162,47 +162,48 @@ class Team:
         _results([helper.__ray_ready__.remote() for helper in self._helpers])
         host = get_node_ip_address()
         store = TorchProcessGroup.open(host, size)
-        others = [
+        answers = [
             helper.join.remote((host, store.port), rank, size)
             for rank, helper in enumerate(self._helpers, start=1)
         ]
         self._workers = TorchProcessGroup.join(store, host, 0, size, self._device)
-        _results(others)
+        _results(answers)
 
     def start(self, config: Mapping[str, Any], checkpoint: tuple[int, bytes] | None) -> TrainingRun:
-        """Get every worker ready for a trial; return the run of this one."""
-        others = [helper.start.remote(config, checkpoint) for helper in self._helpers]
+        """Make the run of a trial in every worker; return that of this process."""
+        answers = [helper.start.remote(config, checkpoint) for helper in self._helpers]
         run = self._maker.make(config, checkpoint, self._workers)
-        _results(others)
+        _results(answers)
         return run
 
     def records(self, run: TrainingRun) -> Iterator[EpochRecord]:
-        """Yield the records of this worker's run, which hold the samples of all.
+        """Yield the records of this process's run; they hold the samples of all workers.
 
         Raises
         ------
         WorkerDiedError
-            One of them died.
+            A helper died.
         RecordError
-            The workers' parameters have come apart.
+            The parameters of the workers are no longer equal.
         """
         records = run.records()
         while True:
-            others = [helper.advance.remote() for helper in self._helpers]
+            answers = [helper.advance.remote() for helper in self._helpers]
             try:
                 record = next(records, None)
             except Exception as error:
-                if others:
-                    _raise_cause(others, error)
+                if answers:
+                    _raise_cause(answers, error)
                 raise
             if record is None:
                 return
-            digests = _results(others)
-            own = parameter_digest(run) if digests else None
-            if apart := [rank for rank, other in enumerate(digests, start=1) if other != own]:
+            digests = _results(answers)
+            expected = parameter_digest(run) if digests else None
+            ranks = [rank for rank, other in enumerate(digests, start=1) if other != expected]
+            if ranks:
                 raise RecordError(
                     expected="the same parameters on every worker",
-                    got=f"other ones than the first's on worker {', '.join(map(str, apart))}",
+                    got=f"others than the first worker's on worker {', '.join(map(str, ranks))}",
                     where=f"{run.config.strategy}, seed {run.config.seed}, epoch {record.epoch}",
                     todo="give all workers of a trial one kind of machine, or train with "
                     "--workers-per-trial 1",
@@ -210,10 +211,10 @@ class Team:
             yield record
 
     def release(self) -> None:
-        """Let every worker go of the trial and of its memory; the caller drops its run before.
+        """Drop the runs of all helpers, and free memory; the caller drops its own run before.
 
-        Nobody waits for it: the trial is committed, and a worker that is gone is missed by the
-        next one.
+        The call does not wait: the trial is committed, and if a helper is dead, the next trial
+        notices.
         """
         for helper in self._helpers:
             helper.release.remote()
@@ -226,31 +227,31 @@ def parameter_digest(run: TrainingRun) -> str:
 
 
 def release_memory(device: str) -> None:
-    """Give a GPU's memory back, which other trials on it may need; the process stays."""
+    """Return unused memory of a GPU, which other trials on it may need; the process stays."""
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
-def _results(others: list[Any]) -> list[Any]:
+def _results(answers: list[Any]) -> list[Any]:
     try:
-        return ray.get(others)
+        return ray.get(answers)
     except RayActorError as error:
-        # Not as it is: Tune would take it for the death of the trial's own process.
+        # Tune would take the original error for the death of the trial's own process.
         raise WorkerDiedError(
             expected="every worker of the trial to live",
             got="one whose process or machine died",
             where="the workers beside the first",
-            todo="nothing: the trial goes on from its newest checkpoint",
+            todo="nothing: the trial continues from its newest checkpoint",
         ) from error
 
 
-def _raise_cause(others: list[Any], error: Exception) -> NoReturn:
-    """Raise the death of a worker if that is behind an error, else what a worker says, else it."""
-    ended, _ = ray.wait(others, num_returns=len(others), timeout=DEATH_NOTICE)
+def _raise_cause(answers: list[Any], error: Exception) -> NoReturn:
+    """Re-raise the root cause: a helper's death, then a helper's exception, then `error`."""
+    ended, _ = ray.wait(answers, num_returns=len(answers), timeout=DEATH_NOTICE)
     causes: list[Exception] = []
-    for other in ended:
+    for answer in ended:
         try:
-            _results([other])
+            _results([answer])
         except Exception as cause:
             causes.append(cause)
     deaths = [cause for cause in causes if isinstance(cause, WorkerDiedError)]

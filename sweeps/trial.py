@@ -1,8 +1,10 @@
-"""One training run as Ray Tune sees it: thin, and resumed from the store alone.
+"""One training run as Ray Tune sees it, resumed from the store alone.
 
-Tune starts, stops and retries it; it never holds its state. Wherever a trial starts, it looks for
-its own newest checkpoint in the study's store and goes on from there; where it fails, it says so
-in the store; and it stops where a newer attempt at the same trial has begun.
+Tune starts and stops a trial, and holds none of its state. A trial that starts on any machine reads
+its newest checkpoint from the study's store and continues from there. If it fails, it writes the
+error into the store. It stops if a newer attempt at the same trial has begun.
+
+Map: `Trial`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,24 +36,25 @@ class Trial(tune.Trainable):
         plan: Mapping[str, Any],
         sources: Sources,
     ) -> None:
-        """Get ready for the trial whose position in the plan is config["position"]."""
+        """Prepare the process; config["position"] is the trial's position in the plan."""
         self._folder = Folder.of(out)
         self._plan = Plan.from_json(plan)
         self._team = Team(out, self._plan, sources)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take another trial in the same process, and do not begin it.
+        """Accept another trial in the same process, without beginning an attempt.
 
-        Tune makes a process for a trial, gives the trial to one that has become free meanwhile, and
-        never asks the first for a step: an attempt begun here would end the one that counts.
+        Tune starts a process for a trial, then gives the trial to a process that has become free
+        meanwhile, and never asks the first for a step. An attempt begun here would end the other
+        process's attempt.
         """
         self._next = new_config
         self._record: TrialRecord | None = None
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train one epoch and return what the progress display shows."""
+        """Train one epoch; return its number and outcome for the progress display."""
         with self._reporting():
             stored = self._record or self._begin(self._next)
             try:
@@ -67,7 +70,8 @@ class Trial(tune.Trainable):
         diverged = record is not None and record.diverged
         if record is not None:
             stored.write(record)
-            # A diverged state is no state to go on from: after a crash here the epoch before is.
+            # Training cannot continue from a diverged state; after a crash here, the run
+            # continues from the epoch before.
             if not diverged:
                 stored.checkpoint(self._run.epoch, self._run.state())
         epoch = self._run.epoch
@@ -79,7 +83,7 @@ class Trial(tune.Trainable):
         return {"epoch": epoch, "diverged": diverged, "done": done}
 
     def _begin(self, config: Mapping[str, Any]) -> TrialRecord:
-        """Begin an attempt: from here on an older one stops."""
+        """Begin an attempt; an older attempt at the same trial stops."""
         trial = self._plan.trials()[config["position"]]
         identity = {
             "dataset": trial.dataset,
@@ -91,7 +95,7 @@ class Trial(tune.Trainable):
         }
         folder = self._folder / "trials" / config["trial_id"]
         stored = TrialRecord(folder, identity, self._plan.layout(trial.dataset))
-        self._record = stored  # a failure has a place to be told now
+        self._record = stored  # a failure can be written from here on
         folder.write_json(
             "trial.json",
             {**identity, "plan": self._plan.to_json()["training"], **describe_machine()},
@@ -102,13 +106,13 @@ class Trial(tune.Trainable):
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
-        """Leave a word in the store of what goes wrong, and let Tune hear of it as well."""
+        """Write an error into the store, and raise it for Tune."""
         try:
             yield
         except WorkerDiedError:
-            raise  # no failure of the trial's own, as little as the death of this process
+            raise  # like the death of this process, not a failure of the trial
         except Exception as error:
             if self._record is not None:
-                with suppress(Exception):  # the store may be what went wrong
+                with suppress(Exception):  # the store may be the cause
                     self._record.fail(error)
             raise

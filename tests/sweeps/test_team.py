@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import ray
-from ray._private.state import actors
+from processes import command_of, descendants
 from rich.console import Console
 
 import sampimp
@@ -33,12 +33,8 @@ TWO = ("--workers-per-trial", "2", "--strategies", "nlo", "--seeds", "1")
 
 
 def helpers() -> list[int]:
-    """Return the processes that help a trial in the tests' Ray."""
-    return [
-        actor["Pid"]
-        for actor in actors().values()
-        if actor["ActorClassName"] == "Helper" and actor["State"] == "ALIVE"
-    ]
+    """Return the processes of the helpers of trials in the Ray cluster of this process."""
+    return [pid for pid, _ in descendants(os.getpid()) if command_of(pid).startswith("ray::Helper")]
 
 
 @pytest.fixture(scope="module")
