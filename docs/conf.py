@@ -137,7 +137,7 @@ def _prepare_docstring(
             is_diagram = block.startswith("    ")
             is_literal = blocks and (blocks[-1].endswith("::") or blocks[-1].startswith("    "))
             if (is_diagram and not is_literal) or ("===" not in block and COLUMNS.search(block)):
-                blocks += ["::", indent(block, "    ")]
+                blocks += [".. code-block:: text", indent(block, "    ")]
             else:
                 blocks.append(block)
         lines[:] = "\n\n".join([*blocks, ""]).split("\n")

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sampimp
 from sampimp.analysis import report
 from sampimp.data import load_source
-from sampimp.sweeps import consolidate, options, score_snapshots, status
+from sampimp.sweeps import command, consolidate, options, score_snapshots, status
 
 ROOT = Path(__file__).parents[2]
 GENERATED = ("docs/_build", "docs/gallery", "docs/api")
@@ -163,6 +163,7 @@ def check_cube(names):
         expected = names["run"].importance.values[..., label == number].sum(-1)
         np.testing.assert_allclose(summed, expected, rtol=1e-5)
     assert names["tau"].shape == (1500,)
+    assert len(names["digit_names"]) == 10
 
 
 def data_names(finished):
@@ -339,10 +340,15 @@ def check_program(words):
     assert not arguments or parses(program, arguments)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_is_parsed_by_its_program(command, monkeypatch):
+def test_every_subcommand_has_a_parser():
+    subcommands = {f"sampimp {name}" for name in command.SUBCOMMANDS}
+    assert subcommands == {program for program in PROGRAMS if program.startswith("sampimp ")}
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_is_parsed_by_its_program(line, monkeypatch):
     monkeypatch.setattr(tyro, "cli", parsed_only(tyro.cli))
-    words = shlex.split(command)
+    words = shlex.split(line)
     if words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
     elif words[0] == "ray":
@@ -357,12 +363,12 @@ def test_a_command_is_parsed_by_its_program(command, monkeypatch):
         check_program(words)
 
 
-@pytest.mark.parametrize("command", CHEAP)
-def test_a_cheap_command_is_run(finished, tmp_path, command, capsys):
-    assert command in COMMANDS
+@pytest.mark.parametrize("line", CHEAP)
+def test_a_cheap_command_is_run(finished, tmp_path, line, capsys):
+    assert line in COMMANDS
     out = tmp_path / "study"
     shutil.copytree(finished, out)
-    _, name, *arguments = [str(out) if word == "OUT" else word for word in shlex.split(command)]
+    _, name, *arguments = [str(out) if word == "OUT" else word for word in shlex.split(line)]
     assert PROGRAMS[f"sampimp {name}"](arguments) == 0
     assert str(out) in capsys.readouterr().out.replace("\n", "")
 
