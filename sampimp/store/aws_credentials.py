@@ -1,13 +1,13 @@
 """Credentials for S3: the AWS_* variables, a profile's keys, or a profile's sign-in by boto3.
 
-obstore reads the AWS_* variables and asks the service of an AWS machine; it does not read the files
-in ~/.aws. `find_credentials` adds them, in this order:
+obstore reads the AWS_* variables and queries the metadata service of an AWS machine; it does not
+read the files in ~/.aws. `find_credentials` adds these files. The order of precedence:
 
 1. AWS_ACCESS_KEY_ID and the other variables that obstore reads itself,
 2. keys that the profile states (`KeyProfile`),
 3. single sign-on, an assumed role or a `credential_process` of the profile (`SignInProfile`), by
    obstore's provider for boto3, where boto3 is installed,
-4. the service of an EC2 machine, which obstore asks itself.
+4. the metadata service of an EC2 machine, which obstore queries itself.
 
 A provider holds the profile's name and its files, never a secret: obstore calls it whenever it
 needs credentials, so that they can be renewed while a study runs, and a pickled store, sent to
@@ -47,8 +47,8 @@ _SIGN_IN_SETTINGS = {
 _KEY_LIFETIME = timedelta(minutes=15)
 """How long keys are used before the file is read again (arbitrary)."""
 _SIGN_IN_LIFETIME = timedelta(minutes=10)
-"""How long botocore's credentials are used before it is asked again. It renews them when less than
-10 minutes are left at the latest (`RefreshableCredentials`), so that they never expire in use."""
+"""How long credentials of botocore are used before botocore is called again. It renews them when
+less than 10 minutes are left (`RefreshableCredentials`), so that they never expire in use."""
 
 
 def first_set(*names: str) -> str:
@@ -165,8 +165,8 @@ def find_credentials(
     """Return the credential provider for a bucket, or None if obstore finds credentials itself.
 
     A sign-in is tried here, so that one that has expired is reported when the bucket is opened.
-    The service of an AWS machine answers on AWS only; elsewhere the request hangs for minutes, so
-    it is left to obstore only where the machine says that it is one of EC2.
+    The metadata service answers on AWS only, and elsewhere a request to it hangs for minutes. So
+    obstore may query it only if the machine's firmware names Amazon EC2 as its vendor.
 
     Parameters
     ----------

@@ -15,7 +15,7 @@ def not_on_aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
         if name.startswith("AWS_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    # botocore asks this address for credentials if a profile has none; nothing answers there.
+    # botocore would ask the service of an EC2 machine for credentials if a profile had none.
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     (tmp_path / ".aws").mkdir()
     is_file = Path.is_file

@@ -29,13 +29,13 @@ def test_a_resumed_trial_commits_the_same_values(tmp_path):
     epoch, again = resume(tmp_path / "cut")
     assert epoch == 2
     again.commit(None)
-    one, other = (
+    uninterrupted, resumed = (
         json.loads((tmp_path / name / "COMMIT.json").read_text()) for name in ("whole", "cut")
     )
-    assert (one.pop("parts"), one.pop("attempt")) == ([[0, "record.zarr"]], 1)
+    assert (uninterrupted.pop("parts"), uninterrupted.pop("attempt")) == ([[0, "record.zarr"]], 1)
     parts = [[0, "record.zarr"], [3, "record-2.zarr"]]
-    assert (other.pop("parts"), other.pop("attempt")) == (parts, 2)
-    assert one == other
+    assert (resumed.pop("parts"), resumed.pop("attempt")) == (parts, 2)
+    assert uninterrupted == resumed
     for name, values in read_whole(tmp_path / "whole").items():
         np.testing.assert_array_equal(read_whole(tmp_path / "cut")[name], values)
         first = 3 if name == "parameters" else 2  # the second attempt wrote state 3 and epoch 3

@@ -93,7 +93,7 @@ print(json.dumps({"Version": 1, "Expiration": end, **keys}))
 
 @pytest.fixture
 def process_profile(bucket, tmp_path, monkeypatch):
-    """Names the profile `process`, whose credentials a program prints; returns its call log."""
+    """Select the profile `process`, whose credentials a program prints; return the log of calls."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_PROFILE", "process")

@@ -98,10 +98,10 @@ def test_ctrl_c_interrupts_waiting_for_a_server(bucket):
 
 def test_an_object_is_created_once_even_if_the_answer_is_lost(bucket):
     folder = Folder.of("s3://bucket/study")
-    there = (412, "<Error><Code>PreconditionFailed</Code></Error>")
-    bucket.answers = [(None, ""), there, (200, "mine")]
+    exists = (412, "<Error><Code>PreconditionFailed</Code></Error>")
+    bucket.answers = [(None, ""), exists, (200, "mine")]
     assert folder.create_bytes("owner", b"mine")
-    bucket.answers = [(None, ""), there, (200, "another's")]
+    bucket.answers = [(None, ""), exists, (200, "another's")]
     assert not folder.create_bytes("owner", b"mine")
     # Two writers at the same time: S3 answers 409 to one, and may have stored neither object.
     conflict = (409, "<Error><Code>ConditionalRequestConflict</Code></Error>")

@@ -56,7 +56,7 @@ def test_a_growing_study_opens_at_any_time_with_trials_nan_or_complete(tmp_path)
     plan = oracles.make_plan(sources, {"shuffle": (1, 2), "nlo": (1, 2), "sim": (1,)})
     model = oracles.start_study(tmp_path / "model", plan, sources)
     done = oracles.run_trials(model, plan, sources)
-    folder, seen = Folder.of(tmp_path / "growing"), set()
+    folder, complete = Folder.of(tmp_path / "growing"), set()
     with ThreadPoolExecutor(1) as pool:
         writer = pool.submit(grow, folder, plan, sources, done)
         finished = False
@@ -65,15 +65,15 @@ def test_a_growing_study_opens_at_any_time_with_trials_nan_or_complete(tmp_path)
             try:
                 node = sampimp.open_cube(folder)["one"].compute()
             except StoreError:  # there is no study before study.json
-                assert not seen
+                assert not complete
                 continue
             for strategy, seed in itertools.product(node["strategy"].values, (1, 2)):
                 cell, label = node.sel(strategy=strategy, seed=seed), f"one-{strategy}-seed{seed}"
                 if not cell["trial"].item():
-                    assert label not in seen
+                    assert label not in complete
                     assert all(cell[name].isnull().all() for name in ("importance", "parameters"))
                     continue
-                seen.add(label)
+                complete.add(label)
                 start, *epochs = done[label]
                 for name in ("importance", "nll", "batch", *CURVES):
                     expected = [record.arrays[name] for record in epochs]
@@ -81,7 +81,7 @@ def test_a_growing_study_opens_at_any_time_with_trials_nan_or_complete(tmp_path)
                 expected = [record.arrays["parameters"] for record in (start, *epochs)]
                 np.testing.assert_array_equal(cell["parameters"], expected)
         writer.result()
-    assert seen == set(done)
+    assert complete == set(done)
 
 
 def test_a_trial_committed_later_appears_when_the_study_is_opened_again(tmp_path):

@@ -195,9 +195,9 @@ def test_source_and_parameters_of_a_users_network_change_the_fingerprint():
 
 def test_the_network_recorded_first_is_kept():
     nearly = dataclasses.replace(NETWORK, outputs=((1.0, 2.0, 3.0001),))
-    mine, theirs = (with_network(make_plan(), network) for network in (NETWORK, nearly))
-    assert mine.joined(theirs, "OUT") == mine
-    assert Plan.from_json(json.loads(json.dumps(mine.to_json()))) == mine
+    stored, requested = (with_network(make_plan(), network) for network in (NETWORK, nearly))
+    assert stored.joined(requested, "OUT") == stored
+    assert Plan.from_json(json.loads(json.dumps(stored.to_json()))) == stored
 
 
 def test_json_round_trip():
@@ -208,26 +208,26 @@ def test_json_round_trip():
 
 
 def test_joining_adds_seeds_strategies_and_data_sets():
-    mine = make_plan({"shuffle": (1, 2), "rand": (1, 2)}, keys="a")
-    theirs = make_plan({"nlm": (1,), "rand": (5, 2)}, keys="ab")
-    joined = mine.joined(theirs, "OUT")
+    stored = make_plan({"shuffle": (1, 2), "rand": (1, 2)}, keys="a")
+    requested = make_plan({"nlm": (1,), "rand": (5, 2)}, keys="ab")
+    joined = stored.joined(requested, "OUT")
     assert joined.grid == {"shuffle": (1, 2), "rand": (1, 2, 5), "nlm": (1,)}
     assert list(joined.datasets) == ["a", "b"]
     # The trials planned before keep their fingerprints.
-    before = {t.fingerprint for t in mine.resolve({})}
+    before = {t.fingerprint for t in stored.resolve({})}
     assert before <= {t.fingerprint for t in joined.resolve({})}
-    assert joined.joined(mine, "OUT") == joined
+    assert joined.joined(stored, "OUT") == joined
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_joining_another_configuration_is_refused_with_what_differs(name):
-    mine, theirs = make_plan(), make_plan(**{name: CHANGES[name]})
+    stored, requested = make_plan(), make_plan(**{name: CHANGES[name]})
     if name == "hidden":
-        theirs = dataclasses.replace(theirs, datasets=mine.datasets)
+        requested = dataclasses.replace(requested, datasets=stored.datasets)
     with pytest.raises(ConfigError) as caught:
-        mine.joined(theirs, "the study")
+        stored.joined(requested, "the study")
     assert caught.value.got == (
-        f"{name} {getattr(mine.training, name)!r} (asked for: {CHANGES[name]!r})"
+        f"{name} {getattr(stored.training, name)!r} (asked for: {CHANGES[name]!r})"
     )
     assert caught.value.where == "the study"
 
@@ -248,9 +248,9 @@ def test_joining_another_order_or_code_is_refused(change, named):
 def test_joining_a_data_set_of_other_values_is_refused():
     plan = make_plan()
     other = dataclasses.replace(plan.datasets["b"], digest="f" * 64)
-    theirs = dataclasses.replace(plan, datasets=plan.datasets | {"b": other})
+    requested = dataclasses.replace(plan, datasets=plan.datasets | {"b": other})
     with pytest.raises(ConfigError, match=r"Got data set b '.*' \(asked for: 'f{12}'\)\n"):
-        plan.joined(theirs, "OUT")
+        plan.joined(requested, "OUT")
 
 
 def test_read_plan_and_commits(tmp_path):

@@ -51,23 +51,25 @@ def small(monkeypatch):
 def test_it_equals_the_cube(study, tmp_path):
     (store,) = consolidate(study, tmp_path)
     assert store.path == str(tmp_path / "one.zarr")
-    cube, found = sampimp.open_cube(study)["one"].to_dataset(), xr.open_zarr(store.path)
-    assert set(found.variables) == set(cube.variables) >= {"snapshot_importance", "image", "label"}
-    assert set(found.coords) == set(cube.coords)
+    cube, written = sampimp.open_cube(study)["one"].to_dataset(), xr.open_zarr(store.path)
+    assert (
+        set(written.variables) == set(cube.variables) >= {"snapshot_importance", "image", "label"}
+    )
+    assert set(written.coords) == set(cube.coords)
     for name in cube.variables:
-        assert found[name].dims == cube[name].dims
-        assert found[name].attrs == cube[name].attrs
-        np.testing.assert_array_equal(found[name], cube[name])  # NaN where there is no trial
+        assert written[name].dims == cube[name].dims
+        assert written[name].attrs == cube[name].attrs
+        np.testing.assert_array_equal(written[name], cube[name])  # NaN where there is no trial
         if cube[name].dtype.kind == "U":  # Zarr 3 has text of variable length
             assert isinstance(
                 zarr.open_array(store.path, path=name).metadata.data_type, VariableText
             )
         else:
-            assert found[name].dtype == cube[name].dtype
-    assert found["importance"].sel(strategy="nlo", seed=2).isnull().all()
-    assert found.attrs["learning_rate"] == 0.3
-    assert found.attrs["digest"] == cube.attrs["digest"]
-    assert str(study) not in str(found.attrs)  # for other readers, without a path of this machine
+            assert written[name].dtype == cube[name].dtype
+    assert written["importance"].sel(strategy="nlo", seed=2).isnull().all()
+    assert written.attrs["learning_rate"] == 0.3
+    assert written.attrs["digest"] == cube.attrs["digest"]
+    assert str(study) not in str(written.attrs)  # for other readers, without a path of this machine
     array = zarr.open_array(tmp_path / "one.zarr" / "importance", mode="r")
     assert array.chunks == (1, 1, 3, 3, 5)
     assert array.shards == (1, 1, 3, 3, 10)
@@ -120,12 +122,12 @@ def test_a_value_changed_after_writing_is_an_error(study, tmp_path):
 
 
 def test_other_content_in_its_place_is_refused_and_kept(study, tmp_path):
-    mine = xr.Dataset({"importance": ("sample", np.arange(3.0))})
-    mine.to_zarr(tmp_path / "one.zarr", consolidated=False)
+    other = xr.Dataset({"importance": ("sample", np.arange(3.0))})
+    other.to_zarr(tmp_path / "one.zarr", consolidated=False)
     with pytest.raises(StoreError, match="nothing there was touched"):
         consolidate(study, tmp_path)
     xr.testing.assert_identical(
-        xr.open_zarr(tmp_path / "one.zarr", consolidated=False).load(), mine
+        xr.open_zarr(tmp_path / "one.zarr", consolidated=False).load(), other
     )
     notes = tmp_path / "other" / "one.zarr" / "notes.txt"
     notes.parent.mkdir(parents=True)
