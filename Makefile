@@ -78,7 +78,7 @@ gpu:
 	PYTHONPATH="$$site:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu.py $(GPU_OPTIONS)
 
 clean:
-	rm -rf $(VENV) docs/_build docs/auto_examples docs/api/generated .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) docs/_build docs/gallery docs/api/generated .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is touched once pip is installed; `venv` repairs an environment that was interrupted.

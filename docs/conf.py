@@ -94,6 +94,7 @@ html_static_path = ["_static"]
 templates_path = ["_templates"]
 html_css_files = ["sampimp.css"]
 html_show_sourcelink = False
+html_sidebars = {"index": [], "start": []}  # pages without a section
 html_theme_options = {
     "show_toc_level": 2,
     "navigation_with_keys": False,
