@@ -1,4 +1,4 @@
-"""The three ways to the norm of a kernel's gradient, against autograd, in every geometry."""
+"""The three ways to compute the norm of a kernel's gradient, against autograd."""
 
 import math
 
@@ -14,15 +14,15 @@ from sampimp.importance.rules.registry import RULES
 
 WAYS = {
     "pixels": -math.inf,
-    "others": math.inf,
+    "gradient or patches": math.inf,
     "by count": convolution.ADDITION,
 }
-"""What an addition costs."""
+"""The value of `ADDITION` that forces each way."""
 
 
 @st.composite
 def geometries(draw):
-    """Return a convolution, its images and its kernel."""
+    """Draw a convolution, images, a kernel and options."""
     torch.manual_seed(1)
     axes = draw(st.integers(1, 3))
 
@@ -51,7 +51,7 @@ def geometries(draw):
 @pytest.mark.parametrize("way", WAYS)
 @settings(deadline=None)
 @given(geometry=geometries())
-def test_each_way_finds_the_norm_that_autograd_does(way, geometry):
+def test_each_way_gives_the_norm_of_autograd(way, geometry):
     function, images, weight, options = geometry
     try:
         output = function(images, weight, None, **options)
@@ -61,10 +61,10 @@ def test_each_way_finds_the_norm_that_autograd_does(way, geometry):
     weight.requires_grad_()
     expected = torch.stack(
         [
-            torch.autograd.grad((function(one[None], weight, None, **options) * own).sum(), weight)[
-                0
-            ]
-            for one, own in zip(images, delta, strict=True)
+            torch.autograd.grad(
+                (function(image[None], weight, None, **options) * delta_1).sum(), weight
+            )[0]
+            for image, delta_1 in zip(images, delta, strict=True)
         ]
     )
     batch = Batch(len(images), 0, lambda _: True)
@@ -81,8 +81,8 @@ def test_each_way_finds_the_norm_that_autograd_does(way, geometry):
         torch.testing.assert_close(reversed_squares, squares[order], rtol=1e-9, atol=1e-9)
 
 
-def test_the_way_goes_by_count(monkeypatch):
-    """Of 3 x 3 on 4 x 4, pixels are cheapest; a kernel that skips 7 of 8 leaves most of them out.
+def test_the_cheapest_way_is_taken(monkeypatch):
+    """For 3 x 3 on 4 x 4 and many channels, pixels are cheapest; with a stride of 8, patches.
 
     4 x 4, 8 channels:     16^2 (8 + 8 + 12 * 9) = 31,744; patches 16^2 (8 + 72) = 20,480;
                            gradient 16 * 8 * 72 = 9,216

@@ -23,16 +23,16 @@ from sampimp.importance.update import Diagonal
 SIZE = st.integers(1, 5)
 
 
-class Given(DerivativeRule):
+class NotedRule(DerivativeRule):
     def after(self, step):
         return step.noted
 
 
 def diagonal(values):
-    """D with these values, of which a parameter of two or more rows has parts."""
+    """Return a `Diagonal` with these values of D."""
     step = ParameterStep(values, Workspace())
     step.noted = values
-    return Diagonal(Given(), step)
+    return Diagonal(NotedRule(), step)
 
 
 @st.composite
@@ -72,7 +72,7 @@ def uses(draw):
         outers(samples=n, groups=1, outputs=o, inputs=i),
         tables(samples=n, rows=o, entries=i),
         outers(samples=n, groups=1, outputs=o, inputs=i).map(
-            lambda one: (Explicit(one[1]), one[1])
+            lambda case: (Explicit(case[1]), case[1])
         ),
     ]
     parts = draw(st.lists(st.one_of(kinds), min_size=1, max_size=3))
@@ -83,7 +83,7 @@ def uses(draw):
 @given(
     st.one_of(outers(), products(), tables(), uses()), st.sampled_from([1, 5, 2**18]), st.booleans()
 )
-def test_every_form_says_what_the_gradients_say(case, block, whole):
+def test_every_form_equals_the_gradients(case, block, whole):
     factor, want = case
     values = torch.randn(want.shape[1:], dtype=want.dtype)
     derivative = diagonal(values)
@@ -103,7 +103,7 @@ def test_every_form_says_what_the_gradients_say(case, block, whole):
     torch.testing.assert_close(got, (values * want).square().sum((1, 2)))
 
 
-def test_uses_of_one_form_stay_in_it():
+def test_uses_of_one_form_are_merged_into_it():
     outer = Outer(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 5), (4, 5))
     product = Product(Explicit(torch.ones(2, 4)), Explicit(torch.ones(2, 5)))
     table = EmbeddingRows(torch.ones(2, 1, 5), torch.zeros(2, 1, dtype=torch.long), (4, 5))
@@ -114,14 +114,14 @@ def test_uses_of_one_form_stay_in_it():
     assert isinstance(mixed, Total)
     assert mixed.square().tolist() == pytest.approx(
         [5 * 4 + 15 * 1] * 2
-    )  # row 0 is 2, three rows are 1
+    )  # the entries of row 0 are 2, those of three rows 1
 
 
 @pytest.mark.parametrize(
     ("positions", "outputs", "inputs"), [(2, 6, 7), (3, 6, 7), (20, 6, 7), (130, 300, 280)]
 )
 def test_the_gram_matrices_and_the_gradients_agree(positions, outputs, inputs, monkeypatch):
-    """Gram where T (O + I) < O I, of 130 positions in three parts; the gradients for 20."""
+    """Gram matrices where T (O + I) < O I, for 130 positions in three parts; gradients for 20."""
     torch.manual_seed(1)
     left = torch.randn(4, positions, 2, outputs).double()
     right = torch.randn(4, positions, 2, inputs).double()
@@ -134,7 +134,7 @@ def test_the_gram_matrices_and_the_gradients_agree(positions, outputs, inputs, m
         outer.square()
 
 
-def test_gradients_are_held_a_few_at_a_time(monkeypatch):
+def test_gradients_are_formed_for_a_few_samples_at_a_time(monkeypatch):
     torch.manual_seed(1)
     outer = Outer(torch.randn(5, 9, 1, 3), torch.randn(5, 9, 1, 4), (3, 4))
     want = outer.weighted(diagonal(torch.ones(3, 4)))
@@ -145,22 +145,24 @@ def test_gradients_are_held_a_few_at_a_time(monkeypatch):
         Outer, "gradient", lambda self, part: held.append(g := gradient(self, part)) or g
     )
     torch.testing.assert_close(outer.weighted(diagonal(torch.ones(3, 4))), want)
-    assert [len(one) for one in held] == [2, 2, 1]
+    assert [len(chunk) for chunk in held] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_squares_of_half_precision_are_in_the_range_of_float32(dtype):
+def test_squares_of_half_precision_are_computed_in_float32(dtype):
     left, right = (torch.full((2, 3, 1, 4), 2**-10, dtype=dtype) for _ in range(2))
     outer = Outer(left, right, (4, 4))
     product = Product(Explicit(left[:, 0, 0]), Explicit(right[:, 0, 0]))
     explicit = Explicit(torch.full((2, 3), 2**9, dtype=dtype))
     rows = EmbeddingRows(left[:, :, 0], torch.zeros(2, 3, dtype=torch.long), (5, 4))
-    one = diagonal(torch.ones(4, 4, dtype=dtype))
-    assert outer.square().tolist() == [16 * (3 * 2**-20) ** 2] * 2  # float16 ends at 2^-24
-    assert outer.weighted(one).tolist() == [16 * (3 * 2**-20) ** 2] * 2
+    unit = diagonal(torch.ones(4, 4, dtype=dtype))
+    assert (
+        outer.square().tolist() == [16 * (3 * 2**-20) ** 2] * 2
+    )  # smallest positive float16: 2^-24
+    assert outer.weighted(unit).tolist() == [16 * (3 * 2**-20) ** 2] * 2
     assert product.square().tolist() == pytest.approx([16 * 2**-40] * 2)
-    assert product.weighted(one).tolist() == [16 * 2**-40] * 2
-    assert explicit.square().tolist() == pytest.approx([3 * 2**18] * 2)  # and at 2^16
+    assert product.weighted(unit).tolist() == [16 * 2**-40] * 2
+    assert explicit.square().tolist() == pytest.approx([3 * 2**18] * 2)  # largest: 2^16
     assert explicit.weighted(diagonal(torch.ones(3, dtype=dtype))).tolist() == [3 * 2**18] * 2
     assert rows.square().tolist() == pytest.approx([4 * (3 * 2**-10) ** 2] * 2)
 
