@@ -168,7 +168,7 @@ class Outer:
     shape: Sequence[int]
     """Shape of the parameter: (G O, I) reshaped."""
     left_gram: Callable[[], Tensor] | None = None
-    """Returns `gram_matrix(left)`, if a second factor needs it as well."""
+    """Returns `gram_of_positions(left)`, if a second factor needs it as well."""
 
     def square(self) -> Tensor:
         """See `Factor`.
@@ -181,7 +181,9 @@ class Outer:
         positions, outputs, inputs = left.shape[1], left.shape[3], right.shape[3]
         if self.left_gram is not None:
             if positions * (outputs / 2 + inputs) < outputs * inputs:
-                return gram_matrix(right).mul_(self.left_gram()).flatten(1).sum(1).clamp_min_(0)
+                return (
+                    gram_of_positions(right).mul_(self.left_gram()).flatten(1).sum(1).clamp_min_(0)
+                )
         elif positions * (outputs + inputs) < outputs * inputs:
             left, right = left.transpose(1, 2), right.transpose(1, 2)  # (N, G, T, K)
             square = left.new_zeros(len(left))
@@ -410,7 +412,7 @@ def gather_rows(values: Tensor, rows_NT: Tensor) -> Tensor:
     return gathered.masked_fill(missing.reshape(*missing.shape, *[1] * (values.dim() - 1)), 0)
 
 
-def gram_matrix(values: Tensor) -> Tensor:
+def gram_of_positions(values: Tensor) -> Tensor:
     """Return the inner products of all positions of values (N, T, G, K), shape (N, G, T, T)."""
     rows = at_least_float32(values).transpose(1, 2)
     return rows @ rows.transpose(2, 3)

@@ -33,7 +33,7 @@ from sampimp.importance.gradients import (
     Explicit,
     Outer,
     gather_rows,
-    gram_matrix,
+    gram_of_positions,
     samples_at_once,
 )
 from sampimp.importance.rules.batch import Batch, Factors, require_samples
@@ -163,14 +163,14 @@ class Convolution:
     def _square_by_pixels(self) -> Tensor:
         """Return the squared norms, from the products of pixels."""
         positions, sizes = self.window.positions, self.images.shape[3:]
-        pixels = gram_matrix(self.images.flatten(3).permute(0, 3, 1, 2))  # (N, G, P, P)
+        pixels = gram_of_positions(self.images.flatten(3).permute(0, 3, 1, 2))  # (N, G, P, P)
         pixels = pixels.reshape(*pixels.shape[:2], *sizes, *sizes)
         patches = pixels.new_zeros(*pixels.shape[:2], *positions, *positions)
         for met, places in self.window.offsets(sizes):
             pairs_of_positions: Any = (..., *met, *met)
             pairs_of_pixels: Any = (..., *places, *places)
             patches[pairs_of_positions] += pixels[pairs_of_pixels]
-        products = gram_matrix(self.left).flatten(1).mul_(patches.flatten(1))
+        products = gram_of_positions(self.left).flatten(1).mul_(patches.flatten(1))
         return products.sum(1).clamp_min_(0)
 
 

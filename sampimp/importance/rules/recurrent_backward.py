@@ -26,7 +26,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sampimp.importance.gradients import Explicit, Outer, gram_matrix
+from sampimp.importance.gradients import Explicit, Outer, gram_of_positions
 from sampimp.importance.rules.batch import Factors
 from sampimp.importance.rules.recurrent_call import LayerWeights
 
@@ -261,7 +261,7 @@ def layer_factors(
     The Gram matrix of the gates that own and back share is computed once for both weights.
     """
     own_TNG, back_TNG, shared = deltas
-    shared_gram = cache(lambda: gram_matrix(by_sample(own_TNG[:, :, :shared])))
+    shared_gram = cache(lambda: gram_of_positions(by_sample(own_TNG[:, :, :shared])))
     bias = Explicit(own_TNG.sum(0))
     for weight, bias_of_weight, delta_TNG, values_TNK in (
         (weights.input, weights.input_bias, own_TNG, inputs_TNI),
@@ -275,7 +275,7 @@ def layer_factors(
 
 def _gram_of_gates(shared_gram: Callable[[], Tensor], rest: Tensor) -> Tensor:
     """Return the Gram matrix of all gates: of those that are shared, and of the rest."""
-    return shared_gram() + gram_matrix(rest) if rest.shape[3] else shared_gram()
+    return shared_gram() + gram_of_positions(rest) if rest.shape[3] else shared_gram()
 
 
 def by_sample(values_TNK: Tensor) -> Tensor:
