@@ -1,16 +1,16 @@
-"""Kill a study again and again, and compare what it comes to with one that was left alone.
+"""Kill a study again and again, and compare its arrays with those of an undisturbed study.
 
 python tests/chaos/chaos.py --deaths 20 --seed 1
 
-A schedule drawn from the seed says after how many epochs something dies, and what: the driver, a
+A schedule drawn from the seed states after how many epochs a process dies, and which: the driver, a
 trial's worker, the raylet or the whole head (`kill -9`, by process id), or that Ctrl-C is pressed.
-Where the driver is dead, its store is hurt as well: a checkpoint torn, a manifest truncated, a
-chunk deleted or changed. The same command is then run again until the study is done. Two scenes
-follow, of a disk that is full and then enlarged, and of a store that is read-only for a while
-(both need root, for a tmpfs).
+If the driver is dead, the store is damaged as well: a torn checkpoint, a truncated manifest, a
+deleted or changed chunk. The same command is then run again until the study is done. Two scenes
+follow: a disk that is full and then enlarged, and a store that is read-only for a while (both need
+root, for a tmpfs).
 
-What has to come of it: every array of every trial bit-identical with the study that nothing
-happened to, and at most one epoch trained again for each death and running trial.
+Required: every array of every trial is bit-identical with the undisturbed study, and at most one
+epoch is trained again for each death and running trial.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ STUDY = (
     *("--strategies", "shuffle", "rand", "nlo", "sim", "--reference-seeds", "1"),
     *("--seeds", "1", "2", "3"),
 )
-"""The reference run, three that wait for nothing, and six that sort by it."""
+"""The reference run, three trials that wait for no other, and six that sort by it."""
 
 KINDS = ("driver", "worker", "raylet", "head", "Ctrl-C")
 HURTS = ("torn checkpoint", "truncated manifest", "deleted chunk", "changed chunk")
@@ -66,16 +66,16 @@ class Tally:
     """What the last command printed."""
 
 
-# What the store says.
+# The state of the store.
 
 
 def trials_of(out: Path) -> list[Path]:
-    """Return the trials that somebody has begun."""
+    """Return the folders of the trials that have begun."""
     return sorted((out / "trials").glob("*-seed*"))
 
 
 def is_committed(trial: Path) -> bool:
-    """Return whether a trial is done."""
+    """Return whether a trial is committed."""
     return (trial / "COMMIT.json").exists()
 
 
@@ -94,7 +94,7 @@ def progress(out: Path) -> int:
 
 
 def lost_epochs(out: Path) -> list[int]:
-    """Return the epochs that each trial under way has written and not checkpointed."""
+    """Return the number of epochs that each running trial has written and not checkpointed."""
     lost = []
     for trial in trials_of(out):
         attempts = len(list(trial.glob("attempts/*.json")))
@@ -107,24 +107,24 @@ def lost_epochs(out: Path) -> list[int]:
     return lost
 
 
-# What happens to it.
+# Deaths and damage.
 
 
 def victims(driver: Driver, kind: str) -> list[int]:
-    """Return the processes that are to die; none if there is no such process now."""
+    """Return the processes to kill; none if no process of the kind runs now."""
     if kind in ("driver", "Ctrl-C"):
         return [driver.process.pid]
-    found = {pid: command_of(pid) for pid in driver.family.alive()}
-    workers = [pid for pid, command in found.items() if command.startswith("ray::Trial")]
-    raylets = [pid for pid, command in found.items() if "/raylet/raylet " in command]
-    servers = [pid for pid, command in found.items() if "/gcs/gcs_server " in command]
+    commands = {pid: command_of(pid) for pid in driver.family.alive()}
+    workers = [pid for pid, command in commands.items() if command.startswith("ray::Trial")]
+    raylets = [pid for pid, command in commands.items() if "/raylet/raylet " in command]
+    servers = [pid for pid, command in commands.items() if "/gcs/gcs_server " in command]
     if not workers:
         return []
     return {"worker": workers[:1], "raylet": raylets, "head": raylets + servers}[kind]
 
 
 def interrupt(driver: Driver) -> None:
-    """Press Ctrl-C, and see the command end at once and in good order."""
+    """Press Ctrl-C, and assert that the command ends at once, without a traceback."""
     driver.interrupt()
     code, text = driver.communicate()
     assert code in (0, 130), text  # it may be done by then
@@ -135,7 +135,7 @@ def interrupt(driver: Driver) -> None:
 
 
 def hurt(out: Path, kind: str, chance: random.Random) -> bool:
-    """Damage the store as a dying machine does; return whether there was what to damage."""
+    """Damage the store as a dying machine does; return whether there was a file to damage."""
     under_way = [trial for trial in trials_of(out) if not is_committed(trial)]
     if kind in ("torn checkpoint", "truncated manifest"):
         newest = [checkpoints_of(trial)[-1][1] for trial in under_way if checkpoints_of(trial)]
@@ -216,7 +216,7 @@ def torment(out: Path, deaths: int, seed: int, say: Console) -> Tally:
 
 
 def leave_alone(out: Path) -> None:
-    """Run a study that nothing happens to."""
+    """Run an undisturbed study."""
     tally = Tally()
     driver = start(out, tally)
     try:
@@ -227,13 +227,13 @@ def leave_alone(out: Path) -> None:
 
 
 def start(out: Path, tally: Tally) -> Driver:
-    """Run the command once more."""
+    """Run the command again."""
     tally.commands += 1
     return Driver(out, STUDY, door=TRAIN)
 
 
 def finish(out: Path, tally: Tally) -> None:
-    """Take out what is damaged and run the command, until all is there and nothing is damaged."""
+    """Withdraw damaged trials and run the command, until all trials are committed and intact."""
     for _ in range(4):  # arbitrary: once is enough, unless a damaged chunk is found while it runs
         if take_out_damage(out) == 0 and len(read_commits(Folder.of(out))) == TRIALS:
             return
@@ -255,7 +255,7 @@ def take_out_damage(out: Path) -> int:
     return len(damaged)
 
 
-# What came of it.
+# Comparison.
 
 
 def differing_bytes(out: Path, expected: Path) -> int:
@@ -286,7 +286,7 @@ def small_disk(where: Path) -> Iterator[None]:
 
 
 def remount(disk: Path, option: str) -> None:
-    """Change a mount; a file that is open for writing puts it off for a moment."""
+    """Remount with an option; a file that is open for writing delays it for a moment."""
     for _ in range(2000):
         command = ["mount", "-o", f"remount,{option}", str(disk)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -297,7 +297,7 @@ def remount(disk: Path, option: str) -> None:
 
 
 def meet_a_disk(folder: Path, expected: Path, spoil: Callable, mend: Callable, word: str) -> str:
-    """Spoil a study's disk in its middle, mend it once the command has given up, and finish."""
+    """Spoil the disk of a running study, repair it once the command has ended, and finish."""
     disk, tally = folder / "disk", Tally()
     with small_disk(disk):
         out = disk / "study"
@@ -335,7 +335,7 @@ def a_full_disk(folder: Path, expected: Path) -> str:
 
 
 def a_read_only_store(folder: Path, expected: Path) -> str:
-    """Let nothing be written for a while."""
+    """Make the disk read-only for a while."""
     return meet_a_disk(
         folder,
         expected,
@@ -346,7 +346,7 @@ def a_read_only_store(folder: Path, expected: Path) -> str:
 
 
 def attempts(out: Path) -> dict[str, int]:
-    """Return how many attempts at each trial were begun."""
+    """Return the number of attempts at each trial."""
     return {trial.name: len(list(trial.glob("attempts/*.json"))) for trial in trials_of(out)}
 
 
@@ -354,11 +354,11 @@ SCENES: dict[str, tuple[Callable[[Path, Path], str], bool]] = {
     "disk full, then enlarged": (a_full_disk, True),
     "store read-only for a while": (a_read_only_store, True),
 }
-"""What is met, and whether it takes root."""
+"""Each scene, and whether it requires root."""
 
 
 def main(deaths: int = 20, seed: int = 1, scenes: bool = True) -> int:
-    """Torment a study, and compare it with one that was left alone.
+    """Disturb a study, and compare it with an undisturbed one.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A short storm; `make chaos` is the long one."""
+"""A study with one death and one damaged file; `make chaos` has many."""
 
 from io import StringIO
 
@@ -19,7 +19,7 @@ STUDY = (
 
 @pytest.mark.timeout(240)
 def test_a_tormented_study_has_the_bytes_of_a_plain_loop(tmp_path, monkeypatch):
-    """The whole head dies, and the store is damaged; the loop knows nothing of Ray."""
+    """The whole head dies, and the store is damaged; the plain loop uses no Ray."""
     sources = {"digits": load_source("digits")}
     plan = make_plan(parse([*STUDY]), sources)
     oracles.run_trials(oracles.start_study(tmp_path / "alone", plan, sources), plan, sources)
@@ -32,6 +32,6 @@ def test_a_tormented_study_has_the_bytes_of_a_plain_loop(tmp_path, monkeypatch):
     assert chaos.differing_bytes(tmp_path / "study", tmp_path / "alone") == 0
     assert tally.deaths == {"head": 1}
     assert max(tally.lost) <= 1
-    first, _, last = tally.text.splitlines()  # and nothing of Ray's between them
+    first, _, last = tally.text.splitlines()  # and no output of Ray between them
     assert first.startswith("Ray started here: 1 node, ")
     assert last == "3 of 3 trials are committed."

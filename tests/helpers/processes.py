@@ -1,4 +1,7 @@
-"""The processes of a study: its driver, and what belongs to it, to be watched and killed."""
+"""Start, watch and kill the processes of a study: its driver and the descendants of it.
+
+Map: `Driver`, `Family`; `descendants`, `command_of`, `kill`, `is_alive`.
+"""
 
 import contextlib
 import os
@@ -13,23 +16,23 @@ from sampimp.sweeps import full_study
 
 DOOR = full_study.__file__
 TRAIN = str(Path(__file__).with_name("train.py"))
-"""The door without its report, which is no matter of what is lost and takes as long as the rest."""
+"""The same command without the report, which takes as long as the rest."""
 
 
 class Family:
-    """A process and all that came of it, to be ended together."""
+    """A process and its descendants, to be ended together."""
 
     def __init__(self, root: int) -> None:
         self._root = root
         self._members: set[tuple[int, str]] = set()
 
     def alive(self) -> list[int]:
-        """Return the processes that it has started so far and that still run."""
+        """Return the descendants seen so far that still run."""
         self._members |= descendants(self._root)
         return [pid for pid, started in self._members if is_alive(pid, started)]
 
     def end(self, patience: float) -> None:
-        """Wait a little for its processes to go by themselves, then kill those that are left."""
+        """Wait at most `patience` seconds for the processes to end; kill those that are left."""
         deadline = time.monotonic() + patience
         while (left := self.alive()) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -38,7 +41,7 @@ class Family:
 
 
 class Driver:
-    """`full_study.py` in a process that may be killed, with a Ray of its own unless told where."""
+    """`full_study.py` in a process that may be killed; it starts Ray unless an address is named."""
 
     def __init__(
         self,
@@ -60,28 +63,28 @@ class Driver:
         self.family = Family(self.process.pid)
 
     def communicate(self) -> tuple[int, str]:
-        """Return its exit code and all that it printed, once it has ended."""
+        """Wait for the end; return the exit code and the output."""
         text, _ = self.process.communicate()  # pytest-timeout ends a test that waits for ever
         return self.process.returncode, text
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
-        """Wait for something in the store, noting which processes the driver has by then."""
+        """Wait for a condition, then note the processes of the driver."""
         while not happened():
             assert self.process.poll() is None, self.process.communicate()[0]
             time.sleep(0.002)
         self.family.alive()
 
     def kill(self) -> None:
-        """Kill the driver at once, as `kill -9` does; its Ray is left to itself."""
+        """Kill the driver as `kill -9` does; its Ray processes go on."""
         self.process.kill()
         self.process.wait()
 
     def interrupt(self) -> None:
-        """Press Ctrl-C: the terminal sends it to the driver and all that it started."""
+        """Press Ctrl-C: like a terminal, send it to the driver and its process group."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def close(self, patience: float = 4) -> None:
-        """End what is left of it; workers notice and go by themselves, Ray's agents in a minute."""
+        """End the processes that are left; workers end by themselves, agents after a minute."""
         if self.process.poll() is None:
             self.family.alive()
             self.kill()
@@ -91,33 +94,33 @@ class Driver:
 
 
 def descendants(root: int) -> set[tuple[int, str]]:
-    """Return the processes below one, each with its start time, which its id alone may outlive."""
+    """Return the descendants of a process with their start times, since ids are reused."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
         if entry.name.isdigit() and (fields := _stat(int(entry.name))):
             parents[int(entry.name)] = int(fields[1])
-    found, fresh = set(), {root}
+    known, fresh = set(), {root}
     while fresh:
         fresh = {pid for pid, parent in parents.items() if parent in fresh}
-        found |= fresh
-    return {(pid, fields[19]) for pid in found if (fields := _stat(pid))}
+        known |= fresh
+    return {(pid, fields[19]) for pid in known if (fields := _stat(pid))}
 
 
 def command_of(pid: int) -> str:
-    """Return a process's command line; empty if it is gone."""
+    """Return the command line of a process; empty if there is no such process."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
     return ""
 
 
 def kill(pid: int, how: int = signal.SIGKILL) -> None:
-    """Send a signal to a process, which may be gone."""
+    """Send a signal to a process, if it exists."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, how)
 
 
 def is_alive(pid: int, started: str) -> bool:
-    """Return whether a process runs, and is the one that started then."""
+    """Return whether the process with this id and start time runs."""
     fields = _stat(pid)
     return bool(fields) and fields[19] == started and fields[0] != "Z"
 

@@ -1,7 +1,7 @@
-"""What the tests of the sweeps share: a small Ray cluster, one tiny study, ways to run another.
+"""Fixtures: a small Ray cluster, a finished tiny study, and functions that run others.
 
-A cluster is started here and never looked for, so that a study which runs on this machine has
-nothing to do with the tests; and it listens on the loopback alone.
+The tests start a cluster and never look for one, so that they do not use the cluster of a study
+that runs on this machine. It listens on the loopback alone.
 """
 
 import logging
@@ -24,13 +24,13 @@ TINY = (
     *("--preset", "digits", "--hidden", "16", "--epochs", "3", "--batch-size", "25"),
     *("--reference-seeds", "1"),
 )
-"""What every study of these tests is: digits, 16 units, three epochs of 60 batches."""
+"""Options of every study of these tests: digits, 16 units, three epochs of 60 batches."""
 
 FIVE_TRIALS = (*TINY, "--strategies", "nlo", "rand", "--seeds", "1", "2")
-"""The reference run, two that wait for it, and two that do not."""
+"""The reference run, two trials that wait for it, and two that do not."""
 
 ONE_BY_ONE = ("--max-concurrent", "1")
-"""One process, for trials that take less time than another process needs to start."""
+"""One process: these trials take less time than the start of a second process."""
 
 RunStudy = Callable[..., tuple[int, str]]
 
@@ -42,18 +42,18 @@ def tiny() -> tuple[str, ...]:
 
 
 class Finished(NamedTuple):
-    """The tiny study, as the one command left it."""
+    """The tiny study after its command has ended."""
 
     out: Path
     arguments: tuple[str, ...]
     code: int
     text: str
-    """What it printed, on standard output and standard error."""
+    """Standard output and standard error of the command."""
 
 
 @pytest.fixture(scope="session")
 def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """`FIVE_TRIALS`, as a person runs it on a cluster; not to be changed, but copied."""
+    """`FIVE_TRIALS`, run by the command on a cluster; tests copy it and do not change it."""
     out = tmp_path_factory.mktemp("finished") / "study"
     address = ray.get_runtime_context().gcs_address
     driver = Driver(out, (*FIVE_TRIALS, "--address", address))
@@ -66,8 +66,8 @@ def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Fini
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Two CPUs on loopback, started once for all tests."""
-    mine = not ray.is_initialized()
-    if mine:
+    starts_ray = not ray.is_initialized()
+    if starts_ray:
         ray.init(
             address="local",
             num_cpus=2,
@@ -78,23 +78,23 @@ def cluster() -> Iterator[Cluster]:
         )
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # as `connect` does
     yield Cluster("Ray of the tests", (Machines(1, cpus=2, gpus=0),))
-    if mine:
+    if starts_ray:
         ray.shutdown()
 
 
 @pytest.fixture
 def run_study(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> RunStudy:
-    """Run a study on the tests' cluster; return its exit code and what it printed."""
+    """Run a study on the tests' cluster; return its exit code and output."""
     monkeypatch.setattr(run, "connect", lambda address: cluster)
     return partial(_run, ONE_BY_ONE)
 
 
 @pytest.fixture
 def run_untrained(monkeypatch: pytest.MonkeyPatch) -> RunStudy:
-    """Run a study that must train nothing, on machines that are not there."""
+    """Run a study that must train nothing, on a cluster that does not exist."""
 
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("this study was to train nothing")
+        raise AssertionError("this study must train nothing")
 
     machines = Cluster("no cluster", (Machines(1, cpus=2, gpus=0),))
     monkeypatch.setattr(run, "connect", lambda address: machines)

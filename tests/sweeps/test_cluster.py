@@ -1,4 +1,4 @@
-"""Which machines a study counts on, and what it says where they do not do."""
+"""The machines of a study: their room for trials, and errors where the room is too small."""
 
 import socket
 import subprocess
@@ -38,21 +38,21 @@ HEAD = Machines(1, cpus=0, gpus=0)
     ("machines", "cpus", "gpus", "trials"),
     [
         (Machines(1, cpus=8, gpus=0), 3, 0, 2),
-        (Machines(3, cpus=8, gpus=0), 3, 0, 6),  # not 24 // 3: a trial lies on one machine
+        (Machines(3, cpus=8, gpus=0), 3, 0, 6),  # not 24 // 3: a trial runs on one machine
         (Machines(1, cpus=8, gpus=1), 1, 0.25, 4),
         (Machines(1, cpus=3, gpus=1), 1, 0.25, 3),
-        (Machines(1, cpus=32, gpus=4), 1, 0.4, 8),  # not 10: a trial lies on one GPU
+        (Machines(1, cpus=32, gpus=4), 1, 0.4, 8),  # not 10: a trial runs on one GPU
         (Machines(1, cpus=32, gpus=2), 1, 0.1, 20),
         (Machines(2, cpus=8, gpus=3), 1, 2, 2),
         (Machines(2, cpus=8, gpus=0), 1, 0.5, 0),
-        (Machines(2, cpus=float("inf"), gpus=0), 4, 1, 2),  # not known: at least one trial each
+        (Machines(2, cpus=float("inf"), gpus=0), 4, 1, 2),  # unknown: at least one trial each
     ],
 )
 def test_the_room_of_machines(machines, cpus, gpus, trials):
     assert machines.room(cpus, gpus) == trials
 
 
-def test_what_is_on_aws_is_what_cluster_yaml_says():
+def test_machines_to_come_on_aws_are_those_of_cluster_yaml():
     config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     assert machines_to_come(config, [HEAD]) == (Machines(16, cpus=4, gpus=1),)
     two = [HEAD, Machines(1, cpus=4, gpus=1), Machines(1, cpus=4, gpus=1)]
@@ -66,7 +66,7 @@ def test_what_is_on_aws_is_what_cluster_yaml_says():
     assert concurrent_trials(options, cluster) == 64
 
 
-def test_all_kinds_together_stay_below_the_clusters_own_limit():
+def test_all_kinds_together_stay_below_the_limit_of_the_cluster():
     config = {
         "max_workers": 5,
         "available_node_types": {
@@ -80,7 +80,7 @@ def test_all_kinds_together_stay_below_the_clusters_own_limit():
     assert machines_to_come({}, [HEAD]) == ()
 
 
-def test_own_machines_that_have_not_joined_yet():
+def test_listed_machines_that_have_not_joined_count_as_to_come():
     config = yaml.safe_load((ROOT / "cluster-local.yaml").read_text())
     to_come = machines_to_come(prepare_config(config), [HEAD])
     assert [kind.count for kind in to_come] == [2]
@@ -89,14 +89,14 @@ def test_own_machines_that_have_not_joined_yet():
     check_cluster(parse(["--gpus-per-trial", "1"]), cluster)
 
 
-def test_the_autoscalers_process_names_its_file(tmp_path):
+def test_autoscaling_config_is_read_from_the_command_line_of_its_process(tmp_path):
     path = tmp_path / "bootstrap.yaml"
     path.write_text("max_workers: 7\n")
     command = [sys.executable, "-c", "input()", "--gcs-address=10.0.0.1:6379"]
     process = subprocess.Popen([*command, f"--autoscaling-config={path}"], stdin=subprocess.PIPE)
     try:
         while str(path) not in command_of(process.pid):
-            time.sleep(0.01)  # it has not become itself yet
+            time.sleep(0.01)  # the process has not replaced its image yet
         assert autoscaling_config("10.0.0.1:6379") == {"max_workers": 7}
         assert autoscaling_config("10.0.0.1:637") == {}
         path.unlink()
@@ -105,10 +105,10 @@ def test_the_autoscalers_process_names_its_file(tmp_path):
         process.communicate(b"\n")
 
 
-# ------------------------------------------------------------------------------ preflight
+# Checks before a study begins.
 
 
-def test_no_single_node_has_room():
+def test_a_cluster_without_a_node_that_has_room_is_refused():
     # 8 GPUs in all, and no trial of 2 fits.
     cluster = Cluster("eight nodes", (Machines(8, cpus=4, gpus=1),))
     with pytest.raises(ResourceError, match="a node with 1 CPUs and 2 GPU a trial") as caught:
@@ -116,7 +116,7 @@ def test_no_single_node_has_room():
     assert "eight nodes: 8 nodes, 32 CPUs, 8 GPUs" in str(caught.value)
 
 
-def test_a_cluster_that_grows_unseen_is_waited_for_where_a_person_says_so():
+def test_max_concurrent_accepts_a_cluster_without_room_that_grows():
     options = ["--gpus-per-trial", "1"]
     cluster = Cluster("Ray cluster", (HEAD,))
     with pytest.raises(ResourceError, match="--max-concurrent"):
@@ -129,18 +129,18 @@ def test_a_cluster_that_grows_unseen_is_waited_for_where_a_person_says_so():
         check_cluster(more, Cluster("Ray started here", (HEAD,), started_here=True))
 
 
-def test_a_folder_that_other_nodes_do_not_see(monkeypatch, tmp_path, cluster):
+def test_a_folder_that_another_node_cannot_read_is_refused(monkeypatch, tmp_path, cluster):
     (tmp_path / "study.json").write_text("{}")
     check_shared(tmp_path / "study.json")  # one node
     node = next(node for node in cluster_module.ray.nodes() if node["Alive"])
     elsewhere = {"Alive": True, "NodeID": "0" * 56, "NodeManagerAddress": "10.0.0.2"}
     monkeypatch.setattr(cluster_module.ray, "nodes", lambda: [node, elsewhere])
-    check_shared(tmp_path / "study.json")  # the other one has gone: nothing is known of it
+    check_shared(tmp_path / "study.json")  # the second node has left: its answer is unknown
 
-    # Each process reads another text there, as from a disk of its own.
-    own = Path("/proc/self/stat")
+    # Each process reads another text there, as from a local disk.
+    local_file = Path("/proc/self/stat")
     with pytest.raises(StoreError, match="a folder that every node of the cluster sees") as caught:
-        check_shared(own)
+        check_shared(local_file)
     assert f"one that {node['NodeManagerAddress']} cannot read" in str(caught.value)
     assert "/proc/self" in str(caught.value)
 
@@ -153,7 +153,7 @@ def test_a_folder_that_other_nodes_do_not_see(monkeypatch, tmp_path, cluster):
         (False, 1.0, ""),
     ],
 )
-def test_a_long_study_on_this_machine_is_told_of_the_cluster(
+def test_a_long_study_on_this_machine_prints_how_a_cluster_takes_it(
     monkeypatch, tmp_path, here, seconds, says
 ):
     monkeypatch.setattr(estimate, "measure_epoch", lambda *_: seconds)
@@ -177,7 +177,7 @@ def test_a_long_study_on_this_machine_is_told_of_the_cluster(
     assert (says in text) if says else not text
 
 
-def test_a_cluster_that_was_killed_is_not_waited_for(monkeypatch, tmp_path):
+def test_a_killed_cluster_is_no_cluster(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     noted = tmp_path / "ray" / "ray_current_cluster"
     noted.parent.mkdir()

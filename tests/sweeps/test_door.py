@@ -1,4 +1,4 @@
-"""A command ends with its exit code and without a traceback, whenever Ctrl-C comes."""
+"""A command ends with its exit code and without a traceback, whenever Ctrl-C is pressed."""
 
 import signal
 import subprocess
@@ -31,8 +31,8 @@ run_door(main)
 
 
 @pytest.fixture(autouse=True)
-def hears_ctrl_c():
-    """Also where the tests run in a shell's background, whose children would not."""
+def handle_ctrl_c():
+    """Let child processes handle Ctrl-C, also if the tests run in the background of a shell."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -59,14 +59,14 @@ def press(process, pause):
 
 
 @pytest.mark.parametrize("pause", [0, 0.001, 0.02])
-def test_ctrl_c_in_the_last_moments_is_not_heard(pause):
+def test_ctrl_c_is_ignored_once_the_exit_code_is_known(pause):
     for delay in (0, 0.01, 0.05, 0.2):
         process = start("pass")
         lines = [process.stdout.readline(), process.stdout.readline()]
         assert lines == ["begun\n", "done\n"]
         time.sleep(delay)
         assert press(process, pause) > 3
-        # In the instants before its exit code is known, it is interrupted as any other.
+        # Just before its exit code is known, the process is interrupted like any other.
         assert (process.returncode, process.stdout.read()) in (
             (7, ""),
             (130, "answered\n"),
@@ -75,14 +75,14 @@ def test_ctrl_c_in_the_last_moments_is_not_heard(pause):
 
 
 @pytest.mark.parametrize("pause", [0, 0.001, 0.02])
-def test_ctrl_c_pressed_again_and_again_is_heard_once(pause):
+def test_repeated_ctrl_c_counts_once(pause):
     process = start("time.sleep(60)")
     assert process.stdout.readline() == "begun\n"
     assert press(process, pause) > 3
     assert (process.returncode, process.stdout.read()) == (130, "answered\n")
 
 
-def test_what_is_swallowed_can_be_pressed_again():
+def test_ctrl_c_counts_again_after_a_swallowed_one():
     swallow = "from sampimp.sweeps import door; door.PAUSE = 0.2\n        "
     swallow += "try:\n            print('ready', flush=True)\n            time.sleep(60)\n"
     swallow += "        except KeyboardInterrupt:\n"
@@ -105,8 +105,8 @@ def test_a_command_in_the_background_is_not_interrupted():
     assert (process.returncode, process.stdout.read()) == (7, "done\n")
 
 
-def test_a_study_that_ends_says_nothing_of_ctrl_c(finished):
-    """Nothing is left to train, so it ends as soon as its own Ray has begun, and ends that."""
+def test_ctrl_c_at_the_end_of_a_study_prints_no_traceback(finished):
+    """Nothing is left to train: the study ends once it has started Ray, and stops Ray."""
     driver = Driver(finished.out, finished.arguments, door=TRAIN)
     try:
         lines = []

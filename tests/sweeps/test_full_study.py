@@ -1,4 +1,4 @@
-"""One command from nothing to the report, whatever happens on the way."""
+"""The whole command, from an empty folder to the report, with failures and divergence."""
 
 import json
 import shutil
@@ -25,11 +25,11 @@ from sampimp.sweeps.study import make_plan
 from sampimp.training.models import build_model, flatten_parameters, load_parameters
 
 NOISE = ("warning", "traceback", "ray::", "(pid=", "raylet", "tune", "deprecat", "trial name")
-"""What belongs into a log and not onto a terminal."""
+"""Words that belong into a log and not onto a terminal."""
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Return when each file of a study was written, and its bytes; the analysis left out."""
+    """Return the modification time and bytes of each file of a study, without its analysis."""
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes())
         for path in sorted(folder.rglob("*"))
@@ -71,8 +71,8 @@ def test_everything_planned_is_in_the_cube(finished):
         np.testing.assert_array_equal(measured.values, planned, name)
     assert np.isnan(cube.diverged_epoch).all()
     # Each batch of 25 has 25 samples, in every epoch.
-    one = cube.batch.sel(strategy="nlo", seed=2).values.astype(int)
-    assert all((np.bincount(epoch) == 25).all() for epoch in one)
+    batches = cube.batch.sel(strategy="nlo", seed=2).values.astype(int)
+    assert all((np.bincount(epoch) == 25).all() for epoch in batches)
     # 4.5 % is what these networks reach after 50 epochs; after 3, chance is far behind.
     assert float(cube.test_error.sel(strategy="rand", epoch=3).max()) < 0.5
 
@@ -83,7 +83,7 @@ def test_the_same_command_again_does_nothing(finished, run_untrained):
     assert code == 0
     assert text.splitlines()[-1] == "5 of 5 trials are committed."
     after = files(finished.out)
-    # The plan may be put again, with the same words; nothing else was touched at all.
+    # The plan may be written again with the same text; no other file is touched.
     assert {name: content for name, (_, content) in before.items()} == {
         name: content for name, (_, content) in after.items()
     }
@@ -110,7 +110,7 @@ def test_more_seeds_and_strategies_are_added(tiny, finished, run_study, tmp_path
 
 
 def test_another_network_and_optimizer_are_a_study_too(run_study, tiny, tmp_path):
-    """A plain loop, from the first state that was stored, comes to the last one."""
+    """A plain loop from the first stored state ends at the last stored state."""
     out = tmp_path / "study"
     more = ("--model", "lstm", "--optimizer", "adamw", "--learning-rate", "0.001")
     code, text = run_study(out, *tiny, *more, "--strategies", "nlo", "--seeds", "1")
@@ -137,7 +137,7 @@ def test_another_network_and_optimizer_are_a_study_too(run_study, tiny, tmp_path
     last = flatten_parameters(model).detach().numpy()
     np.testing.assert_allclose(last, run.parameters.values[-1], atol=1e-4)
     moved = np.abs(run.parameters.values[-1] - run.parameters.values[0])
-    assert np.median(moved) > 1e-2  # a hundred times what was tolerated
+    assert np.median(moved) > 1e-2  # a hundred times the tolerance
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path, run_untrained):
@@ -178,7 +178,7 @@ def test_a_dry_run_imports_no_ray_and_asks_no_cluster(tiny, tmp_path, address):
     assert not out.exists()
 
 
-def test_a_dry_run_of_a_study_that_is_there_leaves_it_as_it_is(tiny, finished, run_untrained):
+def test_a_dry_run_of_an_existing_study_changes_nothing(tiny, finished, run_untrained):
     before = files(finished.out)
     code, text = run_untrained(finished.out, *tiny, "--strategies", "sim", "--dry-run")
     assert code == 0
@@ -186,8 +186,8 @@ def test_a_dry_run_of_a_study_that_is_there_leaves_it_as_it_is(tiny, finished, r
     assert files(finished.out) == before
 
 
-def test_ctrl_c_is_said(monkeypatch, tmp_path, capsys):
-    """That the same command then ends with the same numbers, `make chaos` shows."""
+def test_ctrl_c_is_reported(monkeypatch, tmp_path, capsys):
+    """`make chaos` shows that the same command then ends with the same numbers."""
 
     def interrupt(config, console):
         raise KeyboardInterrupt
@@ -198,7 +198,7 @@ def test_ctrl_c_is_said(monkeypatch, tmp_path, capsys):
     assert text == "Interrupted. What is committed is kept; the same command continues.\n"
 
 
-def test_a_trial_that_fails_stops_only_those_that_wait_for_it(
+def test_a_failed_trial_blocks_only_the_trials_that_wait_for_it(
     tiny, run_study, tmp_path, capfd, monkeypatch
 ):
     monkeypatch.setattr(searcher, "RETRIES", 1)  # each takes a new process, so seconds
@@ -237,7 +237,7 @@ def test_a_trial_that_fails_stops_only_those_that_wait_for_it(
     assert (code, text.splitlines()[-1]) == (0, "3 of 3 trials are committed.")
 
 
-def test_divergence_is_recorded_and_those_that_wait_stay_blocked(tiny, run_study, tmp_path):
+def test_divergence_is_recorded_and_blocks_the_trials_that_wait(tiny, run_study, tmp_path):
     out = tmp_path / "study"
     arguments = (*tiny, "--learning-rate", "1e20", "--strategies", "nlo", "rand", "--seeds", "1")
     code, text = run_study(out, *arguments)
@@ -249,7 +249,7 @@ def test_divergence_is_recorded_and_those_that_wait_stay_blocked(tiny, run_study
     assert "retries" not in text
     cube = sampimp.open_cube(out)["digits"]
     assert cube.diverged_epoch.sel(strategy=["shuffle", "rand"], seed=1).values.tolist() == [1, 1]
-    # What came after the divergence was never measured.
+    # Epochs after the divergence are not measured.
     assert np.isnan(cube.train_nll.sel(strategy="rand", seed=1, epoch=[2, 3])).all()
     before = files(out)
     assert run_study(out, *arguments)[0] == 1
@@ -277,7 +277,7 @@ def test_exit_code_is_0_only_when_nothing_is_missing(tiny):
     assert code(diverged, None) == 1
 
 
-def test_the_tests_ray_is_their_own(cluster):
+def test_the_tests_start_their_cluster(cluster):
     assert ray.get_runtime_context().gcs_address.startswith("127.0.0.1:")
 
 

@@ -1,4 +1,4 @@
-"""Ingest by Ray Data gives the bytes and the errors of the plain loader."""
+"""Ingest through Ray Data gives the bytes and the errors of `load_source`."""
 
 import json
 import logging
@@ -66,7 +66,7 @@ def test_same_bytes_as_the_plain_loader(cluster, small_blocks, folder):
     assert calls == sorted(calls)
 
 
-def test_the_first_bad_image_is_raised_without_a_word_of_ray(cluster, small_blocks, folder, capfd):
+def test_the_first_bad_image_raises_the_error_of_load_source(cluster, small_blocks, folder, capfd):
     Image.new("RGB", (5, 7)).save(folder / "test/bee/0001.png")
     (folder / "train/bee/0007.png").write_bytes(b"no image")
     for path in ("train/bee/0007.png", "train/bee/0005.png"):
@@ -84,7 +84,7 @@ def test_the_first_bad_image_is_raised_without_a_word_of_ray(cluster, small_bloc
     assert "Traceback" not in out + err
 
 
-def test_nothing_is_printed_and_settings_come_back(cluster, folder, capfd):
+def test_nothing_is_printed_and_settings_are_restored(cluster, folder, capfd):
     context = ray.data.DataContext.get_current()
     before = context.enable_progress_bars, logging.getLogger("ray.data").level
     ingest(f"folder:{folder}")
@@ -93,8 +93,8 @@ def test_nothing_is_printed_and_settings_come_back(cluster, folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_is_no_folder_of_images_is_loaded_plainly():
-    """Without Ray: these never start a task."""
+def test_other_data_sets_are_read_by_load_source():
+    """No Ray cluster runs: these start no task."""
     assert ingest("digits").digest == load_source("digits").digest
     with pytest.raises(ConfigError, match="did you mean 'mnist'"):
         ingest("MNIST")

@@ -1,6 +1,6 @@
-"""What goes to a cluster as a job, what is found there, and what comes back.
+"""Studies sent to a cluster as jobs: options, log, exit code, jobs that run already.
 
-The cluster itself is in tests/cluster; here a script stands in for `ray exec`.
+tests/cluster tests a real cluster; here a script replaces `ray exec`.
 """
 
 import sys
@@ -27,7 +27,7 @@ def cluster(tmp_path):
 
 @pytest.fixture
 def send(cluster, monkeypatch):
-    """Send a study with this in place of `ray exec`; return the exit code and the output."""
+    """Send a study with a script in place of `ray exec`; return the exit code and the output."""
 
     def send(script):
         popen = jobs.subprocess.Popen
@@ -56,7 +56,7 @@ def send(cluster, monkeypatch):
         (["--out", "/srv/study", "--address", "auto"], ("one cluster", "--address auto")),
     ],
 )
-def test_what_the_cluster_cannot_see_is_refused(cluster, capsys, arguments, words):
+def test_a_path_that_the_cluster_cannot_see_is_refused(cluster, capsys, arguments, words):
     assert full_study.main([*arguments, "--cluster", cluster]) == 2
     text = capsys.readouterr().err
     assert [line[:8] for line in text.splitlines()] == [
@@ -68,12 +68,12 @@ def test_what_the_cluster_cannot_see_is_refused(cluster, capsys, arguments, word
     assert all(word in text for word in words), text
 
 
-def test_no_such_yaml():
+def test_a_missing_yaml_file_is_refused():
     with pytest.raises(ConfigError, match=r"option --cluster nowhere\.yaml"):
         jobs.check_sendable(parse([*SENT, "--cluster", "nowhere.yaml"]))
 
 
-def test_places_that_all_nodes_see_may_be_sent(cluster):
+def test_absolute_paths_and_buckets_are_accepted(cluster):
     options = "--out /srv/study --data-dir /srv/data --datasets npz:/srv/a.npz digits"
     jobs.check_sendable(parse([*options.split(), "--cluster", cluster]))
 
@@ -96,16 +96,16 @@ def test_the_log_is_shown_and_the_exit_code_is_the_studys(send, cluster):
 
 
 @pytest.mark.parametrize(
-    ("word", "said"), [("found", "runs already"), ("differs", "with OTHER OPTIONS")]
+    ("word", "message"), [("found", "runs already"), ("differs", "with OTHER OPTIONS")]
 )
-def test_a_study_that_runs_is_attached_to(send, word, said):
+def test_a_study_that_runs_is_attached_to(send, word, message):
     code, text = send(f"print('sampimp-job {word} a-2')\nprint('sampimp-job ended 0')")
     assert code == 0
-    assert said in text
+    assert message in text
     assert "as job a-2" in text
 
 
-def test_a_lost_connection_says_how_to_come_back(send, cluster):
+def test_a_lost_connection_prints_how_to_attach_again(send, cluster):
     code, text = send("print('sampimp-job sent a-1')\nprint('0:30  5 trials')")
     assert code == 130
     assert "The connection is lost; the study goes on as job a-1." in text
@@ -121,7 +121,7 @@ def test_a_cluster_that_is_not_up(send):
     assert "ray up" in str(caught.value)
 
 
-# ------------------------------------------------------------------------------ on the head
+# On the head.
 
 
 def job(submission_id, status, entrypoint="python"):
@@ -138,5 +138,5 @@ def test_one_study_is_one_job_at_a_time():
     assert jobs.choose([*ended, *others], "s3://b/study") == (None, None, f"{name}-3")
     for status in (JobStatus.PENDING, JobStatus.RUNNING):
         running = job(f"{name}-3", status, "python -m x")
-        found = jobs.choose([running, *ended, *others], "s3://b/study")
-        assert found == (f"{name}-3", "python -m x", f"{name}-4")
+        chosen = jobs.choose([running, *ended, *others], "s3://b/study")
+        assert chosen == (f"{name}-3", "python -m x", f"{name}-4")

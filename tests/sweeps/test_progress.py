@@ -1,4 +1,4 @@
-"""What a person sees: counts, time left, and lines that fit."""
+"""The display of a running study: counts, time left, and lines that fit."""
 
 import pickle
 import re
@@ -24,7 +24,7 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class Clock:
-    """Time that passes when the test says so."""
+    """A clock that the test sets."""
 
     def __init__(self):
         self.now = 1000.0
@@ -98,7 +98,7 @@ def test_counts_and_time_left(clock):
     )
 
 
-def test_nothing_measured_yet(clock):
+def test_no_time_left_before_the_first_epoch(clock):
     progress, file = make([planned("rand", 1), planned("sim", 1, blocked=True)])
     with progress:
         pass
@@ -117,7 +117,7 @@ def test_a_log_gets_a_line_now_and_then(clock):
     assert [line[:4] for line in file.getvalue().splitlines()] == ["0:40", "1:20", "1:30"]
 
 
-def test_a_retry_goes_on_where_its_checkpoint_is(clock):
+def test_a_retry_counts_from_its_checkpoint(clock):
     progress, _ = make([planned("rand", 1)])
     report(progress, "digits-rand-seed1", 4)
     report(progress, "digits-rand-seed1", 5)
@@ -150,7 +150,7 @@ def test_a_terminal_of_80_columns(clock):
 
 
 def raised(error):
-    """Return the error as Ray hands it on from a worker."""
+    """Return the error as Ray raises it from a worker."""
     return RayTaskError("step", "Traceback ...\n" + str(error), error)
 
 
@@ -172,7 +172,7 @@ def raised(error):
     ],
 )
 @pytest.mark.parametrize("given_up", [True, False])
-def test_a_failure_says_why_in_one_line_and_what_becomes_of_it(
+def test_a_failure_is_one_line_with_its_reason_and_outcome(
     clock, tmp_path, error, reason, given_up
 ):
     progress, file = make([planned("rand", 1)], given_up={"digits-rand-seed1"} if given_up else ())
@@ -186,7 +186,7 @@ def test_a_failure_says_why_in_one_line_and_what_becomes_of_it(
     assert ("1 failed" if given_up else "1 waiting") in progress._line()
 
 
-def test_a_trial_that_somebody_else_has_begun_waits(clock):
+def test_a_superseded_trial_counts_as_waiting(clock):
     progress, _ = make([planned("rand", 1)])
     result = {"epoch": 4, "done": True, "superseded": True}
     progress.on_trial_result(0, [], tune_trial("digits-rand-seed1"), result)
@@ -199,7 +199,7 @@ def test_tune_may_pickle_it(clock):
     assert again._counts() == progress._counts()
 
 
-def test_the_clock_is_the_modules_own():
+def test_format_clock_rounds_to_the_next_unit():
     assert module.format_clock(59.6) == "1:00"
     assert module.format_clock(3599) == "59:59"
     assert module.format_clock(86_400 + 60) == "24 h 01"

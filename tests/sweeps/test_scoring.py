@@ -15,7 +15,7 @@ from sampimp.data import load_source
 from sampimp.errors import ConfigError
 from sampimp.store.location import Folder
 from sampimp.store.snapshots import SNAPSHOTS
-from sampimp.sweeps import score_snapshots as door
+from sampimp.sweeps import score_snapshots as command
 from sampimp.sweeps import status
 from sampimp.sweeps.options import parse
 from sampimp.sweeps.scoring import _require_constant_buffers, check_epochs, score_snapshots
@@ -27,7 +27,7 @@ SAMPLES = (0, 1, 733, 1499)
 
 @pytest.fixture(scope="module")
 def scored(finished, cluster, tmp_path_factory):
-    """A copy of the finished study with its epoch 2 scored: five trials, one epoch each."""
+    """A copy of the finished study with snapshots of epoch 2: five trials, one epoch each."""
     out = tmp_path_factory.mktemp("scored") / "study"
     shutil.copytree(finished.out, out)
     console = Console(file=StringIO(), width=80)
@@ -79,7 +79,7 @@ def test_it_is_not_the_in_step_importance(scored):
     assert not np.allclose(trial.snapshot_importance, trial.importance, rtol=0.1)
 
 
-def test_what_was_not_scored_is_nan(scored):
+def test_epochs_without_a_snapshot_are_nan(scored):
     snapshots = sampimp.open_cube(scored)["digits"].snapshot_importance
     assert snapshots.dims == ("strategy", "seed", "epoch", "layer", "sample")
     there = ~np.isnan(snapshots).all(["layer", "sample"]).sel(epoch=2)
@@ -88,7 +88,7 @@ def test_what_was_not_scored_is_nan(scored):
     assert not np.isnan(snapshots.sel(strategy="rand", epoch=2)).any()
 
 
-def test_what_is_scored_is_not_scored_again(scored):
+def test_a_snapshot_is_not_computed_twice(scored):
     def writes():
         return {
             path: path.stat().st_mtime_ns
@@ -112,40 +112,40 @@ def test_a_study_scores_with_its_own_option(finished, run_study, tmp_path):
     assert set(map(tuple, scored_epochs.values())) == {("3",)}
 
 
-def test_the_door(scored, cluster, monkeypatch, capfd, tmp_path):
+def test_the_command_computes_the_missing_epochs(scored, cluster, monkeypatch, capfd, tmp_path):
     out = tmp_path / "study"
     shutil.copytree(scored, out)
-    monkeypatch.setattr(door, "connect", lambda address: cluster)
-    assert door.main([str(out), "--every", "1"]) == 0
+    monkeypatch.setattr(command, "connect", lambda address: cluster)
+    assert command.main([str(out), "--every", "1"]) == 0
     text, errors = capfd.readouterr()
     assert text.startswith("Ray of the tests: 1 node, 2 CPUs, 0 GPUs.\n")
     assert text.splitlines()[-1] == "10 epochs scored; the others were there already."
     assert errors == ""
     snapshots = sampimp.open_cube(out)["digits"].snapshot_importance
     assert not np.isnan(snapshots.sel(strategy="nlo")).any()
-    # What was scored before is what it was.
+    # Epoch 2 is unchanged.
     before = sampimp.open_cube(scored)["digits"].snapshot_importance.sel(epoch=2)
     np.testing.assert_array_equal(snapshots.sel(epoch=2), before)
 
 
-def test_the_door_says_what_is_wrong(scored, cluster, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(door, "connect", lambda address: cluster)
+def test_the_command_prints_what_is_wrong(scored, cluster, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command, "connect", lambda address: cluster)
     for arguments, words in (
         ([str(tmp_path / "nowhere")], "a study, with a study.json"),
         ([str(scored), "--every", "0"], "from 1 to 3"),
         ([str(scored), "--every", "4"], "from 1 to 3"),
     ):
-        assert door.main(arguments) == 2
+        assert command.main(arguments) == 2
         error = capsys.readouterr().err
         assert words in error
         assert "Traceback" not in error
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_what_a_store_names_is_imported_only_if_a_person_names_it(
+def test_a_network_is_imported_only_if_the_user_names_it(
     scored, cluster, monkeypatch, capsys, tmp_path
 ):
-    """The store is somebody else's; its module leaves a file where it is imported."""
+    """The store comes from another person; importing its module writes a file."""
     out, trace = tmp_path / "study", tmp_path / "imported"
     shutil.copytree(scored, out)
     (tmp_path / "foreign.py").write_text(
@@ -153,7 +153,7 @@ def test_what_a_store_names_is_imported_only_if_a_person_names_it(
         "def make(*arguments):\n    return 0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(door, "connect", lambda address: cluster)
+    monkeypatch.setattr(command, "connect", lambda address: cluster)
     plan = json.loads((out / "study.json").read_text())
     plan["training"]["model"] = "foreign:make"
     (out / "study.json").write_text(json.dumps(plan))
@@ -166,10 +166,10 @@ def test_what_a_store_names_is_imported_only_if_a_person_names_it(
         (("--model", "cnn"), "Expected option --model foreign:make\n     Got --model cnn"),
         (("--model", "foreign:make"), "which noted its name alone"),  # nor was it ever the study's
     ):
-        assert door.main([str(out), "--every", "1", *named]) == 2
+        assert command.main([str(out), "--every", "1", *named]) == 2
         assert words in capsys.readouterr().err
     assert not trace.exists()
-    with pytest.raises(ConfigError, match="one that returns int"):
+    with pytest.raises(ConfigError, match="function that returns int"):
         build_model("foreign:make", (1, 8, 8), (), 10, seed=0)
     assert trace.exists()
 

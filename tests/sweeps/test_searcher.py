@@ -1,4 +1,4 @@
-"""Every missing trial is handed out once, and none before the reference that it sorts by."""
+"""Every missing trial is suggested once, and none before the reference that it sorts by."""
 
 import random
 from collections import Counter
@@ -31,7 +31,7 @@ def make_plan(grid, keys=("a",)):
 
 
 class Store:
-    """The commits of a study, as trials leave them behind."""
+    """The commits of a study, as its trials write them."""
 
     def __init__(self, folder, plan):
         self.folder, self.plan = Folder.of(folder), plan
@@ -40,7 +40,7 @@ class Store:
         return PlanSearcher(self.plan, self.folder, self.plan.resolve(read_commits(self.folder)))
 
     def fail(self, config):
-        """Leave the word that an attempt leaves which failed of itself."""
+        """Write the error that a failed attempt writes."""
         errors = self.folder / "trials" / config["trial_id"] / "errors"
         errors.write_json(f"{len(errors.files()) + 1:04d}.json", {"error": "broken"})
 
@@ -55,7 +55,7 @@ class Store:
         )
 
 
-def test_those_that_wait_for_nothing_come_first(tmp_path):
+def test_trials_that_wait_for_no_reference_come_first(tmp_path):
     store = Store(tmp_path, make_plan({"nlo": (1, 2), "rand": (1,), "shuffle": (1, 2)}))
     searcher = store.searcher()
     first = [searcher.suggest(f"tune-{i}") for i in range(3)]
@@ -81,7 +81,7 @@ def test_those_that_wait_for_nothing_come_first(tmp_path):
     assert searcher.suggest("tune-5") == FINISHED
 
 
-def test_what_is_handed_out_is_the_planned_trial(tmp_path):
+def test_a_suggestion_is_the_planned_trial(tmp_path):
     plan = make_plan({"shuffle": (1,), "rand": (3,)}, keys=("a", "b"))
     searcher = Store(tmp_path, plan).searcher()
     for number in range(4):
@@ -97,7 +97,7 @@ def test_what_is_handed_out_is_the_planned_trial(tmp_path):
         }
 
 
-def test_what_is_committed_is_not_handed_out(tmp_path):
+def test_committed_trials_are_not_suggested(tmp_path):
     store = Store(tmp_path, make_plan({"shuffle": (1,), "sim": (1,), "rand": (1,)}))
     first = [store.searcher().suggest("tune-0")]
     store.commit(first[0])
@@ -111,7 +111,7 @@ def test_what_is_committed_is_not_handed_out(tmp_path):
 
 
 def run_down(searcher, store=None):
-    """Let a trial come to nothing until it is not handed out again; return how often it was."""
+    """Let a trial fail until it is not suggested again; return the number of suggestions."""
     times = 0
     while (config := searcher.suggest(f"again-{times}")) not in (None, FINISHED):
         times += 1
@@ -146,7 +146,7 @@ def test_a_death_does_not_count_as_a_failure_of_its_own(tmp_path):
     assert searcher.suggest("tune-last")["label"] == "a-rand-seed1"
 
 
-def test_where_no_word_can_be_left_a_trial_is_soon_given_up(tmp_path, monkeypatch):
+def test_failures_count_where_no_error_can_be_written(tmp_path, monkeypatch):
     searcher = Store(tmp_path, make_plan({"rand": (1,)})).searcher()
 
     def refuse(folder):
@@ -156,7 +156,7 @@ def test_where_no_word_can_be_left_a_trial_is_soon_given_up(tmp_path, monkeypatc
     assert run_down(searcher) == 1 + RETRIES
 
 
-def test_a_process_that_dies_after_its_commit_leaves_nothing_to_do(tmp_path):
+def test_a_process_that_dies_after_its_commit_is_done(tmp_path):
     store = Store(tmp_path, make_plan({"shuffle": (1,), "nlm": (1,)}))
     searcher = store.searcher()
     store.commit(searcher.suggest("tune-0"))
@@ -167,7 +167,7 @@ def test_a_process_that_dies_after_its_commit_leaves_nothing_to_do(tmp_path):
     assert searcher.suggest("tune-2") == FINISHED
 
 
-def test_a_reference_that_is_tried_again_still_sets_others_free(tmp_path):
+def test_a_reference_run_that_is_tried_again_unblocks_others(tmp_path):
     store = Store(tmp_path, make_plan({"shuffle": (1,), "nlm": (1,)}))
     searcher = store.searcher()
     searcher.suggest("tune-0")
@@ -189,7 +189,7 @@ def test_a_trial_that_another_run_has_begun_ends_this_one(tmp_path):
     assert searcher.suggest("tune-1") == FINISHED
 
 
-def test_no_reference_no_dependents(tmp_path):
+def test_a_diverged_reference_unblocks_nothing(tmp_path):
     store = Store(tmp_path, make_plan({"shuffle": (1,), "nlm": (1,), "rand": (1,)}))
     searcher = store.searcher()
     reference, other = (searcher.suggest(f"tune-{i}") for i in range(2))
@@ -214,10 +214,10 @@ def test_no_reference_no_dependents(tmp_path):
         [("done",), ("done", "done", "failed"), ("done", "failed", "diverged")]
     ),
 )
-def test_any_schedule_hands_out_every_trial_until_it_is_through(
+def test_any_schedule_suggests_every_trial_until_it_has_ended(
     tmp_path_factory, seed, slots, keys, strategies, outcomes
 ):
-    """Simulate Tune: `slots` trials at a time that end in any order, and in any way."""
+    """Simulate Tune: `slots` trials at a time, which end in any order and with any outcome."""
     chance = random.Random(seed)
     plan = make_plan({"shuffle": (1, 2), **dict.fromkeys(sorted(strategies), (1, 2))}, keys)
     store = Store(tmp_path_factory.mktemp("store"), plan)

@@ -1,4 +1,4 @@
-"""What the store says of a study, and what becomes of a damaged trial."""
+"""The state of each trial from the store, the grid, and damaged trials."""
 
 import io
 import itertools
@@ -22,7 +22,7 @@ from sampimp.sweeps.inspection import Status, inspect
 
 
 class Study:
-    """A study of one small data set whose trials are as a test leaves them."""
+    """A study of one small data set; the test decides the state of each trial."""
 
     def __init__(self, out, grid, commit):
         self.out = out
@@ -53,11 +53,11 @@ def call(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-def test_where_each_trial_is(tmp_path, monkeypatch, capsys):
+def test_the_state_of_each_trial(tmp_path, monkeypatch, capsys):
     grid = {"shuffle": (1, 2, 3), "rand": (1, 2, 3)}
     study = Study(tmp_path, grid, commit=lambda trial: trial.label == "one-shuffle-seed1")
     done = study.trial("one-shuffle-seed2")
-    for name in ("shuffle-seed3", "rand-seed3"):  # nobody has begun these
+    for name in ("shuffle-seed3", "rand-seed3"):  # not begun
         trial_id = study.trial(f"one-{name}").trial_id
         (study.folder / "trials" / trial_id).remove()
     study.begin("one-shuffle-seed2").commit(2)
@@ -156,7 +156,7 @@ def test_the_output_has_a_grid_and_its_legend(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("reference", ["waiting", "failed"])
-def test_what_a_trial_is_blocked_by(tmp_path, reference, capsys):
+def test_a_blocked_trial_names_its_reference_run(tmp_path, reference, capsys):
     study = Study(tmp_path, {"shuffle": (1,), "nlo": (1, 2)}, commit=lambda trial: False)
     (study.folder / "trials" / study.trial("one-shuffle-seed1").trial_id).remove()
     if reference == "failed":
@@ -169,7 +169,7 @@ def test_what_a_trial_is_blocked_by(tmp_path, reference, capsys):
     assert f"one-nlo-seed1, one-nlo-seed2 by one-shuffle-seed1: {reference}" in text
 
 
-def test_what_is_damaged_is_named_withdrawn_and_trained_again(tmp_path, capsys):
+def test_a_damaged_trial_is_named_withdrawn_and_trained_again(tmp_path, capsys):
     study = Study(tmp_path, {"shuffle": (1, 2), "nlo": (1,)}, commit=lambda trial: True)
     before = sampimp.open_cube(tmp_path)["one"].compute()
     code, text, _ = call(capsys, tmp_path, "--verify")

@@ -1,4 +1,4 @@
-"""What a study is, and every mistake that is answered before anything is trained."""
+"""Options and checks of a study: every mistake that is refused before anything is trained."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ DIGITS = ("--preset", "digits", "--hidden", "16", "--epochs", "3")
 
 
 def four_parts(error: UserError) -> str:
-    """Return a message after seeing that it says all that it should."""
+    """Return the message of an error, after checking its four parts."""
     assert all(part.strip() for part in error.args)
     lines = str(error).splitlines()
     heads = ("Expected ", "     Got ", "   Where ", "   To do ")
@@ -47,7 +47,7 @@ def four_parts(error: UserError) -> str:
 
 
 def put_plan(out, *arguments):
-    """Write study.json as if the study had been started, and train nothing."""
+    """Write the study.json of a study, and train nothing."""
     plan = make_plan(parse([*arguments]), {"digits": load_source("digits")})
     Folder.of(out).write_json("study.json", plan.to_json())
 
@@ -62,7 +62,7 @@ def write_npz(path, **changes):
     np.savez(path, **{**arrays, **changes})
 
 
-# ------------------------------------------------------------------ what is asked for
+# Options.
 
 
 def test_the_papers_study():
@@ -76,7 +76,7 @@ def test_the_papers_study():
     assert list(grid) == [*REFERENCES, *STRATEGIES]
 
 
-def test_digits_are_the_same_but_small():
+def test_the_preset_digits_is_smaller():
     config, paper = parse(["--preset", "digits"]), StudyConfig()
     assert config == parse(["--preset=digits"])
     different = {name for name in vars(paper) if getattr(paper, name) != getattr(config, name)}
@@ -84,7 +84,7 @@ def test_digits_are_the_same_but_small():
     assert (config.datasets, config.out) == (("digits",), "results/digits")
 
 
-def test_options_go_before_the_preset():
+def test_options_override_the_preset():
     arguments = "--datasets digits --hidden 16 16 --seeds 1 2 --preset digits --learning-rate 0.2"
     config = parse([*arguments.split(), "--gpus-per-trial", "0.5", "--cpus-per-trial", "2"])
     assert (config.hidden, config.seeds, config.learning_rate) == ((16, 16), (1, 2), 0.2)
@@ -109,13 +109,13 @@ def test_options_go_before_the_preset():
         ),
     ],
 )
-def test_the_reference_is_there_for_those_that_sort(strategies, reference_seeds, grid):
+def test_the_reference_run_is_added_for_strategies_that_sort(strategies, reference_seeds, grid):
     config = StudyConfig(strategies=strategies, reference_seeds=reference_seeds, seeds=(4, 5))
     assert config.grid() == grid
     assert next(iter(config.grid())) == next(iter(grid))
 
 
-# ---------------------------------------------------------------------- wrong options
+# Wrong options.
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_wrong_option_is_named(arguments, words):
     assert all(word in message for word in words), message
 
 
-def test_what_is_no_option_ends_with_2(capsys):
+def test_unknown_options_exit_with_2(capsys):
     for arguments in (["--epochs", "many"], ["--no-such-option", "3"]):
         with pytest.raises(SystemExit) as exit_:
             full_study.main(arguments)
@@ -169,13 +169,13 @@ def test_a_negative_seed_is_refused_before_anything_is_written(run_untrained, tm
 
 @pytest.fixture
 def own_models(tmp_path, monkeypatch):
-    """Write a module of a person's own networks, which `--model` can name."""
+    """Return a function that writes a module of networks, which `--model` can name."""
 
     def write(text, name="own_models"):
         folder = tmp_path / "packages"
         folder.mkdir(exist_ok=True)
         (folder / f"{name}.py").write_text(text)
-        monkeypatch.syspath_prepend(folder)  # which forgets what was found there
+        monkeypatch.syspath_prepend(folder)  # which also clears the import caches
         monkeypatch.delitem(sys.modules, name, raising=False)
 
     return write
@@ -194,7 +194,7 @@ def freeze(input_shape, class_count):
 """
 
 
-def test_a_batch_norm_is_refused_with_what_a_study_offers(own_models, run_untrained, tmp_path):
+def test_a_batch_norm_is_refused_with_the_options_of_a_study(own_models, run_untrained, tmp_path):
     own_models(BATCH_NORM)
     arguments = (*DIGITS, "--dry-run", "--model")
     with pytest.raises(UnsupportedError, match="BatchNorm1d, which mixes them") as caught:
@@ -245,7 +245,7 @@ def test_another_network_of_the_same_name_is_refused(
     message = four_parts(caught.value)
     assert f"another one; different: {different}\n" in message
     assert str(out) in message
-    # Nor does a data set that is added bring another network.
+    # A data set that is added cannot bring another network.
     added = (*arguments, "--datasets", f"npz:{tmp_path / 'mine.npz'}")
     with pytest.raises(ConfigError, match="different: source\n"):
         run_untrained(out, *added)
@@ -254,7 +254,7 @@ def test_another_network_of_the_same_name_is_refused(
     assert (out / "study.json").read_bytes() == stored
 
 
-def test_a_study_that_did_not_note_its_network_is_read_and_not_continued(
+def test_a_study_without_the_identity_of_its_network_is_read_and_not_continued(
     own_models, run_untrained, tmp_path
 ):
     out = tmp_path / "study"
@@ -270,7 +270,7 @@ def test_a_study_that_did_not_note_its_network_is_read_and_not_continued(
     assert "can still be read" in four_parts(caught.value)
 
 
-# ------------------------------------------------------------------------------- --out
+# The folder or bucket.
 
 
 def test_out_is_a_file(run_untrained, tmp_path):
@@ -344,7 +344,7 @@ def test_more_seeds_strategies_and_data_sets_are_accepted(run_untrained, tmp_pat
     assert "8 in all, 8 of them missing" in text  # (2 rand, 1 nlm, 1 shuffle) on two data sets
 
 
-# -------------------------------------------------------------------- machines and disk
+# Machines and disk.
 
 
 @pytest.mark.parametrize("gpus", ["1", "0.5"])
@@ -379,14 +379,14 @@ def test_too_little_disk(run_untrained, monkeypatch, tmp_path):
     assert not (tmp_path / "study" / "study.json").exists()
 
 
-def test_what_a_trial_takes():
+def test_bytes_of_a_trial():
     plan = make_plan(parse([*DIGITS]), {"digits": load_source("digits")})
     # An epoch: 1,500 samples x (2 layers + NLL + batch) x 4 bytes = 24,000. Parameters: 1,210 x 4
     # bytes in 4 states, in two checkpoints and in the third while it is written.
     assert trial_bytes(plan, plan.trials()[0]) == 3 * 24_000 + (4 + 3) * 4 * 1_210
 
 
-def test_a_worker_that_took_too_much_memory(run_study, monkeypatch, tmp_path):
+def test_out_of_memory_names_the_trials_at_a_time(run_study, monkeypatch, tmp_path):
     def killed(self):
         cause = OutOfMemoryError("1 worker(s) were killed: 22.38GB used / 23.54GB limit\nat length")
         raise RuntimeError(f"Caught unexpected exception: {cause}") from cause
@@ -405,16 +405,16 @@ def test_no_cluster_at_the_address(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
-        for given in (address, None):
+        for option in (address, None):
             with pytest.raises(ResourceError, match="nobody answers\n") as caught:
-                connect(given)
+                connect(option)
             assert f"address {address}" in four_parts(caught.value)
 
 
-# ---------------------------------------------------------------------------- the data
+# Data sets.
 
 
-def test_a_remainder_is_spread_and_said(run_untrained, tmp_path):
+def test_batches_of_unequal_size_are_announced(run_untrained, tmp_path):
     _, text = run_untrained(tmp_path / "a", *DIGITS, "--batch-size", "70", "--dry-run")
     # 1,500 = 21 x 70 + 30: 22 batches, of which 1,500 - 22 x 68 = 4 have one more than 68.
     assert (
@@ -426,7 +426,7 @@ def test_a_remainder_is_spread_and_said(run_untrained, tmp_path):
 
 
 def main_fails(arguments, capsys) -> str:
-    """Return what the command says of a mistake, after seeing that it says nothing else."""
+    """Return the error of a command, after checking that it prints nothing else."""
     assert full_study.main(list(arguments)) == 2
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err
@@ -489,7 +489,7 @@ def test_two_data_sets_of_one_name(run_untrained, tmp_path):
     four_parts(caught.value)
 
 
-def test_the_plan_names_what_is_missing_only():
+def test_the_conclusion_names_missing_trials():
     config = parse([*DIGITS, "--strategies", "rand", "--seeds", "1"])
     plan = make_plan(config, {"digits": load_source("digits")})
     console = Console(file=StringIO(), width=200)

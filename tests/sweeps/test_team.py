@@ -1,4 +1,4 @@
-"""Trials of two workers: the record of one worker to rounding, and the death of one of them."""
+"""Trials of two workers: equal to one worker up to rounding, and restarted after a death."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from sampimp.sweeps.study import concurrent_trials, make_plan
 from sampimp.sweeps.team import RunMaker, Team
 
 TWO = ("--workers-per-trial", "2", "--strategies", "nlo", "--seeds", "1")
-"""The reference run, and one that sorts by it, for which the processes are kept."""
+"""The reference run, and a trial that sorts by it and reuses the processes."""
 
 
 def helpers() -> list[int]:
@@ -51,8 +51,8 @@ def together(cluster, tiny, tmp_path_factory):
 
 def test_two_workers_record_what_one_does(together, finished):
     cube, expected = (sampimp.open_cube(out)["digits"] for out in (together, finished.out))
-    one = {"strategy": "shuffle", "seed": 1}
-    cube, expected = cube.sel(one).compute(), expected.sel(one).compute()
+    trial = {"strategy": "shuffle", "seed": 1}
+    cube, expected = cube.sel(trial).compute(), expected.sel(trial).compute()
     np.testing.assert_array_equal(cube.batch, expected.batch)
     np.testing.assert_array_equal(cube.parameters[0], expected.parameters[0])
     assert not np.array_equal(cube.parameters[-1], expected.parameters[-1])  # there were two
@@ -73,16 +73,14 @@ def test_a_strategy_that_sorts_is_complete_too(together):
         assert not np.isnan(cube[name]).any(), name
 
 
-def test_whichever_worker_dies_the_trial_goes_on_to_the_same_numbers(
-    together, tiny, run_study, tmp_path
-):
+def test_a_trial_whose_workers_die_ends_with_the_same_numbers(together, tiny, run_study, tmp_path):
     out = tmp_path / "study"
     died = []
 
     def wait_for(pattern: str) -> Path:
-        while not (found := list(out.glob(pattern))):
+        while not (paths := list(out.glob(pattern))):
             time.sleep(0.002)
-        return found[0]
+        return paths[0]
 
     def kill_both() -> None:
         wait_for("trials/*/checkpoints/*/MANIFEST.json")
@@ -102,7 +100,7 @@ def test_whichever_worker_dies_the_trial_goes_on_to_the_same_numbers(
         "expected every worker of the trial to live, got one whose process or machine died",
         "its process or its machine died",
     ]
-    # Deaths, of which there may be many, and no failures of the trial's own.
+    # Counted as deaths, of which many are allowed, and not as failures of the trial.
     assert not list(out.glob("trials/*/errors/*")), text
     cube, wanted = (sampimp.open_cube(folder)["digits"].to_dataset() for folder in (out, together))
     for name in wanted.variables:
@@ -113,7 +111,7 @@ def test_whichever_worker_dies_the_trial_goes_on_to_the_same_numbers(
     assert not helpers()  # none outlives its trial
 
 
-def test_workers_that_come_apart_are_an_error(cluster, tmp_path):
+def test_workers_with_different_parameters_are_an_error(cluster, tmp_path):
     config = parse(["--preset", "digits", "--hidden", "4", "--epochs", "1"])
     source = load_source("digits")
     plan = make_plan(config, {"digits": source})
