@@ -7,7 +7,8 @@
         find layouts that agree with the owners                                 (`layout`)
         find the sample of each row of the loss from the data                   (`loss_order`)
         refuse a loss that is not a sum over samples above the cut              (`coupling`)
-    the first candidate without a refusal is the proof; else raise the first refusal
+    the first candidate without a refusal is the proof; if there is none, raise the first refusal
+    of a cut that is not a guess
 
 The definitions and the argument are in `sampimp.importance.ownership`. A proof leaves gradients,
 buffers, random states and the graph as they were.
