@@ -175,9 +175,9 @@ class UpdateDerivative:
             if step.parameter.grad is not gradient:
                 raise UnsupportedError(
                     expected="the gradients from before the step",
-                    got="others",
+                    got="other gradients",
                     where=f"{type(self.optimizer).__name__}.step",
-                    todo="let nothing put other gradients in their place during optimizer.step()",
+                    todo="replace no parameter.grad during optimizer.step()",
                 )
             step.state = self.optimizer.state.get(step.parameter, {})
             derivatives[id(step.parameter)] = (
@@ -198,8 +198,8 @@ class UpdateDerivative:
             raise UnsupportedError(
                 expected="the optimizer that makes the update",
                 got=f"{kind.__module__}.{kind.__qualname__}, around {type(inner).__name__}",
-                where="the optimizer given to the recorder",
-                todo="give the recorder the inner one: optimizer.optimizer",
+                where="the optimizer passed to the recorder",
+                todo="pass the inner optimizer to the recorder: optimizer.optimizer",
             )
         rule = DERIVATIVE_RULES.get(kind)  # of exactly this class: a subclass may differ
         if rule is None:
@@ -207,7 +207,7 @@ class UpdateDerivative:
             raise UnsupportedError(
                 expected=f"an optimizer of exactly one of the classes {known}",
                 got=f"{kind.__module__}.{kind.__qualname__}",
-                where="the optimizer given to the recorder",
+                where="the optimizer passed to the recorder",
                 todo="register the derivative of its update by its gradient, as the example in "
                 "help(sampimp.derivative_rule) shows, or train with one of these classes",
             )

@@ -30,7 +30,7 @@ class Case:
 
     Parameters
     ----------
-    one
+    one_sample
         Function that returns the inputs of one sample; by default a slice of each input.
     random
         Whether a pass of a single sample has other dropout masks than the pass of the batch.
@@ -42,17 +42,17 @@ class Case:
         self,
         model: nn.Module,
         *inputs: Tensor,
-        one: Callable[[int], tuple[Tensor, ...]] | None = None,
+        one_sample: Callable[[int], tuple[Tensor, ...]] | None = None,
         random: bool = False,
         **options: Any,
     ) -> None:
         self.model, self.inputs, self.random, self.options = model, inputs, random, options
-        self.one = one or (lambda i: tuple(x[i : i + 1] for x in inputs))
+        self.one_sample = one_sample or (lambda i: tuple(x[i : i + 1] for x in inputs))
 
     def losses(self, sample: int | None = None) -> Tensor:
         """Return the loss of every sample, or of one sample in a pass of its own."""
         torch.manual_seed(0)  # for dropout
-        outputs = self.model(*(self.inputs if sample is None else self.one(sample)))
+        outputs = self.model(*(self.inputs if sample is None else self.one_sample(sample)))
         return sum(map(losses, (outputs,) if isinstance(outputs, Tensor) else outputs))
 
 

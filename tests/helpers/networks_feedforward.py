@@ -13,7 +13,10 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3
 
 
 def case_of_bags(mode: str, **options: Any) -> Case:
-    words, starts = torch.tensor([3, 3, 5, 1, 3, 0, 5]), torch.tensor([0, 2, 2])  # one is empty
+    words, starts = (
+        torch.tensor([3, 3, 5, 1, 3, 0, 5]),
+        torch.tensor([0, 2, 2]),
+    )  # the second bag is empty
     ends = [2, 2, 7]
     weights = torch.rand(7) if options.pop("weighted", False) else None
     inputs = [words, *([] if weights is None else [weights]), starts]
@@ -21,12 +24,12 @@ def case_of_bags(mode: str, **options: Any) -> Case:
     def forward(model: nn.Module, words: Tensor, *rest: Tensor) -> Tensor:
         return model.out(model.bag(words, rest[-1], *rest[:-1]).tanh())
 
-    def one(i: int) -> tuple[Tensor, ...]:
+    def one_sample(i: int) -> tuple[Tensor, ...]:
         part = slice(int(starts[i]), ends[i])
         return *(x[part] for x in inputs[:-1]), torch.tensor([0])
 
     bag = nn.EmbeddingBag(6, 4, mode=mode, **options)
-    return Case(Calls(forward, bag=bag, out=nn.Linear(4, 3)), *inputs, one=one)
+    return Case(Calls(forward, bag=bag, out=nn.Linear(4, 3)), *inputs, one_sample=one_sample)
 
 
 FEEDFORWARD: dict[str, Callable[[], Case]] = {

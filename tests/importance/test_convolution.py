@@ -26,24 +26,24 @@ def geometries(draw):
     torch.manual_seed(1)
     axes = draw(st.integers(1, 3))
 
-    def each(low, high):
+    def per_axis(low, high):
         return tuple(draw(st.integers(low, high)) for _ in range(axes))
 
     groups = draw(st.integers(1, 2))
     inputs, outputs = (groups * draw(st.integers(1, 3)) for _ in range(2))
-    count, kernel, stride = draw(st.integers(1, 3)), each(1, 3), each(1, 3)
-    options = {"stride": stride, "dilation": each(1, 2), "groups": groups}
+    count, kernel, stride = draw(st.integers(1, 3)), per_axis(1, 3), per_axis(1, 3)
+    options = {"stride": stride, "dilation": per_axis(1, 2), "groups": groups}
     transposed = draw(st.booleans())
     if transposed:
-        options["padding"] = each(0, 2)
+        options["padding"] = per_axis(0, 2)
         options["output_padding"] = tuple(draw(st.integers(0, size - 1)) for size in stride)
         shape = inputs, outputs // groups, *kernel
     else:
         same = stride == (1,) * axes and draw(st.booleans())
-        options["padding"] = "same" if same else each(0, 3)
+        options["padding"] = "same" if same else per_axis(0, 3)
         shape = outputs, inputs // groups, *kernel
     name = f"conv{'_transpose' if transposed else ''}{axes}d"
-    images, weight = torch.randn(count, inputs, *each(1, 6)), torch.randn(shape)
+    images, weight = torch.randn(count, inputs, *per_axis(1, 6)), torch.randn(shape)
     return getattr(functional, name), images.double(), weight.double(), options
 
 

@@ -2,7 +2,7 @@
 
 To a rule, every row of one axis is a sample. If several rows belong to one sample (flattened
 positions, repeated copies), the recorder adds them afterwards (`Factor.joined`); if the samples are
-on another axis than the first, the rule is told by `Batch.dim`.
+on another axis than the first, `Batch.dim` says so.
 
 Map: `Batch`, `require_samples` (a check), `Factors` and `Features` (types of rules).
 """
@@ -19,7 +19,7 @@ Factors = Iterable[tuple[Tensor | None, Factor]]
 """What a rule yields: pairs of a parameter and a factor of its per-sample gradients."""
 
 Features = int | Callable[..., int]
-"""How many of the last axes of an output belong to one row: a number, or a function of the call."""
+"""Number of last axes of an output that belong to one row, or a function that returns it."""
 
 
 @dataclass(frozen=True)

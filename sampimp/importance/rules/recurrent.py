@@ -54,7 +54,7 @@ def recurrent_factors(
             where="a recurrent layer of which autograd's graph does not show the inside",
             todo="use one layer after another with a Dropout between them, and no proj_size",
         )
-    dtype = call.parameters[0].dtype  # under autocast, gradients have another one
+    dtype = call.parameters[0].dtype  # under autocast, gradients have another dtype
     first, last = (
         [part.reshape(-1, batch.size, part.shape[-1]).to(dtype, copy=True) for part in parts]
         for parts in (call.states, delta[1:])

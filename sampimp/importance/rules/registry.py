@@ -16,19 +16,6 @@ A *features* entry says which axes of an output cannot be the batch axis: a numb
 a function `features(batch, ndim, *args, **kwargs)` of the output's number of axes. The default 0
 permits every axis.
 
-A rule of your own, for x -> x * exp(s) as one operation:
-
->>> from torch.overrides import handle_torch_function, has_torch_function
->>> from sampimp import layer_rule
->>> from sampimp.importance.gradients import Explicit
->>> def scaled(input, s):
-...     if has_torch_function((input, s)):  # makes the operation visible to a recorder
-...         return handle_torch_function(scaled, (input, s), input, s)
-...     return input * s.exp()
->>> @layer_rule(scaled)
-... def scaled_factors(batch, delta, input, s):
-...     yield s, Explicit(batch.reduced(delta * input * s.exp(), s.shape))
-
 An operation without a rule goes through `vmap_factors`, which is exact as well, and slower.
 
 Map: `RULES` (the table), `LayerRule` (its entries), `layer_rule` (add an entry), `factors_of`,
@@ -187,15 +174,32 @@ def layer_rule(
     *functions
         The operation, under every name by which it is called.
     look
-        Finds the nodes inside the operation, if it hides others.
+        `look(batch, outputs, *args, **kwargs)`: finds the nodes inside the operation, if it hides
+        others.
     features
         How many of the last axes of an output cannot be the batch axis.
 
     Returns
     -------
     callable
-        Decorator for the rule, `rule(batch, delta, *args, **kwargs)`. The call shapes of all three,
-        and an example, are in the docstring of `sampimp.importance.rules.registry`.
+        Decorator for the rule, `rule(batch, delta, *args, **kwargs)`, which yields pairs of a
+        parameter and a factor of its per-sample gradients. The call shapes are described in
+        `sampimp.importance.rules.registry`.
+
+    Examples
+    --------
+    A rule for x -> x * exp(s) as one operation:
+
+    >>> from torch.overrides import handle_torch_function, has_torch_function
+    >>> from sampimp import layer_rule
+    >>> from sampimp.importance.gradients import Explicit
+    >>> def scaled(input, s):
+    ...     if has_torch_function((input, s)):  # makes the operation visible to a recorder
+    ...         return handle_torch_function(scaled, (input, s), input, s)
+    ...     return input * s.exp()
+    >>> @layer_rule(scaled)
+    ... def scaled_factors(batch, delta, input, s):
+    ...     yield s, Explicit(batch.reduced(delta * input * s.exp(), s.shape))
     """
 
     def register(rule: Rule) -> Rule:
