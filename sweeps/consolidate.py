@@ -15,7 +15,7 @@ from sampimp.errors import UserError
 from sampimp.store.sharded import consolidate
 from sampimp.sweeps.door import run_door
 
-HELP = """Write each data set of a finished study as one sharded Zarr store.
+_HELP = """Write each data set of a finished study as one sharded Zarr store.
 
 Every value is compared with the records of the trials.
 
@@ -52,10 +52,12 @@ def write_stores(
 
 
 def main(arguments: list[str], prog: str = "consolidate.py") -> int:
-    """Run the command line; return its exit code, which `HELP` lists."""
+    """Run the command line; return its exit code, which `--help` lists."""
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        return tyro.cli(write_stores, args=arguments, prog=prog, description=HELP.format(prog=prog))
+        return tyro.cli(
+            write_stores, args=arguments, prog=prog, description=_HELP.format(prog=prog)
+        )
     except UserError as error:
         errors.print(str(error), style="red", markup=False, highlight=False)
         return 2

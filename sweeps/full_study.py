@@ -12,7 +12,7 @@ import io
 
 from rich.console import Console
 
-from sampimp.errors import UserError, require_package
+from sampimp.errors import MissingPackageError, UserError, require_package
 from sampimp.schema import __version__, digest_json
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
@@ -28,19 +28,25 @@ def main(arguments: list[str], prog: str = "full_study.py") -> int:
     -------
     int
         0 if every planned trial is committed (done or diverged), 1 if one is missing, 2 for a
-        mistake that the user can correct, 130 after Ctrl-C.
+        mistake that the user can correct, 130 after Ctrl-C. The packages of the extra `report` are
+        optional: without them the report is left out.
     """
     console = Console(soft_wrap=True)
     errors = Console(stderr=True, soft_wrap=True)
     try:
         config = parse(arguments, prog)
         if config.cluster:
+            require_package("ray", "cluster")
             from sampimp.sweeps.jobs import send
 
             return send(config, arguments, console)
         code = run_or_describe(config, console)
         if not config.dry_run:
-            write_study_report(config.out, console)
+            try:
+                write_study_report(config.out, console)
+            except MissingPackageError as error:
+                errors.print("The study is stored, and its report is not written.")
+                errors.print(str(error), markup=False, highlight=False)
         return code
     except UserError as error:
         errors.print(str(error), style="red", markup=False, highlight=False)

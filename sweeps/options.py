@@ -211,7 +211,7 @@ class _CommandLine:
     machine: MachineOptions
 
 
-HELP = """Train the paper's study, or one of your own, and write its report.
+_HELP = """Train the paper's study, or one of your own, and write its report.
 
 The same command again trains what is missing, or adds seeds and strategies.
 
@@ -260,7 +260,7 @@ def parse(arguments: list[str], prog: str = "full_study.py") -> StudyConfig:
             machine=MachineOptions(**_values(default, MachineOptions)),
         ),
         prog=prog,
-        description=HELP.format(prog=prog),
+        description=_HELP.format(prog=prog),
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
     )
     values: dict[str, Any] = {}

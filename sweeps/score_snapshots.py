@@ -16,7 +16,7 @@ from sampimp.sweeps.cluster import connect
 from sampimp.sweeps.door import INTERRUPTED, run_door
 from sampimp.sweeps.scoring import score_snapshots
 
-HELP = """Compute the importance of every training sample at the stored parameters of epochs.
+_HELP = """Compute the importance of every training sample at the stored parameters of epochs.
 
 Epochs that have it already are left as they are.
 
@@ -63,10 +63,10 @@ def score(
 
 
 def main(arguments: list[str], prog: str = "score_snapshots.py") -> int:
-    """Run the command line; return its exit code, which `HELP` lists."""
+    """Run the command line; return its exit code, which `--help` lists."""
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        return tyro.cli(score, args=arguments, prog=prog, description=HELP.format(prog=prog))
+        return tyro.cli(score, args=arguments, prog=prog, description=_HELP.format(prog=prog))
     except UserError as error:
         errors.print(str(error), style="red", markup=False)
         return 2

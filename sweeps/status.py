@@ -45,7 +45,7 @@ LABELS = 6
 FAILED = 3
 """Exit code of a study with failed trials."""
 
-HELP = """Show how far a study is, from its store alone.
+_HELP = """Show how far a study is, from its store alone.
 
 Examples:
   {prog} results/digits              the state of each trial
@@ -161,10 +161,10 @@ def show_status(
 
 
 def main(arguments: list[str], prog: str = "status.py") -> int:
-    """Run the command line; return its exit code, which `HELP` lists."""
+    """Run the command line; return its exit code, which `--help` lists."""
     try:
         command = tyro.conf.configure(tyro.conf.FlagCreatePairsOff)(show_status)
-        return tyro.cli(command, args=arguments, prog=prog, description=HELP.format(prog=prog))
+        return tyro.cli(command, args=arguments, prog=prog, description=_HELP.format(prog=prog))
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False)
         return 2

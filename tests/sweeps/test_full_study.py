@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import sampimp
 from sampimp.data import load_source
+from sampimp.errors import MissingPackageError
 from sampimp.store.location import Folder
 from sampimp.store.plan import PlannedTrial, read_plan
 from sampimp.sweeps import full_study, searcher
@@ -196,6 +197,20 @@ def test_ctrl_c_is_reported(monkeypatch, tmp_path, capsys):
     assert full_study.main(["--preset", "digits", "--out", str(tmp_path)]) == 130
     text = "".join(capsys.readouterr())
     assert text == "Interrupted. What is committed is kept; the same command continues.\n"
+
+
+def test_without_the_packages_of_the_report_the_study_keeps_its_exit_code(
+    monkeypatch, tmp_path, capsys
+):
+    def miss(out, console):
+        raise MissingPackageError("the Python package jinja2", "none", "here", "install it")
+
+    monkeypatch.setattr(full_study, "run_or_describe", lambda config, console: 1)
+    monkeypatch.setattr(full_study, "write_study_report", miss)
+    assert full_study.main(["--preset", "digits", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "report is not written" in error
+    assert "Expected the Python package jinja2" in error
 
 
 def test_a_failed_trial_blocks_only_the_trials_that_wait_for_it(
