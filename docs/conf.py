@@ -85,6 +85,7 @@ autodoc_typehints = "none"  # numpydoc's sections describe the types
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = False
+# Not nitpicky: names of torch and xarray would need inventories from the network.
 
 # HTML
 
