@@ -38,7 +38,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from sampimp.importance.recorder import ImportanceRecorder, sum_by_sample
+from sampimp.importance.recorder import ImportanceRecorder
+from sampimp.importance.sample_index import sum_by_sample
 from sampimp.training.fused import FusedStep
 from sampimp.training.models import build_mlp
 

@@ -34,9 +34,11 @@ from sampimp.schema import __version__
 if TYPE_CHECKING:
     from sampimp.data import Dataset, load_dataset
     from sampimp.importance.optimizers import derivative_rule
-    from sampimp.importance.recorder import ImportanceRecorder, snapshot_importance
+    from sampimp.importance.recorder import ImportanceRecorder
     from sampimp.importance.rules.registry import layer_rule
-    from sampimp.integrations.trainers import HuggingFaceImportance, LightningImportance
+    from sampimp.importance.snapshot import snapshot_importance
+    from sampimp.integrations.huggingface import HuggingFaceImportance
+    from sampimp.integrations.lightning import LightningImportance
     from sampimp.store.cube import open_cube
 
 __all__ = [
@@ -54,14 +56,14 @@ __all__ = [
 
 _HOMES = {
     "Dataset": "sampimp.data.scaling",
-    "HuggingFaceImportance": "sampimp.integrations.trainers",
+    "HuggingFaceImportance": "sampimp.integrations.huggingface",
     "ImportanceRecorder": "sampimp.importance.recorder",
-    "LightningImportance": "sampimp.integrations.trainers",
+    "LightningImportance": "sampimp.integrations.lightning",
     "derivative_rule": "sampimp.importance.optimizers",
     "layer_rule": "sampimp.importance.rules.registry",
     "load_dataset": "sampimp.data.loading",
     "open_cube": "sampimp.store.cube",
-    "snapshot_importance": "sampimp.importance.recorder",
+    "snapshot_importance": "sampimp.importance.snapshot",
 }
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from sampimp.config import OPTIMIZERS
 from sampimp.data import Dataset, Scaling, Source, scale_inputs
 from sampimp.errors import ConfigError, StoreError
-from sampimp.importance.recorder import snapshot_importance
+from sampimp.importance.snapshot import snapshot_importance
 from sampimp.store.attempts import CHECKPOINTS
 from sampimp.store.datasets import read_source
 from sampimp.store.location import Folder

@@ -20,7 +20,7 @@ from rich.markup import escape
 from sampimp.config import TrialConfig
 from sampimp.data import Source, dataset_key
 from sampimp.errors import ConfigError, UnsupportedError
-from sampimp.importance.recorder import forward_layers
+from sampimp.importance.snapshot import forward_layers
 from sampimp.schema import digest_json
 from sampimp.store.datasets import chunk_table, read_source
 from sampimp.store.location import Folder

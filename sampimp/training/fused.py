@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from sampimp.errors import UnsupportedError
+from sampimp.importance.buffer import NormBuffer
 from sampimp.importance.gradients import Explicit, Product, squares
-from sampimp.importance.recorder import NormBuffer
 from sampimp.importance.update import Diagonal, UpdateDerivative
 from sampimp.training.collective import SINGLE_PROCESS, ProcessGroup
 

@@ -32,7 +32,7 @@ from sampimp.config import TrialConfig
 from sampimp.data import Dataset
 from sampimp.errors import RecordError
 from sampimp.importance.evaluation import evaluation_mode
-from sampimp.importance.recorder import sum_by_sample
+from sampimp.importance.sample_index import sum_by_sample
 from sampimp.schema import EpochRecord
 from sampimp.training.collective import SINGLE_PROCESS, ProcessGroup
 from sampimp.training.fused import FusedStep

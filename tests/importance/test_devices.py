@@ -6,7 +6,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sampimp.config import MODELS
-from sampimp.importance.recorder import Capture, ImportanceRecorder
+from sampimp.importance.gradient_checks import GradientChecks
+from sampimp.importance.known_layouts import KnownLayouts
+from sampimp.importance.recorder import ImportanceRecorder
 from sampimp.training.fused import FusedStep
 from sampimp.training.models import build_model
 
@@ -50,19 +52,19 @@ def make(name, kind, device="meta", **options):
 def test_recording_reads_nothing_from_the_device_before_the_epochs_end(name, kind, monkeypatch):
     # But for the proof in an epoch's first step; here one on the CPU.
     layouts = []
-    find = Capture._find_layouts
+    find = KnownLayouts.find
 
     def note(self, *args):
         layouts.append(find(self, *args))
         return layouts[-1]
 
-    monkeypatch.setattr(Capture, "_find_layouts", note)
+    monkeypatch.setattr(KnownLayouts, "find", note)
     model, optimizer, inputs, labels = make(name, kind, "cpu")
     with ImportanceRecorder(model, optimizer).step(range(SIZE), epoch=1):
         functional.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
-    monkeypatch.setattr(Capture, "_find_layouts", lambda *_: layouts[0])
-    monkeypatch.setattr(Capture, "_compare", lambda *_: None)
+    monkeypatch.setattr(KnownLayouts, "find", lambda *_: layouts[0])
+    monkeypatch.setattr(GradientChecks, "_compare", lambda *_: None)
     model, optimizer, inputs, labels = make(name, kind)
     recorder = ImportanceRecorder(model, optimizer)
     with Crossings() as crossings:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sampimp.data import load_dataset
-from sampimp.importance.recorder import snapshot_importance
+from sampimp.importance.snapshot import snapshot_importance
 from sampimp.training.loop import TrainingRun
 from sampimp.training.models import build_mlp, load_parameters
 from sampimp.training.strategies import make_schedule

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from sampimp.errors import UnsupportedError
-from sampimp.importance.recorder import ImportanceRecorder, sum_by_sample
+from sampimp.importance.recorder import ImportanceRecorder
+from sampimp.importance.sample_index import sum_by_sample
 from sampimp.training.fused import FusedStep, loss_gradient
 from sampimp.training.models import build_mlp
 

@@ -7,7 +7,7 @@ import torch
 
 from sampimp.config import MODELS
 from sampimp.errors import ConfigError
-from sampimp.importance.recorder import forward_layers
+from sampimp.importance.snapshot import forward_layers
 from sampimp.training.models import (
     build_mlp,
     build_model,

@@ -1,0 +1,93 @@
+"""Hooks on optimizers, by which a recorded step learns of its update.
+
+Before the recorder's optimizer makes its update, the gradients are checked and recording is
+suspended; afterwards the update's derivative is known. Updates by other optimizers in the same
+block are noticed too, because they may move the same parameters.
+
+Map: `UpdateHooks`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sampimp.importance.forward_pass import argument
+from sampimp.importance.step import Capture
+from sampimp.importance.update import UpdateDerivative
+
+
+class UpdateHooks:
+    """Hooks on the optimizers during one recorded step.
+
+    Parameters
+    ----------
+    optimizer
+        The recorder's optimizer.
+    capture, derivative
+        Learn of its update.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, capture: Capture, derivative: UpdateDerivative
+    ) -> None:
+        self._optimizer, self._capture, self._derivative = optimizer, capture, derivative
+        self.updates = 0
+        """Updates made by the recorder's optimizer."""
+        self.moved_by: dict[str, list[Tensor]] = {}
+        """Parameters that other optimizers have moved, by the class of the optimizer."""
+
+    def __enter__(self) -> "UpdateHooks":
+        """Register the hooks."""
+        self._handles = (
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_update),
+            register_optimizer_step_post_hook(self._after_any_update),
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the hooks."""
+        self._derivative.forget()
+        for handle in self._handles:
+            handle.remove()
+
+    def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Prepare for the update: now, or when the closure passed to `optimizer.step` is done."""
+        closure = argument(args, kwargs, 1, "closure", None)  # argument 0 is the optimizer
+        if closure is None:
+            return self._before_update()
+        recorded = self._recorded(closure)
+        if len(args) > 1:
+            return (args[0], recorded, *args[2:]), kwargs
+        return args, {**kwargs, "closure": recorded}
+
+    def _recorded(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return a closure that is recorded, and followed by the preparation for the update."""
+
+        def recorded() -> Any:
+            self._capture.watch.resume()  # so that a second call is recorded, and refused
+            loss = closure()
+            self._before_update()
+            return loss
+
+        return recorded
+
+    def _before_update(self) -> None:
+        self._capture.watch.suspend()
+        self._capture.check()
+        self._derivative.before()
+
+    def _after_update(self, *_: Any) -> None:
+        self.updates += 1
+        if self.updates == 1:
+            self._capture.finish(self._derivative.after())
+        self._capture.watch.resume()
+
+    def _after_any_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if optimizer is not self._optimizer:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            moved = [parameter for parameter in parameters if parameter.grad is not None]
+            self.moved_by.setdefault(type(optimizer).__name__, []).extend(moved)

@@ -1,0 +1,117 @@
+"""Record importance in PyTorch Lightning.
+
+Map: `LightningImportance`, a callback for `lightning.pytorch.Trainer`. Its base class is looked up
+when an instance is made, so that importing this module does not import Lightning.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from sampimp.errors import UnsupportedError
+from sampimp.importance.sample_index import Index
+from sampimp.integrations.recorded_steps import RecordedSteps
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+else:
+    Callback = object
+
+
+class LightningImportance(RecordedSteps, Callback):
+    """A `lightning.pytorch` callback that records importance.
+
+    Parameters
+    ----------
+    index
+        Where a batch contains the permanent index of its samples, shape (N,): the key of a dict,
+        the position in a tuple, or a function of the batch.
+    **options
+        `loss_reduction`, `batch_dim`, `batch_norm` and `coupled_loss` of `ImportanceRecorder`.
+
+    Attributes
+    ----------
+    recorder : ImportanceRecorder
+        Of the last `fit`, from its start on. Epochs count from 1.
+
+    Raises
+    ------
+    UnsupportedError
+        When training starts: several processes, a wrapped or compiled model, manual optimization,
+        or what the recorder refuses. In a step: `training_step` returned None.
+    ConfigError
+        A batch contains no index.
+
+    Examples
+    --------
+    With batches of (inputs, labels, index), as in examples/with_lightning.py::
+
+        importance = LightningImportance(index=2)
+        lightning.pytorch.Trainer(callbacks=[importance]).fit(model, loader)
+        importance.recorder.to_dataset()
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "LightningImportance":
+        """Make an instance that has Lightning's base class; type checkers see it above."""
+        import lightning.pytorch
+
+        return object.__new__(type(cls.__name__, (cls, lightning.pytorch.Callback), {}))
+
+    def __init__(self, index: str | int | Callable[[Any], Index] = "index", **options: Any) -> None:
+        super().__init__(options)
+        self._index = index
+        self._updates = 0  # of the trainer, before this step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle only the settings, for strategies that start processes."""
+        return partial(LightningImportance, self._index, **self._options), ()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make the recorder."""
+        if not pl_module.automatic_optimization:
+            raise UnsupportedError(
+                expected="automatic optimization",
+                got="manual optimization, whose steps Lightning does not tell apart",
+                where=type(self).__name__,
+                todo="put `with recorder.step(index, epoch=...)` of an ImportanceRecorder around "
+                "each update in training_step",
+            )
+        # Lightning takes a compiled module out of its wrapper, and calls its compiled methods.
+        compiled = pl_module._compiler_ctx is not None
+        called = pl_module.training_step if compiled else trainer.model
+        self._start_training(pl_module, called, trainer.optimizers[0], trainer.world_size)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin a step, or add a pass to it."""
+        if self._step is None:
+            self._updates = trainer.global_step
+        self._begin_pass(self._index_of(batch), trainer.current_epoch + 1)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Complete the step if its update was made."""
+        if trainer.global_step != self._updates:
+            self._finish_step()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Abandon a step that the end of training has interrupted."""
+        self._abandon_step()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Abandon the step that failed."""
+        self._abandon_step()
+
+    def _index_of(self, batch: Any) -> Index:
+        if callable(self._index):
+            return self._index(batch)
+        try:
+            return batch[self._index]
+        except (KeyError, IndexError, TypeError):
+            raise self._missing_index(
+                f"a {type(batch).__name__} without",
+                "let the data set return each sample's position in it, and say where it is in a "
+                "batch: LightningImportance(index=2), or a key, or a function of the batch",
+            ) from None
