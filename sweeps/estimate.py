@@ -46,6 +46,7 @@ def describe_study(config: StudyConfig, console: Console) -> int:
         else:
             console.print(
                 f"The Ray cluster at {address} was not asked: the time is that of this machine.",
+                markup=False,
                 highlight=False,
             )
         return machine

@@ -45,7 +45,7 @@ def run_study(config: StudyConfig, console: Console) -> int:
     def connect_to_cluster() -> Cluster:
         with console.status("Looking for a Ray cluster"):
             cluster = connect(config.address)
-        console.print(f"{cluster}.", highlight=False)
+        console.print(f"{cluster}.", markup=False, highlight=False)
         check_cluster(config, cluster)
         return cluster
 

@@ -56,7 +56,7 @@ def score(
         GPUs for the samples of one epoch.
     """
     console = Console(soft_wrap=True)
-    console.print(f"{connect(address)}.", highlight=False)
+    console.print(f"{connect(address)}.", markup=False, highlight=False)
     count = score_snapshots(out, every, console, model=model, cpus=cpus, gpus=gpus)
     console.print(f"{count} epochs scored; the others were there already.", highlight=False)
     return 0

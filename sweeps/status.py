@@ -102,7 +102,7 @@ def print_grid(dataset: str, statuses: Sequence[Status], console: Console) -> No
     for start in range(0, len(seeds), fitting):
         shown = seeds[start : start + fitting]
         grid = Table(box=None, padding=(0, 0, 0, 1), pad_edge=False, header_style="bold")
-        grid.add_column(dataset, width=first, no_wrap=True)
+        grid.add_column(Text(dataset), width=first, no_wrap=True)
         for seed in shown:
             grid.add_column(str(seed), justify="right", width=column - 1, no_wrap=True)
         for strategy in strategies:
