@@ -1,6 +1,6 @@
-"""Trials and sums of a cube: which trials are there, and how samples are summed chunk by chunk.
+"""Trials and sums of a cube: which trials exist, and sums over samples chunk by chunk.
 
-Whether a trial is there is read from the curve `train_nll`, a few kilobytes; an analysis computes
+Whether a trial exists is read from the curve `train_nll`, a few kilobytes; an analysis computes
 nothing else when it is called. A trial is *complete* if its curve is finite in every epoch, and has
 *started* if it is finite in any. A diverged run has started, and its epochs before the divergence
 count wherever epochs are analysed one by one.

@@ -62,8 +62,8 @@ FIGURES: tuple[FigurePlan, ...] = (
         needs=("rank_correlation",),
         draw=lambda result, cube: figures.draw_stability(result),
         caption="Rank correlation of sample importance between two initialisations, epoch by "
-        "epoch, for all layers together (above) and for each layer (below). Left, the "
-        "initialisations see one and the same sequence of batches; right, each has its own.",
+        "epoch, for all layers together (above) and for each layer (below). Left, all "
+        "initialisations use one sequence of batches; right, each uses a different one.",
         missing="two seeds of a reference strategy (shuffle or shuffle_by_seed)",
     ),
     FigurePlan(
@@ -120,9 +120,9 @@ FIGURES: tuple[FigurePlan, ...] = (
         result="clusters",
         needs=("profile", "size", "nll_quantile"),
         draw=lambda result, cube: figures.draw_clusters(result, read_images(cube, result)),
-        caption="Samples of one class clustered by when and where they were important, a row a "
-        "cluster: samples nearest to its centre, its importance by epoch (across) and layer "
-        "(down), and the NLL of its samples after the last epoch.",
+        caption="Samples of one class clustered by the epochs and layers in which they were "
+        "important, one cluster per row: samples nearest to its centre, its importance by epoch "
+        "(across) and layer (down), and the NLL of its samples after the last epoch.",
         missing="a complete run of shuffle, seed 1, and more samples in a class than clusters",
     ),
     FigurePlan(
@@ -154,8 +154,8 @@ FIGURES: tuple[FigurePlan, ...] = (
         result="strategy_curves",
         needs=("class_nll", "train_error", "test_error"),
         draw=lambda result, cube: figures.draw_class_nll(result, _class_names(cube)),
-        caption="A block a strategy, all on the same scales: error curves (above) and the mean NLL "
-        "of each class of training samples (below), mean over the initialisations.",
+        caption="One block per strategy, all on the same scales: error curves (above) and the mean "
+        "NLL of each class of training samples (below), mean over the initialisations.",
         missing="at least one epoch of a run, with its NLL",
     ),
     FigurePlan(
@@ -178,7 +178,7 @@ def draw_figures(
     results: Mapping[str, xr.Dataset],
     report_progress: Callable[[str], None] = lambda _: None,
 ) -> list[Drawn]:
-    """Draw every figure for which the results have the data, and say what the others need.
+    """Draw every figure for which the results have the data; for the others, state what they need.
 
     Parameters
     ----------
@@ -205,7 +205,7 @@ def draw_figures(
             if not plan.optional:
                 caption = f"Not enough data for this figure. It needs {plan.missing}."
                 if plan.result in reasons:
-                    caption += f" The analysis says: {reasons[plan.result]}."
+                    caption += f" Reason: {reasons[plan.result]}."
                 drawn.append(Drawn(number=number, name=name, title=plan.title, caption=caption))
             continue
         report_progress(f"drawing figure {number}")

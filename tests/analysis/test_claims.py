@@ -1,4 +1,4 @@
-"""The verdicts: decided by the numbers alone, in both directions."""
+"""Verdicts on the claims follow from the numbers alone, in both directions."""
 
 import numpy as np
 import pytest
@@ -25,9 +25,8 @@ def verdicts(cube, results):
 
 
 def verdict_of(cube, results, words):
-    found = [v for sentence, v in verdicts(cube, results).items() if words in sentence]
-    assert len(found) == 1
-    return found[0]
+    (verdict,) = [v for sentence, v in verdicts(cube, results).items() if words in sentence]
+    return verdict
 
 
 @pytest.mark.parametrize(
@@ -50,13 +49,13 @@ def test_the_interval_decides(estimate, side, threshold, expected):
     assert judge(estimate, side, threshold) == expected
 
 
-def test_a_number_without_interval_decides_only_where_the_claim_says_so():
+def test_a_number_without_interval_decides_only_if_the_claim_allows_it():
     assert judge((2, np.nan, np.nan), "above", 0, point=True) == "holds"
     assert judge((np.inf, np.nan, np.nan), "above", 0, point=True) == "holds"
     assert judge((np.nan, np.nan, np.nan), "above", 0, point=True) == "not enough data"
 
 
-def test_the_planted_structure_is_found(results):
+def test_claims_hold_for_data_that_has_their_structure(results):
     cube = example_cube(missing=(), diverged={})
     for words in [
         "stable under initialisation",
@@ -73,29 +72,29 @@ def test_the_planted_structure_is_found(results):
         assert verdict_of(cube, results, words) == "holds", words
 
 
-def test_turned_around_it_does_not_hold(results):
+def test_claims_do_not_hold_for_data_with_the_opposite_structure(results):
     cube = example_cube(missing=(), diverged={})
-    turned = dict(results)
+    reversed_results = dict(results)
     curves = results["strategy_curves"].copy()
     mixed = [name for name in curves["strategy"].values if name not in FINAL_TEST_ERROR]
     better = curves["final_test_error"] + 0.4 * curves["strategy"].isin(mixed)
-    turned["strategy_curves"] = curves.assign(final_test_error=better)
-    assert verdict_of(cube, turned, "are worse than mixed") == "does not hold"
-    assert verdict_of(cube, turned, "lowest test error of all") == "does not hold"
+    reversed_results["strategy_curves"] = curves.assign(final_test_error=better)
+    assert verdict_of(cube, reversed_results, "are worse than mixed") == "does not hold"
+    assert verdict_of(cube, reversed_results, "lowest test error of all") == "does not hold"
     against = results["importance_against_nll"].copy()
     for name in ("when_rank_correlation", "when_rank_correlation_interval"):
         against[name] = -against[name]
-    turned["importance_against_nll"] = against
-    assert verdict_of(cube, turned, "Easy samples act early") == "does not hold"
+    reversed_results["importance_against_nll"] = against
+    assert verdict_of(cube, reversed_results, "Easy samples act early") == "does not hold"
     stable = results["stability"].copy()
     at = {"reference": 0, "epoch": 2, "pair": 1}
     stable["rank_correlation_interval"][at] = [0.1, 0.2]
     stable["rank_correlation"][at] = 0.15
-    turned["stability"] = stable
-    assert verdict_of(cube, turned, "stable under initialisation") == "does not hold"
+    reversed_results["stability"] = stable
+    assert verdict_of(cube, reversed_results, "stable under initialisation") == "does not hold"
 
 
-def test_a_diverged_run_counts_as_guessing_and_a_missing_one_not_at_all():
+def test_a_diverged_run_counts_as_guessing_and_a_missing_run_is_left_out():
     cube = example_cube(missing=(("nlo", 3),), diverged={("rnlo", 2): 3})
     evidence = Evidence({"strategy_curves": strategy_curves(cube).compute()}, classes=3)
     error = cube["test_error"].isel(epoch=-1).compute()
@@ -118,7 +117,7 @@ def test_without_results_there_is_not_enough_data():
 
 
 @pytest.mark.parametrize(
-    ("dataset", "there", "absent"),
+    ("dataset", "included", "excluded"),
     [
         ("mnist", "almost all", "1st layer provides"),
         ("cifar10", "1st layer provides", "almost all"),
@@ -126,20 +125,20 @@ def test_without_results_there_is_not_enough_data():
         ("digits", "lowest test error", "(CIFAR-10)"),
     ],
 )
-def test_a_sentence_about_one_data_set_is_judged_on_that_one(dataset, there, absent):
+def test_a_sentence_about_one_data_set_is_judged_on_that_one(dataset, included, excluded):
     cube = example_cube()
     cube.attrs["dataset"] = dataset
     sentences = " ".join(judge_claims(cube, {})["sentence"].values.tolist())
-    assert there in sentences
-    assert absent not in sentences
+    assert included in sentences
+    assert excluded not in sentences
 
 
 def test_a_diverged_path_is_infinitely_far(results):
     cube = example_cube(missing=(), diverged={})
     paths = results["parameter_paths"].copy(deep=True)
-    gone = paths["strategy"] == "rnlo"
+    diverged = paths["strategy"] == "rnlo"
     paths["distance"] = (
-        paths["distance"].where(~gone).where(~gone.rename(strategy="other_strategy"))
+        paths["distance"].where(~diverged).where(~diverged.rename(strategy="other_strategy"))
     )
     evidence = Evidence({"parameter_paths": paths}, 3)
     assert evidence.distance("nlo", "rnlo") == np.inf
@@ -149,7 +148,7 @@ def test_a_diverged_path_is_infinitely_far(results):
     assert verdict_of(cube, {"parameter_paths": paths}, "reversed order") in VERDICTS
 
 
-def test_each_claim_is_stated_in_full(results):
+def test_each_claim_has_its_rule_interval_and_threshold(results):
     table = judge_claims(example_cube(), results)
     assert isinstance(table, xr.Dataset)
     assert {claim.section for claim in CLAIMS} == {"3.2", "3.3", "3.4", "3.5", "3.6"}

@@ -1,4 +1,4 @@
-"""Figures show the values given, with units, for any number of layers, classes and strategies."""
+"""Figures show the values of the results, with units, in any number of layers and classes."""
 
 import made_results as made
 import numpy as np
@@ -141,7 +141,7 @@ def test_groups_show_shares_in_per_cent(results):
     ]
 
 
-def test_few_samples_are_points_and_many_a_density(results, monkeypatch):
+def test_few_samples_are_drawn_as_points_and_many_as_a_density(results, monkeypatch):
     against = results["importance_against_nll"]
     figure = figures.draw_importance_against_nll(against)
     (points,) = [c for ax in figure.axes for c in ax.collections if isinstance(c, PathCollection)]
@@ -168,7 +168,7 @@ def test_clusters_show_images_profiles_and_quartiles(results):
     images = made.make_images(clusters=3, ranks=8, size=6)
     figure = figures.draw_clusters(data, images)
     (mosaic,) = figure.axes[0].get_images()
-    tiles = np.asarray(mosaic.get_array()).reshape(3, 8, 8, 8)  # a white line round 6 x 6 pixels
+    tiles = np.asarray(mosaic.get_array()).reshape(3, 8, 8, 8)  # 6 x 6 pixels and a white border
     np.testing.assert_array_equal(tiles[2, 1:7, 4, 1:7], images[2, 4, :, :, 0])
     strips = meshes_of(figure)
     assert len(strips) == 3
@@ -199,7 +199,7 @@ def test_curves_show_mean_standard_error_and_divergence(results):
     crosses = [
         line for ax in figure.axes for line in ax.get_lines() if line.get_color() == "#cc0000"
     ]
-    # The runs fall from 5 to 3 at the seventh of 12 epochs: the sixth is the last that counts them.
+    # The number of runs falls from 5 to 3 at epoch 7 of 12, so that the crosses are at epoch 6.
     assert [line.get_xdata().tolist() for line in crosses] == [[6], [6]]
     bands = figure.axes[1].collections
     assert len(bands) == 9
@@ -217,7 +217,7 @@ def test_an_error_of_exactly_zero_is_on_the_axis(results):
     assert ax.get_ylim()[0] == 0
 
 
-def test_paths_are_cut_to_the_runs_that_did_not_diverge(results):
+def test_axes_of_paths_are_limited_to_runs_that_did_not_diverge(results):
     paths = results["parameter_paths"].copy(deep=True)
     paths["path"].loc[{"strategy": "rnlo"}] *= 1e6
     figure = figures.draw_paths(paths)
@@ -256,7 +256,7 @@ def test_histogram_shows_counts_and_quantiles(results):
     assert "3 samples at exactly 0" in ax.get_title(loc="right")
 
 
-def test_strategies_are_told_apart_without_colour():
+def test_strategies_differ_in_marker_and_in_colour():
     styles = [figures.strategy_style(name) for name in (*REFERENCES, *STRATEGIES)]
     assert len({style.marker for style in styles}) == 9
     assert len({style.color for style in styles}) == 9
@@ -269,7 +269,7 @@ def test_a_strategy_looks_the_same_in_every_figure(results):
         assert (line.get_color(), line.get_marker()) == ("#882255", "<")
 
 
-def test_files_are_what_they_say_and_repeat(results, tmp_path):
+def test_files_have_their_format_and_are_reproducible(results, tmp_path):
     figure = figures.draw_histogram(results["importance_histogram"])
     path = tmp_path / "figure.png"
     path.write_bytes(figures.encode(figure))

@@ -1,4 +1,7 @@
-"""The kernels against SciPy and NumPy in memory."""
+"""Kernels and principal components against SciPy and NumPy."""
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from scipy import stats
 
 from sampimp.analysis import kernels, pca
 
-# A few distinct values only, so that ties are frequent, as they are in the NLL of easy samples.
+# Few distinct values, so that ties are as frequent as in the NLL of easy samples.
 tied = st.sampled_from([0.0, 1e-30, 0.5, 1.0, 3.0, 1e8])
 rows = hnp.arrays(
     np.float32, hnp.array_shapes(min_dims=1, max_dims=3, min_side=2, max_side=9), elements=tied
@@ -17,11 +20,11 @@ rows = hnp.arrays(
 
 
 @given(rows)
-def test_rank_is_scipys(values):
+def test_rank_equals_scipys(values):
     np.testing.assert_array_equal(kernels.rank(values), stats.rankdata(values, axis=-1))
 
 
-def test_a_row_with_nan_has_no_ranks_and_spoils_no_other():
+def test_a_row_with_nan_has_no_ranks_and_does_not_affect_others():
     values = np.array([[1.0, np.nan, 2.0], [5.0, 4.0, 6.0]])
     ranks = kernels.rank(values)
     assert np.isnan(ranks[0]).all()
@@ -38,7 +41,7 @@ def test_standardised_ranks_have_mean_0_and_mean_square_1_or_no_spread(values):
 
 
 @given(hnp.arrays(np.float64, st.tuples(st.just(2), st.integers(3, 12)), elements=tied))
-def test_spearman_is_scipys(pair):
+def test_spearman_equals_scipys(pair):
     ours = kernels.spearman(*pair)
     if np.ptp(pair, axis=-1).min() == 0:
         assert np.isnan(ours)
@@ -47,7 +50,7 @@ def test_spearman_is_scipys(pair):
 
 
 def plain_bootstrap(values, pair, resamples, seed):
-    """Return Fisher's z of resampled pairs, ranked anew by SciPy."""
+    """Return Fisher's z of resampled pairs, each ranked by SciPy."""
     generator = np.random.default_rng(seed)
     n = values.shape[1]
     picks = (generator.integers(n, size=n) for _ in range(resamples))
@@ -63,7 +66,7 @@ def test_the_interval_is_that_of_the_plain_bootstrap(ties):
     values[1] += values[0]
     if ties:
         values = np.round(values)
-    # The same draws ranked anew give the same standard error: the counts lose nothing.
+    # The same draws, ranked again, give the same standard error as their counts.
     z = plain_bootstrap(values, (0, 1), 60, kernels.BOOTSTRAP_SEED)
     estimate = np.arctanh(stats.spearmanr(*values).statistic)
     half = stats.norm.ppf(0.975) * z.std(ddof=1)
@@ -85,7 +88,7 @@ def test_the_interval_covers_the_truth_about_95_times_in_100():
     assert 180 <= hits <= 199  # 190 +- 3 deviations of 3.1
 
 
-def test_a_perfect_correlation_has_no_width_and_a_missing_row_no_interval():
+def test_a_correlation_of_1_has_width_0_and_a_missing_row_no_interval():
     x = np.arange(50.0)
     values = np.stack([x, np.exp(x / 10), np.full(50, np.nan), np.ones(50)])
     bounds = kernels.bootstrap_spearman(values, [(0, 1), (0, 2), (0, 3), (0, 0)])
@@ -98,7 +101,7 @@ def test_a_perfect_correlation_has_no_width_and_a_missing_row_no_interval():
     st.integers(1, 4),
     st.randoms(use_true_random=False),
 )
-def test_sum_by_group_is_a_loop_over_groups(values, count, random):
+def test_sum_by_group_equals_a_loop_over_groups(values, count, random):
     groups = np.array([random.randrange(count) for _ in range(values.shape[1])])
     expected = np.stack(
         [values[:, groups == g].astype(np.float64).sum(-1) for g in range(count)], axis=-1
@@ -118,7 +121,7 @@ def test_bootstrapped_totals_have_the_plain_bootstraps_width():
     assert np.isnan(kernels.bootstrap_sums(folds[:4], lambda total: total)[1:]).all()
 
 
-def test_the_share_of_the_top_is_a_sorted_sum_also_under_counts():
+def test_top_share_equals_a_sorted_sum_with_and_without_counts():
     values = np.random.default_rng(2).lognormal(size=200)
     assert kernels.top_share(values, 0.1) == pytest.approx(
         np.sort(values)[-20:].sum() / values.sum()
@@ -137,7 +140,7 @@ def test_gini_is_the_mean_absolute_difference(values):
     np.testing.assert_allclose(kernels.gini(values), expected, atol=1e-12)
 
 
-def test_the_t_interval_is_scipys_and_leaves_missing_seeds_out():
+def test_the_t_interval_equals_scipys_and_leaves_missing_seeds_out():
     values = np.array([0.1, 0.4, np.nan, 0.2])
     expected = stats.ttest_1samp([0.1, 0.4, 0.2], 0).confidence_interval(0.95)
     mean, low, high = kernels.t_interval(values)
@@ -153,7 +156,7 @@ def test_the_t_interval_is_scipys_and_leaves_missing_seeds_out():
     st.integers(1, 16),
     st.integers(0, 2**32 - 1),
 )
-def test_exact_pca_is_the_singular_value_decomposition(states, size, cuts, columns, seed):
+def test_principal_components_equal_those_of_an_svd(states, size, cuts, columns, seed):
     matrix = np.random.default_rng(seed).normal(size=(states, size)).astype(np.float32)
     blocks = np.split(matrix, sorted({c for c in cuts if c < size}), axis=1)
     products = pca.gram_matrix(blocks, columns=columns)
@@ -167,12 +170,12 @@ def test_exact_pca_is_the_singular_value_decomposition(states, size, cuts, colum
     np.testing.assert_allclose(ratio[:count], np.square(s[:count]) / np.square(s).sum(), atol=1e-9)
 
 
-def test_a_state_that_is_not_finite_spoils_itself_alone():
+def test_a_state_that_is_not_finite_affects_only_itself():
     matrix = np.random.default_rng(0).normal(size=(5, 30))
-    spoiled = matrix.copy()
-    spoiled[3, 7], spoiled[4, 2] = np.nan, np.inf
+    damaged = matrix.copy()
+    damaged[3, 7], damaged[4, 2] = np.nan, np.inf
     good = np.array([True, True, True, False, False])
-    scores, _ = pca.principal_components(pca.gram_matrix([spoiled]), 2, good)
+    scores, _ = pca.principal_components(pca.gram_matrix([damaged]), 2, good)
     alone, _ = pca.principal_components(pca.gram_matrix([matrix[:3]]), 2, good[:3])
     np.testing.assert_allclose(scores[:3], alone, atol=1e-12)
     assert np.isnan(scores[3:]).all()
@@ -186,3 +189,16 @@ def test_rows_that_were_not_fitted_are_projected():
     mean = matrix[fit].mean(0)
     axes = np.linalg.svd(matrix[fit] - mean, full_matrices=False)[2][:2]
     np.testing.assert_allclose(np.abs(scores), np.abs((matrix - mean) @ axes.T), atol=1e-9)
+
+
+def test_kernels_without_statistics_need_no_scipy():
+    code = (
+        "import sys; sys.modules['scipy'] = None\n"
+        "from sampimp.analysis import kernels, pca\n"
+        "import numpy as np\n"
+        "assert kernels.gini(np.array([1.0, 1.0])) == 0\n"
+        "try: kernels.rank(np.ones(3))\n"
+        "except ImportError as error: print(error.todo)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "pip install 'sampimp[report]'", done.stderr

@@ -1,6 +1,8 @@
-"""The report holds every number and figure, asks for nothing from outside, and survives gaps."""
+"""The report has every number and figure, loads nothing from elsewhere, and bears missing data."""
 
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,14 +12,17 @@ import pytest
 import xarray as xr
 from rich.console import Console
 
+from sampimp.analysis import report
 from sampimp.analysis.example_cube import example_cube
 from sampimp.analysis.report import cli, contents, drawing, terminal, trial_facts, write
 from sampimp.analysis.report.page import render_page
 from sampimp.errors import RecordError, StoreError
 
+ROOT = Path(__file__).parents[2]
+
 
 class Page(HTMLParser):
-    """The tags, attributes and words of a page; complains of tags that are not closed."""
+    """Attributes and text of a page; fails if a tag is not closed."""
 
     VOID = ("meta", "link", "img", "br")
 
@@ -73,16 +78,16 @@ def section():
 
 @pytest.fixture(scope="module")
 def written(cube, tmp_path_factory):
-    """A report on a tree of two nodes, one of them as bare as a cube can be."""
+    """Return a report on a tree of two nodes, one with as few variables as a cube can have."""
     bare = example_cube(strategies=("shuffle", "nlo"), seeds=1, epochs=2, samples=40, states=())
-    tree = xr.DataTree.from_dict({"mnist": cube, "own/cnn": bare.drop_vars("nll")})
+    tree = xr.DataTree.from_dict({"mnist": cube, "other/cnn": bare.drop_vars("nll")})
     tree.attrs = {"learning_rate": 0.1, "hidden": [8, 8, 8], "machine": '{"cpu": "a <fast> one"}'}
     out = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "open_cube", lambda _: tree)
         steps = []
-        found = write.write_report(str(out), progress=steps.append)
-    return out, found, steps
+        made = write.write_report(str(out), progress=steps.append)
+    return out, made, steps
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +95,10 @@ def page_text(written):
     return Path(written[1].path).read_text()
 
 
-def test_everything_is_written_where_it_belongs(written):
-    out, found, steps = written
-    assert found.path == f"{out}/analysis/report.html"
-    assert Path(found.path).is_file()
+def test_files_are_written_by_node(written):
+    out, made, steps = written
+    assert made.path == f"{out}/analysis/report.html"
+    assert Path(made.path).is_file()
     names = sorted(path.name for path in (out / "analysis/mnist").glob("*.p*"))
     assert names == sorted(
         f"{plan.name}.{kind}"
@@ -101,26 +106,26 @@ def test_everything_is_written_where_it_belongs(written):
         if not plan.optional
         for kind in ("pdf", "png")
     )
-    assert (out / "analysis/own/cnn/fig02_decomposition.png").is_file()
+    assert (out / "analysis/other/cnn/fig02_decomposition.png").is_file()
     assert [name for name in steps if name.endswith("analysing")] == [
         "mnist: analysing",
-        "own/cnn: analysing",
+        "other/cnn: analysing",
     ]
 
 
-def test_stored_results_are_the_ones_in_the_report(written):
-    out, found, _ = written
-    section = found.sections[0]
+def test_stored_results_equal_those_of_the_report(written):
+    out, made, _ = written
+    section = made.sections[0]
     for key, result in section.results.items():
         stored = xr.open_zarr(out / f"analysis/mnist/{key}.zarr", consolidated=False)
         assert stored.attrs["method"] == result.attrs["method"]
         xr.testing.assert_equal(stored.load(), result)
 
 
-def test_the_page_asks_for_nothing_from_outside(page_text):
+def test_the_page_loads_nothing_from_elsewhere(page_text):
     text, page = page_text, Page(page_text)
-    # An address may be written in a caption; it must not be fetched.
-    assert not [one for one in page.attributes if "http" in str(one[2])[:100]]
+    # A caption may contain an address; no attribute may refer to one.
+    assert not [item for item in page.attributes if "http" in str(item[2])[:100]]
     assert "@import" not in text
     assert "url(" not in text
     sources = [value for _, key, value in page.attributes if key == "src"]
@@ -132,14 +137,13 @@ def test_the_page_asks_for_nothing_from_outside(page_text):
     assert {value[1:] for value in links if value.startswith("#")} <= anchors
 
 
-def test_what_cannot_be_computed_is_said_in_its_place(written, page_text):
+def test_the_page_gives_the_reason_for_a_missing_figure(written, page_text):
     text = Page(page_text).text
     assert "It needs the parameters of the runs (stored unless switched off)." in text
     assert "It needs two seeds of a reference strategy" in text
-    assert "The analysis says: expected at least two seeds of a reference" in text
+    assert "Reason: expected at least two seeds of a reference" in text
     assert "It needs a complete run of shuffle, seed 1, with its NLL." in text
-    # In the bare node: figures 1, 4, 5, 8 and 9 are not there, 2, 3, 7 and 10 are.
-    drawn = {one.number: bool(one.png) for one in written[1].sections[1].drawn}
+    drawn = {figure.number: bool(figure.png) for figure in written[1].sections[1].drawn}
     assert drawn == {
         "1": False,
         "2": True,
@@ -155,13 +159,14 @@ def test_what_cannot_be_computed_is_said_in_its_place(written, page_text):
 
 def test_a_second_report_replaces_the_first(written, page_text, cube, monkeypatch, recwarn):
     out, _, _ = written
-    assert "own/cnn" in page_text
+    assert "other/cnn" in page_text
     tree = xr.DataTree.from_dict({"mnist": cube})
     monkeypatch.setattr(write, "open_cube", lambda _: tree)
     monkeypatch.setattr(write, "draw_figures", lambda *_, **__: [])
-    found = write.write_report(str(out))
-    assert not [str(one.message) for one in recwarn if "Zarr" in str(one.message)]
-    assert "own/cnn" not in Path(found.path).read_text()
+    made = write.write_report(str(out))
+    messages = [str(warning.message) for warning in recwarn]
+    assert not [message for message in messages if "Zarr" in message]
+    assert "other/cnn" not in Path(made.path).read_text()
 
 
 def test_numbers_verdicts_and_rules_are_on_the_page(section):
@@ -206,12 +211,12 @@ def test_provenance_is_flattened_and_long_lists_are_folded():
     assert text.count("<details>") == 1
 
 
-def test_json_inside_attributes_is_opened(written, page_text):
+def test_json_inside_attributes_is_decoded(written, page_text):
     assert written[1].provenance["machine"] == {"cpu": "a <fast> one"}
     assert "cpu a <fast> one" in Page(page_text).text
 
 
-def test_images_of_representatives_are_read_in_place(cube):
+def test_images_of_representatives_are_in_their_place(cube):
     chosen = xr.DataArray([[7, 3], [59, -1]], dims=("cluster", "rank"))
     images = drawing.read_images(cube, xr.Dataset({"representative": chosen}))
     np.testing.assert_array_equal(images[0, 0], cube["image"][7])
@@ -220,7 +225,7 @@ def test_images_of_representatives_are_read_in_place(cube):
     assert (images[1, 1] == 255).all()
 
 
-def test_commits_give_versions_once_and_fingerprints_each(monkeypatch, tmp_path):
+def test_versions_are_listed_once_and_every_fingerprint(monkeypatch, tmp_path):
     commits = {
         f"mnist-nlo-seed{seed}-ab": {
             "fingerprint": f"f{seed}",
@@ -239,15 +244,15 @@ def test_commits_give_versions_once_and_fingerprints_each(monkeypatch, tmp_path)
     for name in commits:
         (trials / name).mkdir(parents=True)
         (trials / name / "trial.json").write_text('{"commit": "c0"}')
-    told = trial_facts.describe_trials(str(tmp_path))
-    assert told["versions"] == {"torch": "2.13.0", "zarr": "3.1.6"}
-    assert told["trials"] == {"commit": "c0"}
-    assert told["machine"] == {"host": "node1, node2"}
-    assert told["fingerprints"] == {
+    facts = trial_facts.describe_trials(str(tmp_path))
+    assert facts["versions"] == {"torch": "2.13.0", "zarr": "3.1.6"}
+    assert facts["trials"] == {"commit": "c0"}
+    assert facts["machine"] == {"host": "node1, node2"}
+    assert facts["fingerprints"] == {
         "mnist-nlo-seed1-ab": "f1, 50 epochs, 150 s",
         "mnist-nlo-seed2-ab": "f2, 50 epochs, diverged in epoch 7, 150 s",
     }
-    assert "digests" not in told
+    assert "digests" not in facts
 
 
 @pytest.mark.parametrize("width", [80, 60, 200])
@@ -284,22 +289,22 @@ def test_a_cube_without_importance_is_a_clear_error(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_command_line_says_what_is_wrong_without_a_traceback(capsys, tmp_path):
+def test_the_command_line_prints_an_error_without_traceback(capsys, tmp_path):
     assert cli.main([str(tmp_path / "absent")]) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith("Expected a study")
-    assert "Traceback" not in told.err
+    printed = capsys.readouterr()
+    assert printed.err.startswith("Expected a study")
+    assert "Traceback" not in printed.err
     assert not (tmp_path / "absent").exists()
 
 
-def test_command_line_prints_the_summary(monkeypatch, capsys, section):
-    found = contents.Report(path="/x/report.html", sections=[section])
-    monkeypatch.setattr(write, "write_report", lambda out, progress: found)
+def test_the_command_line_prints_the_summary(monkeypatch, capsys, section):
+    made = contents.Report(path="/x/report.html", sections=[section])
+    monkeypatch.setattr(write, "write_report", lambda out, progress: made)
     assert cli.main(["/x"]) == 0
     assert "Report: /x/report.html" in capsys.readouterr().out
 
 
-def test_command_line_passes_a_store_error_on(monkeypatch, capsys):
+def test_the_command_line_prints_a_store_error(monkeypatch, capsys):
     def fail(out, progress):
         raise StoreError("a folder", "a file", out, "choose another")
 
@@ -308,8 +313,36 @@ def test_command_line_passes_a_store_error_on(monkeypatch, capsys):
     assert "Where s3://bucket/study" in capsys.readouterr().err
 
 
-def test_a_study_under_adam_says_what_its_first_epoch_is():
+def test_the_facts_of_a_study_under_adam_have_a_note_on_its_first_epoch():
     cube = example_cube(strategies=("shuffle",), seeds=1, epochs=2, samples=10)
     assert "note" not in dict(contents.describe_runs(cube, {}))
     cube["importance"].attrs["optimizer"] = "AdamW"
     assert "from the second on" in dict(contents.describe_runs(cube, {}))["note"]
+
+
+@pytest.mark.parametrize("module", ["analysis.report", "sampimp.analysis.report"])
+def test_the_module_runs_in_a_checkout(module, tmp_path):
+    command = [sys.executable, "-m", module, str(tmp_path / "absent")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Expected a study" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib", "rich", "scipy", "sklearn", "tyro"])
+def test_a_missing_package_is_an_error_with_its_extra(package, tmp_path):
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        f"from sampimp.analysis.report import main; sys.exit(main([{str(tmp_path)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "To do pip install 'sampimp[report]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_public_names_of_the_package_are_imported_at_first_use():
+    for name in report.__all__:
+        assert getattr(report, name).__module__.startswith("sampimp.analysis.report.")
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        _ = report.absent

@@ -1,4 +1,6 @@
-"""The named-dimension functions against plain NumPy on the whole cube in memory."""
+"""Results against NumPy on the whole cube in memory."""
+
+import importlib
 
 import dask
 import numpy as np
@@ -49,7 +51,7 @@ def results(cube):
 
 
 @pytest.mark.parametrize("name", LAZY)
-def test_nothing_but_the_curves_is_computed_on_the_call(cube, name):
+def test_a_call_computes_nothing_but_the_curves(cube, name):
     heavy = ["importance", "nll", "batch", "parameters"]
 
     def refuse(block):
@@ -84,7 +86,7 @@ def test_no_result_depends_on_the_chunks(name, sample, layer, epoch):
 
 
 @pytest.mark.parametrize("name", LAZY)
-def test_a_result_says_how_it_was_made_and_what_it_is_measured_in(cube, name):
+def test_a_result_has_its_method_source_units_and_names(cube, name):
     result = LAZY[name](cube)
     assert {"method", "figure", "source"} <= set(result.attrs)
     assert "Gao & Jojic" in result.attrs["source"]
@@ -100,16 +102,16 @@ def test_stability_is_spearman_between_seeds(results, memory):
     for reference in ("shuffle", "shuffle_by_seed"):
         beta = memory["importance"].sel(strategy=reference).values.astype(np.float64)
         for t in range(beta.shape[1]):
-            own = result.sel(reference=reference).isel(epoch=t)
+            at_epoch = result.sel(reference=reference).isel(epoch=t)
             for pair, (a, b) in {"1-2": (0, 1), "1-3": (0, 2), "2-3": (1, 2)}.items():
                 expected = stats.spearmanr(beta[a, t].sum(0), beta[b, t].sum(0)).statistic
-                value = own["rank_correlation"].sel(pair=pair)
+                value = at_epoch["rank_correlation"].sel(pair=pair)
                 np.testing.assert_allclose(value, expected)
-                low, high = own["rank_correlation_interval"].sel(pair=pair)
+                low, high = at_epoch["rank_correlation_interval"].sel(pair=pair)
                 assert low < value < high
                 for d in range(beta.shape[2]):
                     np.testing.assert_allclose(
-                        own["layer_rank_correlation"].isel(layer=d).sel(pair=pair),
+                        at_epoch["layer_rank_correlation"].isel(layer=d).sel(pair=pair),
                         stats.spearmanr(beta[a, t, d], beta[b, t, d]).statistic,
                     )
 
@@ -120,7 +122,8 @@ def test_stability_keeps_the_epochs_before_a_divergence_and_leaves_missing_seeds
     by_epoch = result["rank_correlation"].sel(pair="1-2")
     assert np.isfinite(by_epoch.values).tolist() == [True, True, False, False, False, False]
     assert np.isfinite(result["rank_correlation"].sel(pair="1-3")).all()
-    assert np.isnan(result["rank_correlation"].sel(pair="3-4")).all()  # there in shuffle_by_seed
+    # Seed 4 was run for shuffle_by_seed only.
+    assert np.isnan(result["rank_correlation"].sel(pair="3-4")).all()
     alone = example_cube(strategies=("shuffle",), seeds=4, missing=(("shuffle", 4),), diverged={})
     assert stability(alone)["pair"].values.tolist() == ["1-2", "1-3", "2-3"]
 
@@ -130,8 +133,8 @@ def test_snapshot_importance_is_correlated_where_it_was_measured(cube):
         snapshot_importance=cube["importance"].where(cube["epoch"] % 2 == 0).chunk(epoch=1)
     )
     result = stability(scored, "snapshot_importance", resamples=10).compute()
-    there = np.isfinite(result["rank_correlation"].sel(reference="shuffle", pair="1-2").values)
-    assert there.tolist() == [False, True] * 3
+    measured = np.isfinite(result["rank_correlation"].sel(reference="shuffle", pair="1-2").values)
+    assert measured.tolist() == [False, True] * 3
     assert "snapshot" in result.attrs["method"]
     results = analyse(scored.drop_vars("parameters").sel(strategy=["shuffle"]))
     assert "snapshot_stability" in results
@@ -165,11 +168,11 @@ def test_the_groups_are_the_samples_by_rank(cube, memory):
     parts = np.split(order, [12, 24])  # 120 samples
     result = importance_groups(cube).compute()
     for name, part in zip(["top 10 %", "next 10 %", "other 80 %"], parts, strict=True):
-        own = beta[..., part].sum(-1)
-        np.testing.assert_allclose(result["importance_by_group"].sel(group=name), own)
-        np.testing.assert_allclose(result["share"].sel(group=name), own.sum() / beta.sum())
+        total = beta[..., part].sum(-1)
+        np.testing.assert_allclose(result["importance_by_group"].sel(group=name), total)
+        np.testing.assert_allclose(result["share"].sel(group=name), total.sum() / beta.sum())
         np.testing.assert_allclose(
-            result["share_by_layer"].sel(group=name), own.sum(0) / beta.sum((0, 2))
+            result["share_by_layer"].sel(group=name), total.sum(0) / beta.sum((0, 2))
         )
     tau = importance_against_nll(cube)["overall_importance"].compute()
     xr.testing.assert_allclose(importance_groups(cube, tau).compute(), result)
@@ -232,7 +235,7 @@ def test_the_histogram_counts_every_sample_with_importance(cube):
     np.testing.assert_allclose(result["gini"], np.abs(tau[:, None] - tau).mean() / (2 * tau.mean()))
 
 
-def test_clusters_find_what_was_planted_and_are_ordered_by_importance():
+def test_clusters_recover_known_groups_and_are_ordered_by_importance():
     cube = example_cube(samples=120, classes=2, diverged={}, missing=())
     beta = np.full((6, 4, 120), 1e-9, np.float32)
     kind = np.arange(120) // 2 % 3  # in both classes
@@ -250,13 +253,15 @@ def test_clusters_find_what_was_planted_and_are_ordered_by_importance():
     assert result["mean_epoch"].round().values.tolist() == [1, 3, 6]
     nll = cube["nll"].sel(strategy="shuffle", seed=1).values
     for k in range(3):
-        own = members[kind[members] == k]
-        np.testing.assert_allclose(result["profile"].isel(cluster=k), beta_mean(beta * noise, own))
+        group = members[kind[members] == k]
+        np.testing.assert_allclose(
+            result["profile"].isel(cluster=k), beta_mean(beta * noise, group)
+        )
         np.testing.assert_allclose(
             result["nll_quantile"].isel(cluster=k),
-            np.quantile(nll[-1, own].astype(float), [0.05, 0.25, 0.5, 0.75, 0.95]),
+            np.quantile(nll[-1, group].astype(float), [0.05, 0.25, 0.5, 0.75, 0.95]),
         )
-        assert set(result["representative"].isel(cluster=k).values) <= set(own.tolist())
+        assert set(result["representative"].isel(cluster=k).values) <= set(group.tolist())
     again = clusters(cube.chunk(epoch=1), label=1, count=3)
     xr.testing.assert_identical(result, again)
 
@@ -265,7 +270,7 @@ def beta_mean(beta, samples):
     return beta[..., samples].astype(np.float64).mean(-1)
 
 
-def test_a_small_cluster_names_minus_one_and_equal_profiles_make_fewer_clusters():
+def test_a_small_cluster_lists_minus_one_and_equal_profiles_give_fewer_clusters():
     cube = example_cube(samples=30, classes=1, diverged={}, missing=())
     cube["importance"] = xr.ones_like(cube["importance"]).compute()
     cube["importance"][..., 0] = 9.0
@@ -275,7 +280,7 @@ def test_a_small_cluster_names_minus_one_and_equal_profiles_make_fewer_clusters(
     assert result["representative"].isel(cluster=1).values.tolist() == [0] + [-1] * 11
 
 
-def test_the_paper_decides_how_many_clusters_where_the_class_is_large():
+def test_the_number_of_clusters_is_the_papers_for_large_classes():
     cube = xr.Dataset(coords={"label": ("sample", np.repeat([0, 1, 2], [5000, 600, 30]))})
     cube.attrs = {"class_names": ["horse", "5", "cat"]}
     assert [cluster_count(cube, label) for label in range(3)] == [30, 20, 2]
@@ -286,7 +291,7 @@ def test_the_paper_decides_how_many_clusters_where_the_class_is_large():
         clusters(example_cube(), label=1, count=41)
 
 
-def test_curves_are_over_the_seeds_that_have_the_epoch(results, memory):
+def test_curves_are_means_over_the_seeds_that_have_the_epoch(results, memory):
     result = results["strategy_curves"]
     error = memory["test_error"]
     rsio = error.sel(strategy="rsio").values  # seed 2 diverged in epoch 3
@@ -297,9 +302,9 @@ def test_curves_are_over_the_seeds_that_have_the_epoch(results, memory):
     assert result["runs"].sel(strategy="sim").values.tolist() == [2] * 6  # seed 3 is missing
     assert result["diverged"].sel(strategy=["rsio", "sim"]).values.tolist() == [1, 0]
     nll = memory["nll"].sel(strategy="rsio").values.astype(np.float64)
-    own = nll[..., memory["label"].values == 2].mean(-1)
+    class_nll = nll[..., memory["label"].values == 2].mean(-1)
     np.testing.assert_allclose(
-        result["class_nll"].sel(strategy="rsio", label=2), np.nanmean(own, axis=0)
+        result["class_nll"].sel(strategy="rsio", label=2), np.nanmean(class_nll, axis=0)
     )
     np.testing.assert_array_equal(
         result["final_test_error"], error.transpose("strategy", "seed", "epoch")[..., -1]
@@ -335,7 +340,7 @@ def test_paths_are_an_exact_pca_of_all_states(block_bytes):
     )
 
 
-def test_what_is_not_there_is_said():
+def test_missing_data_is_an_error():
     no_parameters = example_cube(states=())
     with pytest.raises(RecordError, match="none named parameters"):
         parameter_paths(no_parameters)
@@ -351,7 +356,7 @@ def test_what_is_not_there_is_said():
         parameter_paths(example_cube(), 0)
 
 
-def test_analyse_returns_what_the_cube_allows(cube, results):
+def test_analyse_returns_the_results_for_which_there_is_data(cube, results):
     assert list(results) == [key for key in RESULTS if key != "snapshot_stability"]
     assert not any(dask.is_dask_collection(result) for result in results.values())
     xr.testing.assert_allclose(results["stability"], stability(cube).compute())
@@ -360,7 +365,7 @@ def test_analyse_returns_what_the_cube_allows(cube, results):
     assert "parameter_paths: expected" in few["claims"].attrs["left_out"]
 
 
-def test_a_cube_that_is_not_chunked_is_welcome(memory):
+def test_a_cube_without_chunks_is_analysed(memory):
     assert set(analyse(memory)) == set(RESULTS) - {"snapshot_stability"}
 
 
@@ -384,8 +389,14 @@ def test_every_result_can_be_stored_and_read_again(results, tmp_path):
         assert again.attrs == result.attrs
 
 
-def test_the_curves_say_which_trials_are_there(cube):
+def test_trials_are_recognised_by_their_curves(cube):
     assert runs.seeds_of(cube, "sim") == [1, 2]
     assert runs.seeds_of(cube, "rsio") == [1, 3]
     assert runs.seeds_of(cube, "rsio", whole=False) == [1, 2, 3]
     assert runs.seeds_of(cube, "absent") == []
+
+
+@pytest.mark.parametrize("key", RESULTS)
+def test_the_table_of_results_names_existing_functions(key):
+    module, _, name = RESULTS[key].function.rpartition(".")
+    assert callable(getattr(importlib.import_module(module), name))

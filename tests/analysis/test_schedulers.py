@@ -1,4 +1,4 @@
-"""Where dask computes makes no difference to what it computes."""
+"""The results do not depend on the scheduler that dask computes with."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ distributed = pytest.importorskip("distributed")
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
-    sources = {"one": oracles.make_source()}
+    sources = {"blobs": oracles.make_source()}
     plan = oracles.make_plan(sources, {"shuffle": (1, 2, 3), "nlo": (1, 2)})
     oracles.run_trials(oracles.start_study(out, plan, sources), plan, sources)
     return out
@@ -31,7 +31,7 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scheduler():
-    """The address of a dask.distributed scheduler of this process, which workers reach by TCP."""
+    """Yield the address of a dask.distributed scheduler in this process, reached by TCP."""
     with distributed.LocalCluster(
         processes=False,
         protocol="tcp",
@@ -44,10 +44,10 @@ def scheduler():
 
 
 def compute(out):
-    """Return results over every kind of stored array: records, curves, images."""
+    """Return results that read every kind of stored array: records, curves, images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the mean of no runs at all
-        cube = open_cube(out)["one"].to_dataset()
+        cube = open_cube(out)["blobs"].to_dataset()
         results = {
             "decomposition": decomposition(cube),
             "against": importance_against_nll(cube),
@@ -56,10 +56,10 @@ def compute(out):
         return compute_together(results)
 
 
-def assert_identical(found, expected):
-    assert found.keys() == expected.keys()
+def assert_identical(results, expected):
+    assert results.keys() == expected.keys()
     for key, result in expected.items():
-        xr.testing.assert_identical(found[key], result)
+        xr.testing.assert_identical(results[key], result)
 
 
 def test_distributed_computes_what_threads_compute(study, scheduler):
@@ -68,40 +68,40 @@ def test_distributed_computes_what_threads_compute(study, scheduler):
         expected = compute(study)
     with use_scheduler("distributed", scheduler):
         assert_identical(compute(study), expected)
-        # Which fails outside of a worker.
+        # get_worker() fails outside a worker.
         assert dask.compute(dask.delayed(lambda: distributed.get_worker().address)())
     assert dask.config.get("scheduler") == before
 
 
-def test_its_address_is_found_in_the_environments_place(study, scheduler):
+def test_the_address_is_read_from_the_configuration(study, scheduler):
     with dask.config.set({"scheduler-address": scheduler}), use_scheduler("distributed"):
         assert distributed.get_client().scheduler.address == scheduler
 
 
-def test_a_wrong_address_is_said(study, monkeypatch, capsys):
+def test_a_wrong_address_is_an_error(study, monkeypatch, capsys):
     monkeypatch.setattr("sampimp.analysis.schedulers.CONNECT_TIMEOUT", "1 s")
     address = "tcp://127.0.0.1:9"
     assert main([str(study), "--scheduler", "distributed", "--scheduler-address", address]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "that answers Got" in said
-    assert f"Where address {address}" in said
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "that answers Got" in printed
+    assert f"Where address {address}" in printed
     assert not (study / "analysis").exists()
 
 
-def test_a_wrong_address_of_ray_is_said(study):
-    """Ask in a process of its own: another test may have connected this one to Ray."""
+def test_a_wrong_address_of_ray_is_an_error(study):
+    """Run in a subprocess: another test may have connected this process to Ray."""
     command = [sys.executable, "-m", "sampimp.analysis.report", str(study), "--scheduler", "ray"]
     done = subprocess.run(
         [*command, "--scheduler-address", "nonsense:port"], capture_output=True, text=True
     )
-    said = " ".join(done.stderr.split())
-    assert done.returncode == 2, said
-    assert "that answers Got" in said
-    assert "Where address nonsense:port" in said
+    printed = " ".join(done.stderr.split())
+    assert done.returncode == 2, printed
+    assert "that answers Got" in printed
+    assert "Where address nonsense:port" in printed
     assert not (study / "analysis").exists()
 
 
-def test_a_package_that_is_not_installed_is_said(monkeypatch):
+def test_a_missing_package_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ResourceError, match="pip install"), use_scheduler("distributed"):
         pass
