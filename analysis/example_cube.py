@@ -113,20 +113,7 @@ def example_cube(
         cube = cube.assign_coords(
             layer_of_parameter=("parameter", cube["layer"].values[cube["layer_of_parameter"]])
         )
-    cube["diverged_epoch"] = xr.full_like(cube["train_nll"].isel(epoch=0, drop=True), np.nan)
-    for name, number, first in [
-        *((*trial, 0) for trial in missing),
-        *((*trial, epoch) for trial, epoch in diverged.items()),
-    ]:
-        if name not in strategies or number > seeds:
-            continue
-        at = {"strategy": strategies.index(name), "seed": number - 1}
-        for key in variables:
-            time_dim = "state" if key == "parameters" else "epoch"
-            absent = cube[time_dim].values >= first
-            cube[key][{**at, time_dim: absent}] = np.nan
-        if first:
-            cube["diverged_epoch"][at] = first
+    _mask_trials(cube, dict.fromkeys(missing, 0) | diverged)
     cube["importance"].attrs = {
         "units": "parameter^2",
         "learning_rate": 0.1,
@@ -142,3 +129,19 @@ def example_cube(
     if kept_states:
         chunks["state"] = 1
     return cube.chunk(chunks)
+
+
+def _mask_trials(cube: xr.Dataset, first_epochs: dict[tuple[str, int], int]) -> None:
+    """Set trials to NaN from an epoch on (0: missing, else diverged), and add `diverged_epoch`."""
+    variables = list(cube.data_vars)
+    strategies = cube["strategy"].values.tolist()
+    cube["diverged_epoch"] = xr.full_like(cube["train_nll"].isel(epoch=0, drop=True), np.nan)
+    for (name, number), first in first_epochs.items():
+        if name not in strategies or number > cube.sizes["seed"]:
+            continue
+        trial = {"strategy": strategies.index(name), "seed": number - 1}
+        for key in variables:
+            time = "state" if key == "parameters" else "epoch"
+            cube[key][{**trial, time: cube[time].values >= first}] = np.nan
+        if first:
+            cube["diverged_epoch"][trial] = first

@@ -112,62 +112,13 @@ def clusters(
     """
     run = reference_run(cube, "importance", "nll")
     label = default_class(cube) if label is None else label
-    members = np.flatnonzero(cube["label"].values == label)
-    if not len(members):
-        raise ConfigError(
-            f"a label out of {codes_of_labels(cube)[0].tolist()}",
-            f"{label}",
-            place_of(cube),
-            "choose one of these",
-        )
-    count = cluster_count(cube, label) if count is None else count
-    if not 1 <= count <= len(members):
-        raise ConfigError(
-            f"between 1 and {len(members)} clusters of class {class_name(cube, label)}",
-            f"{count}",
-            place_of(cube),
-            "choose another number",
-        )
+    members, count = _choose_samples(cube, label, count)
     samples = run.isel(sample=members).compute()
     beta = samples["importance"].transpose("sample", "epoch", "layer").astype(np.float64)
     features = normalise_profiles(beta.values)
-    tau = beta.sum(("epoch", "layer"))
-    codes = _assign_clusters(features, tau.values, count, seed)
-    groups = [np.flatnonzero(codes == c) for c in range(codes.max() + 1)]
-    ranks = min(REPRESENTATIVES, len(members))
-    nearest = _nearest_to_centres(features, groups, ranks)
-    representative = np.where(nearest >= 0, samples["sample"].values[nearest], -1)
-    nll = samples["nll"].transpose("epoch", "sample").values.astype(np.float64)
-    profile = np.stack([beta.values[group].mean(0) for group in groups])
-    total = profile.sum((1, 2))
-    with np.errstate(invalid="ignore"):
-        mean_epoch = profile.sum(2) @ samples["epoch"].values / total
-        share = profile.sum(1) / total[:, None]
-    quantile_by_epoch = np.stack(
-        [np.quantile(nll[:, group], BOX_QUANTILES, axis=1).T for group in groups]
-    )
-    result = xr.Dataset(
-        {
-            "profile": (("cluster", "epoch", "layer"), profile),
-            "cluster_of": ("sample", codes),
-            "size": ("cluster", np.array([len(group) for group in groups])),
-            "final_nll": ("sample", nll[-1]),
-            "overall_importance": ("sample", tau.values),
-            "nll_quantile": (("cluster", "quantile"), quantile_by_epoch[:, -1]),
-            "nll_quantile_by_epoch": (("cluster", "epoch", "quantile"), quantile_by_epoch),
-            "representative": (("cluster", "rank"), representative),
-            "mean_epoch": ("cluster", mean_epoch),
-            "layer_share": (("cluster", "layer"), share),
-        },
-        coords={
-            "cluster": np.arange(len(groups)),
-            "epoch": samples["epoch"].values,
-            "layer": samples["layer"].values,
-            "sample": samples["sample"].values,
-            "quantile": list(BOX_QUANTILES),
-            "rank": np.arange(1, ranks + 1),
-        },
-    )
+    tau = beta.sum(("epoch", "layer")).values
+    codes = _assign_clusters(features, tau, count, seed)
+    result = _describe_clusters(samples, beta.values, features, tau, codes)
     label_result(
         result,
         cube,
@@ -194,6 +145,86 @@ def clusters(
     result.attrs["label"] = int(label)
     result.attrs["class_name"] = class_name(cube, label)
     return result
+
+
+def _choose_samples(cube: xr.Dataset, label: int, count: int | None) -> tuple[np.ndarray, int]:
+    """Return the positions of the class's samples and the number of clusters, both checked."""
+    members = np.flatnonzero(cube["label"].values == label)
+    if not len(members):
+        raise ConfigError(
+            f"a label out of {codes_of_labels(cube)[0].tolist()}",
+            f"{label}",
+            place_of(cube),
+            "choose one of these",
+        )
+    count = cluster_count(cube, label) if count is None else count
+    if not 1 <= count <= len(members):
+        raise ConfigError(
+            f"between 1 and {len(members)} clusters of class {class_name(cube, label)}",
+            f"{count}",
+            place_of(cube),
+            "choose another number",
+        )
+    return members, count
+
+
+def _describe_clusters(
+    samples: xr.Dataset,
+    beta: np.ndarray,
+    features: np.ndarray,
+    tau: np.ndarray,
+    codes: np.ndarray,
+) -> xr.Dataset:
+    """Return the variables of the result that follow from each sample's cluster.
+
+    Parameters
+    ----------
+    samples
+        Importance and NLL of the class's samples, in memory.
+    beta, features : array [sample, epoch, layer]
+        Importance, and the profiles that were clustered.
+    tau : array [sample]
+        Overall importance.
+    codes : array [sample] of int
+        Each sample's cluster.
+    """
+    groups = [np.flatnonzero(codes == c) for c in range(codes.max() + 1)]
+    ranks = min(REPRESENTATIVES, len(codes))
+    nearest = _nearest_to_centres(features, groups, ranks)
+    nll = samples["nll"].transpose("epoch", "sample").values.astype(np.float64)
+    profile = np.stack([beta[group].mean(0) for group in groups])
+    total = profile.sum((1, 2))
+    with np.errstate(invalid="ignore"):
+        mean_epoch = profile.sum(2) @ samples["epoch"].values / total
+        share = profile.sum(1) / total[:, None]
+    quantile_by_epoch = np.stack(
+        [np.quantile(nll[:, group], BOX_QUANTILES, axis=1).T for group in groups]
+    )
+    return xr.Dataset(
+        {
+            "profile": (("cluster", "epoch", "layer"), profile),
+            "cluster_of": ("sample", codes),
+            "size": ("cluster", np.array([len(group) for group in groups])),
+            "final_nll": ("sample", nll[-1]),
+            "overall_importance": ("sample", tau),
+            "nll_quantile": (("cluster", "quantile"), quantile_by_epoch[:, -1]),
+            "nll_quantile_by_epoch": (("cluster", "epoch", "quantile"), quantile_by_epoch),
+            "representative": (
+                ("cluster", "rank"),
+                np.where(nearest >= 0, samples["sample"].values[nearest], -1),
+            ),
+            "mean_epoch": ("cluster", mean_epoch),
+            "layer_share": (("cluster", "layer"), share),
+        },
+        coords={
+            "cluster": np.arange(len(groups)),
+            "epoch": samples["epoch"].values,
+            "layer": samples["layer"].values,
+            "sample": samples["sample"].values,
+            "quantile": list(BOX_QUANTILES),
+            "rank": np.arange(1, ranks + 1),
+        },
+    )
 
 
 def normalise_profiles(beta: np.ndarray) -> np.ndarray:

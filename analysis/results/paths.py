@@ -105,13 +105,7 @@ def parameter_paths(
     whole = np.asarray(finite.all(1))
     fit: np.ndarray = whole if whole.any() else np.ones(len(names), bool)
     scores, ratio = principal_components(products, components, (finite & fit[:, None]).ravel())
-    size = np.diag(products).reshape(shape)
-    cells = np.arange(len(products)).reshape(shape)
-    last, first = cells[:, -1], cells[:, 0]
-    with np.errstate(invalid="ignore"):
-        apart = size[:, -1, None] + size[None, :, -1] - 2 * products[np.ix_(last, last)]
-        way = size[:, -1] + size[:, 0] - 2 * products[last, first]
-        distance, travelled = np.sqrt(np.maximum(apart, 0)), np.sqrt(np.maximum(way, 0))
+    distance, travelled = _distances(products, shape)
     result = xr.Dataset(
         {
             "path": (("strategy", "state", "component"), scores.reshape(*shape, components)),
@@ -145,6 +139,25 @@ def parameter_paths(
         },
         importance=None,
     )
+
+
+def _distances(products: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distances of the strategies' last states, and of each last from its first state.
+
+    Parameters
+    ----------
+    products : array [S, S]
+        Gram matrix of the states, strategy by strategy.
+    shape
+        Numbers of strategies and of states of each.
+    """
+    square = np.diag(products).reshape(shape)
+    position = np.arange(len(products)).reshape(shape)
+    last, first = position[:, -1], position[:, 0]
+    with np.errstate(invalid="ignore"):
+        between = square[:, -1, None] + square[None, :, -1] - 2 * products[np.ix_(last, last)]
+        along = square[:, -1] + square[:, 0] - 2 * products[last, first]
+        return np.sqrt(np.maximum(between, 0)), np.sqrt(np.maximum(along, 0))
 
 
 def _blocks(rows: da.Array, block_bytes: int) -> Iterator[np.ndarray]:
