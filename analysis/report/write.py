@@ -62,7 +62,9 @@ def write_report(out: str, *, progress: Callable[[str], None] | None = None) -> 
     for name, cube in cubes.items():
         sections.append(_write_section(name, cube, planned.get(name), folder, report_progress))
     report_progress("writing the page")
-    provenance = {**_plain(tree.attrs), **describe_trials(out)}
+    facts = describe_trials(out)
+    attributes = {key: value for key, value in _plain(tree.attrs).items() if key not in facts}
+    provenance = {**attributes, **facts}
     page = render_page(sections, provenance, out)
     path = folder.write_bytes("report.html", page.encode())
     return Report(path=path, sections=sections, provenance=provenance)
