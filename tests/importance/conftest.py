@@ -13,3 +13,12 @@ def double_on_one_thread():
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Compute in one thread, so that the order of sums is always the same."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
