@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import sysconfig
 import threading
 import time
@@ -377,6 +378,34 @@ def test_a_slow_server_changes_nothing_but_the_time(proxy, tiny, finished, run_s
     code, text = run_study(url, *tiny, "--strategies", "rand", "--seeds", "1")
     assert code == 0, text
     assert_same_records(url, finished.out)
+
+
+PROCESS = f"""
+import json, os
+with open(__file__ + ".calls", "a") as calls:
+    calls.write(f"{{os.getppid()}}\\n")
+print(json.dumps({{"Version": 1, "AccessKeyId": "{KEY}", "SecretAccessKey": "{SECRET}"}}))
+"""
+
+
+def test_workers_sign_in_by_the_process_of_a_profile(server, tiny, finished, run_study, tmp_path):
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS)
+    credentials = Path(os.environ["AWS_SHARED_CREDENTIALS_FILE"])
+    keys = credentials.read_text()
+    credentials.write_text(f"[default]\ncredential_process = {sys.executable} {script}\n")
+    forget_server()
+    try:
+        url = "s3://studies/process"
+        code, text = run_study(url, *tiny, "--strategies", "rand", "--seeds", "1")
+        assert code == 0, text
+        assert_same_records(url, finished.out)
+    finally:
+        credentials.write_text(keys)
+        forget_server()
+    callers = Path(f"{script}.calls").read_text().split()
+    assert str(os.getpid()) in callers
+    assert len(set(callers)) > 1  # the worker has asked for itself
 
 
 # Errors of the server.
