@@ -123,8 +123,8 @@ def check_model(plan: Plan, model: str | None) -> None:
         )
     if ":" in name and any(info.network is None for info in plan.datasets.values()):
         raise ConfigError(
-            expected=f"a study that notes what its network {name} is",
-            got="one of an earlier version, which noted its name alone",
+            expected=f"a study that records the identity of its network {name}",
+            got="a study of an earlier version, which recorded the name only",
             where="study.json",
             todo="use the in-step importance: nobody can tell whether the network is the same",
         )

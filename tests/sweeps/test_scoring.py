@@ -164,7 +164,10 @@ def test_a_network_is_imported_only_if_the_user_names_it(
     for named, words in (
         ((), "Expected option --model foreign:make\n     Got none"),
         (("--model", "cnn"), "Expected option --model foreign:make\n     Got --model cnn"),
-        (("--model", "foreign:make"), "which noted its name alone"),  # nor was it ever the study's
+        (
+            ("--model", "foreign:make"),
+            "which recorded the name only",
+        ),  # nor was it ever the study's
     ):
         assert command.main([str(out), "--every", "1", *named]) == 2
         assert words in capsys.readouterr().err

@@ -265,7 +265,7 @@ def test_a_study_without_the_identity_of_its_network_is_read_and_not_continued(
     del plan["datasets"]["digits"]["network"]
     (out / "study.json").write_text(json.dumps(plan))
     assert open_cube(out)["digits/make"].sizes["epoch"] == 3
-    with pytest.raises(ConfigError, match="noted its name alone") as caught:
+    with pytest.raises(ConfigError, match="recorded the name only") as caught:
         run_untrained(out, *arguments)
     assert "can still be read" in four_parts(caught.value)
 
