@@ -186,12 +186,12 @@ class GradientChecks:
     @torch.no_grad()
     def _compare(self, row: int, gradient: Tensor) -> None:
         """Raise UnsupportedError unless the per-sample gradients add up to the batch's."""
-        bound = next(bound for least, bound in _BOUNDS if self.precision >= least)
+        relative = next(relative for least, relative in _BOUNDS if self.precision >= least)
         # Some gradients are nothing but rounding errors, as that of the bias of attention's keys.
-        largest = torch.stack([one.to(gradient.device) for one in self._bounds.values()]).max()
+        largest = torch.stack([bound.to(gradient.device) for bound in self._bounds.values()]).max()
         rounding = 100 * self.precision * largest
         difference = (self._sums[row] - _some_entries(gradient)).norm()
-        if bool(difference > bound * self._bounds[row] + rounding):
+        if bool(difference > relative * self._bounds[row] + rounding):
             raise UnsupportedError(
                 expected="a gradient that is the sum of the samples' gradients",
                 got="another gradient, by "

@@ -63,7 +63,8 @@ def hook_outputs(
         else lambda: None
         for output in outputs
     ]
-    places = [i for i, one in enumerate(outputs) if any(one is other for other in hooked)]
+    hooked_ids = set(map(id, hooked))
+    places = [i for i, output in enumerate(outputs) if id(output) in hooked_ids]
     copies = _JointOutputs.apply(partial(receive, zeros, places), *hooked)
     replaced = list(outputs)
     for i, copy in zip(places, copies, strict=True):

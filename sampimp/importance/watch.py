@@ -165,8 +165,8 @@ class ForwardWatch(TorchFunctionMode):
         if function is torch.arange and len(args) == 1 and isinstance(output, Tensor):
             mark_as_range(output)
 
-    # Calls that are treated specially. Each handler returns NotImplemented for a call that is none
-    # of its own after all.
+    # Handlers of functions that are treated specially. A handler returns NotImplemented if the call
+    # is to be treated as any other.
 
     def _call_backward(self, function: Any, args: Any, kwargs: Any) -> Any:
         self._backward.before_backward(function, args, kwargs)
@@ -205,7 +205,8 @@ class ForwardWatch(TorchFunctionMode):
     def _call_without_gradient(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Carry out a call in an evaluation, or inside an autograd.Function."""
         rows = self._tensors.rows
-        hidden = [rows[id(one)] for one in tensors_among(args, kwargs) if id(one) in rows]
+        ids = map(id, tensors_among(args, kwargs))
+        hidden = [rows[key] for key in ids if key in rows]
         if hidden and _is_inside_function():
             self._checks.hidden.update(hidden)
         output = function(*args, **kwargs)
@@ -246,7 +247,9 @@ class ForwardWatch(TorchFunctionMode):
         if getattr(output, self._tensors.tag, None) is not None:  # changed in place
             setattr(output, self._tensors.tag, None)
         outputs = (output,) if isinstance(output, Tensor) else output
-        hooked = [one for one in outputs if isinstance(one, Tensor) and one.requires_grad]
+        hooked = [
+            tensor for tensor in outputs if isinstance(tensor, Tensor) and tensor.requires_grad
+        ]
         if hooked:
             self._record_order(function, args, kwargs)
         elif self.calls.data.must_follow(function):
@@ -330,7 +333,7 @@ class ForwardWatch(TorchFunctionMode):
         )
         calls.uses.append(use)
         if is_sum(function):  # autograd does not save the values of a sum either
-            use.args = tuple(None if self._tensors.varies(one) else one for one in args)
+            use.args = tuple(None if self._tensors.varies(value) else value for value in args)
         if looks_inside(function):
             inner = look_inside(function, calls.batch, hooked, args, kwargs)
             use.inner = inner or (outputs[0].detach(), outputs[0]._version)

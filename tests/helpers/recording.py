@@ -27,7 +27,7 @@ def train_step(model, optimizer, inputs, labels, reduction="mean"):
 
 
 def recorded(model, optimizer, inputs, labels, reduction="mean", dropout_seed=0):
-    """Importance of one training step, by the recorder."""
+    """Return the importance that the recorder measures in one training step."""
     recorder = ImportanceRecorder(model, optimizer, loss_reduction=reduction)
     torch.manual_seed(dropout_seed)
     with recorder.step(range(len(labels)), epoch=1):
@@ -39,7 +39,7 @@ def recorded(model, optimizer, inputs, labels, reduction="mean", dropout_seed=0)
 def cases(draw, dropout=False):
     """Draw a network, its optimizer, a batch and a reduction."""
     sizes = draw(st.lists(st.integers(1, 6), min_size=2, max_size=5))
-    sizes[-1] = max(2, sizes[-1])  # one class alone has no gradient
+    sizes[-1] = max(2, sizes[-1])  # with a single class, all gradients are zero
     torch.manual_seed(draw(st.integers(0, 2**16)))
     modules = []
     for fan_in, fan_out in itertools.pairwise(sizes):
@@ -53,7 +53,7 @@ def cases(draw, dropout=False):
     options = {"weight_decay": draw(st.sampled_from([0.0, 1e-5, 0.1]))}
     if draw(st.booleans()):
         optimizer = SGD(model.parameters(), lr=draw(rate), **options)
-    else:  # a group for each parameter, some left out of training
+    else:  # one group per parameter; some parameters are not trained
         groups = [
             {"params": [parameter], "lr": draw(rate)}
             for parameter in model.parameters()
@@ -73,11 +73,8 @@ def freeze(*positions):
     return change
 
 
-# What a step may be.
-
-
-class Own(nn.Module):
-    """Whatever a function makes of parts."""
+class FunctionModel(nn.Module):
+    """A model that applies a function to its parts and its inputs."""
 
     def __init__(self, function, **parts):
         super().__init__()
@@ -89,7 +86,7 @@ class Own(nn.Module):
         return self.function(self, inputs)
 
 
-def own_losses(model, inputs, labels):
+def sample_losses(model, inputs, labels):
     return functional.cross_entropy(model(inputs), labels, reduction="none")
 
 

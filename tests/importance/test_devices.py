@@ -1,4 +1,7 @@
-"""A step on an accelerator must not wait for it; here on the device that has no values to read."""
+"""Recorded steps do not wait for an accelerator.
+
+The tests run on the meta device, where a tensor has no values, so reading one is an error.
+"""
 
 import pytest
 import torch
@@ -18,25 +21,25 @@ OPTIMIZERS = pytest.mark.parametrize(
 )
 
 
-class Crossings(TorchDispatchMode):
-    """Notes the operations that carry values from one device to another.
+class Transfers(TorchDispatchMode):
+    """Collects the operations that copy values from one device to another.
 
-    A value that is read, as by `item()`, is an error on the meta device by itself.
+    Reading a value, as `item()` does, raises an error on the meta device by itself.
     """
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.operations = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         tensors = [
-            one
-            for one in (*args, result)
-            if isinstance(one, torch.Tensor) and one.dim() and one.numel()
+            tensor
+            for tensor in (*args, result)
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.numel()
         ]
-        if len({one.device for one in tensors}) > 1:
-            self.found.append(str(function))
+        if len({tensor.device for tensor in tensors}) > 1:
+            self.operations.append(str(function))
         return result
 
 
@@ -50,7 +53,8 @@ def make(name, kind, device="meta", **options):
 @OPTIMIZERS
 @pytest.mark.parametrize("name", MODELS)
 def test_recording_reads_nothing_from_the_device_before_the_epochs_end(name, kind, monkeypatch):
-    # But for the proof in an epoch's first step; here one on the CPU.
+    # The proof in an epoch's first step reads values. It runs on the CPU here, and its result is
+    # used for the meta device.
     layouts = []
     find = KnownLayouts.find
 
@@ -67,7 +71,7 @@ def test_recording_reads_nothing_from_the_device_before_the_epochs_end(name, kin
     monkeypatch.setattr(GradientChecks, "_compare", lambda *_: None)
     model, optimizer, inputs, labels = make(name, kind)
     recorder = ImportanceRecorder(model, optimizer)
-    with Crossings() as crossings:
+    with Transfers() as transfers:
         for step in range(3):
             index = range(SIZE * step, SIZE * (step + 1))
             with recorder.step(index, epoch=1):
@@ -75,8 +79,8 @@ def test_recording_reads_nothing_from_the_device_before_the_epochs_end(name, kin
                 functional.cross_entropy(model(inputs), labels).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
-    assert crossings.found == []
-    with pytest.raises(NotImplementedError, match="meta"):  # here it leaves the device
+    assert transfers.operations == []
+    with pytest.raises(NotImplementedError, match="meta"):  # importance leaves the device only here
         recorder.pop_epoch(1, 3 * SIZE)
 
 
@@ -84,10 +88,10 @@ def test_recording_reads_nothing_from_the_device_before_the_epochs_end(name, kin
 def test_the_written_out_step_reads_nothing_from_the_device_before_the_epochs_end(kind):
     model, optimizer, inputs, labels = make("mlp", kind)
     step = FusedStep(model, optimizer, record=True)
-    with Crossings() as crossings:
+    with Transfers() as transfers:
         for _ in range(3):
             step(inputs, labels)
-    assert crossings.found == []
+    assert transfers.operations == []
     with pytest.raises(NotImplementedError, match="meta"):
         step.take()
 
@@ -97,6 +101,6 @@ def test_a_value_that_is_read_would_be_seen():
     for read in (lambda: values.sum().item(), lambda: bool(values.any()), values.tolist):
         with pytest.raises((RuntimeError, NotImplementedError)):
             read()
-    with Crossings() as crossings:
+    with Transfers() as transfers:
         torch.arange(3).to("meta")
-    assert len(crossings.found) == 1
+    assert len(transfers.operations) == 1

@@ -6,7 +6,7 @@ import copy
 import oracles
 import pytest
 import torch
-from recording import SGD, Own, batch, own_losses
+from recording import SGD, FunctionModel, batch, sample_losses
 from torch import nn
 from torch.nn import functional
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("make", [SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
 def test_accumulated_gradients_are_those_of_one_batch(make):
-    (inputs, labels), found = batch(samples=7), []
+    (inputs, labels), betas = batch(samples=7), []
     for parts in ([7], [3, 4]):
         model = oracles.tiny_mlp()
         optimizer = make(model.parameters(), lr=0.2)
@@ -30,16 +30,18 @@ def test_accumulated_gradients_are_those_of_one_batch(make):
             with recorder.step(index, epoch=epoch):
                 optimizer.zero_grad()
                 for rows in index:
-                    (own_losses(model, inputs[rows], labels[rows]).sum() / 7).backward()
+                    (sample_losses(model, inputs[rows], labels[rows]).sum() / 7).backward()
                 optimizer.step()
-        found.append(recorder.pop_epoch(2, 7))
-    assert oracles.close(found[1], found[0], scale=1e-6 * found[0].amax())
+        betas.append(recorder.pop_epoch(2, 7))
+    assert oracles.close(betas[1], betas[0], scale=1e-6 * betas[0].amax())
 
 
 @pytest.mark.parametrize("make", [SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
 def test_passes_may_be_named_as_they_come(make):
-    (inputs, labels), found = batch(samples=9), []
-    parts = torch.arange(9).split([2, 4, 3])  # more than the buffer for the first has room for
+    (inputs, labels), betas = batch(samples=9), []
+    parts = torch.arange(9).split(
+        [2, 4, 3]
+    )  # they need more room than the buffer of the first pass has
     for early in (True, False):
         model = oracles.tiny_mlp()
         optimizer = make(model.parameters(), lr=0.2)
@@ -50,11 +52,11 @@ def test_passes_may_be_named_as_they_come(make):
                 for number, rows in enumerate(parts):
                     if number and not early:
                         add_pass(rows)
-                    (own_losses(model, inputs[rows], labels[rows]).sum() / 9).backward()
+                    (sample_losses(model, inputs[rows], labels[rows]).sum() / 9).backward()
                 optimizer.step()
-        found.append(recorder.pop_epoch(2, 9))
-    assert (found[0] > 0).all()
-    assert torch.equal(found[1], found[0])
+        betas.append(recorder.pop_epoch(2, 9))
+    assert (betas[0] > 0).all()
+    assert torch.equal(betas[1], betas[0])
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_a_pass_that_cannot_be_added_is_refused(backward_first, rows, error, wor
 
     def step():
         with recorder.step([0, 1], epoch=1) as add_pass:
-            loss = own_losses(model, inputs[:2], labels[:2]).mean()
+            loss = sample_losses(model, inputs[:2], labels[:2]).mean()
             if backward_first:
                 loss.backward()
             add_pass(rows)
@@ -85,23 +87,23 @@ def test_a_pass_that_cannot_be_added_is_refused(backward_first, rows, error, wor
 @pytest.mark.parametrize("make", [SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
 def test_a_closure_is_the_same_step(make, recorders, zero):
     inputs, labels = batch()
-    found, trained = [], []
+    betas, trained = [], []
     for closure in (True, False):
         model = oracles.tiny_mlp()
         optimizer = make(model.parameters(), lr=0.2)
-        own = [ImportanceRecorder(model, optimizer) for _ in range(recorders)]
+        all_recorders = [ImportanceRecorder(model, optimizer) for _ in range(recorders)]
         for epoch in (1, 2):
 
             def run(model=model, optimizer=optimizer, inside=zero != "before"):
                 if inside:
                     optimizer.zero_grad()
-                loss = own_losses(model, inputs, labels).mean()
+                loss = sample_losses(model, inputs, labels).mean()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
                 return loss
 
             with contextlib.ExitStack() as steps:
-                for recorder in own:
+                for recorder in all_recorders:
                     steps.enter_context(recorder.step(range(6), epoch=epoch))
                 if zero == "before":
                     optimizer.zero_grad()
@@ -110,10 +112,10 @@ def test_a_closure_is_the_same_step(make, recorders, zero):
                 else:
                     run()
                     optimizer.step()
-        found += [recorder.pop_epoch(2, 6) for recorder in own]
+        betas += [recorder.pop_epoch(2, 6) for recorder in all_recorders]
         trained.append(flatten_parameters(model))
-    assert (found[0] > 0).all()
-    assert all(torch.equal(one, found[0]) for one in found)
+    assert (betas[0] > 0).all()
+    assert all(torch.equal(beta, betas[0]) for beta in betas)
     assert torch.equal(*trained)
 
 
@@ -141,7 +143,7 @@ def test_a_closure_that_is_evaluated_twice_is_refused(monkeypatch):
 
     def run():
         optimizer.zero_grad(set_to_none=False)
-        own_losses(model, inputs, labels).mean().backward()
+        sample_losses(model, inputs, labels).mean().backward()
 
     before = flatten_parameters(model)
     with (
@@ -153,14 +155,14 @@ def test_a_closure_that_is_evaluated_twice_is_refused(monkeypatch):
 
 
 def accumulated(between, make=SGD):
-    """Return beta of two passes of three samples each, with something in between."""
+    """Return beta of two passes over three samples each; call `between` after the first one."""
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     optimizer = make(model.parameters(), lr=0.2)
     recorder = ImportanceRecorder(model, optimizer)
     with recorder.step([[0, 1, 2], [3, 4, 5]], epoch=1):
-        own_losses(model, inputs[:3], labels[:3]).mean().backward()
+        sample_losses(model, inputs[:3], labels[:3]).mean().backward()
         between(model, inputs)
-        own_losses(model, inputs[3:], labels[3:]).mean().backward()
+        sample_losses(model, inputs[3:], labels[3:]).mean().backward()
         optimizer.step()
     return recorder.pop_epoch(1, 6)
 
@@ -196,7 +198,7 @@ def test_a_batch_that_is_filled_again_before_the_update_is_refused_where_it_is_n
     def refill(_, inputs):
         inputs[:3] += 1
 
-    accumulated(refill)  # under SGD its norms are taken already
+    accumulated(refill)  # under SGD, the norms were computed in the backward pass
     with pytest.raises(UnsupportedError, match="changed in place after its backward pass"):
         accumulated(refill, torch.optim.AdamW)
 
@@ -248,21 +250,21 @@ def test_a_grad_scaler_changes_nothing_or_leaves_the_step_out(overflows):
     before = flatten_parameters(model)
     recorder = ImportanceRecorder(model, optimizer)
     with recorder.step(range(6), epoch=1):
-        scaler.scale(own_losses(model, inputs, labels).mean()).backward()
+        scaler.scale(sample_losses(model, inputs, labels).mean()).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 1e9)
         scaler.step(optimizer)
         scaler.update()
-    found = recorder.pop_epoch(1, 6)
+    beta = recorder.pop_epoch(1, 6)
     if overflows:
         assert torch.equal(flatten_parameters(model), before)
-        assert (found[:, 1:] == 0).all()
+        assert (beta[:, 1:] == 0).all()
     else:
-        assert oracles.close(found, expected, relative=1e-4)
+        assert oracles.close(beta, expected, relative=1e-4)
 
 
 def test_a_pass_without_samples_adds_none():
-    model = Own(
+    model = FunctionModel(
         lambda m, x: m.out(m.conv(x).mean(2)), conv=nn.Conv1d(4, 5, 2), out=nn.Linear(5, 3)
     ).double()
     recorder = ImportanceRecorder(model, optimizer := SGD(model.parameters(), lr=0.1))

@@ -83,7 +83,7 @@ def test_groups_added_after_the_recorder_was_made_count():
 
 
 def test_rates_restored_after_the_recorder_was_made_count():
-    # load_state_dict replaces the groups by new ones.
+    # load_state_dict replaces the parameter groups.
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     optimizer = SGD(model.parameters(), lr=0.2)
     recorder = ImportanceRecorder(model, optimizer)
@@ -95,7 +95,7 @@ def test_rates_restored_after_the_recorder_was_made_count():
 
 
 class Reversed(nn.Module):
-    """Registers its layers in another order than it calls them."""
+    """A model that registers its layers in another order than it calls them."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ class Reversed(nn.Module):
 def test_layers_are_labelled_in_forward_order():
     model, (inputs, labels) = Reversed().double(), batch()
     optimizer = SGD(model.parameters(), lr=0.2)
-    # The oracle goes by registration: second, first.
+    # The oracle has the layers in the order of registration: second, first.
     expected = oracles.importance_by_autograd(model, optimizer, inputs, labels).flip(0)
     recorder = ImportanceRecorder(model, optimizer)
     with recorder.step(range(6), epoch=1):
@@ -118,16 +118,13 @@ def test_layers_are_labelled_in_forward_order():
     np.testing.assert_allclose(importance[0], expected.numpy(), rtol=1e-6)
 
 
-# What an epoch holds.
-
-
 def test_a_sample_used_twice_is_summed_and_an_unused_one_is_nan():
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     optimizer = SGD(model.parameters(), lr=0.2)
     recorder = ImportanceRecorder(model, optimizer)
     expected = torch.zeros(2, 8, dtype=torch.float64)
     used = torch.zeros(8, dtype=torch.bool)
-    for rows in ([5, 0, 2], [2, 4], [2, 0]):  # sizes differ: so does the 1/B
+    for rows in ([5, 0, 2], [2, 4], [2, 0]):  # batch sizes differ, and with them the factor 1/B
         x, y = inputs[rows], labels[rows]
         expected[:, rows] += oracles.importance_by_autograd(model, optimizer, x, y)
         used[rows] = True
@@ -156,7 +153,7 @@ def test_the_dataset_is_labelled(tmp_path):
     assert importance.dtype == np.float32
     assert importance["epoch"].values.tolist() == [1, 2]
     assert importance["layer"].values.tolist() == ["0", "2"]
-    assert importance["sample"].values.tolist() == list(range(6))  # the largest index seen, plus 1
+    assert importance["sample"].values.tolist() == list(range(6))  # the largest index, plus 1
     assert np.isnan(importance.sel(sample=2)).all()
     expected = {
         "units": "parameter^2",
@@ -172,8 +169,8 @@ def test_the_dataset_is_labelled(tmp_path):
     xr.testing.assert_identical(stored.load(), dataset)
 
 
-def test_each_step_of_each_epoch_is_exact_without_anything_being_taken_in_between():
-    """Three epochs of uneven batches in one recorder, against the single-sample oracle."""
+def test_each_step_of_each_epoch_is_exact_before_any_epoch_is_read():
+    """Record three epochs of uneven batches, and compare with the oracle of single samples."""
     inputs, labels = batch(samples=7)
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     optimizer = SGD(model.parameters(), lr=0.3)
@@ -182,10 +179,11 @@ def test_each_step_of_each_epoch_is_exact_without_anything_being_taken_in_betwee
     for epoch in (1, 2, 3):
         for index in torch.randperm(7).split(3):
             for i in index.tolist():
-                own = copy.deepcopy(model)
-                loss = functional.cross_entropy(own(inputs[[i]]), labels[[i]]) / len(index)
+                copied = copy.deepcopy(model)
+                loss = functional.cross_entropy(copied(inputs[[i]]), labels[[i]]) / len(index)
                 squares = [
-                    grad.square().sum() for grad in torch.autograd.grad(loss, [*own.parameters()])
+                    grad.square().sum()
+                    for grad in torch.autograd.grad(loss, [*copied.parameters()])
                 ]
                 expected[epoch - 1, :, i] = [
                     0.09 * (squares[0] + squares[1]),
@@ -193,11 +191,11 @@ def test_each_step_of_each_epoch_is_exact_without_anything_being_taken_in_betwee
                 ]
             with recorder.step(index, epoch=epoch):
                 train_step(model, optimizer, inputs[index], labels[index])
-    found = recorder.to_dataset()["importance"]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    beta = recorder.to_dataset()["importance"]
+    np.testing.assert_allclose(beta, expected, rtol=1e-6)
 
 
-def test_epochs_are_forgotten_once_they_are_taken():
+def test_a_popped_epoch_is_forgotten():
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     optimizer = SGD(model.parameters(), lr=0.2)
     recorder = ImportanceRecorder(model, optimizer)
@@ -246,9 +244,9 @@ def test_gradients_that_are_not_finite_are_recorded_as_such():
     with recorder.step(range(6), epoch=3):
         train_step(model, optimizer, inputs, labels)
     assert recorder.to_dataset()["importance"].attrs["not_finite_epochs"] == [3]
-    found = recorder.pop_epoch(3, 6)
-    assert found[:, 2].isnan().all()
-    assert found[:, [0, 1, 3, 4, 5]].isfinite().all()
+    beta = recorder.pop_epoch(3, 6)
+    assert beta[:, 2].isnan().all()
+    assert beta[:, [0, 1, 3, 4, 5]].isfinite().all()
     assert flatten_parameters(model).isnan().any()  # as without the recorder
 
 
@@ -262,7 +260,7 @@ def test_an_index_beyond_the_training_set_is_refused():
         recorder.to_dataset(sample_count=7)
     with pytest.raises(ConfigError, match="indices below 7"):
         recorder.pop_epoch(1, 7)
-    assert recorder.pop_epoch(1, 8).shape == (2, 8)  # nothing was lost
+    assert recorder.pop_epoch(1, 8).shape == (2, 8)  # the error has dropped nothing
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from recording import SGD, Own, batch, recorded, train_step
+from recording import SGD, FunctionModel, batch, recorded, train_step
 from torch import nn
 from torch.nn import functional
 
@@ -34,9 +34,6 @@ def test_evaluation_and_penalty_inside_the_step_change_nothing():
         loss.backward()
         optimizer.step()
     assert oracles.close(recorder.pop_epoch(1, 6), expected)
-
-
-# Training is left as it is.
 
 
 def trained_parameters(record, input_size, hidden, batch_size, steps, groups=False):
@@ -103,8 +100,10 @@ def test_nothing_stays_behind_after_a_step(fails_in):
                 raise KeyboardInterrupt
             functional.cross_entropy(logits, labels).backward()
             if fails_in == "backward":
-                functional.cross_entropy(logits, labels).backward()  # freed already
-            optimizer.step(1 if fails_in == "update" else None)  # 1 cannot be called
+                functional.cross_entropy(logits, labels).backward()  # the graph is freed already
+            optimizer.step(
+                1 if fails_in == "update" else None
+            )  # 1 is not callable, so the update fails
 
     if fails_in is None:
         step()
@@ -135,10 +134,10 @@ def test_a_step_after_one_that_failed_is_exact():
     expected = oracles.importance_by_autograd(model, optimizer, inputs, labels)
     with recorder.step(range(6), epoch=1):
         train_step(model, optimizer, inputs, labels)
-    assert oracles.close(recorder.pop_epoch(1, 6), expected)  # the failed one is not in the sum
+    assert oracles.close(recorder.pop_epoch(1, 6), expected)  # the failed step is not in the sum
 
 
-def test_what_fails_after_the_update_takes_nothing_along():
+def test_a_step_that_fails_after_its_update_records_nothing():
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     optimizer = SGD(model.parameters(), lr=0.2)
     recorder = ImportanceRecorder(model, optimizer)
@@ -155,15 +154,15 @@ def test_what_fails_after_the_update_takes_nothing_along():
     expected = oracles.importance_by_autograd(model, optimizer, inputs, labels)
     with recorder.step(range(6, 12), epoch=1):
         train_step(model, optimizer, inputs, labels)
-    found = recorder.pop_epoch(1, 12)
-    assert oracles.close(found[:, 6:], expected)
-    assert bool(found.isfinite().all())
+    beta = recorder.pop_epoch(1, 12)
+    assert oracles.close(beta[:, 6:], expected)
+    assert bool(beta.isfinite().all())
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 @pytest.mark.parametrize("fails", [True, False])
-def test_a_pass_that_comes_to_no_end_leaves_nothing(kind, fails):
-    """Autograd's graph holds what it has saved: no collector sees a cycle through it."""
+def test_an_interrupted_backward_pass_keeps_no_references(kind, fails):
+    """A reference cycle through autograd's graph would never be collected."""
     freed = []
 
     class Alarm(torch.autograd.Function):
@@ -212,7 +211,7 @@ def test_an_evaluation_in_the_block_is_no_part_of_the_step():
             m.out(m.inner(x.flip(0)))
         return m.out(m.inner(x))
 
-    model = Own(function, inner=nn.Linear(4, 4), out=nn.Linear(4, 3)).double()
+    model = FunctionModel(function, inner=nn.Linear(4, 4), out=nn.Linear(4, 3)).double()
     optimizer, (inputs, labels) = SGD(model.parameters(), lr=0.2), batch()
     expected = oracles.importance_by_autograd(model, optimizer, inputs, labels)
     assert oracles.close(recorded(model, optimizer, inputs, labels), expected)

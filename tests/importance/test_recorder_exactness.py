@@ -10,7 +10,7 @@ import oracles
 import pytest
 import torch
 from hypothesis import given, settings
-from recording import SGD, Own, batch, cases, own_losses, recorded, train_step
+from recording import SGD, FunctionModel, batch, cases, recorded, sample_losses, train_step
 from torch import nn
 from torch.nn import functional
 
@@ -27,7 +27,8 @@ def test_in_step_importance_is_that_of_each_samples_own_gradient(case):
     model, optimizer, inputs, labels, reduction = case
     expected = oracles.importance_by_autograd(model, optimizer, inputs, labels, reduction)
     got = recorded(model, optimizer, inputs, labels, reduction)
-    # A gradient that cancels to 1e-8 of its layer's largest keeps no ten digits in either way.
+    # A gradient that cancels to 1e-8 of its layer's largest has fewer than ten exact digits, in the
+    # recorder and in the oracle.
     assert oracles.close(got, expected, scale=1e-8 * expected.amax(1, keepdim=True))
 
 
@@ -45,7 +46,7 @@ def test_in_step_importance_is_the_step_with_the_sample_minus_the_one_without(ca
 
 
 class Keyword(nn.Module):
-    """Calls its layer with a keyword."""
+    """A model that calls its layer with a keyword argument."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +64,7 @@ def test_a_layer_may_be_called_with_a_keyword():
 
 
 def test_a_layer_used_twice_in_a_pass_is_one_sum():
-    model = Own(
+    model = FunctionModel(
         lambda m, x: m.out(torch.relu(m.inner(torch.relu(m.inner(x))))),
         inner=nn.Linear(4, 4),
         out=nn.Linear(4, 3),
@@ -74,7 +75,9 @@ def test_a_layer_used_twice_in_a_pass_is_one_sum():
 
 
 def test_a_layer_that_is_not_called_has_none():
-    model = Own(lambda m, x: m.used(x), idle=nn.Linear(4, 3), used=nn.Linear(4, 3)).double()
+    model = FunctionModel(
+        lambda m, x: m.used(x), idle=nn.Linear(4, 3), used=nn.Linear(4, 3)
+    ).double()
     optimizer, (inputs, labels) = SGD(model.parameters(), lr=0.2, weight_decay=0.1), batch()
     recorder = ImportanceRecorder(model, optimizer)
     with recorder.step(range(6), epoch=1):
@@ -100,9 +103,9 @@ def test_several_passes_forward_are_one_loss():
     optimizer = SGD(model.parameters(), lr=0.2)
 
     def loss_of(rows):
-        model(3 * inputs[rows])  # leads nowhere
-        one = own_losses(model, inputs[rows], labels[rows])
-        return one + own_losses(model, 2 * inputs[rows], labels[rows])
+        model(3 * inputs[rows])  # the loss does not depend on this pass
+        losses = sample_losses(model, inputs[rows], labels[rows])
+        return losses + sample_losses(model, 2 * inputs[rows], labels[rows])
 
     expected = gradients_squared(model, [loss_of([i]).sum() / 6 for i in range(6)], 0.2)
     recorder = ImportanceRecorder(model, optimizer)
@@ -118,9 +121,9 @@ def gradients_squared(model, losses, rate):
     columns = []
     for loss in losses:
         squares = [(rate * g).square().sum() for g in torch.autograd.grad(loss, parameters)]
-        own = {id(p): square for p, square in zip(parameters, squares, strict=True)}
+        by_id = {id(p): square for p, square in zip(parameters, squares, strict=True)}
         columns.append(
-            torch.stack([sum(own[id(p)] for p in ps) for ps in oracles.layers_of(model).values()])
+            torch.stack([sum(by_id[id(p)] for p in ps) for ps in oracles.layers_of(model).values()])
         )
     return torch.stack(columns, 1)
 
@@ -135,11 +138,11 @@ def test_a_token_is_a_sample_where_its_sequence_is_repeated_for_it():
     ).double()
     optimizer = SGD(model.parameters(), lr=0.2)
     logits = model(words).flatten(0, 1)
-    own = functional.cross_entropy(logits, targets.flatten(), reduction="none")
+    token_losses = functional.cross_entropy(logits, targets.flatten(), reduction="none")
     parameters = dict(model.named_parameters())
     expected = torch.zeros(len(ImportanceRecorder(model, optimizer).layers), 6).double()
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
-    for token, loss in enumerate(own / 6):
+    for token, loss in enumerate(token_losses / 6):
         gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             row = layers.index(name.rpartition(".")[0])
@@ -156,7 +159,7 @@ def test_a_token_is_a_sample_where_its_sequence_is_repeated_for_it():
 
 
 class Averaging(nn.Module):
-    """Keeps the mean of its inputs as a buffer, made anew in each pass, and does not use it."""
+    """A model that replaces a buffer, the mean of its inputs, in each pass, and does not use it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,13 +174,13 @@ class Averaging(nn.Module):
 
 
 def test_a_buffer_that_is_made_anew_is_no_activation():
-    """Whatever takes the memory of the old one, some twenty times, depends on the samples."""
+    """A tensor that reuses the id of the old buffer depends on the samples; tried twenty times."""
     torch.manual_seed(1)
     model, (inputs, labels) = Averaging().double(), batch()
     optimizer = SGD(model.parameters(), lr=0.2)
     recorder = ImportanceRecorder(model, optimizer)
     for epoch in range(1, 21):
-        losses = [own_losses(model, inputs[[i]], labels[[i]]).sum() / 6 for i in range(6)]
+        losses = [sample_losses(model, inputs[[i]], labels[[i]]).sum() / 6 for i in range(6)]
         expected = gradients_squared(model, losses, 0.2)
         with recorder.step(range(6), epoch=epoch):
             train_step(model, optimizer, inputs, labels)
@@ -188,7 +191,7 @@ def test_a_detached_parameter_is_a_number():
     torch.manual_seed(1)
     model, (inputs, labels) = Detached().double(), batch()
     optimizer = SGD(model.parameters(), lr=0.2)
-    losses = [own_losses(model, inputs[[i]], labels[[i]]).sum() / 6 for i in range(6)]
+    losses = [sample_losses(model, inputs[[i]], labels[[i]]).sum() / 6 for i in range(6)]
     expected = gradients_squared(model, losses, 0.2)
     recorder = ImportanceRecorder(model, optimizer)
     with recorder.step(range(6), epoch=1):
@@ -197,7 +200,7 @@ def test_a_detached_parameter_is_a_number():
 
 
 class Detached(nn.Module):
-    """Uses its weight with and without its gradient."""
+    """A model that uses its weight with and without gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,15 +220,15 @@ def test_autocast_is_recorded_to_its_precision():
             logits = model(inputs)
         functional.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
-    found = recorder.pop_epoch(1, 6)
-    assert found.dtype == torch.float32
-    assert oracles.close(found, expected, relative=0.05, scale=expected.amax())  # 8 bits
+    beta = recorder.pop_epoch(1, 6)
+    assert beta.dtype == torch.float32
+    assert oracles.close(beta, expected, relative=0.05, scale=expected.amax())  # 8 bits
 
 
 @pytest.mark.parametrize("kind", [SGD, torch.optim.AdamW])
 def test_parameters_without_elements_have_no_importance(kind):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of initialising nothing
+        warnings.simplefilter("ignore", UserWarning)  # about the initialisation of no elements
         model = nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2)).double()
     recorder = ImportanceRecorder(model, optimizer := kind(model.parameters(), lr=0.1))
     inputs = torch.randn(2, 4, 3).double()
@@ -241,7 +244,7 @@ def test_checkpointed_layers_are_exact():
     from torch.utils.checkpoint import checkpoint
 
     inner = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4))
-    model = Own(
+    model = FunctionModel(
         lambda m, x: m.out(checkpoint(m.inner, x, use_reentrant=False)),
         inner=inner,
         out=nn.Linear(4, 3),
@@ -257,7 +260,7 @@ def test_checkpointed_layers_are_exact():
 def test_what_a_function_hides_is_missed_also_where_a_weight_is_seen_elsewhere():
     from torch.utils.checkpoint import checkpoint
 
-    model = Own(
+    model = FunctionModel(
         lambda m, x: m.out(m.inner(checkpoint(m.inner, x, use_reentrant=True))),
         inner=nn.Linear(4, 4),
         out=nn.Linear(4, 3),
@@ -289,15 +292,15 @@ def test_unsorted_packed_sequences_go_to_their_samples():
         padded, _ = nn.utils.rnn.pad_packed_sequence(output, True)
         return m.out(padded.sum(1) + state[-1])
 
-    model = Own(run, rnn=nn.LSTM(4, 5, batch_first=True), out=nn.Linear(5, 3)).double()
+    model = FunctionModel(run, rnn=nn.LSTM(4, 5, batch_first=True), out=nn.Linear(5, 3)).double()
     inputs, labels = torch.randn(6, 5, 4, dtype=torch.float64), torch.randint(0, 3, (6,))
     losses = []
     for i in range(6):
         own_length = lengths[[i]]
-        losses.append(own_losses(model, inputs[[i]], labels[[i]]).sum() / 6)
+        losses.append(sample_losses(model, inputs[[i]], labels[[i]]).sum() / 6)
     expected = gradients_squared(model, losses, 0.2)
-    found = recorded(model, SGD(model.parameters(), lr=0.2), inputs, labels)
-    assert oracles.close(found, expected)
+    beta = recorded(model, SGD(model.parameters(), lr=0.2), inputs, labels)
+    assert oracles.close(beta, expected)
 
 
 def test_recorders_of_two_networks_in_one_step_do_not_mix():
@@ -310,7 +313,7 @@ def test_recorders_of_two_networks_in_one_step_do_not_mix():
     recorders = [ImportanceRecorder(*pair) for pair in zip(models, optimizers, strict=True)]
     with recorders[0].step(range(6), epoch=1), recorders[1].step(range(6), epoch=1):
         for model, optimizer in zip(models, optimizers, strict=True):
-            own_losses(model, inputs, labels).mean().backward()
+            sample_losses(model, inputs, labels).mean().backward()
             optimizer.step()
     for recorder, wanted in zip(recorders, expected, strict=True):
         assert oracles.close(recorder.pop_epoch(1, 6), wanted)
@@ -328,11 +331,13 @@ def test_what_is_below_a_batch_norm_is_not_defined():
     with pytest.raises(UnsupportedError, match=r"(?s)BatchNorm1d.*module 1.*batch_norm"):
         ImportanceRecorder(model, optimizer)
     recorder = ImportanceRecorder(model, optimizer, batch_norm="undefined")
-    # Above it each sample's gradient is its own, given what the BatchNorm made of all.
+    # Above the BatchNorm, each sample's gradient is its own, for fixed outputs of the BatchNorm.
     with torch.no_grad():
         hidden = copy.deepcopy(model)[:3](inputs)
     expected = gradients_squared(
-        model[3:], [own_losses(model[3], hidden[[i]], labels[[i]]).sum() / 6 for i in range(6)], 0.2
+        model[3:],
+        [sample_losses(model[3], hidden[[i]], labels[[i]]).sum() / 6 for i in range(6)],
+        0.2,
     )
     with recorder.step(range(6), epoch=1):
         train_step(model, optimizer, inputs, labels)

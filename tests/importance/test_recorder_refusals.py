@@ -3,7 +3,7 @@
 import oracles
 import pytest
 import torch
-from recording import SGD, Own, batch, loss_of, recorded, train_step
+from recording import SGD, FunctionModel, batch, loss_of, recorded, train_step
 from torch import nn
 from torch.nn import functional
 
@@ -27,7 +27,7 @@ def hooks(model):
     ]
 
 
-def test_a_rule_that_speaks_of_other_samples_is_refused():
+def test_a_rule_with_another_number_of_samples_is_refused():
     torch.manual_seed(1)
     model, bags = nn.EmbeddingBag(5, 3, mode="sum"), torch.randint(0, 5, (6, 2))
     optimizer = SGD(model.parameters(), lr=0.2)
@@ -37,9 +37,6 @@ def test_a_rule_that_speaks_of_other_samples_is_refused():
         recorder.step(range(3), epoch=1),
     ):
         model(bags).square().sum().backward()
-
-
-# What is refused.
 
 
 def contrast(m, x):
@@ -73,7 +70,9 @@ def shuffled(m, x):
     ],
 )
 def test_what_is_not_a_function_of_single_samples_is_refused(function, words):
-    model = Own(function, inner=nn.Linear(4, 6), weight=nn.Parameter(torch.rand(6, 6))).double()
+    model = FunctionModel(
+        function, inner=nn.Linear(4, 6), weight=nn.Parameter(torch.rand(6, 6))
+    ).double()
     optimizer, (inputs, labels) = SGD(model.parameters(), lr=0.2), batch(classes=6)
     before = flatten_parameters(model)
     with pytest.raises(UnsupportedError, match=words):
@@ -142,7 +141,7 @@ def forward_only(model, optimizer, inputs, labels):
 
 
 def backward_outside(model, optimizer, inputs, labels):
-    optimizer.step()  # the gradients are those of the step before
+    optimizer.step()  # with the gradients of the previous step
 
 
 def two_backwards(model, optimizer, inputs, labels):
@@ -189,7 +188,9 @@ def test_blocks_that_are_not_one_training_step_are_refused(block, words):
     with pytest.raises(UnsupportedError, match=words), recorder.step(range(6), epoch=7):
         block(model, optimizer, inputs, labels)
     assert hooks(model) == []
-    assert recorder.to_dataset()["epoch"].values.tolist() == [6]  # nothing wrong was kept
+    assert recorder.to_dataset()["epoch"].values.tolist() == [
+        6
+    ]  # the refused steps are not recorded
 
 
 def test_a_batch_of_another_length_is_refused():
@@ -207,7 +208,7 @@ def test_a_batch_of_another_length_is_refused():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_a_model_without_an_axis_of_samples_is_refused(count):
-    """Its four inputs and three outputs are samples in no number."""
+    """A model whose four inputs and three outputs have no axis of samples."""
     model, (inputs, labels) = oracles.tiny_mlp(), batch()
     optimizer = SGD(model.parameters(), lr=0.2)
     recorder = ImportanceRecorder(model, optimizer)

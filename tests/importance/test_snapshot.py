@@ -30,9 +30,6 @@ def hooks(model):
     ]
 
 
-# Snapshots.
-
-
 @settings(deadline=None, max_examples=30)
 @given(cases(), st.integers(1, 4))
 def test_snapshot_importance_is_that_of_each_samples_own_gradient(case, chunk):
@@ -70,7 +67,7 @@ def test_in_step_importance_of_a_step_is_the_snapshot_before_it():
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_snapshot_importance_is_that_of_a_network_in_use(frozen):
+def test_snapshot_importance_is_that_of_a_network_in_evaluation_mode(frozen):
     torch.manual_seed(0)
     norm = nn.BatchNorm1d(6)
     model = nn.Sequential(nn.Linear(4, 6), norm, nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3))

@@ -1,4 +1,4 @@
-"""The callbacks on real trainings: against the oracle, against the plain run, and refused."""
+"""Callbacks in real trainings: importance equals the oracle's, training is unchanged, refusals."""
 
 import contextlib
 import logging
@@ -20,10 +20,10 @@ GROUPS = {
     1: [[(0, 1)], [(2, 3)], [(4, 5)], [(6, 7)], [(8,)]],
     2: [[(0, 1), (2, 3)], [(4, 5), (6, 7)], [(8,)]],
 }
-"""By the number of batches that are accumulated, the batches of each update of an epoch."""
+"""The batches of each update of an epoch, by the number of batches that are accumulated."""
 
 pytestmark = [
-    # Of the libraries themselves.
+    # These warnings are about code of the libraries themselves.
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
 ]
@@ -40,7 +40,7 @@ def one_thread_in_float64():
 
 
 def expected_importance(model, accumulated, losses_of):
-    """Train in a plain loop; return beta (epoch, layer, sample) by the oracle, in that order."""
+    """Train in a plain loop; return the oracle's beta, of shape (epoch, layer, sample)."""
     optimizer = make_optimizer(model)
     layers = {oracles.layer_of(name) for name, _ in model.named_parameters()}
     table = torch.full((EPOCHS, len(layers), SAMPLES), torch.nan)
@@ -62,12 +62,13 @@ def expected_importance(model, accumulated, losses_of):
 
 
 def make_optimizer(model):
-    # With an eps of this size the first step, almost a sign, has importance to compare.
+    # Adam's first step is almost the gradient's sign, which has no derivative; with an eps of this
+    # size it has importance that can be compared.
     return torch.optim.AdamW(model.parameters(), lr=0.05, eps=0.01, weight_decay=0.1)
 
 
 def recorded_importance(recorder):
-    """Return beta (epoch, layer, sample), the layers as they are registered."""
+    """Return beta (epoch, layer, sample), with the layers in the order of registration."""
     places = [recorder.layers.index(name) for name in recorder._capture.layers]
     return torch.stack([recorder.pop_epoch(e, SAMPLES)[places] for e in range(1, EPOCHS + 1)])
 
@@ -95,7 +96,7 @@ def pl():
 
 @pytest.fixture(scope="module")
 def lightning_model(pl):
-    """Return what builds a small network; `hook` is called in each training step."""
+    """Return the class of a small network; `hook` is called in each training step."""
 
     class Small(pl.LightningModule):
         def __init__(self, hook=lambda self: None, automatic=True):
@@ -125,10 +126,11 @@ def lightning_data():
 
 
 def fit(pl, model, *callbacks, as_dict=False, validate=False, **options):
-    """Train on the samples in their order."""
+    """Train on the samples in the order of their indices."""
 
     def collate(rows):
-        # Made anew, as data sets do: of the next batch while a step is open that accumulates.
+        # A new tensor per batch, as data sets make it; the next batch is made while a step that
+        # accumulates is still open.
         rows = [[torch.tensor(part.tolist()) for part in row] for row in rows]
         values = torch.utils.data.default_collate(rows)
         return dict(zip(("inputs", "labels", "index"), values, strict=True)) if as_dict else values
@@ -153,7 +155,7 @@ def test_lightning_is_recorded_as_it_trains(pl, lightning_model, accumulated):
     inputs, labels, _ = lightning_data().tensors
 
     def losses_of(model, group):
-        # Each batch's mean, and the mean of as many batches as are accumulated.
+        # The mean over a batch, divided by the number of accumulated batches.
         return torch.cat(
             [
                 functional.cross_entropy(
@@ -166,7 +168,7 @@ def test_lightning_is_recorded_as_it_trains(pl, lightning_model, accumulated):
 
     expected = expected_importance(lightning_model(), accumulated, losses_of)
     importance, model, plain = LightningImportance(), lightning_model(), lightning_model()
-    # Validation after every second batch: also between two that are accumulated.
+    # Validation runs after every second batch, so also between two accumulated batches.
     options = {"accumulate_grad_batches": accumulated, "val_check_interval": 1, "validate": True}
     fit(pl, model, importance, as_dict=True, **options)
     fit(pl, plain, **options)
@@ -177,14 +179,14 @@ def test_lightning_is_recorded_as_it_trains(pl, lightning_model, accumulated):
 
 
 def test_lightning_takes_the_index_from_a_position_or_by_a_function(pl, lightning_model):
-    found = []
+    datasets = []
     for index in (2, lambda batch: batch[-1]):
         importance = LightningImportance(index, loss_reduction="sum")
         fit(pl, lightning_model(), importance)
-        found.append(importance.recorder.to_dataset())
-        assert found[-1]["importance"].attrs["loss_reduction"] == "sum"
-        assert found[-1]["epoch"].values.tolist() == [1, 2]
-    assert found[0].identical(found[1])
+        datasets.append(importance.recorder.to_dataset())
+        assert datasets[-1]["importance"].attrs["loss_reduction"] == "sum"
+        assert datasets[-1]["epoch"].values.tolist() == [1, 2]
+    assert datasets[0].identical(datasets[1])
 
 
 def test_lightning_without_an_index_is_refused(pl, lightning_model):
@@ -203,7 +205,7 @@ def test_lightning_with_a_compiled_model_is_refused(pl, lightning_model):
         fit(pl, torch.compile(lightning_model()), LightningImportance(2))
 
 
-def test_lightning_carries_it_to_other_processes():
+def test_the_lightning_callback_can_be_pickled():
     importance = pickle.loads(pickle.dumps(LightningImportance("sample", batch_dim=1)))
     assert (importance._index, importance._options) == ("sample", {"batch_dim": 1})
 
@@ -216,7 +218,7 @@ def test_lightning_of_several_processes_is_refused(pl, lightning_model, monkeypa
 
 @pytest.mark.parametrize("way", ["exception", "stop", "skipped epoch"])
 def test_lightning_leaves_an_unfinished_step_out(pl, lightning_model, monkeypatch, way):
-    """The fourth batch, the second of two that are accumulated, never makes an update."""
+    """Stop at the fourth batch, the second of two accumulated ones, before its update."""
     calls = []
 
     def hook(model):
@@ -238,9 +240,9 @@ def test_lightning_leaves_an_unfinished_step_out(pl, lightning_model, monkeypatc
         fit(pl, model, importance, accumulate_grad_batches=2, max_epochs=1)
     assert calls == [True] * 3
     assert not is_watched()
-    found = importance.recorder.pop_epoch(1, SAMPLES)
-    assert found.isnan().all(0).nonzero().flatten().tolist() == [4, 5, 6, 7, 8]
-    fit(pl, model, importance)  # the next training is whole
+    beta = importance.recorder.pop_epoch(1, SAMPLES)
+    assert beta.isnan().all(0).nonzero().flatten().tolist() == [4, 5, 6, 7, 8]
+    fit(pl, model, importance)  # the next training is recorded completely
     assert importance.recorder.pop_epoch(2, SAMPLES).isfinite().all()
 
 
@@ -257,7 +259,7 @@ def hf():
 
 @pytest.fixture
 def train(hf, tmp_path):
-    """Return what trains on sentences of different lengths, recorded or not."""
+    """Return a function that trains on sentences of different lengths, recorded or not."""
 
     def run(
         model,
@@ -302,7 +304,7 @@ def train(hf, tmp_path):
             eval_dataset=rows[:4],
             compute_loss_func=compute_loss_func,
         )
-        # Weight decay of all parameters, as in the plain loop.
+        # Weight decay acts on all parameters, as in the plain loop.
         trainer.get_decay_parameter_names = lambda model: [n for n, _ in model.named_parameters()]
         if not record:
             trainer.train()
@@ -316,7 +318,7 @@ def train(hf, tmp_path):
 
 
 def sentences():
-    """Return token ids (sample, 6), and labels that leave out the padding."""
+    """Return token ids (sample, 6), and labels, which are -100 for the padding."""
     ids = torch.randint(0, 11, (SAMPLES, 6), generator=torch.Generator().manual_seed(2))
     lengths = torch.arange(SAMPLES) % 4 + 3
     return ids, ids.where(torch.arange(6) < lengths[:, None], -100)
@@ -324,7 +326,7 @@ def sentences():
 
 @pytest.fixture(scope="module")
 def gpt(hf):
-    """Return what builds a very small GPT-2."""
+    """Return a function that builds a very small GPT-2."""
 
     def build():
         torch.manual_seed(0)
@@ -348,8 +350,8 @@ def mean_loss(outputs, labels, num_items_in_batch):
 
 @pytest.mark.parametrize(
     ("accumulated", "loss", "first", "tolerance"),
-    # The model's own loss is in float32, and divided by the tokens that are predicted; a given
-    # function is told the number of all.
+    # The model's loss is in float32, and divided by the number of predicted tokens; a loss function
+    # of the user receives the number of all tokens.
     [(1, mean_loss, 0, 1e-9), (2, mean_loss, 0, 1e-9), (2, None, 1, 1e-4)],
 )
 def test_hugging_face_is_recorded_as_it_trains(train, gpt, accumulated, loss, first, tolerance):
@@ -389,7 +391,7 @@ def test_hugging_face_on_several_devices_is_refused(train, gpt, monkeypatch):
 
 @pytest.mark.parametrize("way", ["exception", "stop"])
 def test_hugging_face_leaves_an_unfinished_step_out(hf, train, gpt, way):
-    """Of the second update, only the first of two batches is seen."""
+    """Stop in the second update, after the first of its two batches."""
     model, calls, recorders = gpt(), [], []
 
     class Stop(hf.TrainerCallback):
@@ -410,5 +412,5 @@ def test_hugging_face_leaves_an_unfinished_step_out(hf, train, gpt, way):
     assert calls == [True, True]
     assert not is_watched()
     assert not model._forward_pre_hooks
-    found = recorders[0].recorder.pop_epoch(1, SAMPLES)
-    assert found.isnan().all(0).nonzero().flatten().tolist() == [4, 5, 6, 7, 8]
+    beta = recorders[0].recorder.pop_epoch(1, SAMPLES)
+    assert beta.isnan().all(0).nonzero().flatten().tolist() == [4, 5, 6, 7, 8]
