@@ -25,10 +25,9 @@ Packages, from the lowest level to the highest:
 =============== ============================================================================
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sampimp import _renamed  # noqa: F401  (old import paths, for one release)
+from sampimp._lazy import import_on_use
 from sampimp.schema import __version__
 
 if TYPE_CHECKING:
@@ -66,16 +65,4 @@ _HOMES = {
     "snapshot_importance": "sampimp.importance.snapshot",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name at its first use, so that `import sampimp` needs no torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'sampimp' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """List the public names, those not yet imported included."""
-    return sorted(__all__)
+__getattr__, __dir__ = import_on_use(__name__, _HOMES)

@@ -19,7 +19,180 @@ from importlib.util import find_spec, spec_from_loader
 from types import CodeType, ModuleType
 from typing import Any
 
-MOVED: Mapping[str, Mapping[str, str]] = {}
+_MOVED = {
+    "sampimp.capture": {
+        "sampimp.importance.buffer": "NormBuffer",
+        "sampimp.importance.recorder": "ImportanceRecorder",
+        "sampimp.importance.sample_index": "Index check_index split_passes sum_by_sample",
+        "sampimp.importance.snapshot": "forward_layers snapshot_importance",
+    },
+    "sampimp.factors": {
+        "sampimp.importance.gradients": (
+            "Explicit Factor GRAM_POSITIONS Outer Product Rows=EmbeddingRows Total "
+            "chunk=samples_at_once gram=gram_of_positions in_chunks precise=at_least_float32 "
+            "square_sum squares taken=gather_rows total"
+        ),
+    },
+    "sampimp.optimizers": {
+        "sampimp.importance.optimizers": (
+            "AdagradRule AdamRule RMSpropRule SGDRule derivative_rule"
+        ),
+        "sampimp.importance.parameter_step": "DerivativeRule ParameterStep Part Room=Workspace",
+        "sampimp.importance.rules.registry": "Rule",
+        "sampimp.importance.update": "Derivative Diagonal UpdateDerivative",
+    },
+    "sampimp.rules": {
+        "sampimp.importance.rules.batch": "Batch Factors Features require_samples",
+        "sampimp.importance.rules.convolution": "all_but_samples=conv_features",
+        "sampimp.importance.rules.normalization": "all_but_first",
+        "sampimp.importance.rules.registry": "RULES Rule feature_axes layer_rule",
+    },
+    "sampimp.trainers": {
+        "sampimp.integrations.huggingface": "HuggingFaceImportance",
+        "sampimp.integrations.lightning": "LightningImportance",
+    },
+    "sampimp.models": {
+        "sampimp.importance.evaluation": "evaluation_mode",
+        "sampimp.training.identity": "identify_network require_network",
+        "sampimp.training.models": (
+            "ResidualBlock RowReader=RowRNN RowTransformer build_cnn build_mlp build_model "
+            "build_resnet18 flatten_parameters load_parameters parameter_layers "
+            "rows_of=image_rows"
+        ),
+    },
+    "sampimp.strategies": {
+        "sampimp.training.strategies": "SORT_KEY Schedule batch_positions make_schedule",
+    },
+    "sampimp.training": {
+        "sampimp.training.loop": "EVALUATION_CHUNK",
+        "sampimp.training.steps": "Step=TrainingStep",
+    },
+    "sampimp.data": {
+        "sampimp.data.digits": "DIGITS_TEST",
+        "sampimp.data.images": (
+            "IMAGE_SUFFIXES ImageList decode_image decode_images image_blocks images_source "
+            "list_images"
+        ),
+        "sampimp.data.names": "DATASETS",
+        "sampimp.data.official": "MNIST_TRAIN",
+    },
+    "sampimp.store": {
+        "sampimp.store.attempts": "LastSign SupersededError claim_attempt last_sign",
+        "sampimp.store.datasets": (
+            "SOURCE_ARRAYS SOURCE_CHUNK StoredSource chunk_table open_source read_source "
+            "write_source"
+        ),
+        "sampimp.store.integrity": "chunk_digests find_damage record_digest withdraw",
+        "sampimp.store.record": "History KEPT_CHECKPOINTS TrialRecord",
+        "sampimp.store.snapshots": "SNAPSHOTS stored_snapshots write_snapshot",
+        "sampimp.store.variables": "StoredVariable read_difficulty",
+        "sampimp.store.zarr_arrays": "open_array open_for_writing",
+    },
+    "sampimp.folder": {
+        "sampimp.store.buckets": (
+            "FIRST_PATIENCE=OPENING_PATIENCE PATIENCE=SERVER_PATIENCE TIMEOUT=REQUEST_TIMEOUT "
+            "local_root open_store"
+        ),
+        "sampimp.store.links": "check_links",
+        "sampimp.store.location": "Folder",
+        "sampimp.store.s3_errors": "ServerAwayError reaching=readable_errors",
+    },
+    "sampimp.plan": {
+        "sampimp.store.plan": "DatasetInfo Plan PlannedTrial read_commits read_plan require_plan",
+    },
+    "sampimp.cube": {
+        "sampimp.store.cube": "open_cube",
+    },
+    "sampimp.consolidate": {
+        "sampimp.store.sharded": (
+            "BLOCK_BYTES=WRITE_BLOCK_BYTES CHUNK_BYTES Consolidated SHARD_BYTES UNFINISHED "
+            "blocks chunk_and_shard consolidate"
+        ),
+    },
+    "sampimp.workers": {
+        "sampimp.training.collective": (
+            "ALONE=SINGLE_PROCESS TIMEOUT=PEER_TIMEOUT TorchWorkers=TorchProcessGroup "
+            "Workers=ProcessGroup"
+        ),
+    },
+    "sampimp.fused": {
+        "sampimp.training.fused": "FusedStep aten loss_gradient",
+    },
+    "sampimp.convolution": {
+        "sampimp.importance.rules.convolution": "ADDITION Convolution Window",
+    },
+    "sampimp.recurrent": {
+        "sampimp.importance.rules.recurrent_backward": (
+            "CELLS Cell GruCell LstmCell Run=LayerRun SimpleCell Slopes State"
+        ),
+        "sampimp.importance.rules.recurrent_call": (
+            "Call=RecurrentCall Weights=LayerWeights is_batch_first packed_sequences"
+        ),
+    },
+    "sampimp.analysis.study": {
+        "sampimp.analysis.results.analyse": "RESULTS Result analyse compute_together",
+    },
+    "sampimp.analysis.stability": {
+        "sampimp.analysis.results.stability": "stability",
+    },
+    "sampimp.analysis.decomposition": {
+        "sampimp.analysis.results.decomposition": (
+            "BINS FOLDS GROUPS QUANTILES=HISTOGRAM_QUANTILES decomposition folds_of "
+            "importance_groups importance_histogram"
+        ),
+    },
+    "sampimp.analysis.difficulty": {
+        "sampimp.analysis.results.difficulty": "DIFFICULTIES importance_against_nll",
+    },
+    "sampimp.analysis.clusters": {
+        "sampimp.analysis.results.clusters": (
+            "PAPER_CLASSES QUANTILES=BOX_QUANTILES REPRESENTATIVES SAMPLES_PER_CLUSTER "
+            "cluster_count clusters default_class normalise_profiles"
+        ),
+    },
+    "sampimp.analysis.curves": {
+        "sampimp.analysis.results.curves": "strategy_curves",
+    },
+    "sampimp.analysis.paths": {
+        "sampimp.analysis.results.paths": "BLOCK_BYTES=STATE_BLOCK_BYTES parameter_paths",
+    },
+    "sampimp.analysis.claims": {
+        "sampimp.analysis.claims.evidence": "Claim Estimate Evidence UNKNOWN=NO_ESTIMATE third",
+        "sampimp.analysis.claims.judge": "VERDICTS claims=judge_claims",
+        "sampimp.analysis.claims.section_3_6": "MIXED SORTED",
+        "sampimp.analysis.claims.table": "CLAIMS MARGIN",
+    },
+    "sampimp.analysis.figures": {
+        "sampimp.analysis.figures.reference_runs": "MOST_POINTS",
+        "sampimp.analysis.figures.style": (
+            "IMPORTANCE=IMPORTANCE_UNIT MOST_CLASSES MOST_LINES STYLE=RC_PARAMS Style WIDTH"
+        ),
+    },
+    "sampimp.analysis.report": {
+        "sampimp.analysis.report.contents": (
+            "Drawn StrategyRow VERDICTS=VERDICT_MARKS describe_runs strategy_rows"
+        ),
+        "sampimp.analysis.report.drawing": "FIGURES Plan=FigurePlan draw_figures",
+        "sampimp.analysis.report.terminal": "summary_table",
+        "sampimp.analysis.report.trial_facts": "PER_TRIAL=PER_TRIAL_KEYS",
+        "sampimp.analysis.report.write": "find_cubes",
+        "sampimp.analysis.runs": "PAPER",
+    },
+}
+"""Of each old module, the names that are in a new one; `old=new` where the name has changed."""
+
+
+def _new_paths(old: str) -> dict[str, str]:
+    """Return the new path of each name of an old module."""
+    paths = {}
+    for module, names in _MOVED.get(old, {}).items():
+        for name in names.split():
+            before, _, after = name.partition("=")
+            paths[before] = f"{module}.{after or before}"
+    return paths
+
+
+MOVED: Mapping[str, Mapping[str, str]] = {old: _new_paths(old) for old in _MOVED}
 """Of each old module, the new path of each name."""
 
 
@@ -37,11 +210,11 @@ def moved(old: str) -> Callable[[str], Any]:
     Parameters
     ----------
     old
-        Name of the module, a key of `MOVED`.
+        Name of the module; where it is no key of `MOVED`, every name is an error.
     """
 
     def get(name: str) -> Any:
-        new = MOVED[old].get(name)
+        new = MOVED.get(old, {}).get(name)
         if new is None:
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
         _warn(f"{old}.{name}", new, stacklevel=2)

@@ -10,3 +10,7 @@ the number), `section_3_2` to `section_3_6` (these functions, by section of the 
 (the results they read, and estimates that several of them use), `judge` (from an estimate to a
 verdict; `judge_claims` judges all).
 """
+
+from sampimp._renamed import moved
+
+__getattr__ = moved(__name__)

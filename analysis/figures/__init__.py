@@ -14,6 +14,7 @@ Map: `draw_stability` (Fig. 1), `draw_decomposition` (2), `draw_groups` (3),
 (PNG, PDF), `axes` the parts that figures share.
 """
 
+from sampimp._renamed import moved
 from sampimp.errors import require_package
 
 require_package("matplotlib", "report")
@@ -47,3 +48,5 @@ __all__ = [
     "strategy_name",
     "strategy_style",
 ]
+
+__getattr__ = moved(__name__)

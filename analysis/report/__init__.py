@@ -14,8 +14,9 @@ versions and fingerprints of the trials), `page` (`render_page`, with the Jinja 
 `page.css` in `templates/`), `terminal` (`print_summary`), `cli` (`main`, the command line).
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sampimp._lazy import import_on_use
 
 if TYPE_CHECKING:
     from sampimp.analysis.report.cli import main
@@ -35,9 +36,5 @@ _HOMES = {
     "write_report": "sampimp.analysis.report.write",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import a name at its first use: `main --help` needs neither matplotlib nor scikit-learn."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+# So that `main --help` needs neither matplotlib nor scikit-learn.
+__getattr__, __dir__ = import_on_use(__name__, _HOMES)

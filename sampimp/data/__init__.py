@@ -10,6 +10,7 @@ checks), `official` (MNIST and CIFAR-10: files, checksums, download), `digits` (
 inputs).
 """
 
+from sampimp._renamed import moved
 from sampimp.data.loading import load_dataset, load_source
 from sampimp.data.names import dataset_key
 from sampimp.data.scaling import Dataset, Scaling, scale_inputs
@@ -24,3 +25,5 @@ __all__ = [
     "load_source",
     "scale_inputs",
 ]
+
+__getattr__ = moved(__name__)

@@ -12,7 +12,7 @@ functions that are treated specially.
 import sys
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -354,14 +354,25 @@ class ForwardWatch(TorchFunctionMode):
 
 
 def _is_inside_function() -> bool:
-    """Return whether an autograd.Function is on the call stack: its gradients are its own."""
+    """Return whether the forward of an autograd.Function is on the call stack.
+
+    Its backward computes the gradients, so that operations in its forward are not watched. From
+    PyTorch 2.14 on `Function.apply` is no Python function and leaves no frame.
+    """
+    forwards = {
+        getattr(kind.forward, "__code__", None) for kind in _subclasses(torch.autograd.Function)
+    }
     frame: types.FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not _APPLY:
+    while frame is not None and frame.f_code not in forwards:
         frame = frame.f_back
     return frame is not None
 
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+def _subclasses(kind: Any) -> Iterator[Any]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
 
 _IGNORED = {
     *(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from sampimp.errors import require_package
 from sampimp.integrations.recorded_steps import RecordedSteps
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class HuggingFaceImportance(RecordedSteps, TrainerCallback):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "HuggingFaceImportance":
         """Make an instance that has transformers' base class; type checkers see it above."""
+        require_package("transformers", "huggingface")
         import transformers
 
         return object.__new__(type(cls.__name__, (cls, transformers.TrainerCallback), {}))

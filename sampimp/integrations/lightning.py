@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sampimp.errors import UnsupportedError
+from sampimp.errors import UnsupportedError, require_package
 from sampimp.importance.sample_index import Index
 from sampimp.integrations.recorded_steps import RecordedSteps
 
@@ -53,6 +53,7 @@ class LightningImportance(RecordedSteps, Callback):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "LightningImportance":
         """Make an instance that has Lightning's base class; type checkers see it above."""
+        require_package("lightning.pytorch", "lightning")
         import lightning.pytorch
 
         return object.__new__(type(cls.__name__, (cls, lightning.pytorch.Callback), {}))

@@ -28,8 +28,9 @@ Map, from the lowest level to the highest:
 =================== ========================================================================
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sampimp._lazy import import_on_use
 
 if TYPE_CHECKING:
     from sampimp.store.cube import open_cube
@@ -58,16 +59,4 @@ _HOMES = {
     "zarr_store": "sampimp.store.zarr_arrays",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name at its first use: a trial's worker needs neither dask nor xarray."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'sampimp.store' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """List the public names, those not yet imported included."""
-    return sorted(__all__)
+__getattr__, __dir__ = import_on_use(__name__, _HOMES)

@@ -7,6 +7,7 @@ network), `strategies` (which samples form which batch), `collective` (several p
 one network).
 """
 
+from sampimp._renamed import moved
 from sampimp.training.loop import TrainingRun, evaluate, use_deterministic_algorithms
 from sampimp.training.steps import AutogradStep, make_optimizer
 
@@ -17,3 +18,5 @@ __all__ = [
     "make_optimizer",
     "use_deterministic_algorithms",
 ]
+
+__getattr__ = moved(__name__)

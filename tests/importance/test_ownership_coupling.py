@@ -6,6 +6,8 @@ from torch.nn import functional
 from two_layers import D, N, TwoLayers, assert_same, data, expected, record, squares
 
 from sampimp.errors import UnsupportedError
+from sampimp.importance.output_hooks import _JointOutputs
+from sampimp.importance.ownership.coupling import PASS_THROUGH
 from sampimp.importance.recorder import ImportanceRecorder
 
 pytestmark = pytest.mark.usefixtures("double_on_one_thread")
@@ -24,6 +26,10 @@ COUPLED = {
     "products of pairs": lambda z: (squares(z[::2]) * squares(z[1::2])).sum(),
     "logsumexp": lambda z: squares(z).logsumexp(0),
 }
+
+
+def test_the_copies_of_hooked_outputs_are_known_to_pass_gradients_on():
+    assert {f"{_JointOutputs.__name__}Backward"} == PASS_THROUGH
 
 
 @pytest.mark.parametrize("case", COUPLED)
