@@ -8,6 +8,7 @@ shortly after the first.
 Map: `run_door`, `INTERRUPTED`.
 """
 
+import os
 import signal
 import sys
 import time
@@ -37,11 +38,24 @@ def run_door(main: Callable[[list[str]], int]) -> NoReturn:
         try:
             code = main(sys.argv[1:])
         finally:
+            sys.unraisablehook = _hide_late_interrupt
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except BrokenPipeError:  # the reader of a pipe has ended, as in `sampimp study --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except KeyboardInterrupt:  # outside of the part of `main` that handles it
         print(INTERRUPTED, file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _hide_late_interrupt(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Hide the error of a Ctrl-C that arrived between two instructions of `signal.signal`.
+
+    Python reports such a signal as an OSError that it cannot raise.
+    """
+    if "ignored due to race condition" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 class _Interrupt:

@@ -212,8 +212,9 @@ for module in pkgutil.walk_packages(sampimp.__path__, "sampimp."):
 files = {}
 for name, module in list(sys.modules.items()):
     file = getattr(module, "__file__", None)
-    if file and os.path.realpath(file).startswith(os.getcwd() + os.sep) and name != "__main__":
-        files.setdefault(os.path.realpath(file), set()).add(module.__name__)
+    path = os.path.relpath(os.path.realpath(file or ""))
+    if path.split(os.sep)[0] in ("sampimp", "sweeps", "analysis"):
+        files.setdefault(path, set()).add(module.__name__)
 assert len(files) > 60, len(files)
 print([names for names in files.values() if len(names) > 1])
 """

@@ -82,6 +82,13 @@ def test_repeated_ctrl_c_counts_once(pause):
     assert (process.returncode, process.stdout.read()) == (130, "answered\n")
 
 
+def test_a_closed_pipe_ends_a_command_without_a_traceback():
+    process = start("print('x' * 10**6, flush=True)")
+    assert process.stdout.readline() == "begun\n"
+    process.stdout.close()
+    assert process.wait() == 1
+
+
 def test_ctrl_c_counts_again_after_a_swallowed_one():
     swallow = "from sampimp.sweeps import door; door.PAUSE = 0.2\n        "
     swallow += "try:\n            print('ready', flush=True)\n            time.sleep(60)\n"
