@@ -34,7 +34,7 @@ from sampimp.sweeps.trial import Trial
 
 
 def run_study(config: StudyConfig, console: Console) -> int:
-    """Train the trials of a study that its store lacks; return 0 if none is missing then, else 1.
+    """Train the trials of a study that its store lacks; return 0 if all are then committed, else 1.
 
     Raises
     ------
@@ -87,7 +87,7 @@ def train(study: Study, console: Console) -> None:
     StoreError
         A node of the cluster cannot use the store.
     ResourceError
-        The trials that run at a time took more memory than the machine has.
+        Trials that ran at the same time needed more memory than the machine has.
     """
     if study.folder.is_local:
         check_shared(Path(str(study.folder)) / "study.json")
@@ -102,7 +102,7 @@ def train(study: Study, console: Console) -> None:
         tuner = _make_tuner(study, searcher, progress, scratch)
         try:
             tuner.fit()
-        except RuntimeError as error:  # Tune takes any other death for that of a trial
+        except RuntimeError as error:  # Tune counts every other death as a trial's failure
             if not isinstance(error.__cause__, OutOfMemoryError):
                 raise
             raise ResourceError(
@@ -174,7 +174,9 @@ def conclude(trials: Sequence[PlannedTrial], console: Console) -> int:
         console.print(
             f"[bold]{len(untrained)} are missing[/]: {', '.join(untrained)}.", highlight=False
         )
-        console.print("status.py says why; the same command again retries them.", highlight=False)
+        console.print(
+            "`sampimp status OUT` says why; the same command again retries them.", highlight=False
+        )
     if blocked:
         console.print(
             f"[bold]{len(blocked)} are blocked[/]: {', '.join(blocked)}.", highlight=False

@@ -1,9 +1,9 @@
 """The paper's claims and our verdicts on them (sections 3.2 to 3.6).
 
 Each claim is a sentence of the paper, turned into one number and one threshold. The number's 95 %
-interval decides: the claim *holds* if the interval is wholly on the claimed side of the threshold,
-*does not hold* if it is wholly on the other side, and there is *not enough data* if it contains the
-threshold or cannot be computed.
+interval decides (for claims with one run per strategy, the number itself): the claim *holds* if the
+interval is wholly on the claimed side of the threshold, *does not hold* if it is wholly on the
+other side, and there is *not enough data* if it contains the threshold or cannot be computed.
 
 Map: `table` (`CLAIMS`: every sentence with its rule, its threshold and the function that estimates
 the number), `section_3_2` to `section_3_6` (these functions, by section of the paper), `evidence`

@@ -1,6 +1,7 @@
 """Verdicts: how an estimate and a threshold become a verdict, for one claim and for all of them.
 
-The number's 95 % interval alone decides. A claim *holds* if all of the interval is on the claimed
+The 95 % interval of the number decides; for claims with one run per strategy (`point`), the number
+itself. A claim *holds* if all of the interval is on the claimed
 side of the threshold, *does not hold* if all of it is on the other side, and there is *not enough
 data* if the interval contains the threshold or could not be computed.
 
@@ -33,7 +34,8 @@ def judge(
     estimate
         Value, low, high.
     side, threshold
-        `above` or `below` the threshold, or `within`: both bounds closer to 0 than it.
+        `above` or `below` the threshold, or `within`: the whole interval lies between -threshold
+        and threshold.
     point
         Let the value decide if there is no interval.
 
@@ -65,7 +67,7 @@ def judge_claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Data
     Parameters
     ----------
     cube
-        One node of the cube.
+        One data set of the cube (a node of its tree).
     results
         Computed results by their key in `sampimp.analysis.results.analyse.RESULTS`. A claim whose
         results are missing gets the verdict "not enough data".

@@ -1,5 +1,7 @@
 """Estimates for the claims of section 3.2: stability of importance under initialisation.
 
+Thresholds and sentences are in `table`; `judge` makes the verdicts.
+
 Map: `smallest_correlation`, `early_minus_late_correlation`.
 """
 

@@ -1,5 +1,7 @@
 """Estimates for the claims of section 3.3: importance by layer, epoch, class and sample.
 
+Thresholds and sentences are in `table`; `judge` makes the verdicts.
+
 Map: `output_importance_per_parameter`, `output_peak_epoch`, `output_late_over_early`,
 `lower_layers_after_early_third`, `layer_over_others` (layers and epochs); `class_ratio` (classes);
 `fraction_of_small_samples`, `share_of_top_samples`, `top_share_first_minus_output` (samples).

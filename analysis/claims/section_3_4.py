@@ -1,5 +1,7 @@
 """Estimates for the claims of section 3.4: importance and negative log-likelihood.
 
+Thresholds and sentences are in `table`; `judge` makes the verdicts.
+
 Map: `nll_correlation_change`, `explained_by_nll`.
 """
 

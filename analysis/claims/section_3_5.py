@@ -1,5 +1,7 @@
 """Estimates for the claims of section 3.5: when and where easy and hard samples act.
 
+Thresholds and sentences are in `table`; `judge` makes the verdicts.
+
 Map: `easy_samples_early_share`, `hard_samples_late_over_early`, `clusters_against_nll`.
 """
 

@@ -1,5 +1,7 @@
 """Estimates for the claims of section 3.6: batch strategies, test errors and parameter paths.
 
+Thresholds and sentences are in `table`; `judge` makes the verdicts.
+
 Map: `error_difference`, `mixed_against_sorted`, `easy_first_against_rest`, `relative_difference`,
 `absolute_relative_difference`, `training_error_rise` (errors); `mixed_to_sorted_distance`,
 `distance_of_reversed_orders`, `distance_over_travelled` (parameters).

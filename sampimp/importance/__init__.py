@@ -7,9 +7,9 @@ The definition:
 
 ================== ==========================================================================
 `gradients`        g: per-sample gradients, as factors that are smaller than the gradients
-`rules`            from an operation and its output gradient to such factors
+`rules`            one per operation: such factors, from arguments and output gradient
 `update`           D of a step, with `optimizers` (one rule for each class) and
-                   `parameter_step` (what such a rule sees)
+                   `parameter_step` (the arguments of such a rule)
 ================== ==========================================================================
 
 The measurement:
@@ -21,10 +21,12 @@ The measurement:
 `watch`            forward: every torch function of a pass
 `backward`         backward: output gradients arrive, and rules make factors of them
 `update_hooks`     hooks on optimizers
-`buffer`           squared norms, kept until importance is formed
+`buffer`           squared norms of each step; `StepNorms.take` sums them to beta per layer
 `gradient_checks`  whether a step's gradients are those of its samples
+`known_layouts`    when the row-to-sample mapping is proved, and the layouts known since
 `ownership`        which sample each row of an output gradient belongs to: the proof
 ================== ==========================================================================
 
-The other modules serve these, and say so in their first sentences.
+Helpers of these: `model_tensors`, `forward_pass`, `signature`, `sample_index`, `output_hooks`,
+`epoch_parts`, `evaluation`.
 """

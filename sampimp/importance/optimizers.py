@@ -154,7 +154,9 @@ def derivative_rule(
     """Register a rule for optimizers of exactly this class; it replaces an earlier one.
 
     The optimizer must update every element from its own gradient alone, and the update must have a
-    derivative: the derivative of a sign (Lion) is 0 wherever it exists.
+    derivative: the derivative of a sign (Lion) is 0 wherever it exists. The rule implements
+    `after`; it overrides `before` if the step overwrites a value that D depends on, and sets
+    `elementwise = False` if D is one number per parameter.
 
     Parameters
     ----------

@@ -122,7 +122,7 @@ class DerivativeRule:
     Attributes
     ----------
     elementwise
-        Whether D differs between the elements of a parameter.
+        Whether D differs between the elements of a parameter. False: D is one number per parameter.
     """
 
     elementwise: bool = True

@@ -2,9 +2,9 @@
 
 Importance is measured at the very step that used a sample (Gao & Jojic 2017, section 2), from the
 forward and backward passes that training runs anyway. Every torch function of a pass is recorded;
-where a parameter meets the samples, a hook receives the output gradient, from which a rule forms
-the squared norms of the per-sample gradients. Trained parameters are bit-identical with and without
-recording.
+where an operation takes a parameter and a tensor that depends on samples, a hook receives the
+output gradient, from which a rule forms the squared norms of the per-sample gradients. Trained
+parameters are bit-identical with and without recording.
 
 Map: `ImportanceRecorder`. What happens inside a step is in `sampimp.importance.step`.
 """
@@ -42,14 +42,14 @@ class ImportanceRecorder:
         An optimizer whose update acts elementwise on the gradient, see
         `sampimp.importance.optimizers`. It may have any groups of the model's parameters.
     loss_reduction
-        How the loss is reduced over a batch, "mean" or "sum". The gradients already contain it. It
-        is written beside the result, because importance differs by B^2 between the two.
+        How the loss is reduced over a batch, "mean" or "sum". Metadata only: the gradients contain
+        the reduction, and it is stored in the attrs because importance differs by B^2 between them.
     batch_dim
         Axis of the samples in tensors that also have positions: 0, or 1 where positions come first
         (`batch_first=False`).
     batch_norm
         A BatchNorm in training mode mixes the samples. "refuse" raises an error. "undefined"
-        records NaN for it and for everything called before it, and importance above it.
+        records NaN for it and for all layers called before it; later layers are recorded.
     coupled_loss
         A loss that is no sum over samples, such as the root of a mean, has no part for each sample.
         "refuse" raises an error. "constant" takes its derivative at each sample's outputs as a
@@ -142,13 +142,13 @@ class ImportanceRecorder:
             Permanent index of each sample of the batch, shape (N,), in the order of its rows. If
             gradients of several backward passes are accumulated, a list with the index of each.
         epoch
-            The epoch of the step. The importance of a sample that it uses twice is summed.
+            The epoch of the step. If an epoch uses a sample twice, its importances are summed.
 
         Yields
         ------
         Callable
-            To be called with the index of one more backward pass before its forward pass, if that
-            index is not known when the step begins.
+            Call it with the index of a further backward pass, before that pass's forward pass, if
+            the index is not known when the step begins.
 
         Raises
         ------
@@ -177,7 +177,7 @@ class ImportanceRecorder:
             self._capture.step(
                 [len(pass_index) for pass_index in passes],
                 elementwise=self._derivative.elementwise,
-                compares=epoch != self._checked,
+                first_of_epoch=epoch != self._checked,
                 indices=passes,
             ),
         ):
@@ -291,7 +291,7 @@ class ImportanceRecorder:
             "learning_rate": rates[0] if len(rates) == 1 else rates,
             "batch_size": self._largest_batch,
             "loss_reduction": self.loss_reduction,
-            "weight_decay": float(self.optimizer.param_groups[0]["weight_decay"]),
+            "weight_decay": float(self.optimizer.param_groups[0].get("weight_decay", 0.0)),
             "optimizer": type(self.optimizer).__name__,
             "loss": self._capture.loss,
             "not_finite_epochs": self._parts.not_finite(len(self._capture.layers), undefined),

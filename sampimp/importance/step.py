@@ -33,7 +33,7 @@ from sampimp.importance.watch import ForwardWatch
 
 
 class Capture:
-    """The squared norms of per-sample gradients, for every parameter and one step at a time.
+    """Records one step: squared norms of per-sample gradients for every parameter.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ class Capture:
         *,
         elementwise: bool = False,
         accumulates: bool = True,
-        compares: bool = False,
+        first_of_epoch: bool = False,
         indices: Sequence[Tensor] = (),
     ) -> Iterator[None]:
         """Record the passes that are run inside the block.
@@ -110,23 +110,22 @@ class Capture:
         sizes
             Number of samples in each backward pass.
         elementwise
-            Keep factors until `finish`, because the weight of each entry of a gradient is known
-            only after the update.
+            Keep factors until `finish`, because D is known only after the update.
         accumulates
             Whether the passes put their gradients into `.grad`.
-        compares
-            Whether to check the model's parameters, to compare the sum of the per-sample gradients
-            with the batch's gradient, and to prove the row-to-sample mapping anew.
+        first_of_epoch
+            Check the model's parameters, compare the sum of the per-sample gradients with the
+            batch's gradient, and prove the row-to-sample mapping again.
         indices
-            Indices by which the samples of each pass may be fetched inside the block.
+            Sample indices of each pass.
         """
         self._sizes, self._indices = list(sizes), list(indices)
         self._elementwise, self._accumulates = elementwise, accumulates
-        if compares:
+        if first_of_epoch:
             self.tensors.require_same_parameters()
             self.tensors.find_buffers()
             self._layouts.begin_epoch()
-        self.checks.begin_step(compares)
+        self.checks.begin_step(compares=first_of_epoch)
         self.norms.begin_step(sum(self._sizes))
         self._backward.begin_step(elementwise)
         self._done = 0  # passes

@@ -5,13 +5,15 @@ same trial at the same time. Every attempt therefore
 
 1. claims a number that no other attempt has (`claim_attempt` creates attempts/NNNN.json, which only
    one process can create),
-2. writes into a record and checkpoints of its own (record-NNNN.zarr), so that a late writer
-   overwrites nothing,
-3. checks before each epoch and before the commit that no higher number has been claimed
-   (`require_newest`). **A late writer finds one and gets a `SupersededError`**; `sampimp.sweeps`
-   then ends it without a failure, and the newer attempt goes on from the newest checkpoint.
-4. COMMIT.json is created by exactly one attempt, even if two pass the check at the same time. The
-   other one gets a `SupersededError` as well. The commit names the records that its epochs are in.
+2. writes into a separate record (record.zarr, record-2.zarr, ...) and separate checkpoints, so that
+   a late writer overwrites nothing,
+3. checks before it writes an epoch, and before the commit, that no higher number has been claimed
+   (`require_newest`). **A late writer finds one and gets a `SupersededError`**;
+   `sampimp.sweeps.trial` then ends it without a failure, and the newer attempt continues from the
+   newest checkpoint,
+4. creates COMMIT.json, which only one attempt can, even if two pass the check at the same time; the
+   other one gets a `SupersededError`. The commit names the record of every epoch. Other records are
+   never read.
 
 Map: `claim_attempt`, `require_newest`, `superseded`, `SupersededError`; `last_sign` (what is known
 of a trial that is not committed); `ATTEMPTS`, `CHECKPOINTS` and `ERRORS` (folders of a trial).

@@ -239,7 +239,7 @@ def test_a_failed_trial_blocks_only_the_trials_that_wait_for_it(
     assert "Traceback" in json.loads(words.read_text())["traceback"]
     assert "1 of 3 trials are committed." in lines
     assert "1 are missing: digits-shuffle-seed1." in lines
-    assert "status.py says why; the same command again retries them." in lines
+    assert "`sampimp status OUT` says why; the same command again retries them." in lines
     assert "1 are blocked: digits-nlo-seed1." in lines
     assert_quiet(text)
     assert_quiet("".join(capfd.readouterr()))

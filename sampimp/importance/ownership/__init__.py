@@ -1,9 +1,10 @@
 """Prove which sample each row of an output gradient belongs to.
 
 A rule makes per-sample gradients of a layer's input and output gradient, row by row. That is right
-only if each row belongs to one sample. Whether it does depends on all operations of the model and
-the loss; a list of permitted operations let 56 of 85 patterns that mix or move samples pass. So it
-is not inferred from shapes or names, but proved on the graph of the step, before the backward pass.
+only if each row belongs to one sample, which depends on all operations of the model and the loss. A
+list of permitted operations is not enough: it passed 56 of 85 patterns that mix or move samples. So
+the mapping is not inferred from shapes or names. It is proved on the graph of the step, before the
+backward pass.
 
 Definitions (the file of each subject is in parentheses):
 
@@ -13,14 +14,15 @@ v_i
 use
     One forward call with parameters (`use`). What is to be proved concerns its output gradient.
 row, owner
-    An entry along the axes of an output that may hold samples, with all its features. Its owner is
-    the one sample that its gradient depends on.
+    A row is one position on the axes of an output that may hold samples, with all features at that
+    position. Its owner is the one sample that its gradient depends on.
 layout
-    How the owners lie along one axis: one row a sample, samples and positions joined in one of two
-    ways, or a list (`layout`).
+    How the owners are arranged along one axis: one row per sample; samples and positions joined,
+    sample-major or position-major; or a list (`layout`).
 cut
-    Edges of autograd's graph between the loss and the uses, on which rows belong to samples: those
-    of the model's outputs, or the first with an axis of N samples on the way down (`cut`).
+    Edges of autograd's graph between the loss and the uses, on which rows belong to samples: the
+    edges of the model's outputs, else the first edges below the loss with an axis of N samples
+    (`cut`).
 sign pattern
     A choice of v_i = 1 or -1 for each sample (`signs`).
 
@@ -33,7 +35,8 @@ The argument:
 2. Every output gradient below the cut is then linear in v. A row with one owner i is v_i times the
    row of the plain pass, so under a sign pattern it is unchanged or negated, bit for bit, since a
    change of sign is exact in every floating-point format.
-3. There is one pass for each bit of i + 1, with v_i = -1 where the bit is set. The passes in which
+3. There is one pass for each bit of i + 1, with v_i = -1 where the bit is set (i + 1, so that every
+   sample is negated at least once). The passes in which
    a row is negated are the bits of its owner's i + 1. A row A + B, with A from the samples whose
    bit is set and B from all others, becomes -A + B, which is neither the row nor its negative
    unless A or B is zero. Any two samples differ in some bit, so a row that depends on several
@@ -41,8 +44,9 @@ The argument:
 4. A last pass with v_i = 2 for every other sample finds rows that are divided by a norm over the
    batch, which does not change with signs. With the plain pass, that makes ceil(log2(N + 1)) + 2
    passes. None computes a gradient of a parameter, and none leaves a trace (`passes`).
-5. The owners are rows of the loss. Uses whose input is data say which samples these are, since the
-   order of the data is followed through the block (`data_rows`, `loss_order`).
+5. Steps 1 to 4 number the owners by their row of the loss. The uses whose input is data show which
+   samples these are, since the order of the data is followed through the block (`data_rows`,
+   `loss_order`).
 
 Cost and validity:
 
@@ -54,17 +58,18 @@ step in which a gradient is zero, several layouts fit, or an operation moves sam
 
 Limits:
 
-- Between two proofs, equal operations on equal tensors are assumed to treat samples alike. Mixing
+- Between two proofs, passes with the same signature (operations, connections, axes) are assumed to
+  treat samples alike. Mixing
   that begins by a value alone, as in a mask of attention between samples, in `where`, or behind a
   buffer that is zero at first, is found in the first step of the next epoch.
-- A piecewise linear coupling is found only in the first step of an epoch, where the loss is
-  computed outside the model, and only by changes of up to eight standard deviations of the
-  outputs. Everywhere else, the second derivative alone is tested. A loss without one is recorded
-  with a warning.
+- A piecewise linear coupling is tested only if the loss is computed outside the model, in the first
+  step of an epoch, by changes of up to eight standard deviations of the outputs. In all other cases
+  only the second derivative is tested. A loss without a second derivative is recorded with a
+  warning.
 - Data reordered by NumPy, lists of numbers, `index_add`, `torch.vmap` or a product with a matrix
   are taken to be in the batch's order. A second tensor of N rows is taken to hold further rows of
-  the batch's samples. A plain attribute of N rows is taken for data, and refused where it mixes
-  samples: it has to be a buffer.
+  the batch's samples. A tensor of N rows in a plain attribute is taken for data, and its use is
+  refused as mixing samples if it is not: register it as a buffer.
 - An operation below the cut that is not linear in the gradient of one sample (a hook that clips
   each value) is not noticed, and what it returns is taken for the sample's gradient.
 - On devices without deterministic sums, rows are compared within 64 times the rounding error.

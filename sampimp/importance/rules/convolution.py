@@ -1,8 +1,9 @@
 """Rules of convolutions and transposed convolutions.
 
 The gradient of a kernel is a sum over positions t of products delta_t patch_t^T, where a patch is
-the part of the image under the kernel: the pixels at K offsets from t. Its squared norm can be
-computed in three ways; `Convolution` counts operations and takes the cheapest:
+the part of the image under the kernel: the pixels at K offsets from t. Its squared norm, weighted
+by D^2, is the kernel's term of beta (`sampimp.importance.buffer` sums the terms of a layer). It can
+be computed in three ways; `Convolution` counts operations and takes the cheapest:
 
     the gradient itself                              T O K I multiplications
     Gram matrices of deltas and of patches           T^2 (O + K I)
