@@ -1,8 +1,8 @@
 """The arithmetic of the analysis on samples: NumPy arrays in, NumPy arrays out, no dimension names.
 
 Every kernel works on the last axis (samples, unless it says otherwise) and sums in float64. A row
-with a NaN gives NaN: the value of a missing trial is unknown, and leaving it out would answer for
-fewer samples without saying so.
+with a NaN gives NaN: the value of a missing trial is unknown, and omitting it would silently give a
+result for fewer samples.
 
 Map: `rank`, `standardised_ranks`, `spearman`, `bootstrap_spearman` (rank correlation and its
 interval); `sum_by_group`, `top_share`, `gini`, `histogram` (how an amount is spread);

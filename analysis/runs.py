@@ -47,7 +47,7 @@ def started(cube: xr.Dataset) -> xr.DataArray:
 def complete(cube: xr.Dataset) -> xr.DataArray:
     """Return whether each trial has every epoch.
 
-    A missing, an unfinished and a diverged trial lack some.
+    A missing, unfinished or diverged trial lacks at least one epoch.
 
     Returns
     -------
@@ -76,7 +76,7 @@ def require(cube: xr.Dataset, *names: str) -> xr.Dataset:
             f"a cube with the variables {', '.join(names)}",
             f"none named {', '.join(missing)}; it has {', '.join(map(str, cube.data_vars))}",
             place_of(cube),
-            "run the study with what is missing switched on, or leave this analysis out",
+            "run the study with these variables switched on, or leave this analysis out",
         )
     return cube
 

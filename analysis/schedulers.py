@@ -25,7 +25,7 @@ CONNECT_TIMEOUT = "15 s"
 
 @contextlib.contextmanager
 def use_scheduler(scheduler: Scheduler = "threads", address: str | None = None) -> Iterator[None]:
-    """Have dask compute with a scheduler inside the context; stop what was started for it after.
+    """Let dask compute with a scheduler inside the context; then stop a cluster started for it.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def _distributed(address: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ray(address: str | None) -> Iterator[None]:
-    """Compute on a Ray cluster, one that this process is connected to already included."""
+    """Compute on a Ray cluster; if this process is already connected to one, on that."""
     # Ray reads this when it is imported: no usage statistics are sent.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     require_package("ray", "study")

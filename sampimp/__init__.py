@@ -13,7 +13,7 @@ Packages, from the lowest level to the highest:
 
 =============== ============================================================================
 `schema`        dimensions, variables, units and chunks of a record
-`errors`        named errors: what was expected, what came, where, what to do
+`errors`        named errors with four parts: expected, got, where, to do
 `config`        configuration of a run, and its fingerprint
 `importance`    the definition, and its measurement inside a training step
 `data`          data sets, from their source to arrays

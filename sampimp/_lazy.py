@@ -22,8 +22,8 @@ def import_on_use(
     package
         Its `__name__`.
     homes
-        Of each public name, the module that defines it. Other names are looked up among those that
-        have moved (`sampimp._renamed`).
+        By public name: the module that defines it. Other names are looked up in the table of moved
+        names (`sampimp._renamed`).
     """
 
     def get(name: str) -> Any:

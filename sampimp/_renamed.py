@@ -179,7 +179,7 @@ _MOVED = {
         "sampimp.analysis.runs": "PAPER",
     },
 }
-"""Of each old module, the names that are in a new one; `old=new` where the name has changed."""
+"""By old module: the names in each new module, as `old=new` if the name has changed."""
 
 
 def _new_paths(old: str) -> dict[str, str]:
@@ -193,7 +193,7 @@ def _new_paths(old: str) -> dict[str, str]:
 
 
 MOVED: Mapping[str, Mapping[str, str]] = {old: _new_paths(old) for old in _MOVED}
-"""Of each old module, the new path of each name."""
+"""By old module: the new path of each name."""
 
 
 def _warn(old: str, new: str, stacklevel: int) -> None:
@@ -268,7 +268,7 @@ class _AliasFinder(MetaPathFinder):
 
 
 class _AliasLoader(Loader):
-    """Returns the module of the new name; `python -m` asks for its code instead."""
+    """Returns the module of the new name; `python -m` calls `get_code` instead."""
 
     def __init__(self, spec: ModuleSpec) -> None:
         self.spec = spec

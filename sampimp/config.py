@@ -35,7 +35,7 @@ class TrainingConfig:
     """The network: mlp (the paper's), cnn, resnet18, lstm, gru, transformer, or your own as
     package.module:function, called with the shape of a sample and the number of classes."""
     input_scaling: Literal["unit", "standard"] = "unit"
-    """Inputs in [0, 1], or standardised over the training set; the paper states neither."""
+    """Inputs in [0, 1], or standardised over the training set; the paper does not state it."""
     hidden: tuple[int, ...] = (512, 512, 512)
     """Units of each hidden layer of the mlp."""
     epochs: int = 50
@@ -50,7 +50,7 @@ class TrainingConfig:
     """Learning rate over the epochs: constant, along a cosine towards 0, or divided by ten after
     one half and again after three quarters of the epochs."""
     weight_decay: float = 1e-5
-    """Factor of the parameters that is added to the gradient of the mean loss in the update."""
+    """This factor times the parameters is added to the gradient of the mean loss."""
     parameters_every: int = 1
     """Store all parameters every N epochs, and at the start and the end; 0 stores none."""
     threads: int = 1
@@ -111,7 +111,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkIdentity:
-    """Identity of a user's own network, which its name `package.module:function` does not tell."""
+    """Identity of a user's network; its name `package.module:function` does not identify it."""
 
     source: str
     """SHA-256 of the source of the modules that define it."""
@@ -242,7 +242,7 @@ class TrialConfig:
         return f"{self.dataset}-{self.strategy}-seed{self.seed}-{fingerprint[:8]}"
 
 
-def check_choice(value: str, choices: Sequence[str], what: str) -> str:
+def check_choice(value: str, choices: Sequence[str], setting: str) -> str:
     """Return the value if it is one of the choices; otherwise suggest the nearest one.
 
     Parameters
@@ -251,7 +251,7 @@ def check_choice(value: str, choices: Sequence[str], what: str) -> str:
         The user's value.
     choices
         The permitted values.
-    what
+    setting
         Name of the setting, for the message.
 
     Raises
@@ -267,9 +267,9 @@ def check_choice(value: str, choices: Sequence[str], what: str) -> str:
     if value not in choices:
         nearest = difflib.get_close_matches(value, choices, n=1)
         raise ConfigError(
-            expected=f"a {what} among {', '.join(choices)}",
+            expected=f"a {setting} among {', '.join(choices)}",
             got=repr(value),
-            where=what,
+            where=setting,
             todo=f"did you mean {nearest[0]}?" if nearest else f"choose one of the {len(choices)}",
         )
     return value

@@ -90,7 +90,7 @@ def autoscaling_config(address: str) -> dict[str, Any]:
     """Return the configuration of a cluster's autoscaler; empty unless it runs on this machine.
 
     The command line of the autoscaler's process names the file and the address of its cluster.
-    (Ray Data reads a place in the head's store, which nothing in Ray 2.60 fills.)
+    (Ray Data reads it from an entry of the head's store that Ray 2.60 never writes.)
     """
     option = "--autoscaling-config="
     for command in Path("/proc").glob("[0-9]*/cmdline"):
@@ -135,7 +135,7 @@ def check_shared(path: Path) -> None:
     if blind:
         raise StoreError(
             expected="a folder that every node of the cluster sees",
-            got=f"one that {', '.join(blind)} cannot read, or reads otherwise",
+            got=f"one that {', '.join(blind)} cannot read, or where its files differ",
             where=str(path.parent),
             todo="choose an --out on a file system that all nodes share, or s3://BUCKET/NAME",
         )
@@ -157,5 +157,5 @@ def check_workers(folder: Folder) -> None:
             expected=f"{error.cause.expected}, on every node of the cluster",
             got=error.cause.got,
             where=f"{error.cause.where}, asked from a worker",
-            todo=f"{error.cause.todo}; on each node, before its Ray is started",
+            todo=f"{error.cause.todo}; do this on each node before Ray is started there",
         ) from None

@@ -1,7 +1,7 @@
 """The command `sampimp`: one subcommand for each script of the studies and their analysis.
 
 A subcommand takes the options of its script, and has its exit codes, since both call the same
-function. Nothing of them is imported before the subcommand is known: `sampimp --help` needs no
+function. Their modules are imported once the subcommand is known: `sampimp --help` needs no
 package but this one, and takes a tenth of a second. Where a package of an extra is missing, the
 error names the extra.
 
@@ -21,7 +21,7 @@ from sampimp.sweeps.door import run_door
 
 
 class Subcommand(NamedTuple):
-    """What a subcommand runs, and what it needs."""
+    """Module that a subcommand runs, and packages that it needs."""
 
     module: str
     """Module whose `main` takes the arguments and returns the exit code."""

@@ -1,4 +1,4 @@
-"""Run a command to its exit code, without a traceback whenever Ctrl-C is pressed.
+"""Run a command and exit with its code, without a traceback whenever Ctrl-C is pressed.
 
 After a command has returned, Ray and Python wait for threads and processes to end. Ctrl-C at that
 moment would raise in whatever code runs just then, and print a traceback below the output of the
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-INTERRUPTED = "Interrupted. What is committed is kept; the same command continues."
+INTERRUPTED = "Interrupted. Committed trials are kept; the same command continues the study."
 """Message of an interrupted command."""
 
 PAUSE = 5.0

@@ -1,4 +1,4 @@
-"""What a study would take: the time of an epoch, measured; the whole time; the storage.
+"""Estimate of a study: the measured time of an epoch, the total time, and the storage.
 
 `--dry-run` prints it and ends, without Ray: it counts this machine, and asks no cluster. Before a
 study trains on this machine alone, `suggest_cluster` uses the same measurement.
@@ -23,14 +23,14 @@ from sampimp.training.loop import TrainingRun
 from sampimp.training.strategies import make_schedule
 
 LONG_STUDY = 3600.0
-"""Seconds from which a study on one machine is pointed to clusters (arbitrary)."""
+"""Seconds of training on one machine above which a cluster is suggested (arbitrary)."""
 
 MEASURED_STEPS = 30
 """Steps whose time stands for an epoch: a fraction of a second for the networks of the paper."""
 
 
 def describe_study(config: StudyConfig, console: Console) -> int:
-    """Print what would be trained, the time it would take and what it would store; return 0.
+    """Print the planned trials, and their estimated time and storage; return 0.
 
     A Ray cluster that the options name, or that runs here, is neither asked nor started: the time
     is that of this machine.
@@ -82,7 +82,7 @@ def _print_plan(study: Study, console: Console) -> None:
 
 
 def suggest_cluster(study: Study, console: Console) -> None:
-    """Explain how a cluster takes the study, if it would train long on this machine alone."""
+    """Print how to send the study to a cluster, if it would train long on this machine alone."""
     if not study.cluster.started_here:
         return
     seconds = total_seconds(study, measure_epochs(study)) / study.slots

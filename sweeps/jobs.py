@@ -1,7 +1,7 @@
 """Send a study from a laptop to a cluster of `ray up`, as a Ray job that survives the laptop.
 
 The laptop runs `ray exec`, so that ssh is the only connection, and `ray exec` runs this module on
-the head. There, where the dashboard and its secret are, `main` submits the job, or finds it, and
+the head, where the dashboard and its secret are. `main` submits the job, or attaches to it, and
 prints its log. The job does not depend on the connection.
 
     laptop   full_study.py --cluster YAML ... calls `send`, which runs
@@ -107,7 +107,7 @@ def send(config: "StudyConfig", arguments: Sequence[str], console: Console) -> i
 
 
 def check_sendable(config: "StudyConfig") -> None:
-    """Raise ConfigError for an option that has no meaning, or another one, on a cluster."""
+    """Raise ConfigError for an option that has no meaning, or a different meaning, on a cluster."""
     if not Path(str(config.cluster)).is_file():
         raise ConfigError(
             expected="the YAML file of a cluster",

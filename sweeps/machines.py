@@ -34,7 +34,7 @@ class Machines:
     def room(self, cpus: int, gpus: float) -> int:
         """Return how many trials of so many CPUs and GPUs run on them at a time.
 
-        Trials share a GPU, and no trial uses two of a fraction each, or two machines.
+        Trials can share a GPU. No trial uses fractions of two GPUs, or two machines.
 
         Examples
         --------
@@ -127,7 +127,7 @@ def machines_to_come(
     to_come = []
     for kind in config.get("available_node_types", {}).values():
         resources = kind.get("resources") or {}
-        # The provider for machines that one owns states no resources.
+        # The provider for on-premises machines states no resources.
         cpus, gpus = resources.get("CPU", 0 if resources else math.inf), resources.get("GPU", 0)
         same = sum((machine.cpus, machine.gpus) == (cpus, gpus) for machine in running)
         count = min(left, kind.get("max_workers", 0) - same)
@@ -175,11 +175,11 @@ def noted_address() -> str | None:
 def check_answers(address: str | None) -> None:
     """Raise ConnectionError if nothing listens at HOST:PORT; Ray would try without end."""
     if address is None:
-        raise ConnectionError("this machine is a node of none")
+        raise ConnectionError("this machine is not a node of a cluster")
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdigit():
         return  # an address in a form that only Ray can resolve
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError as error:
-        raise ConnectionError(f"nobody answers at {address}: {error.strerror or error}") from error
+        raise ConnectionError(f"no answer at {address}: {error.strerror or error}") from error

@@ -160,7 +160,7 @@ class StudyConfig(MachineOptions, StorageOptions, RunOptions, TrainingConfig):
     def grid(self) -> dict[str, tuple[int, ...]]:
         """Return the seeds of each strategy.
 
-        The run whose record the strategies sort by is added if one of them is in the study.
+        The reference run is added if the study has a strategy that sorts by its record.
         """
         grid = {
             strategy: self.reference_seeds if strategy in REFERENCES else self.seeds
@@ -213,7 +213,7 @@ class _CommandLine:
 
 _HELP = """Train the paper's study, or one of your own, and write its report.
 
-The same command again trains what is missing, or adds seeds and strategies.
+Run it again to train missing trials, or to add seeds and strategies.
 
 Examples:
   {prog}                                  the paper's study
@@ -241,7 +241,7 @@ def parse(arguments: list[str], prog: str = "full_study.py") -> StudyConfig:
     ConfigError
         An option's value is out of range, or contradicts another one.
     SystemExit
-        With code 2 for what is no option, and with code 0 after `--help`.
+        With code 2 for an unknown or malformed option, and with code 0 after `--help`.
     """
     preset = "paper"
     for position, argument in enumerate(arguments):

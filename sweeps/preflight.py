@@ -54,8 +54,8 @@ def check_cluster(config: StudyConfig, cluster: Cluster) -> None:
         raise ResourceError(
             expected=f"a node with {cpus} CPUs"
             + (f" and {gpus:g} GPU" if gpus else "")
-            + (f", {workers} times a trial" if workers > 1 else " a trial"),
-            got=f"{cluster.room(cpus, gpus)} times" if workers > 1 else "none",
+            + (f" for each of {workers} workers" if workers > 1 else " a trial"),
+            got=f"room for {cluster.room(cpus, gpus)}" if workers > 1 else "none",
             where=str(cluster),
             todo="lower --cpus-per-trial, leave --gpus-per-trial out to train on CPUs, or name a "
             "cluster that has them; if this cluster grows when trials wait, set the number of "

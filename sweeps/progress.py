@@ -185,7 +185,7 @@ def _waiting_state(trial: PlannedTrial) -> str:
 def _reason(trial: Any) -> str:
     """Return in one line why a trial failed.
 
-    Tune's `get_error` and `get_pickled_error` read a place to which the error is copied later.
+    Tune's `get_error` and `get_pickled_error` read a location to which the error is copied later.
     """
     if trial.pickled_error_file is None:
         return "its process did not start"
@@ -196,4 +196,4 @@ def _reason(trial: Any) -> str:
     if isinstance(cause, UserError):
         return cause.summary
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1] if lines else 'without a word'}"
+    return f"{type(cause).__name__}: {lines[-1] if lines else 'no message'}"

@@ -1,8 +1,8 @@
-"""The run of a study: train what the store lacks, score snapshots, state what is committed.
+"""The run of a study: train the missing trials, score snapshots, print the committed trials.
 
 One call of Ray Tune's `fit` trains everything; `sampimp.sweeps.searcher` decides which trial is
 next, and `sampimp.sweeps.trial` is a trial as Tune sees it. Tune's own state is discarded: the
-store alone says what a study has.
+store alone determines which trials are committed.
 
 Map: `run_study`, `train`, `conclude`.
 """
@@ -106,7 +106,7 @@ def train(study: Study, console: Console) -> None:
             if not isinstance(error.__cause__, OutOfMemoryError):
                 raise
             raise ResourceError(
-                expected=f"memory for as many trials as run at a time, {study.slots}",
+                expected=f"memory for the trials that run at a time, {study.slots}",
                 got=str(error.__cause__).split("\n")[0],
                 where=str(study.cluster),
                 todo="run fewer at a time (--max-concurrent), or on machines with more memory; "
@@ -115,7 +115,7 @@ def train(study: Study, console: Console) -> None:
     if searcher.superseded_by:
         console.print(
             f"[bold]{searcher.superseded_by} was begun by another run of this study[/], which "
-            "trains all that is left; this one stops."
+            "trains all remaining trials; this run stops."
         )
 
 
@@ -157,7 +157,7 @@ def _make_tuner(
 
 
 def conclude(trials: Sequence[PlannedTrial], console: Console) -> int:
-    """Print what the store holds now, and return 0 if no trial is missing, else 1."""
+    """Print the state of the trials, and return 0 if no trial is missing, else 1."""
     committed = [trial for trial in trials if trial.commit is not None]
     diverged = [
         f"{trial.label} (epoch {trial.commit['diverged_epoch']})"

@@ -126,7 +126,7 @@ def check_model(plan: Plan, model: str | None) -> None:
             expected=f"a study that records the identity of its network {name}",
             got="a study of an earlier version, which recorded the name only",
             where="study.json",
-            todo="use the in-step importance: nobody can tell whether the network is the same",
+            todo="use the in-step importance: the network cannot be shown to be the same",
         )
 
 
@@ -238,8 +238,8 @@ def _require_constant_buffers(model: nn.Module, trial: Folder) -> None:
     ]
     if changed:
         raise ConfigError(
-            expected="a network whose buffers stay as they are at the start",
-            got=f"others after training: {', '.join(changed[:5])}",
+            expected="a network whose buffers do not change in training",
+            got=f"changed buffers: {', '.join(changed[:5])}",
             where=str(trial),
             todo="use the in-step importance; snapshots are computed from stored parameters, and "
             "the buffers of each epoch are not stored",

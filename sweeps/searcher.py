@@ -26,7 +26,7 @@ RETRIES = 2
 """How often a trial that raised an error is started again in one run of the study (arbitrary)."""
 
 RESTARTS = 20
-"""The same for a trial whose process or machine died: a weekend on spot machines (arbitrary)."""
+"""Restarts of a trial whose process or machine died: a weekend on spot machines (arbitrary)."""
 
 
 class PlanSearcher(Searcher):
@@ -48,7 +48,7 @@ class PlanSearcher(Searcher):
         self._trials = list(trials)
         self._waiting = [i for i, trial in enumerate(trials) if trial.commit is None]
         self._running: dict[str, int] = {}
-        self._errors: dict[int, int] = {}  # errors in the store at its suggestion
+        self._errors: dict[int, int] = {}  # errors in the store when the trial was suggested
         self._failures: Counter[int] = Counter()
         self._deaths: Counter[int] = Counter()
         self.failed: set[str] = set()

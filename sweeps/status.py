@@ -1,4 +1,4 @@
-"""How far a study is: a grid of its trials per data set, then what needs words.
+"""Status of a study: a grid of its trials per data set, then details of single trials.
 
 python sweeps/status.py OUT               from the store alone, while the study runs or later
 python sweeps/status.py OUT --verify      also compare every chunk with its digest
@@ -6,7 +6,7 @@ python sweeps/status.py OUT --withdraw    and take damaged trials out, to be tra
 
 `sampimp status` is the same command. Its exit codes: 0 if nothing is wrong, 1 if something is
 damaged, 2 for a mistake that the user can correct, 3 if trials failed and nothing is damaged. A
-study that is unfinished, with no failed trial, is 0.
+study that is unfinished and has no failed trial has exit code 0.
 
 Map: `main`, `show_status`; `describe` and `print_grid`, the parts of its output. The states come
 from `sampimp.sweeps.inspection`, and damage from `sampimp.sweeps.verification`.
@@ -45,7 +45,7 @@ LABELS = 6
 FAILED = 3
 """Exit code of a study with failed trials."""
 
-_HELP = """Show how far a study is, from its store alone.
+_HELP = """Show the status of a study, read from its store alone.
 
 Examples:
   {prog} results/digits              the state of each trial
@@ -59,7 +59,7 @@ Exit code:
 
 
 def describe(folder: Folder, statuses: Sequence[Status], console: Console) -> None:
-    """Print the counts, a grid per data set, and a line for each state that needs words."""
+    """Print the counts, a grid per data set, and a line for each state that has details."""
     with console.status("Adding up its size"):
         size = folder.size()
     counts = Counter(status.state for status in statuses)
@@ -130,7 +130,7 @@ def show_status(
     verify_chunks: Annotated[bool, tyro.conf.arg(name="verify")] = False,
     withdraw_damaged: Annotated[bool, tyro.conf.arg(name="withdraw")] = False,
 ) -> int:
-    """Show how far a study is, from its store alone; return the exit code.
+    """Show the status of a study, read from its store alone; return the exit code.
 
     Parameters
     ----------

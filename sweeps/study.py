@@ -1,9 +1,9 @@
-"""A study that is ready to run: configuration, data sets, plan, and what the store lacks of it.
+"""A study that is ready to run: configuration, data sets, plan, and the missing trials.
 
     configuration -> store checked -> machines -> data sets read -> plan, joined with the plan
     in the store -> trials, matched with the commits in the store
 
-Every start of a study goes this way, the first as the tenth: the store says what is left to do.
+Every start of a study takes these steps, also the first one. The store shows the missing trials.
 Ray is not imported here, so that a dry run needs none.
 
 Map: `Study`; `prepare_study`, which makes it; `make_plan`.

@@ -5,7 +5,7 @@
 3. In each epoch, every process computes its share of each batch, in step with the others.
 4. The trial's process alone writes, checkpoints and commits the gathered record.
 
-Ray Train is made for this, and does not fit. In Ray 2.60 its trainer reserves a placement group in
+Ray Train does this, but cannot be used: in Ray 2.60 its trainer reserves a placement group in
 addition to Tune's. If Tune had reserved the workers' CPUs, the trainer waited for them without end;
 if Tune had not, trials could wait for each other's CPUs. Ray Train also starts a controller and all
 workers anew for each trial, whereas here the processes of a trial stay for the next one.
@@ -128,7 +128,7 @@ class Helper:
 
 
 class Team:
-    """All workers of a trial, as its own process uses them.
+    """All workers of a trial, controlled by the trial's process.
 
     The helpers stay for the next trial. They end with this process, which owns them.
 
@@ -203,7 +203,7 @@ class Team:
             if ranks:
                 raise RecordError(
                     expected="the same parameters on every worker",
-                    got=f"others than the first worker's on worker {', '.join(map(str, ranks))}",
+                    got=f"different parameters on worker {', '.join(map(str, ranks))}",
                     where=f"{run.config.strategy}, seed {run.config.seed}, epoch {record.epoch}",
                     todo="give all workers of a trial one kind of machine, or train with "
                     "--workers-per-trial 1",
@@ -238,9 +238,9 @@ def _results(answers: list[Any]) -> list[Any]:
     except RayActorError as error:
         # Tune would take the original error for the death of the trial's own process.
         raise WorkerDiedError(
-            expected="every worker of the trial to live",
-            got="one whose process or machine died",
-            where="the workers beside the first",
+            expected="all workers of the trial to run",
+            got="a worker whose process or machine died",
+            where="the workers other than the first",
             todo="nothing: the trial continues from its newest checkpoint",
         ) from error
 

@@ -1,4 +1,4 @@
-"""Damage in a study's store: found by comparing every chunk with its digest, and withdrawn.
+"""Find damage in a study's store by comparing chunks with digests; withdraw damaged trials.
 
 A trial that is withdrawn counts as missing, so that the command that trained the study trains it
 again.
@@ -84,8 +84,8 @@ def _soundness(stored: StoredSource) -> str:
     if stored.is_verifiable:
         return "verified: every chunk is as it was written."
     return (
-        "is unverified when it is read: it was stored before chunks had digests. As a whole, it is "
-        "as it was written."
+        "is unverified when it is read: it was stored without digests of its chunks. Its overall "
+        "digest is correct."
     )
 
 

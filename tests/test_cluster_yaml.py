@@ -1,7 +1,7 @@
-"""cluster.yaml and cluster-local.yaml: what Ray understands, what the project promises.
+"""cluster.yaml and cluster-local.yaml: Ray accepts both, and they have the documented properties.
 
-Nothing is contacted, and what tries to is refused; that cluster-local.yaml works is what
-`make cluster-test` shows.
+Connections are refused, so nothing outside this process is contacted. A test of a running cluster
+from cluster-local.yaml is `make cluster-test`.
 """
 
 import copy
@@ -46,7 +46,7 @@ def written(text):
 
 @pytest.fixture
 def prepared(written):
-    """Return the configuration as `ray up` has it before it first asks anybody for anything."""
+    """Return the configuration as `ray up` prepares it before its first request."""
     return prepare_config(copy.deepcopy(written))
 
 
@@ -98,7 +98,7 @@ def test_every_key_has_its_comment(text):
     assert not bare
 
 
-def test_strangers_stay_out(prepared):
+def test_ray_requires_a_token_and_listens_on_no_public_address(prepared):
     for start in starts(prepared):
         assert "RAY_AUTH_MODE=token" in start
         assert "0.0.0.0" not in start
@@ -114,13 +114,13 @@ def test_nodes_install_this_project_with_its_pins(prepared):
     assert re.search(r"^ray==2\.60\.\d+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 
 
-def test_what_is_mounted_exists(written):
+def test_mounted_paths_exist(written):
     local = [path for path in written["file_mounts"].values() if not path.startswith("~")]
     missing = [path for path in local if not (ROOT / path).exists() and path != ".git"]
     assert not missing, f"the checkout lacks {missing}"
 
 
-def test_bash_understands_every_command(prepared):
+def test_every_command_is_valid_bash(prepared):
     kinds = [kind for kind in prepared if kind.endswith("_commands")]
     commands = [command for kind in kinds for command in prepared[kind]]
     assert len(commands) >= 7
@@ -174,7 +174,7 @@ def test_one_image_is_pinned_for_all_nodes(on_aws):
 
 
 def test_the_bootstrap_replaces_neither_image_nor_profile(on_aws):
-    """Its steps that ask AWS nothing; the others find subnets, and make key and group."""
+    """Run its steps that send no request to AWS; others find subnets and create key and group."""
     before = copy.deepcopy(on_aws)
     aws.check_legacy_fields(on_aws)
     config = aws._configure_from_launch_template(on_aws)
@@ -184,7 +184,7 @@ def test_the_bootstrap_replaces_neither_image_nor_profile(on_aws):
     assert config["available_node_types"] == before["available_node_types"]
 
 
-def test_ec2_knows_every_key_of_the_nodes(on_aws):
+def test_every_key_of_the_nodes_is_a_parameter_of_ec2(on_aws):
     ec2 = botocore.session.get_session().get_service_model("ec2")
     shape = ec2.operation_model("RunInstances").input_shape
     for kind in on_aws["available_node_types"].values():
@@ -194,7 +194,7 @@ def test_ec2_knows_every_key_of_the_nodes(on_aws):
         assert not report.has_errors(), report.generate_report()
 
 
-def test_the_world_sees_ssh_alone(on_aws):
+def test_only_ssh_is_open_to_all_addresses(on_aws):
     # Ray adds these two to what is listed: ssh, and the group's own members.
     assert on_aws["provider"]["security_group"]["IpPermissions"] == []
     rules = aws._create_default_inbound_rules(["sg-own"], [])
@@ -202,10 +202,10 @@ def test_the_world_sees_ssh_alone(on_aws):
     assert [(rule["FromPort"], rule["ToPort"]) for rule in open_to_all] == [(22, 22)]
 
 
-# -------------------------------------------------------------------- one's own machines
+# ------------------------------------------------------------------ on-premises machines
 
 
-def test_all_machines_are_wanted_and_kept(on_own_machines):
+def test_all_listed_machines_are_started_and_kept(on_own_machines):
     config = bootstrap_local(on_own_machines)
     (kind,) = config["available_node_types"].values()
     count = len(config["provider"]["worker_ips"])
@@ -220,7 +220,7 @@ def test_the_workers_are_started(on_own_machines):
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in head
 
 
-def test_the_examples_are_addresses_of_nobody(on_own_machines):
+def test_example_addresses_are_reserved_for_documentation(on_own_machines):
     provider = on_own_machines["provider"]
     for address in (provider["head_ip"], *provider["worker_ips"]):
         assert address.startswith("192.0.2."), "RFC 5737, for documentation"

@@ -62,8 +62,8 @@ def test_with_lightning(tmp_path):
     assert [*rows] == [str(epoch) for epoch in range(1, 13)]
     assert (
         max(rows["1"]) < 10
-    )  # at first wrong labels have the importance of others, and are 5 % ...
-    assert min(rows["12"]) > 30  # ... at the end they are what is left to learn
+    )  # in epoch 1 the wrong labels, 5 % of all labels, have the average importance
+    assert min(rows["12"]) > 30  # at the end wrong labels have a large share of the importance
     assert int(re.search(r"overall importance, (\d+)% have a wrong label", text)[1]) > 60
 
 

@@ -93,7 +93,7 @@ def test_a_wrong_importance_is_named_and_counts(load, tmp_path, monkeypatch, cap
     assert "DOES NOT HOLD" in capsys.readouterr().out
 
 
-def test_a_layer_that_is_refused_counts_unless_it_is_so_on_every_gpu(load, tmp_path):
+def test_a_refused_layer_is_a_failure_unless_every_gpu_refuses_it(load, tmp_path):
     exactness = load("gpu_exactness")
 
     def refuse():
@@ -111,7 +111,7 @@ def test_a_layer_that_is_refused_counts_unless_it_is_so_on_every_gpu(load, tmp_p
     assert not checks.close()
 
 
-def test_what_stops_a_part_leaves_the_others(load, tmp_path, monkeypatch, capsys):
+def test_a_part_that_stops_does_not_affect_the_others(load, tmp_path, monkeypatch, capsys):
     gpu = load("gpu")
     log = gpu.Log(tmp_path / "log.txt")
     # A worker of the part holds its output open, as a compiler's may.
@@ -139,7 +139,7 @@ def test_a_part_that_raises_is_in_the_summary(load, tmp_path, monkeypatch, capsy
 
 
 def test_captured_steps_start_from_the_same_parameters_and_keep_every_batch(load, monkeypatch):
-    """With a graph that runs the step again, in the place of CUDA's."""
+    """A replacement for CUDA's graph runs the step again."""
     graph = load("gpu_graph")
     for name in ("graph", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
@@ -169,7 +169,7 @@ def test_the_wheels_are_pinned(load):
     assert all("==" in pin for pin in wheels.pins(names))
 
 
-def test_samples_in_the_same_and_in_the_opposite_order_correlate_so(load):
+def test_spearman_of_equal_and_reversed_orders_is_plus_and_minus_one(load):
     spearman, left = load("gpu_paper").spearman, np.array([1.0, 5.0, 2.0])
     assert spearman(left, left**3) == pytest.approx(1)
     assert spearman(left, 1 / left) == pytest.approx(-1)

@@ -152,7 +152,7 @@ def test_the_public_names_are_listed(base, tmp_path):
     assert "Packages, from the lowest level" in page
 
 
-def test_a_loop_of_ones_own_is_recorded(base, tmp_path):
+def test_the_loop_of_the_readme_is_recorded(base, tmp_path):
     """The loop of the README, and its result read again."""
     readme = (ROOT / "README.md").read_text()
     (loop,) = (

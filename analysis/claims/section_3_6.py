@@ -26,12 +26,12 @@ def error_difference(evidence: Evidence, *, more: Sequence[str], less: Sequence[
 
 
 def mixed_against_sorted(evidence: Evidence) -> Estimate:
-    """Return the smallest difference of test error of a sorted strategy to a mixed one."""
+    """Return the smallest difference of test error, a sorted strategy minus a mixed one."""
     return smallest([evidence.error_difference([s], [m]) for s in SORTED for m in MIXED])
 
 
 def easy_first_against_rest(evidence: Evidence) -> Estimate:
-    """Return the smallest difference of test error of NLO or SIO to another strategy."""
+    """Return the smallest difference of test error, NLO or SIO minus another strategy."""
     rest = ("rnlo", "rsio", *MIXED)
     return smallest([evidence.error_difference([s], [o]) for s in ("nlo", "sio") for o in rest])
 
@@ -51,7 +51,7 @@ def relative_difference(evidence: Evidence, *, first: str, second: str) -> Estim
 
 
 def absolute_relative_difference(evidence: Evidence, *, first: str, second: str) -> Estimate:
-    """Return `relative_difference`, with the sign of value and interval that makes it positive."""
+    """Return `relative_difference`; if it is negative, reverse the signs of value and interval."""
     value, low, high = relative_difference(evidence, first=first, second=second)
     if value < 0:
         value, low, high = -value, -high, -low

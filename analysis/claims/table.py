@@ -123,7 +123,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         section="3.3",
         sentence="All classes do not provide the same amount of importance.",
-        rule=f"The most and the least important class per sample are found on every other sample; mean overall importance of the one over the other, on the remaining samples. {_OVER_SAMPLES}",
+        rule=f"The most and the least important class per sample are chosen on every other sample; ratio of their mean overall importance on the remaining samples. {_OVER_SAMPLES}",
         side="above",
         threshold=1.0,
         needs=_SAMPLES,

@@ -1,7 +1,7 @@
 """Data sets: from the files of a source to the arrays that a network is trained on.
 
 A data set has two forms. A `Source` holds the stored values (bytes of pixels, for instance) and
-their digest; a `Dataset` holds what training sees: float32, scaled. A sample's position in the
+their digest; a `Dataset` holds the inputs of training: float32, scaled. A sample's position in the
 training set is its permanent index, the `sample` coordinate of every record.
 
 Map: `loading` (a data set by its name), `names` (names and short keys), `source` (`Source` and its

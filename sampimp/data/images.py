@@ -4,9 +4,9 @@ A sample's permanent index is its position in the list sorted by class and file 
 thread or machine decodes it. Listing, decoding and assembling are separate functions, so that a
 cluster decodes the same list in parallel (`sampimp.sweeps.ingest`) with the same result.
 
-Map: `ImageList`, `list_images` (which images, in which order); `decode_image`, `decode_images` (to
-pixels); `image_blocks` (in which portions); `images_source` (the `Source` of decoded images);
-`load_folder` (all of it, by threads).
+Map: `ImageList`, `list_images` (find and sort the images); `decode_image`, `decode_images` (read
+their pixels); `image_blocks` (split the list into units of work); `images_source` (the `Source` of
+decoded images); `load_folder` (all these steps, in threads).
 """
 
 import os

@@ -1,6 +1,6 @@
 """Load a data set by its name.
 
-Map: `load_source` (stored values), `load_dataset` (inputs as training sees them).
+Map: `load_source` (stored values), `load_dataset` (scaled inputs for training).
 """
 
 import os
@@ -54,14 +54,14 @@ def load_source(name: str, data_dir: str | os.PathLike[str] | None = None) -> So
 def load_dataset(
     name: str, *, data_dir: str | os.PathLike[str] | None = None, scaling: Scaling = "unit"
 ) -> Dataset:
-    """Return a data set exactly as training sees it.
+    """Return the arrays that training reads: float32 inputs, scaled, and labels.
 
     Parameters
     ----------
     name, data_dir
         As in `load_source`.
     scaling
-        As in `scale_inputs`; the paper does not state its own.
+        As in `scale_inputs`; the paper does not state its scaling.
 
     Examples
     --------

@@ -1,8 +1,8 @@
-"""Names of data sets, as the user writes them, and short keys, as results carry them.
+"""Names of data sets, which the user passes, and short keys, which results contain.
 
 A name is one of `DATASETS`, or a kind and the path of the user's own data: `folder:PATH` (images)
-or `npz:PATH` (arrays). A key names the data set's node in a cube and begins its trials' names; it
-contains no path.
+or `npz:PATH` (arrays). A key names the data set's node in a cube and is the prefix of its trials'
+names; it contains no path.
 
 Map: `DATASETS`, `parse_name` (name to kind and path), `dataset_key` (name to key).
 """

@@ -1,7 +1,7 @@
 """A user's own arrays, in one .npz file.
 
 The file is untrusted input: a truncated archive, a wrong checksum, pickled objects or labels that
-number no class each raise an error that names the file and what is wrong with it.
+are not class numbers each raise an error that names the file and what is wrong with it.
 
 Map: `load_npz`.
 """
@@ -35,7 +35,7 @@ def load_npz(name: str, path: Path) -> Source:
         raise _npz_error(path, "no such file")
     size = f"{path.stat().st_size:,} bytes"
     if not zipfile.is_zipfile(path):
-        raise _npz_error(path, f"{size} that are no .npz archive, or a truncated one")
+        raise _npz_error(path, f"a file of {size} that is not an .npz archive, or is truncated")
     keys = ("train_inputs", "train_labels", "test_inputs", "test_labels")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -49,7 +49,7 @@ def load_npz(name: str, path: Path) -> Source:
     train, test = _as_values(train), _as_values(test)
     train_labels, test_labels = _as_labels(train_labels), _as_labels(test_labels)
     largest = [int(labels.max()) for labels in (train_labels, test_labels) if _countable(labels)]
-    # At most as many classes as training samples: a single label of 10^12 makes no 10^12 names.
+    # At most as many classes as training samples, so that a label of 10^12 makes no 10^12 names.
     classes = max(1, min(max(largest, default=0) + 1, train_labels.size))
     return Source(
         name=name,

@@ -5,7 +5,7 @@ train without an error and give numbers that belong to no known data set. The sp
 the paper (section 3): MNIST 50,000/10,000, the first 50,000 training images, and CIFAR-10
 50,000/10,000.
 
-Map: `OfficialFile`, `MNIST_FILES`, `CIFAR10_FILES` (what their authors publish); `load_mnist`,
+Map: `OfficialFile`, `MNIST_FILES`, `CIFAR10_FILES` (the published files); `load_mnist`,
 `load_cifar10`; `read_mnist_file` (the checked bytes of one file).
 """
 

@@ -20,7 +20,7 @@ _BLOCK_BYTES = 2**25
 
 
 class Dataset(NamedTuple):
-    """A data set exactly as training sees it.
+    """The arrays that training reads.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ def scale_inputs(source: Source, scaling: Scaling) -> Dataset:
     Raises
     ------
     ConfigError
-        The scaling is neither.
+        The scaling is not "unit" or "standard".
 
     Notes
     -----

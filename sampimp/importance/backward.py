@@ -36,7 +36,7 @@ class BackwardHooks:
     tensors
         The model's parameters.
     checks
-        Learns which parameters were used, and their sums of per-sample gradients.
+        Receives the parameters that were used, and the sums of their per-sample gradients.
     layouts
         Finds on which axis and rows of an output the samples lie.
     begin
@@ -57,18 +57,18 @@ class BackwardHooks:
         self._begin, self._keep_sources = begin, keep_sources
 
     def begin_step(self, elementwise: bool) -> None:
-        """Expect a step; under an `elementwise` derivative, factors are kept until the update."""
+        """Begin a step; under an `elementwise` derivative, factors are kept until the update."""
         self._elementwise = elementwise
 
     def begin_pass(self, calls: ForwardPass) -> None:
-        """Expect the backward pass of these forward calls."""
+        """Begin a pass, whose forward calls are in `calls`."""
         self._calls = calls
         self._layouts: Layouts | None = None
         self._order: Tensor | None = None  # sample of each row of the loss
         self._joined_rows: dict[Any, Tensor | None] = {}
         self._factors: dict[int, list[Factor]] = {}  # by row
         self._values: dict[int, Tensor] = {}  # by row: squared norms of complete parameters
-        self._waiting: list[tuple[Use, InnerNodes]] = []  # whose inner nodes expect gradients
+        self._waiting: list[tuple[Use, InnerNodes]] = []  # uses with incomplete inner nodes
         self._has_begun = False
 
     def end_pass(self) -> tuple[dict[int, Factor], dict[int, Tensor]]:
@@ -163,9 +163,10 @@ class BackwardHooks:
             self._apply(use, delta)
 
     def _apply_waiting(self, ended: bool = False) -> None:
-        """Apply the rules of uses with inner nodes that have all gradients, or of all at the end.
+        """Apply the rules of waiting uses whose inner nodes have all gradients; if `ended`, of all.
 
-        Not at once when the last gradient arrives: its node then still holds its saved tensors.
+        This runs after the last gradient of a use has arrived, because its node holds its saved
+        tensors until then.
         """
         for use, nodes in list(self._waiting):
             if ended or nodes.is_complete:
@@ -176,8 +177,8 @@ class BackwardHooks:
         """Form the factors of a use from its output gradient."""
         if self._layouts is None:
             raise UnsupportedError(
-                expected="backward() as PyTorch calls it, in the block",
-                got="a backward pass whose beginning was not seen",
+                expected="a backward pass that is started by a call inside the block",
+                got="a backward pass without a recorded start",
                 where="the step",
                 todo="call loss.backward() or torch.autograd.backward() in the thread of the block",
             )
@@ -254,7 +255,7 @@ class BackwardHooks:
         return self._joined_rows[key]
 
     def _skip(self, use: Use) -> None:
-        """Take a use as done that contributes nothing in this step."""
+        """Mark a use without a gradient in this step as done."""
         if isinstance(use.inner, InnerNodes):
             use.inner.close()
         for row in use.roots:

@@ -123,8 +123,8 @@ class StepNorms:
                         where=self._tensors.place(row),
                         todo="pass as many indices as the batch has samples",
                     )
-            of_row = [values.get(row, zero) for row in range(len(rows))]
-            torch.stack([norms_N.to(rows) for norms_N in of_row], out=rows)
+            norms_of_rows = [values.get(row, zero) for row in range(len(rows))]
+            torch.stack([norms_N.to(rows) for norms_N in norms_of_rows], out=rows)
 
     def _rows_like(self, like: Tensor) -> Tensor:
         """Return the step's part of the buffer; it is 0 where nothing has been written yet."""
@@ -164,7 +164,7 @@ class StepNorms:
         if any(tensor._version != version for tensor, version in self._sources):
             raise UnsupportedError(
                 expected="batches and activations that are not changed until the update",
-                got="one that was changed in place after its backward pass",
+                got="a tensor that was changed in place after its backward pass",
                 where="the step",
                 todo="make a new tensor for each batch that is accumulated",
             )

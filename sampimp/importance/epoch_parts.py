@@ -76,7 +76,7 @@ class EpochParts:
         return largest + 1
 
     def not_finite(self, layer_count: int, undefined_layers: Collection[int]) -> list[int]:
-        """Return the epochs with infinite or NaN importance in a layer that is not undefined."""
+        """Return the epochs with infinite or NaN importance outside the undefined layers."""
         defined = [layer for layer in range(layer_count) if layer not in undefined_layers]
         return [
             epoch

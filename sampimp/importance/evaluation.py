@@ -1,7 +1,7 @@
 """Evaluation mode for a block, with every module's own mode restored afterwards.
 
-Per-sample quantities of fixed parameters (the NLL, snapshot importance) are those of the network in
-use: without dropout, and with the stored statistics of a BatchNorm.
+Per-sample quantities at fixed parameters (the NLL, snapshot importance) are measured as in
+inference: without dropout, and with the stored statistics of a BatchNorm.
 
 Map: `evaluation_mode`, `_FastPath` (PyTorch's fused encoder layer, off while any thread evaluates).
 """

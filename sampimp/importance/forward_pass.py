@@ -1,4 +1,4 @@
-"""What is recorded of one forward pass, for the proof and for the backward hooks.
+"""The record of one forward pass, for the proof and for the backward hooks.
 
 Map: `ForwardPass`, and `tensors_among` (tensors in the arguments of a call).
 """
@@ -27,7 +27,7 @@ class ForwardPass:
     """
 
     number: int
-    """Of the pass in its step, from 0."""
+    """Number of the pass in its step, from 0."""
     samples: slice
     """Positions of its samples among those of the step."""
     batch: Batch
@@ -49,7 +49,7 @@ class ForwardPass:
     moves: bool = False
     """Whether samples may be on other rows in each step."""
     moves_above: bool = False
-    """Whether they may be so after the last use."""
+    """Whether an operation after the last use so far may put samples on other rows."""
 
     def clear(self) -> None:
         """Drop all references to autograd's graph."""

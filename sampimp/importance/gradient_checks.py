@@ -34,10 +34,10 @@ SCALINGS: dict[Callable[..., Any], tuple[bool, int]] = {
 """Functions that scale gradients in place: whether they divide, and the factor's position."""
 
 HIDDEN_CAUSES = (
-    "leave out what hides operations or changes gradients: compiled or scripted modules, "
+    "remove code that hides operations or changes gradients: compiled or scripted modules, "
     "autograd.Functions, checkpoint(use_reentrant=True), DistributedDataParallel"
 )
-"""What makes operations invisible, as the advice of an error."""
+"""Advice for errors: the causes of operations that cannot be recorded."""
 
 _COMPARED_ENTRIES = 2**16
 """Entries of a gradient that are compared; arbitrary, so that no second gradient is kept."""
@@ -50,7 +50,7 @@ Single precision may be TF32 on a GPU, with 10 bits.
 
 
 class GradientChecks:
-    """The gradients of one step: how its passes made them, and what has changed them since.
+    """The gradients of one step: their state after its passes, and the factors applied since.
 
     Parameters
     ----------
@@ -145,13 +145,13 @@ class GradientChecks:
             if gradient is None:
                 stale, got = not is_first_pass and row in self.used, "none"
             elif id(gradient) in self._gradients:
-                stale, got = not self._is_unchanged(row, gradient), "one that was changed since"
+                stale, got = not self._is_unchanged(row, gradient), "a changed gradient"
             else:
                 stale, got = bool(_dense(gradient).any()), "a gradient from elsewhere"
             if stale:
                 raise UnsupportedError(
                     expected="gradients that are empty before the step's first backward pass, and "
-                    "kept until its last, but for a factor",
+                    "unchanged until its last, except for a factor",
                     got=got,
                     where=self._tensors.place(row),
                     todo="call optimizer.zero_grad() once in the block, before its backward "
@@ -175,8 +175,8 @@ class GradientChecks:
                 )
             if (row not in self.used or row in self.hidden) and bool(_dense(gradient).any()):
                 raise UnsupportedError(
-                    expected="operations that PyTorch calls by name",
-                    got="a gradient, and an operation that made it and cannot be seen",
+                    expected="gradients that come from recorded operations only",
+                    got="a gradient from an operation that could not be recorded",
                     where=self._tensors.place(row),
                     todo=HIDDEN_CAUSES,
                 )
@@ -194,7 +194,7 @@ class GradientChecks:
         if bool(difference > relative * self._bounds[row] + rounding):
             raise UnsupportedError(
                 expected="a gradient that is the sum of the samples' gradients",
-                got="another gradient, by "
+                got="a gradient that differs from the sum by "
                 f"{float(difference / self._bounds[row]):.1%} of the sum of the samples' norms",
                 where=self._tensors.place(row),
                 todo="clip by norm, and change no gradient by hooks or by .data; " + HIDDEN_CAUSES,

@@ -9,7 +9,7 @@ The gradient of one sample is as large as the parameter, but importance needs on
 squares, which often follows from the two factors of which the gradient is made. Four forms serve
 every layer except convolutions, which have a form of their own (`Convolution`, in their rules):
 
-    Explicit       the gradients themselves (biases, normalisations, all that has no better form)
+    Explicit       the gradients themselves (biases, normalisations, all without a smaller form)
     Product        one outer product (linear layers)
     Outer          a sum of outer products over positions (linear layers on sequences, recurrent)
     EmbeddingRows  vectors that are added to rows of a table (embeddings)
@@ -175,7 +175,7 @@ class Outer:
 
         Two Gram matrices take T^2 (O + I) multiplications a sample, and the gradient itself T O I;
         the method takes the smaller. Gram matrices are symmetric, so their rows are formed only
-        from the diagonal on, and what is right of it counts twice.
+        from the diagonal on, and entries right of it count twice.
         """
         left, right = at_least_float32(self.left), at_least_float32(self.right)
         positions, outputs, inputs = left.shape[1], left.shape[3], right.shape[3]

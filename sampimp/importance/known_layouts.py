@@ -57,7 +57,7 @@ class KnownLayouts:
     def take_proof_gradients(
         self, calls: ForwardPass, use: Use, gradients: Sequence[Tensor | None]
     ) -> bool:
-        """Pass output gradients to the proof if they come of one, and return whether they do.
+        """Pass output gradients to the proof that produced them; return whether there is one.
 
         The proof may also be that of another recorder, which gets the gradients itself.
         """
@@ -125,7 +125,7 @@ class KnownLayouts:
                 tensor.grad = gradient
 
     def _of_at_most_one_sample(self, calls: ForwardPass) -> Layouts:
-        """Return the layouts of one sample or none: those of a pass over several, if known."""
+        """Return the layouts of a pass over at most one sample, from a larger pass if known."""
         results = self._results.values()
         alike = (result for result in results if _fits(result, calls) and not result.varies)
         known = next(alike, None)

@@ -1,6 +1,6 @@
-"""Tensors of a model that depend on no sample: parameters, buffers, and what is computed from them.
+"""Tensors of a model that depend on no sample: parameters, buffers, and tensors derived from them.
 
-A parameter may be reshaped, tied, normalised or added to another one before it meets the samples.
+A parameter may be reshaped, tied, normalised or added to another one before samples are involved.
 Every tensor that is derived only from parameters and buffers is therefore tagged with its *roots*,
 the trained parameters from which it was computed. A tensor without a tag *varies*: it depends on
 the samples of the batch.
@@ -60,7 +60,7 @@ class ModelTensors:
         if list(map(id, self.model.parameters())) != list(map(id, self.parameters)):
             raise UnsupportedError(
                 expected=f"the {len(self.parameters)} parameters that the recorder was made with",
-                got=f"{len(list(self.model.parameters()))}, or others in their place",
+                got=f"{len(list(self.model.parameters()))} parameters, or some that were replaced",
                 where="the model",
                 todo="make the recorder when the model has all its layers",
             )
@@ -101,9 +101,9 @@ def samples_mixed_by(operation: str, where: str) -> UnsupportedError:
     """Return the error for an operation that mixes the samples of a batch."""
     return UnsupportedError(
         expected="operations that treat each sample of a batch on its own",
-        got=f"{operation}, which mixes them: below it, no single sample has a gradient",
+        got=f"{operation}, which mixes samples: layers below it have no per-sample gradients",
         where=where,
-        todo="replace it (GroupNorm, LayerNorm), put it into eval mode, or record only what is "
+        todo="replace it (GroupNorm, LayerNorm), put it into eval mode, or record only the layers "
         'above it: batch_norm="undefined"',
     )
 
@@ -122,14 +122,14 @@ def require_recordable(model: nn.Module, batch_norm: str) -> None:
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl:
             raise UnsupportedError(
                 expected="a model whose operations are called one by one",
-                got="a compiled one",
+                got="a compiled model",
                 where=where,
                 todo="record the model that was passed to torch.compile",
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedError(
                 expected="a model whose operations are called one by one",
-                got="a scripted one",
+                got="a scripted model",
                 where=where,
                 todo="record the model from which the script was made",
             )

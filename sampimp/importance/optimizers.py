@@ -1,6 +1,6 @@
 """The derivative of each optimizer's update by the gradient: one rule for each class.
 
-All rules have one shape (`DerivativeRule`): `before(step)` keeps what the step overwrites, and
+All rules have one shape (`DerivativeRule`): `before(step)` saves values that the step overwrites;
 `after(step)` returns D = d(update)/d(gradient) from the optimizer's state after the step. G stands
 for the gradient with coupled weight decay, negative under `maximize`; t counts steps from 1.
 
@@ -255,7 +255,7 @@ def _add_weight_decay(step: ParameterStep) -> None:
 
 
 def _number(setting: float | Tensor) -> Any:
-    """Return a setting or a step count as a number; on an accelerator, as the tensor it is."""
+    """Return a setting or a step count as a number; on an accelerator, as a tensor."""
     if not isinstance(setting, Tensor):
         return setting
     return setting.item() if setting.device.type == "cpu" else _on_device(setting)

@@ -44,7 +44,7 @@ def hook_outputs(
     outputs
         All outputs of the call.
     hooked
-        Those that have a gradient.
+        The outputs that have a gradient.
     receive
         To be called with a function for each output that makes a zero gradient, the places of the
         hooked outputs, and their gradients.
@@ -52,11 +52,11 @@ def hook_outputs(
     Returns
     -------
     edges
-        Of the copies.
+        Edges of the copies.
     outputs
         The outputs, with copies in place of the hooked ones.
     """
-    # A hook that refers to its own outputs would keep them for good: 1.5 MB a step.
+    # A hook that refers to its own outputs would prevent their release: 1.5 MB a step.
     zeros = [
         partial(torch.zeros, output.shape, dtype=output.dtype, device=output.device)
         if isinstance(output, Tensor)

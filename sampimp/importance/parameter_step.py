@@ -1,4 +1,4 @@
-"""One parameter at one step of an optimizer, as the rules of optimizers see it.
+"""One parameter at one step of an optimizer: the argument of an optimizer's rule.
 
 A rule computes the derivative D of the update from the parameter's gradient, the optimizer's state
 and its settings. A large parameter is processed by blocks of rows, so that the temporaries of a
@@ -41,8 +41,8 @@ class ParameterStep:
     state
         The optimizer's state of the parameter, before or after the step as above; read-only.
     gradient
-        The batch's gradient. `DerivativeRule.before` may replace it by what the optimizer makes of
-        it, for example the gradient with weight decay added.
+        The batch's gradient. `DerivativeRule.before` may replace it by a value that the optimizer
+        derives from it, for example the gradient with weight decay added.
     noted
         Anything that a rule keeps from `before` for `after`; None at the start of each step. A
         tensor of the parameter's shape is split into blocks of rows like the parameter; anything
@@ -73,7 +73,7 @@ class ParameterStep:
         return buffer
 
     def temporary(self, number: int) -> Tensor:
-        """Return a working tensor of the parameter's shape, valid until the next block asks."""
+        """Return a working tensor of the parameter's shape, valid until the next block begins."""
         return self._workspace.like(self.parameter, number)
 
     def parts(self) -> Iterator[tuple[Part, "ParameterStep"]]:
@@ -128,7 +128,7 @@ class DerivativeRule:
     elementwise: bool = True
 
     def before(self, step: ParameterStep) -> None:
-        """Keep in `step.noted` or `step.gradient` what the step will overwrite.
+        """Save values that the step will overwrite in `step.noted` or `step.gradient`.
 
         The default keeps nothing.
         """

@@ -1,12 +1,12 @@
-"""Record in-step importance in any PyTorch training loop, and leave the training as it is.
+"""Record in-step importance in any PyTorch training loop, without changing the training.
 
-Importance is measured at the very step that used a sample (Gao & Jojic 2017, section 2), from the
+Importance is measured in the step that used the sample (Gao & Jojic 2017, section 2), from the
 forward and backward passes that training runs anyway. Every torch function of a pass is recorded;
 where an operation takes a parameter and a tensor that depends on samples, a hook receives the
 output gradient, from which a rule forms the squared norms of the per-sample gradients. Trained
 parameters are bit-identical with and without recording.
 
-Map: `ImportanceRecorder`. What happens inside a step is in `sampimp.importance.step`.
+Map: `ImportanceRecorder`. `sampimp.importance.step` describes one step.
 """
 
 import warnings
@@ -59,8 +59,8 @@ class ImportanceRecorder:
     ------
     UnsupportedError
         On construction: the model or the optimizer has no exact rule. In a step: gradients were
-        changed otherwise than by a factor, an operation mixes samples, or the use of a parameter
-        cannot be seen.
+        changed by more than a factor, an operation mixes samples, or an operation with a parameter
+        cannot be recorded.
 
     References
     ----------
@@ -206,8 +206,8 @@ class ImportanceRecorder:
         if layers:
             names = ", ".join(self._capture.layers[layer] for layer in layers)
             warnings.warn(
-                f"{kind} moves {names} as well, which the recorder of "
-                f"{type(self.optimizer).__name__} does not see: their importance is NaN; make a "
+                f"{kind} also updates {names}, which the recorder of "
+                f"{type(self.optimizer).__name__} ignores: their importance is NaN; make a "
                 "recorder for each optimizer, or call its step() outside the block",
                 stacklevel=4,
             )
@@ -241,7 +241,7 @@ class ImportanceRecorder:
             self._indices = []
 
     def to_dataset(self, sample_count: int | None = None) -> "xr.Dataset":
-        """Return what was recorded, labelled.
+        """Return the recorded importance as a labelled Dataset.
 
         Parameters
         ----------

@@ -22,7 +22,7 @@ def check_index(index: Index) -> Tensor:
     Raises
     ------
     ConfigError
-        They are no whole numbers, are negative, or name a sample twice.
+        The indices are not whole numbers, are negative, or repeat a sample.
     """
     try:
         values = torch.as_tensor(index)
@@ -45,7 +45,7 @@ def check_index(index: Index) -> Tensor:
     numbers = index_N.flatten().tolist()  # a set of ints takes a quarter of the time of a sort
     if index_N.dim() != 1 or len(set(numbers)) != len(numbers) or min(numbers, default=0) < 0:
         raise ConfigError(
-            expected="one non-negative index for each sample of the batch, none twice",
+            expected="one non-negative index for each sample of the batch, all different",
             got=f"shape {tuple(index_N.shape)}, smallest {min(numbers, default=0)}, "
             f"{len(numbers) - len(set(numbers))} repeated",
             where="ImportanceRecorder.step",

@@ -1,9 +1,9 @@
 """The signature of a forward pass: a hash of its operations and of their settings.
 
 A proof of the row-to-sample mapping (`sampimp.importance.ownership.proof`) holds for later steps
-that carry out the same operations. Which operations these are is compared by a hash of the
-functions, of the places in autograd's graph from which their tensors come, and of axes and other
-choices. Lengths are left out, since batches differ in size.
+that carry out the same operations. The operations are compared by a hash of the functions,
+of the places in autograd's graph from which their tensors come, and of axes and other choices.
+Lengths are left out, since batches differ in size.
 
 Map: `OperationSignature`.
 """

@@ -1,4 +1,4 @@
-"""Snapshot importance: that of every sample at fixed parameters.
+"""Snapshot importance: the importance of every sample at fixed parameters.
 
 Snapshot importance is what a sample would have if each sample's gradient were taken at the same
 parameters, in evaluation mode. It is not the in-step importance of `ImportanceRecorder`, and the
@@ -38,8 +38,8 @@ def snapshot_importance(
     """Return the importance that every sample would have at the model's present parameters.
 
     The loss is cross-entropy. The model is set to evaluation mode during the call. Dropout is then
-    off, and a BatchNorm uses its running statistics and mixes no samples; a BatchNorm that keeps
-    none is refused.
+    off, and a BatchNorm uses its running statistics and mixes no samples; a BatchNorm without
+    them is refused.
 
     Parameters
     ----------
@@ -52,8 +52,8 @@ def snapshot_importance(
         Factor from a sample's own gradient to its part of the update: learning rate / batch size
         under a mean loss.
     chunk
-        Samples in one pass. It limits memory and changes no result, as each sample's gradient is
-        its own. The default is arbitrary.
+        Samples in one pass. It limits memory and changes no result, since samples do not
+        affect each other. The default is arbitrary.
 
     Returns
     -------

@@ -43,7 +43,7 @@ class Capture:
         Axis of the samples in tensors that also have positions: 0, or 1 where positions come first.
     batch_norm
         What to do with a BatchNorm in training mode, which mixes the samples: raise an error
-        ("refuse"), or record no importance (NaN) for it and for what is called before it
+        ("refuse"), or record no importance (NaN) for it and for the layers called before it
         ("undefined").
     coupled_loss
         What to do with a loss that is no sum over samples: raise an error ("refuse"), or take its
@@ -176,7 +176,7 @@ class Capture:
         if self._done == len(self._sizes):
             raise UnsupportedError(
                 expected=f"{self._done} backward passes in the step",
-                got="one more",
+                got="another backward pass",
                 where="the step",
                 todo="add the losses up before backward(), or pass one index per backward pass: "
                 "step([index_1, index_2], ...)",

@@ -1,15 +1,15 @@
 """The derivative D of an optimizer's update by the gradient, at each step.
 
-The affectibility of a sample is phi_i = d(theta' - theta)/d v_i, the derivative of the update that
-is actually made by the sample's weight v_i (Gao & Jojic 2017, section 2). If an optimizer updates
-each element from its own gradient alone, phi_i = D * g_i, elementwise: g_i is the sample's part of
-the gradient of the batch's loss, and D = d(update_j)/d(gradient_j) is one diagonal per step, common
-to all samples, in units of parameter per unit of gradient. Under plain SGD, D is minus the learning
-rate.
+The affectibility of a sample is phi_i = d(theta' - theta)/d v_i: the derivative, with respect to
+the sample's weight v_i, of the update that is actually made (Gao & Jojic 2017, section 2). If an
+optimizer updates each element from its own gradient alone, phi_i = D * g_i, elementwise: g_i is the
+sample's part of the gradient of the batch's loss, and D = d(update_j)/d(gradient_j) is one diagonal
+per step, common to all samples, in units of parameter per unit of gradient. Under plain SGD, D is
+minus the learning rate.
 
-D is the *immediate* effect of the step: the moments that an optimizer carries are taken as they are
-before the step, and what a sample leaves in them for later steps is not in D (that belongs to
-influence). Within the step everything counts: second moments change with the gradient too, so that
+D is the *immediate* effect of the step: the optimizer's moments before the step are constants, and
+a sample's effect on later steps through the moments is not in D (it is part of influence). All
+effects within the step are in D: second moments change with the gradient too, so that
 Adam's D is not its learning rate over its denominator. Weight decay depends on no sample and has no
 term of its own in D; coupled weight decay changes the point at which D is taken.
 
@@ -138,7 +138,7 @@ class UpdateDerivative:
 
     @torch.no_grad()
     def before(self) -> None:
-        """Keep what the step will overwrite; to be called in the optimizer's step pre-hook."""
+        """Save values that the step overwrites; to be called in the optimizer's step pre-hook."""
         self._check_settings()
         self.forget()
         for group in self.optimizer.param_groups:

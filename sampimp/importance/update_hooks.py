@@ -1,4 +1,4 @@
-"""Hooks on optimizers, by which a recorded step learns of its update.
+"""Hooks on optimizers that run before and after the update of a recorded step.
 
 Before the recorder's optimizer makes its update, the gradients are checked and recording is
 suspended; afterwards the update's derivative is known. Updates by other optimizers in the same
@@ -27,7 +27,7 @@ class UpdateHooks:
     optimizer
         The recorder's optimizer.
     capture, derivative
-        Learn of its update.
+        Called before and after its update.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Forward calls: record every torch function of a pass that has to do with parameters.
+"""Forward calls: record every torch function of a pass that involves parameters.
 
 `torch.overrides.TorchFunctionMode` shows each call of a torch function. If parameters and samples
 are both among its arguments, the call is a *use*: a hook on its output receives the output gradient
@@ -43,7 +43,7 @@ from sampimp.importance.rules.registry import (
 
 
 class _Suspension(threading.local):
-    """The watches that are suspended in this thread, and what disables torch functions for all."""
+    """The watches suspended in this thread, and the guard that disables torch functions."""
 
     def __init__(self) -> None:
         self.holders: set[int] = set()
@@ -61,7 +61,7 @@ class ForwardWatch(TorchFunctionMode):
     tensors
         The model's parameters.
     checks
-        Learns of scaled gradients, and of parameters whose use is hidden or undefined.
+        Receives scaled gradients, and parameters whose use is hidden or undefined.
     backward
         Receives the output gradients.
     batch_norm
@@ -184,8 +184,8 @@ class ForwardWatch(TorchFunctionMode):
     def _call_attention(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Carry attention out as the operations of which PyTorch composes it.
 
-        Their tensors have positions first. The function asks whether a mode is active, and would
-        come back here: it is copied with the answer "no".
+        Their tensors have positions first. The function checks whether a mode is active and
+        would call this handler again; in the copy that check returns False.
         """
         if not torch.is_grad_enabled():
             return NotImplemented
@@ -273,7 +273,7 @@ class ForwardWatch(TorchFunctionMode):
     def _record_order(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Note in the signature, and in `moves`, what a call may do to the order of samples."""
+        """Add a call to the signature, and set `moves` if it may reorder samples."""
         calls = self.calls
         if moves_samples(function, args, kwargs, calls.batch, self._tensors.is_fixed):
             # After the model's outputs, no parameter meets the samples that are moved.
@@ -311,7 +311,7 @@ class ForwardWatch(TorchFunctionMode):
         if self._checks.compares:
             self._checks.note_precision(hooked[0])
         calls.moves |= calls.moves_above
-        calls.tape.clear()  # these outputs are not the loss's alone
+        calls.tape.clear()  # the tensors so far are inputs of this use, not only of the loss
         data = None
         if function in RULES and varying and all(map(is_data, varying)):
             data = calls.data.of(varying[0])

@@ -37,7 +37,7 @@ class HuggingFaceImportance(RecordedSteps, TrainerCallback):
     Attributes
     ----------
     recorder : ImportanceRecorder
-        Of the last `train()`, from its start on. Epochs count from 1.
+        Recorder of the last `train()`, available from its start. Epochs count from 1.
 
     Raises
     ------
@@ -79,7 +79,7 @@ class HuggingFaceImportance(RecordedSteps, TrainerCallback):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave trainer and model as they were."""
+        """Abandon an unfinished step, and remove the hook and the callback."""
         self._abandon_step()
         self._remove_hook()
         self._trainer.remove_callback(self)

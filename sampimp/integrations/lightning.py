@@ -32,7 +32,7 @@ class LightningImportance(RecordedSteps, Callback):
     Attributes
     ----------
     recorder : ImportanceRecorder
-        Of the last `fit`, from its start on. Epochs count from 1.
+        Recorder of the last `fit`, available from its start. Epochs count from 1.
 
     Raises
     ------
@@ -72,7 +72,7 @@ class LightningImportance(RecordedSteps, Callback):
         if not pl_module.automatic_optimization:
             raise UnsupportedError(
                 expected="automatic optimization",
-                got="manual optimization, whose steps Lightning does not tell apart",
+                got="manual optimization, in which Lightning does not report single steps",
                 where=type(self).__name__,
                 todo="put `with recorder.step(index, epoch=...)` of an ImportanceRecorder around "
                 "each update in training_step",
@@ -112,7 +112,7 @@ class LightningImportance(RecordedSteps, Callback):
             return batch[self._index]
         except (KeyError, IndexError, TypeError):
             raise self._missing_index(
-                f"a {type(batch).__name__} without",
+                f"a {type(batch).__name__} without this entry",
                 "let the data set return each sample's position in it, and say where it is in a "
                 "batch: LightningImportance(index=2), or a key, or a function of the batch",
             ) from None

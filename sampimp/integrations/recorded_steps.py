@@ -1,7 +1,7 @@
 """Recorded steps of a trainer, shared by the callbacks.
 
-A trainer's hooks enter `ImportanceRecorder.step` where a batch meets the model, and leave it after
-the optimizer's update. What is exact, and what is refused, is up to the recorder. A batch has to
+A trainer's hooks enter `ImportanceRecorder.step` before the forward pass of a batch, and leave it
+after the optimizer's update. The recorder decides which steps it refuses. A batch has to
 contain the permanent index of its samples.
 
 Map: `RecordedSteps`, the base class of `LightningImportance` and `HuggingFaceImportance`.
@@ -29,7 +29,7 @@ class RecordedSteps:
     """
 
     recorder: ImportanceRecorder
-    """Of the training that was started last; made at its start."""
+    """Recorder of the last training, created at its start."""
 
     _index: Any
     """Key, position or function by which a batch yields the index of its samples."""
@@ -47,7 +47,7 @@ class RecordedSteps:
         if called is not model or processes > 1:
             raise UnsupportedError(
                 expected="one process that trains on one device, and calls the model itself",
-                got=f"{processes} of them, and {type(called).__name__} "
+                got=f"{processes} processes or devices, and {type(called).__name__} "
                 f"{'' if called is model else 'around '}{type(model).__name__}",
                 where=type(self).__name__,
                 todo="train on one device, without compilation, FSDP or DeepSpeed",

@@ -5,13 +5,13 @@
     OUT/trials/mnist-nlo-seed3-1f0c9a2b/ one trial: `sampimp.store.record` lists its files
     OUT/snapshots.json                   which epochs have snapshot importance, with digests
     OUT/analysis/                        results, figures, report.html
-    OUT/consolidated/mnist.zarr          all trials in one sharded store, if it was asked for
+    OUT/consolidated/mnist.zarr          all trials in one sharded store, if requested
 
 Map, from the lowest level to the highest:
 
 =================== ========================================================================
 `links`             symbolic links out of a folder are refused
-`s3_errors`         S3 errors are made readable here
+`s3_errors`         turns exceptions of obstore into readable errors
 `aws_credentials`   credentials for S3: variables, keys, single sign-on, roles
 `buckets`           opening a folder or an S3 bucket with obstore
 `location`          `Folder`: a folder or bucket as bytes and JSON

@@ -15,7 +15,7 @@ same trial at the same time. Every attempt therefore
    other one gets a `SupersededError`. The commit names the record of every epoch. Other records are
    never read.
 
-Map: `claim_attempt`, `require_newest`, `superseded`, `SupersededError`; `last_sign` (what is known
+Map: `claim_attempt`, `require_newest`, `superseded`, `SupersededError`; `last_sign` (traces
 of a trial that is not committed); `ATTEMPTS`, `CHECKPOINTS` and `ERRORS` (folders of a trial).
 """
 
@@ -90,7 +90,7 @@ class LastSign:
 
 
 def last_sign(trial: Folder) -> LastSign | None:
-    """Return what is known of a trial that is not committed, or None if it was never begun."""
+    """Return the newest attempt and checkpoint of a trial, or None if it was never begun."""
     attempts = (trial / ATTEMPTS).files()
     if not attempts:
         return None

@@ -10,8 +10,8 @@ read the files in ~/.aws. `find_credentials` adds these files. The order of prec
 4. the metadata service of an EC2 machine, which obstore queries itself.
 
 A provider holds the profile's name and its files, never a secret: obstore calls it whenever it
-needs credentials, so that they can be renewed while a study runs, and a pickled store, sent to
-another process, takes no secret along and signs in there.
+needs credentials, so that they can be renewed while a study runs, and a pickled store
+contains no secret: the process that unpickles it signs in again.
 
 Map: `AwsProfile` (name, files and settings of a profile), `KeyProfile` and `SignInProfile` (the two
 credential providers), `find_credentials` (the choice).
@@ -135,7 +135,7 @@ class SignInProfile:
         require_package("boto3", "cluster")
         try:
             return _boto3_provider(self.profile)()
-        except Exception as error:  # botocore's, and whatever a credential_process prints
+        except Exception as error:  # from botocore, maybe with output of a credential_process
             line = str(error).partition("\n")[0] or type(error).__name__
             raise StoreError(
                 expected=f"credentials of the AWS profile {self.profile.name!r}",
@@ -149,7 +149,7 @@ class SignInProfile:
 
 @functools.lru_cache(maxsize=16)
 def _boto3_provider(profile: AwsProfile) -> "Boto3CredentialProvider":
-    """Return obstore's provider on a botocore session of this very profile and these files."""
+    """Return obstore's provider for a botocore session with this profile and its files."""
     import botocore.session
     from obstore.auth.boto3 import Boto3CredentialProvider
 
@@ -164,7 +164,7 @@ def find_credentials(
 ) -> KeyProfile | SignInProfile | None:
     """Return the credential provider for a bucket, or None if obstore finds credentials itself.
 
-    A sign-in is tried here, so that one that has expired is reported when the bucket is opened.
+    Signs in now, so that an expired sign-in is reported when the bucket is opened.
     The metadata service answers on AWS only, and elsewhere a request to it hangs for minutes. So
     obstore may query it only if the machine's firmware names Amazon EC2 as its vendor.
 
@@ -173,7 +173,7 @@ def find_credentials(
     url
         The bucket's URL, for the message.
     profile, settings
-        The profile, and what `AwsProfile.read` returns.
+        The profile, and the result of `AwsProfile.read`.
 
     Raises
     ------

@@ -1,12 +1,12 @@
 """Open a local folder or an S3 bucket with obstore: endpoint, region, credentials, retries.
 
 Endpoint and region come from the AWS_* variables, or from the profile in ~/.aws that AWS_PROFILE
-names; credentials as `sampimp.store.aws_credentials` says. An http:// endpoint is accepted on this
+names; credentials: see `sampimp.store.aws_credentials`. An http:// endpoint is accepted on this
 machine only, unless AWS_ALLOW_HTTP is set, because every value would travel unencrypted.
 
 Map: `open_store` (obstore's view of a path or URL), `check_url`, `put_whole` (one object by one
-request), `local_root`; `SERVER_PATIENCE`, `OPENING_PATIENCE` and `REQUEST_TIMEOUT` (how long a
-server is waited for).
+request), `local_root`; `SERVER_PATIENCE`, `OPENING_PATIENCE` and `REQUEST_TIMEOUT` (timeouts of
+requests).
 """
 
 import functools
@@ -36,7 +36,7 @@ With `SERVER_PATIENCE`, a call fails after four minutes at the latest."""
 
 @functools.lru_cache(maxsize=512)
 def open_store(url: str, patience: timedelta = SERVER_PATIENCE) -> LocalStore | S3Store:
-    """Return obstore's view of an absolute path, which is made, or of an s3:// URL.
+    """Return the obstore store of an absolute path, which is created, or of an s3:// URL.
 
     Parameters
     ----------
@@ -91,9 +91,9 @@ def check_url(url: str) -> None:
     if scheme != "s3":
         got = f"{scheme}://" if scheme.isalnum() else "another URL"
     elif "@" in rest or ":" in bucket:
-        got = "one with credentials in it, or with a host (not repeated here)"
+        got = "a URL with credentials or a host in it (not repeated here)"
     elif not bucket or set(rest) & set("?#"):
-        got = "one without a bucket, or with a query (not repeated here)"
+        got = "a URL without a bucket, or with a query (not repeated here)"
     else:
         return
     raise StoreError(
@@ -106,7 +106,7 @@ def check_url(url: str) -> None:
 
 
 def _open_s3(url: str, patience: timedelta) -> S3Store:
-    """Return obstore's view of a bucket; it gives up once a server was away for `patience`."""
+    """Return the obstore store of a bucket; a request fails after `patience` without an answer."""
     client: ClientConfig = {
         "connect_timeout": timedelta(seconds=5),
         "timeout": REQUEST_TIMEOUT,
@@ -141,9 +141,9 @@ def _is_unencrypted(endpoint: str) -> bool:
     is_here = parts.hostname in ("localhost", "::1") or (parts.hostname or "").startswith("127.")
     allowed = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on")
     if "@" in endpoint:
-        got, shown = "one with credentials in it", "not repeated here"
+        got, shown = "an endpoint with credentials in it", "not repeated here"
     elif parts.scheme == "http" and not is_here and not allowed:
-        got, shown = "an http:// one, to which every value would travel in clear", endpoint
+        got, shown = "an http:// endpoint, which would get all values unencrypted", endpoint
     else:
         return parts.scheme == "http" and is_here
     raise StoreError(

@@ -3,14 +3,14 @@
 `open_cube` matches the plan with the commits and lays a dask array over the records, one block for
 each chunk that a trial wrote. No array is opened before a block is computed: 300 trials open as
 fast as their COMMIT.json files can be read. A chunk is compared with its digest when it is read, so
-a damaged chunk raises an error and never yields a number. Of a data set, the labels are read when
-the cube is opened, and images when they are computed. A trial that is not committed is NaN, and
+a damaged chunk raises an error and never yields a number. Labels are read when the cube is
+opened, images when they are computed. A trial that is not committed is NaN, and
 its files are not read. An open cube does not change: trials committed later appear when the study
 is opened again.
 
 While a study grows, a trial is NaN or complete: readers see it from its COMMIT.json on, which is
 stored whole and names the records that hold its epochs, and no other attempt writes into these. A
-data set that is planned and not stored yet has its trials, all NaN, and no `label`.
+planned data set that is not stored yet has NaN in all its trials, and no `label`.
 
 Map: `open_cube`; `configuration_attrs` (the study's configuration, in attrs); `COORDINATE_ATTRS`.
 """
@@ -80,8 +80,8 @@ def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
     -------
     xarray.DataTree
         One node for each data set (`mnist`; `mnist/cnn` for networks other than the paper's) with
-        the variables of `sampimp.schema.VARIABLES`, dims (strategy, seed, ...) before their own,
-        nothing computed. Missing and unfinished trials are NaN.
+        the variables of `sampimp.schema.VARIABLES`, with strategy and seed as first dims,
+        lazily. Missing and unfinished trials are NaN.
         `diverged_epoch` (strategy, seed) is NaN if a run did not diverge; `trial` names the
         folder of each committed trial; `image` (sample, row, column, channel) shows the training
         samples if they are images. The attrs `flag_values` and `flag_meanings` of `label` name the
@@ -211,7 +211,7 @@ def _record_variables(
 
 
 def _coordinates(plan: Plan, key: str) -> dict[str, Any]:
-    """Return the coordinates that the plan alone states."""
+    """Return the coordinates that follow from the plan alone."""
     info = plan.datasets[key]
     return {
         "epoch": ("epoch", np.arange(1, plan.training.epochs + 1)),

@@ -6,7 +6,7 @@ The attributes of the group are written last, by one put: a data set without the
 A study keeps its data so that a reader needs no other source, and so that every number can be
 traced to the samples it was measured on.
 
-Map: `write_source`, `chunk_table` (what is written about the chunks), `open_source` and
+Map: `write_source`, `chunk_table` (shapes, types and digests), `open_source` and
 `StoredSource` (a reader that verifies each chunk), `read_source` (all of it, in memory).
 """
 
@@ -127,7 +127,7 @@ class StoredSource:
             if form != [stored["shape"], stored["dtype"]]:
                 actual = f"an array {form[1]} {form[0]}"
         except StoreError:
-            raise  # the store cannot be reached, which says nothing about its content
+            raise  # the store cannot be reached; the chunk may be intact
         except Exception as error:  # of Zarr or any codec, depending on the damage
             actual = first_line(error)
         expected = stored["digests"][number] if "digests" in stored else actual
@@ -156,7 +156,7 @@ def open_source(
     folder
         OUT/datasets/KEY.zarr.
     expected_digest, expected_chunks
-        Digests that the plan states; a digest that the plan does not state is not compared.
+        Digests in the plan; if None or empty, the digest is not compared.
 
     Returns
     -------
@@ -172,14 +172,14 @@ def open_source(
     if "digest" not in attrs:
         return None
     table = attrs.get("chunks")
-    for what, actual, expected in (
+    for label, actual, expected in (
         ("digest", attrs["digest"], expected_digest or attrs["digest"]),
         ("digests of its chunks", digest_json(table), expected_chunks or digest_json(table)),
     ):
         if actual != expected:
             raise _source_error(
-                expected=f"the data set of the plan, {what} {expected[:16]}",
-                got="none" if table is None and what != "digest" else actual[:16],
+                expected=f"the data set of the plan, {label} {expected[:16]}",
+                got="none" if table is None and label != "digest" else actual[:16],
                 where=f"{folder}/zarr.json",
             )
     if table is None:

@@ -1,4 +1,4 @@
-"""Digests of what a trial wrote, and what is done about damage.
+"""Digests of a trial's chunks, the search for damage, and the withdrawal of damaged trials.
 
 Each chunk of a record has a SHA-256 in the trial's COMMIT.json. A damaged chunk is an error when it
 is read (`sampimp.store.variables`); `find_damage` looks for all of them, and `withdraw` takes the
@@ -63,7 +63,7 @@ def find_damage(trial: Folder, history: Mapping[str, Any], layout: Layout) -> It
 
 
 def withdraw(trial: Folder) -> None:
-    """Take a trial's commit back: readers no longer see it, and the study trains it again.
+    """Withdraw a trial's commit: the trial is then missing in the cube, and trained again.
 
     The commit is kept as withdrawn/NNNN.json, and the next attempt writes a record of its own.
     """

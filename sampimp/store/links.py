@@ -41,7 +41,7 @@ def check_links(root: str, path: str, *, passable: bool = True) -> None:
             raise StoreError(
                 expected="no symbolic link that leads out of the folder"
                 if passable
-                else "folders and no symbolic link on the way to what is deleted",
+                else "no symbolic link in the path of the object to be deleted",
                 got=f"a link to {target}",
                 where=place,
                 todo="remove the link, or replace it by a copy of its target; nothing was changed",

@@ -106,8 +106,8 @@ class Folder:
     def create_bytes(self, name: str, content: bytes) -> bool:
         """Store an object if there is none; return whether this call stored it.
 
-        A server may store an object and fail before it answers; the repeated request is then told
-        that the object exists. So the stored bytes are compared: equal bytes count as stored by
+        A server may store an object and fail before it answers; the repeated request then fails
+        because the object exists. So the stored bytes are compared: equal bytes count as stored by
         this call. Hence `content` has to be unique to the caller (with a random token, say);
         otherwise two callers with equal bytes would both get True.
         """
@@ -182,7 +182,7 @@ class Folder:
     def is_empty(self) -> bool:
         """Return whether the folder has no content."""
         folders, objects = self._list()
-        # The write test of another start, killed or running, does not count.
+        # Ignore the write test of another process, running or killed.
         return not folders and not set(objects) - {_WRITE_TEST}
 
     def remove(self) -> None:

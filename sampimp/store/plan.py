@@ -1,8 +1,8 @@
-"""The plan of a study: its data sets, its grid of strategies and seeds, and what each trial is.
+"""The plan of a study: data sets, grid of strategies and seeds, and the identity of each trial.
 
-The plan is written to OUT/study.json before training begins and states which trials there should
-be. Which of them are done, only the commits in the store say: `Plan.resolve` matches the plan with
-the commits, and both the sweep and the cube use its result.
+The plan is written to OUT/study.json before training begins and lists all trials of the study. Only
+the commits in the store tell which of them are complete: `Plan.resolve` matches the plan with the
+commits, and both the sweep and the cube use its result.
 
 Map: `Plan`, `DatasetInfo` (a data set in a plan), `PlannedTrial` (a trial and its commit);
 `read_plan`, `require_plan` and `read_commits` (reading them from the store).
@@ -79,7 +79,7 @@ class Plan:
     """The data sets, configuration and grid of a study."""
 
     datasets: Mapping[str, DatasetInfo]
-    """By key."""
+    """The data sets, by key."""
     training: TrainingConfig
     grid: Mapping[str, tuple[int, ...]]
     """The seeds of every strategy."""
@@ -229,13 +229,13 @@ class Plan:
         self._require_same_network(other, where)
         stored, requested = (_fixed_settings(plan) for plan in (self, other))
         differing = [
-            f"{name} {stored[name]!r} (asked for: {requested[name]!r})"
+            f"{name} {stored[name]!r} (requested: {requested[name]!r})"
             for name in stored
             if name in requested and stored[name] != requested[name]
         ]
         if differing:
             raise ConfigError(
-                expected="the configuration of the study that is already there",
+                expected="the configuration of the existing study",
                 got="; ".join(differing),
                 where=where,
                 todo="run with the same options, or choose another --out",
@@ -277,8 +277,8 @@ class Plan:
             differences |= dict.fromkeys(stored.differences(requested))
         if differences:
             raise ConfigError(
-                expected=f"the network that {name} was when the study began",
-                got=f"another one; different: {', '.join(differences)}",
+                expected=f"the network that {name} returned when the study began",
+                got=f"another network; different: {', '.join(differences)}",
                 where=where,
                 todo="restore the function, or choose another --out",
             )

@@ -2,7 +2,7 @@
 
     OUT/trials/mnist-nlo-seed3-1f0c9a2b/
         trial.json                       configuration, versions and machine
-        attempts/0001.json               who tries it, and since when; the highest number may write
+        attempts/0001.json               host, process, start time; the highest number may write
         record.zarr                      the arrays of `sampimp.schema`, by the first attempt
         record-2.zarr                    the epochs from where the second attempt went on
         checkpoints/epoch-000012-attempt-0002/    state.pt, then MANIFEST.json
@@ -10,12 +10,12 @@
         snapshots.zarr                   `snapshot_importance`, if it was scored
         COMMIT.json                      written last: which record holds which epochs, digests
 
-Files that exist are not therefore complete: a checkpoint counts when its manifest exists and its
-state and all earlier epochs of the record have their digests; a record counts when COMMIT.json
-exists. Every object is stored whole or not at all, and one write is one whole chunk. Two attempts
+A file that exists may be incomplete: a checkpoint is valid when its manifest exists and its state
+and all earlier epochs of the record match their digests; a record is valid when COMMIT.json exists.
+Every object is stored whole or not at all, and one write is one whole chunk. Two attempts
 at a trial may overlap: `sampimp.store.attempts` says what happens then.
 
-Map: `TrialRecord` (the writer), `History` (its state, which travels in checkpoints and the commit).
+Map: `TrialRecord` (the writer), `History` (its progress, stored in checkpoints and in the commit).
 """
 
 import hashlib
@@ -37,19 +37,19 @@ from sampimp.store.location import Folder
 from sampimp.store.zarr_arrays import require_array, require_group
 
 KEPT_CHECKPOINTS = 2
-"""The newest one, and the one before in case the newest was cut off while it was written."""
+"""The newest checkpoint, and the previous one in case writing the newest was interrupted."""
 
 
 @dataclass
 class History:
-    """What a record holds so far, by epoch; stored in each checkpoint's manifest."""
+    """The content of a record so far, by epoch; stored in each checkpoint's manifest."""
 
     parts: list[tuple[int, str]] = field(default_factory=list)
     """First epoch (0 is the initial state) and name of each record that holds part of the trial."""
     digests: dict[str, list[list[str]]] = field(default_factory=dict)
-    """Variable to the SHA-256 of each chunk, at each epoch or stored state."""
+    """By variable: SHA-256 of each chunk at each epoch or stored state."""
     curves: dict[str, list[float]] = field(default_factory=dict)
-    """Curve to its value at each epoch."""
+    """By curve: its value at each epoch."""
     seconds: list[float] = field(default_factory=list)
     """Seconds that each epoch took to train and evaluate."""
 
@@ -62,7 +62,7 @@ class TrialRecord:
     folder
         OUT/trials/ID.
     identity
-        What identifies the trial; its "fingerprint" is compared with that of every checkpoint.
+        Identity of the trial; its "fingerprint" is compared with that of every checkpoint.
     layout
         The shape of its record.
     """
@@ -91,7 +91,7 @@ class TrialRecord:
             self._arrays[name][position] = chunked[name]
             return chunk_digests(chunked[name], self._arrays[name].chunks[-1])
 
-        with ThreadPoolExecutor(len(VARIABLES)) as pool:  # a bucket takes tens of ms for each
+        with ThreadPoolExecutor(len(VARIABLES)) as pool:  # each put to a bucket takes tens of ms
             for name, digests in zip(chunked, pool.map(put, chunked), strict=True):
                 self.history.digests.setdefault(name, []).append(digests)
         for name in CURVES:

@@ -3,10 +3,10 @@
 The body of an S3 error can repeat the request, session token included. So the message is composed
 anew from the parts that are known to be harmless: HTTP status, S3's code and message, and the
 server's address. `_ADVICE` maps these to what was expected and what to do; add a row there for an
-S3 error that deserves advice of its own.
+S3 error that needs specific advice.
 
-Map: `readable_errors` (the context manager around every call of obstore), `ServerAwayError` (an
-error worth a retry).
+Map: `readable_errors` (the context manager around every call of obstore), `ServerAwayError` (the
+request is retried after it).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from sampimp.errors import StoreError, UserError
 
 
 class ServerAwayError(StoreError):
-    """A bucket's server does not answer, or answers only with errors of its own (status 5xx)."""
+    """A bucket's server does not answer, or answers only with server errors (status 5xx)."""
 
 
 @contextlib.contextmanager
@@ -55,8 +55,8 @@ _ADVICE = (
     # pattern in "status code redirect", expected, to do; the first match counts
     (
         "NoSuchBucket",
-        "a bucket that is there",
-        "create the bucket, or correct its name; AWS_ENDPOINT_URL says which server is asked",
+        "an existing bucket",
+        "create the bucket, or correct its name; AWS_ENDPOINT_URL sets the server",
     ),
     (
         "LOCATION|PermanentRedirect|AuthorizationHeaderMalformed",
@@ -72,7 +72,7 @@ _ADVICE = (
     (
         "[34]\\d\\d",
         "a request that the server accepts",
-        "check that AWS_ENDPOINT_URL is a server that speaks S3",
+        "check that AWS_ENDPOINT_URL is the address of an S3 server",
     ),
     (
         "",
@@ -104,7 +104,7 @@ def _make_store_error(text: str, where: str) -> StoreError:
         got = f"status {status}" if status else redirect
     elif "kind: Timeout" in text:
         got = "no answer in time"
-    else:  # without an answer, the text holds only what this side knows
+    else:  # no answer: the whole text comes from this client
         reasons = re.findall(r'(?:message|error): "([^"]+)"', text)
         got = (reasons or [line.rpartition(" - ")[2]])[-1]
     facts = f"{status} {code} {redirect}"
@@ -118,7 +118,7 @@ def _make_store_error(text: str, where: str) -> StoreError:
 
 def _make_credential_error(text: str, where: str) -> StoreError:
     """Compose the error for credentials that could not be renewed while a study runs."""
-    # Errors of `sampimp.store.aws_credentials` have harmless texts; of others the type is kept.
+    # Errors of `sampimp.store.aws_credentials` have harmless texts; for others, the type is kept.
     reason = _search(r"(?<= Got ).+", text) or _search(r"(?<=provider: )\w+", text)
     return StoreError(
         expected="credentials of the AWS profile",

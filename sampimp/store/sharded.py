@@ -37,7 +37,7 @@ SHARD_BYTES = 2**25
 """Largest shard: an object that a link of 0.6 MB/s uploads within
 `sampimp.store.buckets.REQUEST_TIMEOUT`."""
 WRITE_BLOCK_BYTES = 2**27
-"""Values in memory at a time, three times as much while they are encoded (arbitrary)."""
+"""Bytes of values in memory at a time; encoding takes three times as much (arbitrary)."""
 
 UNFINISHED = "sampimp_unfinished"
 """Attribute of a store whose arrays are being made; only this module opens such a store."""
@@ -114,12 +114,12 @@ def _require_finished(trials: list[PlannedTrial], folder: Folder) -> None:
             expected="a finished study, with every planned trial committed",
             got=f"{len(missing)} of {len(trials)} trials missing: {labels}",
             where=str(folder),
-            todo="run the study's own command again, which trains the missing ones, then this one",
+            todo="run the study's command again to train the missing trials, then this command",
         )
 
 
 def _begin(store: Folder, cube: xr.Dataset) -> bool:
-    """Empty the place of a store; return False if a store of the same records exists."""
+    """Clear the folder of a store; return False if a store of the same records exists."""
     root = store.read_json("zarr.json")
     if root is not None:
         attrs = root.get("attributes", {})
@@ -130,7 +130,7 @@ def _begin(store: Folder, cube: xr.Dataset) -> bool:
         replaceable = not store.files() and set(store.folders()) <= set(map(str, cube.variables))
     if not replaceable:
         raise StoreError(
-            expected="nothing, or a store that this command wrote",
+            expected="an empty folder, or a store that this command wrote",
             got=", ".join((store.folders() + store.files())[:8]),
             where=str(store),
             todo="choose another --to, or remove it; nothing there was touched",

@@ -1,6 +1,6 @@
 """One variable of a stored trial, each chunk compared with its digest when it is read.
 
-Map: `StoredVariable`; `read_difficulty` (what the sorted strategies sort by).
+Map: `StoredVariable`; `read_difficulty` (the values that the sorted strategies sort by).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,7 +87,7 @@ class StoredVariable:
             values = np.asarray(array[position, ..., number * width : (number + 1) * width])
             actual = digest(values)
         except StoreError:
-            raise  # the store cannot be reached, which says nothing about its content
+            raise  # the store cannot be reached; the chunk may be intact
         except Exception as error:  # of Zarr or any codec, depending on the damage
             actual = first_line(error)
         if actual != expected:

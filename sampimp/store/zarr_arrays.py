@@ -102,7 +102,7 @@ def open_for_writing(folder: Folder, name: str) -> zarr.Array:
 
 
 def require_group(folder: Folder) -> zarr.Group:
-    """Open a group for writing, made if it does not exist, also if another process makes it."""
+    """Open a group for writing; create it if it is missing, also while another process does."""
     store = zarr_store(folder)
     try:
         return zarr.open_group(store, mode="a", zarr_format=3)
@@ -111,7 +111,7 @@ def require_group(folder: Folder) -> zarr.Group:
 
 
 def replace_group(folder: Folder) -> zarr.Group:
-    """Make an empty group in place of whatever the folder contains."""
+    """Replace the content of the folder by an empty group."""
     return zarr.open_group(zarr_store(folder), mode="w", zarr_format=3)
 
 
@@ -143,8 +143,8 @@ def require_array(group: zarr.Group, name: str, layout: Layout) -> zarr.Array:
             )
     array = group[name]
     assert isinstance(array, zarr.Array)
-    # By default Zarr omits a chunk that is all NaN, as of a diverged epoch: it could not be told
-    # from a lost chunk, and would be read with another NaN pattern than its digest has.
+    # By default Zarr omits a chunk that is all NaN, as after divergence: it would look like
+    # a lost chunk, and would be read with another NaN pattern than its digest has.
     return array.with_config({"write_empty_chunks": True})
 
 

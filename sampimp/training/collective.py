@@ -90,7 +90,7 @@ class TorchProcessGroup(ProcessGroup):
     group
         The process group of torch.distributed.
     store
-        The store at which the workers met; it must live as long as the group.
+        The rendezvous store of the workers; it must exist as long as the group.
     device
         "cpu" (gloo) or "cuda" (NCCL).
     """
@@ -125,7 +125,7 @@ class TorchProcessGroup(ProcessGroup):
     def join(
         cls, store: dist.TCPStore | tuple[str, int], host: str, rank: int, size: int, device: str
     ) -> "TorchProcessGroup":
-        """Return the group, seen from worker `rank` of `size`, once all workers have joined.
+        """Wait until all workers have joined; return the group for worker `rank` of `size`.
 
         Parameters
         ----------

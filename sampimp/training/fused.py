@@ -43,8 +43,8 @@ class FusedStep:
     model
         Linear layers alternating with ReLUs, optionally after a Flatten; all layers are trained.
     optimizer
-        Over all parameters of the model; `sampimp.importance.optimizers` lists the optimizers that
-        can be recorded.
+        An optimizer over all parameters of the model; `sampimp.importance.optimizers` lists those
+        that can be recorded.
     record
         False trains the same parameters without measuring importance.
     process_group
@@ -157,7 +157,7 @@ class FusedStep:
             layer, activation_NI = self._layers[position], activations[position]
             products.insert(0, Product(Explicit(delta_NO), Explicit(activation_NI)))
             if self._derivative is not None and not self._derivative.elementwise:
-                # Squared while both factors are in the CPU's cache; they keep the result.
+                # Computed now, while both factors are in the CPU's cache; they store the result.
                 products[0].square()
             torch.mm(delta_NO.t(), activation_NI, out=layer.weight.grad)
             torch.sum(delta_NO, 0, out=layer.bias.grad)

@@ -1,11 +1,11 @@
 """Identification of a user's own network.
 
-A study records under a name, `package.module:function`, that says nothing about the network itself.
-Its identity is the source of the modules that define it, its parameters' names and shapes, and
+A study records a user's network by its name, `package.module:function`, which does not identify it.
+The identity is the source of the modules that define it, its parameters' names and shapes, and
 statistics of its initial values and outputs. The first two are exact and enter fingerprints; the
 last two are compared within a tolerance, since processors differ in their rounding.
 
-Map: `identify_network`, `require_network` (is it the network of the study?).
+Map: `identify_network`, `require_network` (refuses any other network).
 """
 
 import hashlib

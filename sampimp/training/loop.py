@@ -103,7 +103,7 @@ class TrainingRun:
         Yields
         ------
         EpochRecord
-            Of a new run, first epoch 0 with the initial parameters; then one record per epoch.
+            One per epoch; a new run first yields epoch 0, with the initial parameters.
         """
         torch.set_num_threads(self.config.training.threads)
         states = set(self.config.training.stored_states())
@@ -197,7 +197,7 @@ class TrainingRun:
 
 
 def use_deterministic_algorithms() -> None:
-    """Make this process compute the same bytes on the same GPU each time.
+    """Make the results of this process on one GPU reproducible bit for bit.
 
     The cost has not been measured. cuBLAS reads its environment variable at its first use.
     """

@@ -1,7 +1,7 @@
-"""The networks of a study: the paper's, and small standard ones of other kinds.
+"""The networks of a study: the paper's, and small standard networks of other kinds.
 
-The paper's network has fully connected layers of ReLU units and a linear output (section 3.1); its
-last section asks for convolutional and recurrent networks. All map images (N, C, H, W) to logits
+The paper's network has fully connected layers of ReLU units and a linear output (section 3.1); the
+paper's last section asks for convolutional and recurrent ones. All map (N, C, H, W) to logits
 (N, classes). The recurrent networks and the transformer read an image as a sequence of its rows, as
 is usual for MNIST. Layers are registered in the order in which they are called. No network mixes
 samples.

@@ -38,7 +38,7 @@ class AutogradStep:
     model
         Any network that `sampimp.ImportanceRecorder` supports.
     optimizer
-        Over the parameters of the model.
+        An optimizer over the parameters of the model.
     record
         False trains the same parameters without measuring importance.
     """

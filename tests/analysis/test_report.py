@@ -1,4 +1,4 @@
-"""The report has every number and figure, loads nothing from elsewhere, and bears missing data."""
+"""The report has every number and figure, loads no external file, and accepts missing data."""
 
 import re
 import subprocess

@@ -130,7 +130,7 @@ def interrupt(driver: Driver) -> None:
     assert code in (0, 130), text  # it may be done by then
     assert "Traceback" not in text, text
     assert code == 0 or text.splitlines()[-1] == (
-        "Interrupted. What is committed is kept; the same command continues."
+        "Interrupted. Committed trials are kept; the same command continues the study."
     ), text
 
 
@@ -164,7 +164,7 @@ def hurt(out: Path, kind: str, chance: random.Random) -> bool:
     return True
 
 
-def torment(out: Path, deaths: int, seed: int, say: Console) -> Tally:
+def run_with_faults(out: Path, deaths: int, seed: int, say: Console) -> Tally:
     """Run a study with deaths and damage at random times until it is done."""
     chance, tally = random.Random(seed), Tally()
     moments = sorted(chance.uniform(0.01, 0.97) * TRIALS * EPOCHS for _ in range(deaths))
@@ -316,7 +316,7 @@ def meet_a_disk(folder: Path, expected: Path, spoil: Callable, mend: Callable, w
         differing = differing_bytes(out, expected)
         assert differing == 0
     disk.rmdir()
-    return f"exit code {code} and a word of it, then done: {differing} differing bytes"
+    return f"exit code {code} and a message, then done: {differing} differing bytes"
 
 
 def fill(disk: Path) -> None:
@@ -363,21 +363,21 @@ def main(deaths: int = 20, seed: int = 1, scenes: bool = True) -> int:
     Parameters
     ----------
     deaths
-        How often something is killed.
+        Number of processes killed or interrupted.
     seed
-        Of the schedule.
+        Seed of the schedule.
     scenes
         Also meet a full disk and a read-only store.
     """
     console = Console()
-    # Drivers inherit it: what a shell has started in the background would not hear Ctrl-C.
+    # Drivers inherit it: a process started in the background of a shell ignores Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="sampimp-chaos-") as name:
         folder = Path(name)
         begun = time.monotonic()
         leave_alone(folder / "alone")
         alone = time.monotonic() - begun
-        tally = torment(folder / "study", deaths, seed, console)
+        tally = run_with_faults(folder / "study", deaths, seed, console)
         differing = differing_bytes(folder / "study", folder / "alone")
         table = Table("fault", "times", "median s until it went on")
         for kind in KINDS:

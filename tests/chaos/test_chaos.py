@@ -18,7 +18,7 @@ STUDY = (
 
 
 @pytest.mark.timeout(240)
-def test_a_tormented_study_has_the_bytes_of_a_plain_loop(tmp_path, monkeypatch):
+def test_a_study_with_faults_has_the_bytes_of_a_plain_loop(tmp_path, monkeypatch):
     """The whole head dies, and the store is damaged; the plain loop uses no Ray."""
     sources = {"digits": load_source("digits")}
     plan = make_plan(parse([*STUDY]), sources)
@@ -28,7 +28,7 @@ def test_a_tormented_study_has_the_bytes_of_a_plain_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(chaos, "TRIALS", 3)
     monkeypatch.setattr(chaos, "EPOCHS", 8)
     monkeypatch.setattr(chaos, "KINDS", ("head",))
-    tally = chaos.torment(tmp_path / "study", 1, seed=1, say=Console(file=StringIO()))
+    tally = chaos.run_with_faults(tmp_path / "study", 1, seed=1, say=Console(file=StringIO()))
     assert chaos.differing_bytes(tmp_path / "study", tmp_path / "alone") == 0
     assert tally.deaths == {"head": 1}
     assert max(tally.lost) <= 1

@@ -77,7 +77,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     save_npz(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-40])
-    with pytest.raises(DataError, match=f"{len(whole) - 40:,} bytes that are no .npz archive"):
+    with pytest.raises(DataError, match=f"{len(whole) - 40:,} bytes that is not an .npz archive"):
         load_source(f"npz:{path}")
     damaged = bytearray(whole)
     damaged[150] ^= 255  # inside the first array's values, so that its checksum is wrong

@@ -53,7 +53,7 @@ SAMPLES = 20
 
 
 class Page(NamedTuple):
-    """What the code of a page needs, and what it leaves."""
+    """Preparation of the code of a page, and checks of its variables."""
 
     names: Callable[[Path], dict[str, Any]]
     """Make the variables that the code uses; argument: a finished study."""

@@ -1,4 +1,4 @@
-"""An HTTP server on loopback that answers as an S3 server is told to, and records the requests.
+"""An HTTP server on loopback that gives prepared S3 answers, and records the requests.
 
 A real S3 server is in tests/sweeps/test_s3.py. The fixtures of tests/store/conftest.py start this
 one and set the AWS variables.

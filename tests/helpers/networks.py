@@ -1,7 +1,7 @@
 """Tiny networks, one or more for every rule: `CASES`, a table of models with a batch.
 
 By kind of network in `networks_feedforward`, `networks_recurrent`, `networks_attention` and
-`networks_parameters`; what a case is, in `network_case`.
+`networks_parameters`; `network_case` defines a case.
 """
 
 from collections.abc import Callable

@@ -108,7 +108,7 @@ def train(net, batches, epochs=1, **options):
 
 
 def train_by_step(net, steps=5, x=lambda step: data(N, D) + step, **options):
-    """Train one epoch with a batch for each step, which the network is told; compare as `train`."""
+    """Train one epoch with a batch for each step and set `net.step`; compare as `train`."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     recorder = ImportanceRecorder(net, optimizer, **options)
     want = []

@@ -96,7 +96,7 @@ def test_the_written_out_step_reads_nothing_from_the_device_before_the_epochs_en
         step.take()
 
 
-def test_a_value_that_is_read_would_be_seen():
+def test_reading_a_value_on_the_meta_device_is_an_error():
     values = torch.ones(3, device="meta")
     for read in (lambda: values.sum().item(), lambda: bool(values.any()), values.tolist):
         with pytest.raises((RuntimeError, NotImplementedError)):

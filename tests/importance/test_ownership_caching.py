@@ -77,7 +77,7 @@ def test_mixing_behind_a_gate_that_starts_at_zero_is_refused():
     net = TwoLayers(lambda h: h)
     net.gate = nn.Parameter(torch.zeros(()))
     net.between = lambda h: h + net.gate * h.mean(0)
-    with pytest.raises(UnsupportedError, match="several samples depend"):
+    with pytest.raises(UnsupportedError, match="row depends on several samples"):
         train(net, batches(N, N, N))
 
 
@@ -100,7 +100,7 @@ def test_gate_is_proved_until_it_opens(start):
                 optimizer.step()
             optimizer.param_groups[0]["lr"] = 0.1 * (step > 0)
 
-    with pytest.raises(UnsupportedError, match="several samples depend"):
+    with pytest.raises(UnsupportedError, match="row depends on several samples"):
         steps()
 
 
@@ -180,13 +180,13 @@ MIXED_LATER = {
 
 @pytest.mark.parametrize("case", MIXED_LATER)
 def test_mixing_that_begins_in_a_later_step_is_refused(case):
-    with pytest.raises(UnsupportedError, match="several samples depend"):
+    with pytest.raises(UnsupportedError, match="row depends on several samples"):
         train_by_step(ThreeLayers(MIXED_LATER[case]))
 
 
 def test_negative_axes_are_part_of_the_signature():
     net = ThreeLayers(lambda h, k: h.softmax(-1 if k < 2 else -2))
-    with pytest.raises(UnsupportedError, match="several samples depend"):
+    with pytest.raises(UnsupportedError, match="row depends on several samples"):
         train_by_step(net)
 
 

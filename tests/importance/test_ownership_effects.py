@@ -119,7 +119,7 @@ def test_layer_of_another_optimizer_has_no_importance():
             second.step()
             first.step()
 
-    with pytest.warns(UserWarning, match="Adam moves b as well"):
+    with pytest.warns(UserWarning, match="Adam also updates b"):
         step()
     result = recorder.to_dataset().importance.sel(epoch=1)
     torch.testing.assert_close(torch.tensor(result.sel(layer="a").values), want["a"].float())

@@ -163,7 +163,7 @@ REORDERED = {
     "reordered between the layers": (lambda n, x, s: n.b(n.a(x)[ORDER]), ORDER.tolist()),
 }
 ORDER_UNKNOWN = "data whose rows could not be matched"
-MIXED = "several samples depend"
+MIXED = "row depends on several samples"
 COUPLED = "mixes the outputs of several samples"
 REFUSED = {
     "nodes of graphs": (

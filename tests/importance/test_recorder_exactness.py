@@ -253,11 +253,11 @@ def test_checkpointed_layers_are_exact():
     expected = oracles.importance_by_autograd(model, optimizer, inputs, labels)
     assert oracles.close(recorded(model, optimizer, inputs, labels), expected)
     model.function = lambda m, x: m.out(checkpoint(m.inner, x, use_reentrant=True))
-    with pytest.raises(UnsupportedError, match=r"cannot be seen(.|\n)*use_reentrant"):
+    with pytest.raises(UnsupportedError, match=r"could not be recorded(.|\n)*use_reentrant"):
         recorded(model, optimizer, inputs.requires_grad_(), labels)
 
 
-def test_what_a_function_hides_is_missed_also_where_a_weight_is_seen_elsewhere():
+def test_a_hidden_use_of_a_weight_is_refused_also_if_another_use_is_recorded():
     from torch.utils.checkpoint import checkpoint
 
     model = FunctionModel(
@@ -266,7 +266,7 @@ def test_what_a_function_hides_is_missed_also_where_a_weight_is_seen_elsewhere()
         out=nn.Linear(4, 3),
     ).double()
     optimizer, (inputs, labels) = SGD(model.parameters(), lr=0.2), batch()
-    with pytest.raises(UnsupportedError, match=r"cannot be seen\n +Where layer inner"):
+    with pytest.raises(UnsupportedError, match=r"could not be recorded\n +Where layer inner"):
         recorded(model, optimizer, inputs.requires_grad_(), labels)
 
 

@@ -64,12 +64,12 @@ def shuffled(m, x):
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (contrast, "several samples depend"),
-        (shuffled, "several samples depend"),
+        (contrast, "row depends on several samples"),
+        (shuffled, "row depends on several samples"),
         (lambda m, x: Hidden.apply(m.inner(x), m.weight), "from elsewhere"),
     ],
 )
-def test_what_is_not_a_function_of_single_samples_is_refused(function, words):
+def test_functions_that_are_not_of_single_samples_are_refused(function, words):
     model = FunctionModel(
         function, inner=nn.Linear(4, 6), weight=nn.Parameter(torch.rand(6, 6))
     ).double()

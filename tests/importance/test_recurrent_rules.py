@@ -1,4 +1,4 @@
-"""Rules of recurrent layers where autograd's graph shows no inside, and in single precision."""
+"""Rules of recurrent layers without inner nodes in autograd's graph, and in single precision."""
 
 from dataclasses import replace
 

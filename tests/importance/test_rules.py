@@ -1,4 +1,4 @@
-"""The rule of every operation under every optimizer, against two oracles that know no formula.
+"""The rule of every operation under every optimizer, against two oracles that use no formula.
 
 The oracles differ in how they get the gradients of the samples' losses: from passes of single
 samples, or from one pass of all samples (with dropout only from that). Both take the gradients
@@ -226,12 +226,12 @@ def times_in_place(s, x):
                 lambda s, x: s.l(x).mul_(s.a), l=nn.Linear(4, 4), a=networks.parameter(4)
             ),
             torch.randn(N, 4).double(),
-            r"mul_(.|\n)*write h = h \* gamma",
+            r"mul_(.|\n)*use h = h \* gamma",
         ),
         (
             networks.Calls(times_in_place, l=nn.Linear(4, 4), a=networks.parameter(4)),
             torch.randn(N, 4).double(),
-            r"mul_(.|\n)*write h = h \* gamma",
+            r"mul_(.|\n)*use h = h \* gamma",
         ),
     ],
 )

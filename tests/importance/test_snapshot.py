@@ -89,6 +89,6 @@ def test_snapshot_importance_is_that_of_a_network_in_evaluation_mode(frozen):
 
 def test_a_batch_norm_without_statistics_has_no_snapshot_importance():
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False))
-    with pytest.raises(UnsupportedError, match="mixes them"):
+    with pytest.raises(UnsupportedError, match="mixes samples"):
         snapshot_importance(model, torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), rate=0.3)
     assert all(module.training for module in model.modules())

@@ -32,7 +32,7 @@ def test_other_urls_are_refused(url):
 
 @pytest.mark.parametrize(
     ("endpoint", "word"),
-    [("http://192.0.2.1", "in clear"), ("https://user:hidden@192.0.2.1", "credentials in it")],
+    [("http://192.0.2.1", "unencrypted"), ("https://user:hidden@192.0.2.1", "credentials in it")],
 )
 def test_an_endpoint_that_exposes_secrets_is_refused(bucket, monkeypatch, endpoint, word):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)

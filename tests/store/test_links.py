@@ -83,7 +83,7 @@ def test_deleting_a_link_inside_the_root_keeps_its_target(linked, tmp_path):
         (study / "trial" / name).symlink_to(target)
     assert trial.read_bytes("file") == b"1"
     assert (trial / "folder").files() == ["kept"]
-    with pytest.raises(StoreError, match="on the way to what is deleted"):
+    with pytest.raises(StoreError, match="in the path of the object to be deleted"):
         trial.delete("folder/kept")
     trial.write_bytes("file", b"2")
     assert not (study / "trial" / "file").is_symlink()  # the link was replaced

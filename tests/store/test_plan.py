@@ -227,7 +227,7 @@ def test_joining_another_configuration_is_refused_with_what_differs(name):
     with pytest.raises(ConfigError) as caught:
         stored.joined(requested, "the study")
     assert caught.value.got == (
-        f"{name} {getattr(stored.training, name)!r} (asked for: {CHANGES[name]!r})"
+        f"{name} {getattr(stored.training, name)!r} (requested: {CHANGES[name]!r})"
     )
     assert caught.value.where == "the study"
 
@@ -249,7 +249,7 @@ def test_joining_a_data_set_of_other_values_is_refused():
     plan = make_plan()
     other = dataclasses.replace(plan.datasets["b"], digest="f" * 64)
     requested = dataclasses.replace(plan, datasets=plan.datasets | {"b": other})
-    with pytest.raises(ConfigError, match=r"Got data set b '.*' \(asked for: 'f{12}'\)\n"):
+    with pytest.raises(ConfigError, match=r"Got data set b '.*' \(requested: 'f{12}'\)\n"):
         plan.joined(requested, "OUT")
 
 

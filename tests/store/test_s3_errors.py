@@ -21,7 +21,7 @@ REFUSAL = (
     [
         (403, REFUSAL, ("credentials that may", "SignatureDoesNotMatch: They differ.")),
         (400, "<Error><Code>ExpiredToken</Code></Error>", ("credentials that may", "Expired")),
-        (404, "<Error><Code>NoSuchBucket</Code></Error>", ("a bucket that is there", "create")),
+        (404, "<Error><Code>NoSuchBucket</Code></Error>", ("an existing bucket", "create")),
         (301, "", ("the region of the bucket", "AWS_REGION")),
         (405, "token-of-the-tests", ("a request that the server accepts", "status 405")),
     ],

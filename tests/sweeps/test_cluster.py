@@ -153,7 +153,7 @@ def test_a_folder_that_another_node_cannot_read_is_refused(monkeypatch, tmp_path
         (False, 1.0, ""),
     ],
 )
-def test_a_long_study_on_this_machine_prints_how_a_cluster_takes_it(
+def test_a_long_study_on_this_machine_prints_how_to_use_a_cluster(
     monkeypatch, tmp_path, here, seconds, says
 ):
     monkeypatch.setattr(estimate, "measure_epoch", lambda *_: seconds)
@@ -187,9 +187,9 @@ def test_a_killed_cluster_is_no_cluster(monkeypatch, tmp_path):
         noted.write_text(address)
         assert noted_address() == address
     assert noted_address() is None
-    with pytest.raises(ResourceError, match=f"nobody answers at {address}: Connection refused"):
+    with pytest.raises(ResourceError, match=f"no answer at {address}: Connection refused"):
         connect(address)
-    with pytest.raises(ResourceError, match=r"a node of none(.|\n)*address auto"):
+    with pytest.raises(ResourceError, match=r"not a node of a cluster(.|\n)*address auto"):
         connect("auto")
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
         check_answers(f"[::1]:{server.getsockname()[1]}")

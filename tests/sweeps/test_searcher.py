@@ -67,9 +67,9 @@ def test_trials_that_wait_for_no_reference_come_first(tmp_path):
     assert all(config["reference_id"] is None for config in first)
     assert searcher.suggest("tune-3") is None  # nlo waits
     searcher.on_trial_complete("tune-1", {"done": True})
-    assert searcher.suggest("tune-3") is None  # rand sets nobody free
+    assert searcher.suggest("tune-3") is None  # rand unblocks no trial
     store.commit(first[0])
-    assert searcher.suggest("tune-3") is None  # Tune has not said so yet
+    assert searcher.suggest("tune-3") is None  # Tune has not reported the end yet
     searcher.on_trial_complete("tune-0", {"done": True})
     later = [searcher.suggest(f"tune-{i}") for i in (3, 4)]
     assert [config["label"] for config in later] == ["a-nlo-seed1", "a-nlo-seed2"]
@@ -129,7 +129,7 @@ def test_a_trial_is_tried_again_a_stated_number_of_times(tmp_path, fails_itself,
     searcher = store.searcher()
     assert run_down(searcher, store if fails_itself else None) == times
     assert searcher.failed == {"a-shuffle-seed1"}
-    assert searcher.suggest("last") == FINISHED  # nlm waits for it in vain
+    assert searcher.suggest("last") == FINISHED  # nlm stays blocked
     # The next command tries again, whatever failures the store has kept.
     assert run_down(store.searcher(), store if fails_itself else None) == times
 
@@ -161,7 +161,7 @@ def test_a_process_that_dies_after_its_commit_is_done(tmp_path):
     searcher = store.searcher()
     store.commit(searcher.suggest("tune-0"))
     searcher.on_trial_complete("tune-0", error=True)
-    assert searcher.suggest("tune-1")["label"] == "a-nlm-seed1"  # it was set free
+    assert searcher.suggest("tune-1")["label"] == "a-nlm-seed1"  # its reference run is committed
     assert searcher.suggest("tune-2") is None
     searcher.on_trial_complete("tune-1", {"done": True})
     assert searcher.suggest("tune-2") == FINISHED

@@ -197,7 +197,7 @@ def freeze(input_shape, class_count):
 def test_a_batch_norm_is_refused_with_the_options_of_a_study(own_models, run_untrained, tmp_path):
     own_models(BATCH_NORM)
     arguments = (*DIGITS, "--dry-run", "--model")
-    with pytest.raises(UnsupportedError, match="BatchNorm1d, which mixes them") as caught:
+    with pytest.raises(UnsupportedError, match="BatchNorm1d, which mixes samples") as caught:
         run_untrained(tmp_path / "study", *arguments, "own_models:make")
     message = four_parts(caught.value)
     assert "option --model own_models:make, module 2" in message
@@ -243,7 +243,7 @@ def test_another_network_of_the_same_name_is_refused(
     with pytest.raises(ConfigError, match="when the study began") as caught:
         run_untrained(out, *arguments)
     message = four_parts(caught.value)
-    assert f"another one; different: {different}\n" in message
+    assert f"another network; different: {different}\n" in message
     assert str(out) in message
     # A data set that is added cannot bring another network.
     added = (*arguments, "--datasets", f"npz:{tmp_path / 'mine.npz'}")
@@ -324,8 +324,8 @@ def test_another_configuration_into_the_same_out(run_untrained, tmp_path):
     with pytest.raises(ConfigError) as caught:
         run_untrained(tmp_path, *DIGITS, "--learning-rate", "0.2", "--rand-batches", "by_seed")
     message = four_parts(caught.value)
-    assert "learning_rate 0.1 (asked for: 0.2)" in message
-    assert "rand_batches 'shared' (asked for: 'by_seed')" in message
+    assert "learning_rate 0.1 (requested: 0.2)" in message
+    assert "rand_batches 'shared' (requested: 'by_seed')" in message
     assert str(tmp_path) in message
     assert (tmp_path / "study.json").read_bytes() == before
 
@@ -394,7 +394,7 @@ def test_out_of_memory_names_the_trials_at_a_time(run_study, monkeypatch, tmp_pa
     monkeypatch.setattr(tune.Tuner, "fit", killed)
     with pytest.raises(ResourceError, match=r"killed: 22.38GB used / 23.54GB limit\n") as caught:
         run_study(tmp_path / "study", *DIGITS)
-    assert "as many trials as run at a time, 1\n" in four_parts(caught.value)
+    assert "the trials that run at a time, 1\n" in four_parts(caught.value)
 
 
 def test_no_cluster_at_the_address(monkeypatch):
@@ -450,7 +450,7 @@ def test_bad_arrays_end_with_2(run_untrained, tmp_path, capsys):
     assert "99 at sample 2" in main_fails(arguments, capsys)
     write_npz(file)
     file.write_bytes(file.read_bytes()[:-100])
-    assert "bytes that are no" in main_fails(arguments, capsys)
+    assert "bytes that is not" in main_fails(arguments, capsys)
     assert not out.exists()
 
 

@@ -49,7 +49,7 @@ def together(cluster, tiny, tmp_path_factory):
     return out
 
 
-def test_two_workers_record_what_one_does(together, finished):
+def test_two_workers_record_the_values_of_one_worker(together, finished):
     cube, expected = (sampimp.open_cube(out)["digits"] for out in (together, finished.out))
     trial = {"strategy": "shuffle", "seed": 1}
     cube, expected = cube.sel(trial).compute(), expected.sel(trial).compute()
@@ -97,7 +97,7 @@ def test_a_trial_whose_workers_die_ends_with_the_same_numbers(together, tiny, ru
     killer.join()
     again = [line.partition(" is tried again: ")[2] for line in text.splitlines()]
     assert [reason for reason in again if reason] == [
-        "expected every worker of the trial to live, got one whose process or machine died",
+        "expected all workers of the trial to run, got a worker whose process or machine died",
         "its process or its machine died",
     ]
     # Counted as deaths, of which many are allowed, and not as failures of the trial.
@@ -157,7 +157,7 @@ def test_the_number_of_workers_is_part_of_a_trials_identity():
     ids = [{trial.trial_id for trial in plan.resolve({}) if trial.trial_id} for plan in (one, two)]
     assert not ids[0] & ids[1]
     assert json.loads(json.dumps(two.to_json()))["training"]["workers"] == 2
-    with pytest.raises(ConfigError, match=r"workers 1 \(asked for: 2\)"):
+    with pytest.raises(ConfigError, match=r"workers 1 \(requested: 2\)"):
         one.joined(two, "here")
 
 
@@ -183,10 +183,10 @@ def test_trials_at_a_time_count_all_workers(arguments, cpus, gpus, slots):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--workers-per-trial", "3"), "1 CPUs, 3 times a trial\n +Got 2 times"),
+        (("--workers-per-trial", "3"), "1 CPUs for each of 3 workers\n +Got room for 2"),
         (
             ("--workers-per-trial", "2", "--gpus-per-trial", "1"),
-            "1 CPUs and 1 GPU, 2 times a trial\n +Got 1 times",
+            "1 CPUs and 1 GPU for each of 2 workers\n +Got room for 1",
         ),
     ],
 )

@@ -1,6 +1,6 @@
 """Prove which sample each row of an output gradient belongs to.
 
-A rule makes per-sample gradients of a layer's input and output gradient, row by row. That is right
+A rule computes per-sample gradients from a layer's input and output gradient, row by row: correct
 only if each row belongs to one sample, which depends on all operations of the model and the loss. A
 list of permitted operations is not enough: it passed 56 of 85 patterns that mix or move samples. So
 the mapping is not inferred from shapes or names. It is proved on the graph of the step, before the
@@ -10,9 +10,9 @@ Definitions (the file of each subject is in parentheses):
 
 v_i
     Weight of sample i in the objective, sum_i v_i l_i, with v_i = 1 in training (Gao & Jojic 2017,
-    section 2). Importance is about the derivative of the update with respect to v_i.
+    section 2). Importance is defined by the derivative of the update with respect to v_i.
 use
-    One forward call with parameters (`use`). What is to be proved concerns its output gradient.
+    One forward call with parameters (`use`). The proof is about its output gradient.
 row, owner
     A row is one position on the axes of an output that may hold samples, with all features at that
     position. Its owner is the one sample that its gradient depends on.
@@ -59,9 +59,9 @@ step in which a gradient is zero, several layouts fit, or an operation moves sam
 Limits:
 
 - Between two proofs, passes with the same signature (operations, connections, axes) are assumed to
-  treat samples alike. Mixing
-  that begins by a value alone, as in a mask of attention between samples, in `where`, or behind a
-  buffer that is zero at first, is found in the first step of the next epoch.
+  treat samples alike. Mixing that depends on values alone, as in a mask of attention between
+  samples, in `where`, or behind a buffer that is zero at first, is found in the first step of the
+  next epoch.
 - A piecewise linear coupling is tested only if the loss is computed outside the model, in the first
   step of an epoch, by changes of up to eight standard deviations of the outputs. In all other cases
   only the second derivative is tested. A loss without a second derivative is recorded with a
@@ -76,10 +76,10 @@ Limits:
 
 Files, in the order in which to read them:
 
-- `use`, `layout`: what is proved, and about what.
+- `use`, `layout`: the forward calls that the proof is about, and the layouts that it finds.
 - `signs`, `cut`, `passes`: the passes with signs, and owners from their gradients.
 - `operations`, `tape`, `coupling`: whether the loss is a sum over samples.
-- `data_rows`, `loss_order`: which sample each row of the loss is.
-- `proof`: all of it in its order, for one backward pass; `refusals`: its errors.
+- `data_rows`, `loss_order`: which sample each row of the loss belongs to.
+- `proof`: the whole proof of one backward pass; `refusals`: its errors.
 - `value_moves`: which steps are proved each time.
 """

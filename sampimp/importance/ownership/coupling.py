@@ -8,7 +8,7 @@ the cheapest first:
 1. By name: PyTorch's losses by row, of which a sum or mean is taken (`Tape.is_sum`).
 2. By the second derivative: that of a sum has no entry that joins two samples (`couples`).
 3. By changes: where the loss is known as a function of the model's outputs, the outputs of some
-   samples are changed, and the first derivatives at all others have to stay (`Tape.couples`).
+   samples are changed, and the first derivatives at all others must not change (`Tape.couples`).
    This finds couplings that are piecewise linear, whose second derivative is zero.
 
 Map: `loss_kind` (the three tests), `couples` (the second derivative), `SUM`, `COUPLED`, `UNCHECKED`
@@ -36,7 +36,7 @@ SUM, COUPLED, UNCHECKED = (
     "coupled: its derivative at each sample's outputs is taken as a constant",
     "not checked: it has no second derivative",
 )
-"""What a loss is, as far as that is known; written into the attribute `loss` of a result."""
+"""The three results of the tests; stored in the attribute `loss` of a result."""
 
 PASS_THROUGH = {"_JointOutputsBackward"}
 """Nodes of this library's own functions that pass gradients on unchanged."""
@@ -113,7 +113,7 @@ def couples(
 ) -> bool | None:
     """Return whether the second derivative above a cut joins samples; None if there is none.
 
-    For each bit of i + 1, take a random direction that is zero but on the samples with that bit.
+    For each bit of i + 1, take a random direction that is zero except on the samples with that bit.
     The second derivative times this direction is zero on all other samples if the loss is a sum
     over samples. Any two samples differ in some bit, so every pair is tested. A loss that is
     piecewise linear (a hinge on differences of samples' scores, a median) passes.

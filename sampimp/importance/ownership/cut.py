@@ -37,7 +37,7 @@ class CutEdge(NamedTuple):
     node: Node
     """The node below the edge."""
     number: int
-    """Which output of `node` the edge carries the gradient of."""
+    """Number of the output of `node` whose gradient the edge carries."""
     layout: AxisLayout
     """How the samples lie in that output."""
 

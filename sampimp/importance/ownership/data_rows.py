@@ -1,10 +1,10 @@
 """Which sample of the step each row of its data belongs to.
 
-The proof relates the rows of each layer's output to rows of the loss. Which samples these are, the
-data say: a batch is in the order of the step's index. Where the block reorders data, as by
-`x[order]`, `flip` or `cat`, the same operation is carried out on the numbers of their rows, and the
-result is noted on the output tensor. Only data are followed, which depend on no parameter; the rows
-of activations are what the proof finds.
+The proof relates the rows of each layer's output to rows of the loss. The data tell which samples
+these are: a batch is in the order of the step's index. Where the block reorders data (`x[order]`,
+`flip`, `cat`), the same operation is carried out on the numbers of their rows, and the result is
+noted on the output tensor. Only data, which depend on no parameter, are followed; the proof finds
+the samples of activations.
 
 Map: `SampleRows` (the samples of a tensor's rows), `DataRows` (follows the data of one pass),
 `mark_as_range`, `is_data`, `as_sequence`.
@@ -31,7 +31,7 @@ from sampimp.importance.ownership.operations import (
 from sampimp.importance.rules.batch import Batch
 
 _NO_SAMPLE, _UNKNOWN_SAMPLE = -1, -2
-"""Numbers of entries that belong to no sample, or to one that is not known."""
+"""Codes of entries that belong to no sample, or to an unknown sample."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class DataRows:
         self._plain: dict[int, SampleRows] = {}  # by axis
 
     def of(self, data: Tensor) -> SampleRows | None:
-        """Return what is known of a tensor's rows; None if it has no axis of samples."""
+        """Return the samples of a tensor's rows; None if it has no axis of samples."""
         noted = self._noted(data)
         if noted is not None:
             return noted
@@ -190,7 +190,7 @@ class DataRows:
         kwargs: Mapping[str, Any],
         outputs: Sequence[Any],
     ) -> None:
-        """Note rows as the operation moves the numbers of its inputs' rows."""
+        """Note the outputs' rows, by carrying out the operation on row numbers."""
         places = MOVES_ENTRIES[function]
         values = [value for place in places for value in as_sequence(args[place : place + 1])]
         tensors = [item for value in values for item in as_sequence(value) if _is_tensor(item)]
@@ -231,7 +231,7 @@ class DataRows:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Sequence[Any] | None:
-        """Return what an operation makes of the numbers of its inputs' rows, on the CPU."""
+        """Return the result of an operation on the row numbers of its inputs, on the CPU."""
         named = {name: _on_cpu(value) for name, value in kwargs.items()}
         if function is torch._C._nn.pad_sequence:
             args, named = args[:2], {**named, "padding_value": _NO_SAMPLE}
@@ -266,7 +266,7 @@ class DataRows:
         return numbers.clone(memory_format=torch.contiguous_format) if as_copy else numbers
 
     def _rows_from_numbers(self, numbers: Any, output: Tensor) -> SampleRows | None:
-        """Return the axis and the samples that the numbers of all entries amount to."""
+        """Return the axis of the samples and the sample of each row, from all entries' numbers."""
         if not _is_tensor(numbers) or numbers.shape != output.shape or numbers.is_floating_point():
             return UNKNOWN_ROWS
         expected = self._batch.axis(output.dim(), int(output.is_floating_point()))
@@ -303,7 +303,7 @@ class DataRows:
         kwargs: Mapping[str, Any],
         outputs: Sequence[Any],
     ) -> None:
-        """Note rows that stay in place: in the batch's order, if an input has them so.
+        """Note that rows stay in place; if one input is in the batch's order, so are the outputs.
 
         Mixup combines a batch with the same batch in another order, for example.
         """

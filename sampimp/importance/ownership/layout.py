@@ -23,8 +23,8 @@ from torch import Tensor
 NO_GRADIENT, SEVERAL_SAMPLES, OUTSIDE_CUT, NOT_FINITE = -1, -2, -3, -4
 """Codes in place of an owner.
 
-The row's gradient is zero; it depends on several samples; it does not change with the signs at the
-cut, so part of the loss reaches the row by another way; it is infinite or NaN.
+In order: the gradient is zero; it depends on several samples; it does not change with the signs at
+the cut, so part of the loss reaches the row by another way; it is infinite or NaN.
 """
 
 

@@ -1,8 +1,8 @@
-"""Which sample each row of the loss belongs to, as far as the data of the uses say.
+"""Which sample each row of the loss belongs to, from the data of the uses.
 
 The proof relates the rows of a use to the N rows of the loss; `data_rows` relates the rows of a use
-whose input is data to samples. Together they give the sample of each row of the loss. It has to be
-the same by all uses.
+whose input is data to samples. Together they give the sample of each row of the loss. All uses
+must agree on it.
 
 Map: `LossOrder`.
 

@@ -1,7 +1,7 @@
 """Tables of torch functions, by what they do to the samples' rows and to a loss.
 
 The names in a table stand for the function of `torch` and for the method of `Tensor`, whichever
-exist. That no samples are mixed is proved without these tables. A function that they lack is not
+exist. The proof that no samples are mixed does not use them. A function that they lack is not
 followed where it reorders data, and causes no new proof where it moves activations by value.
 
 Map: of losses, `LOSSES_BY_ROW`, `CASTS`, `JOINS_AXES`, `LINEAR_IN_FIRST` (for
@@ -49,7 +49,7 @@ LOSSES_BY_ROW = {
 """Losses that are a sum or mean of terms that each depend on one row of the input."""
 
 CASTS = {Tensor.float, Tensor.double, Tensor.to, Tensor.contiguous}
-"""Operations that keep shape and values, but for the format."""
+"""Operations that keep shape and values, except for the format."""
 
 JOINS_AXES = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten}
 """Operations that may join the axes of samples and positions before a loss by row."""

@@ -1,9 +1,9 @@
-"""The extra backward passes of a proof, which leave no trace.
+"""The extra backward passes of a proof, which have no side effects.
 
 Each pass goes from the loss, with one pattern of signs at the cut, down to the outputs of the uses
 (`torch.autograd.grad` with these as inputs), so no gradient of a parameter is computed. The user's
 hooks run in each pass, and so does Python code in checkpointed blocks; buffers and random states
-that they change are restored. The hooks of other recorders ask `is_proved_now`, and ignore the
+that they change are restored. The hooks of other recorders call `is_proved_now`, and ignore the
 pass.
 
 Map: `SignPasses` (runs the passes, and decodes owners), `side_effects_undone`, `announced`,
@@ -41,7 +41,7 @@ class SignPasses:
     edges
         For each use, the nodes of its watched outputs, each with the number of the node's output.
     model
-        Its buffers are restored after each pass.
+        The model, whose buffers are restored after each pass.
     size
         Number of samples, N.
     """
@@ -161,7 +161,7 @@ def is_proved_now(node: Node) -> bool:
 
 @contextmanager
 def announced(graph: BackwardGraph) -> Iterator[None]:
-    """Let the hooks of all recorders know that backward passes over a graph are a proof's."""
+    """Register a graph, so that all recorders ignore backward passes over it as a proof's."""
     _proved_graphs.append(graph.leads_to_watched)
     try:
         yield

@@ -46,19 +46,19 @@ from sampimp.importance.rules.recurrent_call import is_batch_first, packed_seque
 from sampimp.importance.rules.registry import looks_inside
 
 MOST_AXES = 5
-"""Number of axes that are tried where no tensor has samples on the expected one; arbitrary."""
+"""Number of axes that are tried where no tensor has samples on the expected axis; arbitrary."""
 
 
 @dataclass
 class ProofResult:
-    """What the proofs of steps with one sequence of operations have shown."""
+    """The result of all proofs for one sequence of operations."""
 
     layouts: list[AxisLayout | None]
     """Layout of each use; None where no gradient arrived."""
     order: Tensor | None
     """Sample of each row of the loss, (N,), where that is not the batch's order."""
     complete: bool
-    """Whether it holds for later steps: every use had a gradient, and one layout only fits."""
+    """Whether it holds for later steps: every use had a gradient, and only one layout fits."""
     loss: str
     """`SUM`, `COUPLED` or `UNCHECKED` (`sampimp.importance.ownership.coupling`)."""
     count: int = 1
@@ -190,7 +190,7 @@ class Proof:
         ndim = len(edge.node._input_metadata[edge.number].shape)
         return edge.layout.kind != "plain" or edge.layout.axis != self._batch.axis(ndim, 1)
 
-    # What a cut proves.
+    # The proof at one cut.
 
     def _prove(
         self,
@@ -200,7 +200,7 @@ class Proof:
         roots: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
     ) -> ProofResult:
-        """Return what one cut proves, or raise its refusal."""
+        """Return the result of the proof at one cut, or raise the error that it leads to."""
         self._is_finite = True
         self._passes = SignPasses(self._uses, self._edges, self._model, self._batch.size)
         self._passes.run(graph, cut, roots, gradients)
@@ -269,10 +269,10 @@ class Proof:
         batch_first = is_batch_first(use.function, use.args, use.kwargs)
         return sequence_owners(owners, use.rows_shape[0], packed, batch_first)
 
-    # Which sample each row of the loss is.
+    # Which sample each row of the loss belongs to.
 
     def _order_of_loss(self, layouts: Sequence[AxisLayout | None], cut: Cut) -> Tensor | None:
-        """Return the sample of each row of the loss, as the data say; None in the batch's order."""
+        """Return the sample of each row of the loss, from the data; None for the batch's order."""
         order = LossOrder(self._batch.size)
         with_data: list[Use] = []  # uses whose data have named samples
         for use, layout in zip(self._uses, layouts, strict=True):

@@ -11,20 +11,20 @@ from sampimp.importance.rules.batch import Batch
 
 def samples_mixed(use: Use, where: str) -> UnsupportedError:
     """Return the error for rows that depend on several samples."""
-    todo = "leave out what mixes samples, as a mean over the batch, or attention between samples"
+    todo = "remove operations that mix samples: a mean over the batch, attention between samples"
     if use.data is not None or all(map(is_data, use.args)):
         todo += "; make a tensor that depends on no sample a buffer (register_buffer)"
     return UnsupportedError(
         expected="operations that treat each sample of a batch on its own",
-        got=f"an output of {use.name} on each row of which several samples depend: an operation "
-        "between it and the loss mixes them",
+        got=f"an output of {use.name} in whose gradient a row depends on several samples: an "
+        "operation between it and the loss mixes samples",
         where=where,
         todo=todo,
     )
 
 
 def samples_misplaced(use: Use, where: str, batch: Batch) -> UnsupportedError:
-    """Return the error for an output without an axis of samples where one can be."""
+    """Return the error for an output whose samples are on none of the possible axes."""
     axis = use.axes(batch)[:1]
     return UnsupportedError(
         expected=f"{batch.size} samples on axis {axis[0] if axis else 0}, one for each index of "
@@ -42,8 +42,8 @@ def no_samples_above(use: Use, where: str, batch: Batch) -> UnsupportedError:
         "tensor that the loss is made of, one for each index of the step",
         got=f"none between the loss and a layer whose output has shape {use.shapes[0]}",
         where=where,
-        todo="name as many samples as the batch has, of each part where it comes in parts: "
-        "step([index_1, index_2], ...); batch_dim=1 where positions come before samples",
+        todo="pass one index per sample of the batch; for a batch in parts, one list per part: "
+        "step([index_1, index_2], ...); set batch_dim=1 if positions come before samples",
     )
 
 
@@ -64,5 +64,5 @@ def backward_not_repeatable(error: Exception) -> UnsupportedError:
         expected="a backward pass that can be run several times",
         got=(str(error).strip() or type(error).__name__).splitlines()[0],
         where="the step",
-        todo="leave out what allows only one, as checkpoint(use_reentrant=True)",
+        todo="remove code that allows only one, such as checkpoint(use_reentrant=True)",
     )

@@ -94,7 +94,7 @@ class Tape:
         return False
 
     def is_sum(self, roots: Sequence[Tensor]) -> bool:
-        """Return whether roots are a sum or mean of losses by row of PyTorch's.
+        """Return whether roots are a sum or mean of PyTorch's losses by row.
 
         Most losses are, and need no other test. Every operation that depends on the model's
         outputs must take them as its first argument only, and be a cast, a join of axes, a loss by

@@ -1,6 +1,6 @@
-"""A use: one call of a torch function with parameters, as the recorder saw it.
+"""A use: one recorded call of a torch function with parameters.
 
-The recorder notes a `Use` for every forward call that meets both parameters and samples. The proof
+The recorder notes a `Use` for every forward call on both parameters and samples. The proof
 finds out how samples lie in its outputs, and a rule turns its output gradients into per-sample
 gradients of its parameters.
 """

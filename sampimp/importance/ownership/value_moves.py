@@ -3,7 +3,7 @@
 A proof holds for later steps with the same sequence of operations (their *signature*). The
 signature contains the operations, their settings and the flow of tensors, but not the values of
 tensors. An operation that moves rows by values, as an index, a mask or a product with a permutation
-matrix does, may therefore move other samples in the next step; a step with one is proved each time.
+matrix does, may therefore move other samples in the next step; such a step is proved each time.
 
 Map: `moves_samples`.
 """

@@ -16,9 +16,9 @@ with bare parameters need no further rules.
 `convolution`          convolutions, and their transposes
 `arithmetic`           sums, products and expansion of bare parameters
 `recurrent`            RNN, LSTM, GRU and their cells
-`recurrent_call`       their arguments
-`recurrent_graph`      their inside, read from autograd's graph
-`recurrent_backward`   their backpropagation through time
+`recurrent_call`       arguments of recurrent operations
+`recurrent_graph`      nodes inside recurrent operations, read from autograd's graph
+`recurrent_backward`   backpropagation through time of recurrent layers
 `fallback`             operations without a rule, by `torch.func.vmap`
 `inner_nodes`          nodes of autograd's graph inside one operation
 ====================== =====================================================================

@@ -39,7 +39,7 @@ class Batch:
     the output has been changed in place since."""
 
     def axis(self, ndim: int, features: int) -> int:
-        """Return the expected batch axis of a tensor with `features` axes of one position."""
+        """Return the expected batch axis of a tensor whose last `features` axes are features."""
         return self.dim if ndim - features >= 2 else 0
 
     def first(self, values: Tensor, features: int = 1) -> Tensor:
@@ -108,7 +108,7 @@ class Batch:
             values = _diagonal_rows(values, axis)
         else:
             raise UnsupportedError(
-                expected="a parameter that meets all samples alike",
+                expected="a parameter that is combined with all samples in the same way",
                 got=f"a tensor of shape {tuple(shape)} on {self.size} rows",
                 where="arithmetic with a parameter",
                 todo="take a sample's rows by its index (parameter[index]), and register a tensor "

@@ -43,8 +43,8 @@ from sampimp.importance.update import Diagonal
 ADDITION = 12
 """Multiplications of a matrix product that take as long as one of those additions, on a CPU.
 
-Where two ways took equally long (kernels of 3 x 3 and 5 x 5, 16 to 128 channels, 4 x 4 to 24 x 24
-positions), their counts were equal with a value of 9 to 14.
+Measured with kernels of 3 x 3 and 5 x 5, 16 to 128 channels, 4 x 4 to 24 x 24 positions: two ways
+that took equally long had equal counts with a value of 9 to 14.
 """
 
 
@@ -67,20 +67,20 @@ class Window:
     def offsets(self, sizes: Sequence[int]) -> Iterator[tuple[list[slice], list[slice]]]:
         """Yield (positions, pixels) for each offset that meets an image of these sizes.
 
-        Both are slices, one an axis: the positions t at which the offset is inside the image, and
+        Both have one slice per axis: the positions t at which the offset is inside the image, and
         the pixels that it meets there.
         """
         for offset in product(*map(range, self.kernel)):
-            met: list[slice] = []
+            position_slices: list[slice] = []
             pixels: list[slice] = []
             for axis, place in enumerate(offset):
                 step, start = self.step[axis], self.spacing[axis] * place - self.before[axis]
                 first = max(0, math.ceil(-start / step))
                 last = min(self.positions[axis] - 1, (sizes[axis] - 1 - start) // step)
-                met.append(slice(first, last + 1))
+                position_slices.append(slice(first, last + 1))
                 pixels.append(slice(start + step * first, start + step * last + 1, step))
-            if all(positions.start < positions.stop for positions in met):
-                yield met, pixels
+            if all(positions.start < positions.stop for positions in position_slices):
+                yield position_slices, pixels
 
     def unfold(self, images_NGIS: Tensor) -> Tensor:
         """Return the patches, (N, T, G, K)."""
@@ -167,8 +167,8 @@ class Convolution:
         pixels = gram_of_positions(self.images.flatten(3).permute(0, 3, 1, 2))  # (N, G, P, P)
         pixels = pixels.reshape(*pixels.shape[:2], *sizes, *sizes)
         patches = pixels.new_zeros(*pixels.shape[:2], *positions, *positions)
-        for met, places in self.window.offsets(sizes):
-            pairs_of_positions: Any = (..., *met, *met)
+        for position_slices, places in self.window.offsets(sizes):
+            pairs_of_positions: Any = (..., *position_slices, *position_slices)
             pairs_of_pixels: Any = (..., *places, *places)
             patches[pairs_of_positions] += pixels[pairs_of_pixels]
         products = gram_of_positions(self.left).flatten(1).mul_(patches.flatten(1))

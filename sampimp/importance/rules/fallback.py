@@ -78,7 +78,7 @@ def vmap_factors(
     if not isinstance(delta, Tensor):
         raise UnsupportedError(
             expected="an operation with a rule, or with one output",
-            got=f"{name}, which has {len(delta)}",
+            got=f"{name}, which has {len(delta)} outputs",
             where="an operation with parameters",
             todo=_SEE_LAYER_RULE,
         )
@@ -88,7 +88,7 @@ def vmap_factors(
             expected="operations with parameters that leave their arguments as they are",
             got=f"{name}, which changes its first argument",
             where="an operation with parameters",
-            todo="write h = h * gamma for h *= gamma or h.mul_(gamma), and so for the others",
+            todo="use h = h * gamma, which makes a new tensor, not h *= gamma or h.mul_(gamma)",
         )
     try:
         with torch.enable_grad():
@@ -139,7 +139,7 @@ def _split_inputs(batch: Batch, call: _Call, delta: Tensor) -> list[Tensor]:
 
 
 def _described(value: Any) -> Any:
-    """Return the shape of a tensor, a string or a number itself, and None for anything else."""
+    """Return a tensor's shape, a string or an integer unchanged, and None for other values."""
     if isinstance(value, Tensor):
         return value.shape
     return value if isinstance(value, str | int) else None

@@ -3,10 +3,10 @@
 PyTorch carries out some operations, recurrent layers above all, as many small operations that
 `TorchFunctionMode` does not see. Autograd's graph contains a node for each of them. A node holds
 the tensors that it saved for the backward pass, and a hook on it receives its output gradient. Both
-are read where they are, so nothing is computed again.
+are read from the graph, so nothing is computed again.
 
 Map: `nodes_between` (find nodes by name), `leaf_input` (the parameter that is a node's input),
-`InnerNodes` (hooks on the nodes of one call), `NodeReader` (what a rule implements to read them),
+`InnerNodes` (hooks on the nodes of one call), `NodeReader` (the interface of their reader),
 `may_read_saved_tensors` (whether autograd permits it).
 """
 
@@ -84,7 +84,7 @@ class InnerNodes:
 
 
 class _Receiver:
-    """The object that the hooks hold: it refers to no node, and one call empties it for all."""
+    """The object that the hooks hold: it refers to no node, and `close` removes its reader."""
 
     def __init__(self, reader: NodeReader, count: int) -> None:
         self.reader: NodeReader | None = reader

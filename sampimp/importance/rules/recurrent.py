@@ -1,7 +1,7 @@
 """Rules of recurrent layers (`nn.RNN`, `nn.LSTM`, `nn.GRU`) and of their cells.
 
-PyTorch carries out all steps of all layers in one operation, which shows the outputs of the last
-layer and no gradient inside. On a CPU the gradients are read from autograd's graph
+PyTorch carries out all steps of all layers in one operation, which returns the outputs of the last
+layer and gives no access to inner gradients. On a CPU the gradients are read from autograd's graph
 (`sampimp.importance.rules.recurrent_graph`), and these rules are not called. They serve the other
 cases: a GPU, checkpointing, autocast, frozen parameters, learned first states. They carry out the
 lower layers again, each as an operation of its own, and backpropagate through every layer
@@ -51,7 +51,7 @@ def recurrent_factors(
         raise UnsupportedError(
             expected="recurrent layers without projections, and without dropout between them",
             got="dropout, whose masks are not known" if call.dropout else "projections",
-            where="a recurrent layer of which autograd's graph does not show the inside",
+            where="a recurrent layer whose inner operations are not in autograd's graph",
             todo="use one layer after another with a Dropout between them, and no proj_size",
         )
     dtype = call.parameters[0].dtype  # under autocast, gradients have another dtype
@@ -79,7 +79,7 @@ def recurrent_factors(
             deltas = backpropagate(CELLS[name], run, output_deltas[direction], last_of_run)
             yield from layer_factors(run.weights, run.inputs, run.before, deltas)
             if layer:
-                delta_TNK = deltas.own @ run.weights.input + delta_TNK
+                delta_TNK = deltas.x_part @ run.weights.input + delta_TNK
     # `backpropagate` has replaced the output gradients of the last states by those of the first.
     for state, delta_LNH in zip(call.states, last, strict=True):
         if state.requires_grad and not batch.varies(state):

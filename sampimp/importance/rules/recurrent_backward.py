@@ -5,10 +5,10 @@ the slopes by which each step passes delta (the output gradient) on. Only the re
 computed step by step, from the last step to the first: one matrix product, and elementwise products
 with slopes.
 
-    gates_t = own_t + back_t with own_t = W_ih x_t + b_ih and back_t = W_hh h_{t-1} + b_hh
+    gates_t = x_part_t + h_part_t with x_part_t = W_ih x_t + b_ih and h_part_t = W_hh h_{t-1} + b_hh
     RNN     h_t = tanh(gates_t), or relu
     LSTM    i, f, g, o = gates_t;  c_t = s(f) c_{t-1} + s(i) tanh(g);  h_t = s(o) tanh(c_t)
-    GRU     r, z, n = gates_t with n = own_n + s(r) back_n;  h_t = (1 - s(z)) tanh(n) + s(z) h_{t-1}
+    GRU     r, z = gates_t;  n = x_part_n + s(r) h_part_n;  h_t = (1 - s(z)) tanh(n) + s(z) h_{t-1}
 
 Map: `LayerRun` (one layer in one direction, with its inputs and outputs), `CELLS` (the arithmetic
 of each kind of layer, a `Cell`), `backpropagate` (delta of the gates of all steps), `layer_factors`
@@ -82,14 +82,14 @@ class Cell(Protocol):
         """
 
     def gates(self, slopes: Slopes) -> tuple[Tensor, Tensor]:
-        """Return delta of own and of back (T, N, G), after `retreat` of all steps."""
+        """Return delta of x_part and of h_part (T, N, G), after `retreat` of all steps."""
 
     def shared(self, gates: int) -> int:
-        """Return how many of all gates have the same delta in own and back; they come first."""
+        """Return the number of leading gates whose delta is the same in x_part and h_part."""
 
 
 class SimpleCell:
-    """h = squash(own + back)."""
+    """h = squash(x_part + h_part)."""
 
     def __init__(self, squash: str) -> None:
         self._squash = squash
@@ -116,29 +116,29 @@ class LstmCell:
     """The cell of an LSTM, whose state is h and c."""
 
     def slopes(self, run: LayerRun) -> Slopes:
-        """Return the slopes of c by i, f and g and of h by o; of h by c; of c by c before."""
+        """Return the slopes of (c by i, f, g; h by o), of h by c, and of c by the previous c."""
         gates = run.before.new_empty(*run.before.shape[:2], 4, run.before.shape[2])
         weights, bias = run.weights, run.weights.input_bias
         if bias is not None and weights.hidden_bias is not None:
             bias = bias + weights.hidden_bias
         _multiply(run.inputs, weights.input, bias, gates)
         gates.flatten(2).flatten(0, 1).addmm_(run.before.flatten(0, 1), weights.hidden.t())
-        admit, forget, content, show = gates.unbind(2)
+        input_gate, forget, content, out_gate = gates.unbind(2)
         content *= 2
         gates.sigmoid_()
-        admitted = admit * content.mul_(2).sub_(1)  # as in _tanh_
+        admitted = input_gate * content.mul_(2).sub_(1)  # as in _tanh_
         before = run.first[1].repeat(len(admitted), 1, 1)
         for (t, count), (later, _) in pairwise(run.steps):
             step = (part[t, :count] for part in (admitted, forget, before))
             torch.addcmul(*step, out=before[later, :count])
-        shown = _tanh_(torch.addcmul(admitted, forget, before))
-        by_h = torch.addcmul(show, show * shown, shown, value=-1)  # s(o) (1 - tanh(c)^2)
+        tanh_c = _tanh_(torch.addcmul(admitted, forget, before))
+        by_h = torch.addcmul(out_gate, out_gate * tanh_c, tanh_c, value=-1)  # s(o) (1 - tanh(c)^2)
         by_cell = forget.clone()
         # In place, since fresh memory takes more time than the arithmetic.
-        torch.addcmul(admit, admitted, content, value=-1, out=content)
-        torch.addcmul(admitted, admitted, admit, value=-1, out=admit)
+        torch.addcmul(input_gate, admitted, content, value=-1, out=content)
+        torch.addcmul(admitted, admitted, input_gate, value=-1, out=input_gate)
         forget.addcmul_(forget, forget, value=-1).mul_(before)
-        show.addcmul_(show, show, value=-1).mul_(shown)
+        out_gate.addcmul_(out_gate, out_gate, value=-1).mul_(tanh_c)
         return gates, by_h, by_cell
 
     def retreat(self, slopes: Slopes, weight: Tensor, delta: State) -> None:
@@ -164,34 +164,35 @@ class GruCell:
     """The cell of a GRU, whose state is h."""
 
     def slopes(self, run: LayerRun) -> Slopes:
-        """Return the slopes of h by back, and of h by (unused, h before without back, own n)."""
+        """Return the slopes of h by h_part, and by (unused, h before without h_part, x_part n)."""
         # One allocation: of two, glibc returned one to the system after each step, and page faults
         # took 5 ms of 41.
-        own, back = run.before.new_empty(2, *run.before.shape[:2], 3, run.before.shape[2])
-        _multiply(run.inputs, run.weights.input, run.weights.input_bias, own)
-        _multiply(run.before, run.weights.hidden, run.weights.hidden_bias, back)
-        own[:, :, :2].add_(back[:, :, :2]).sigmoid_()
-        (reset, keep, content), (by_reset, by_keep, back_content) = own.unbind(2), back.unbind(2)
+        x_part, h_part = run.before.new_empty(2, *run.before.shape[:2], 3, run.before.shape[2])
+        _multiply(run.inputs, run.weights.input, run.weights.input_bias, x_part)
+        _multiply(run.before, run.weights.hidden, run.weights.hidden_bias, h_part)
+        x_part[:, :, :2].add_(h_part[:, :, :2]).sigmoid_()
+        reset, keep, content = x_part.unbind(2)
+        by_reset, by_keep, back_content = h_part.unbind(2)
         _tanh_(content.addcmul_(reset, back_content))
         # In place, since fresh memory takes more time than the arithmetic.
         torch.addcmul(keep, keep, keep, value=-1, out=by_keep).mul_(run.before - content)
         content.square_().sub_(1).mul_(keep - 1)
         torch.addcmul(reset, reset, reset, value=-1, out=by_reset).mul_(back_content).mul_(content)
         torch.mul(content, reset, out=back_content)
-        return back, own
+        return h_part, x_part
 
     def retreat(self, slopes: Slopes, weight: Tensor, delta: State) -> None:
         """See `Cell`."""
-        (back, own), (h,) = slopes, delta
-        back *= h[:, None]
-        own[:, 2] *= h
-        h.mul_(own[:, 1]).addmm_(back.flatten(1), weight)
+        (h_part, x_part), (h,) = slopes, delta
+        h_part *= h[:, None]
+        x_part[:, 2] *= h
+        h.mul_(x_part[:, 1]).addmm_(h_part.flatten(1), weight)
 
     def gates(self, slopes: Slopes) -> tuple[Tensor, Tensor]:
         """See `Cell`."""
-        back, own = slopes
-        own[:, :, :2] = back[:, :, :2]
-        return own.flatten(2), back.flatten(2)
+        h_part, x_part = slopes
+        x_part[:, :, :2] = h_part[:, :, :2]
+        return x_part.flatten(2), h_part.flatten(2)
 
     def shared(self, gates: int) -> int:
         """Return the number of the gates r and z."""
@@ -221,12 +222,12 @@ CELLS: dict[str, Cell] = {
 class GateDeltas(NamedTuple):
     """Output gradients of the gates of all steps of a layer."""
 
-    own: Tensor
+    x_part: Tensor
     """Of W_ih x_t + b_ih, (T, N, G)."""
-    back: Tensor
+    h_part: Tensor
     """Of W_hh h_{t-1} + b_hh, (T, N, G)."""
     shared: int
-    """In how many of the G both are the same; these come first."""
+    """Number of leading entries of G in which both are the same."""
 
 
 def backpropagate(cell: Cell, run: LayerRun, delta_TNH: Tensor, delta: State) -> GateDeltas:
@@ -249,8 +250,8 @@ def backpropagate(cell: Cell, run: LayerRun, delta_TNH: Tensor, delta: State) ->
         if count < len(delta[0]):
             for part in slopes:
                 part[t, count:] = 0
-    own_TNG, back_TNG = cell.gates(slopes)
-    return GateDeltas(own_TNG, back_TNG, cell.shared(own_TNG.shape[2]))
+    x_delta_TNG, h_delta_TNG = cell.gates(slopes)
+    return GateDeltas(x_delta_TNG, h_delta_TNG, cell.shared(x_delta_TNG.shape[2]))
 
 
 def layer_factors(
@@ -258,19 +259,19 @@ def layer_factors(
 ) -> Factors:
     """Yield the factors of a layer's parameters, without the projection.
 
-    The Gram matrix of the gates that own and back share is computed once for both weights.
+    The Gram matrix of the gates that x_part and h_part share is computed once for both weights.
     """
-    own_TNG, back_TNG, shared = deltas
-    shared_gram = cache(lambda: gram_of_positions(by_sample(own_TNG[:, :, :shared])))
-    bias = Explicit(own_TNG.sum(0))
+    x_delta_TNG, h_delta_TNG, shared = deltas
+    shared_gram = cache(lambda: gram_of_positions(by_sample(x_delta_TNG[:, :, :shared])))
+    bias = Explicit(x_delta_TNG.sum(0))
     for weight, bias_of_weight, delta_TNG, values_TNK in (
-        (weights.input, weights.input_bias, own_TNG, inputs_TNI),
-        (weights.hidden, weights.hidden_bias, back_TNG, before_TNH),
+        (weights.input, weights.input_bias, x_delta_TNG, inputs_TNI),
+        (weights.hidden, weights.hidden_bias, h_delta_TNG, before_TNH),
     ):
         left, right = by_sample(delta_TNG), by_sample(values_TNK)
         left_gram = partial(_gram_of_gates, shared_gram, left[..., shared:])
         yield weight, Outer(left, right, weight.shape, left_gram)
-        yield bias_of_weight, bias if delta_TNG is own_TNG else Explicit(delta_TNG.sum(0))
+        yield bias_of_weight, bias if delta_TNG is x_delta_TNG else Explicit(delta_TNG.sum(0))
 
 
 def _gram_of_gates(shared_gram: Callable[[], Tensor], rest: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ come as one flat list for all layers and directions.
 
 Map: `RecurrentCall` (the arguments), `LayerWeights` (parameters of one layer in one direction),
 `cell_arguments` (the arguments of a cell as those of a layer), `packed_sequences` and
-`is_batch_first` (what the proof of the row-to-sample mapping needs to know).
+`is_batch_first` (used by the proof of the row-to-sample mapping).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ class LayerWeights(NamedTuple):
     input: Tensor
     hidden: Tensor
     projection: Tensor | None = None
-    """For an LSTM with projections: from its units to fewer outputs."""
+    """Projection of an LSTM's units to fewer outputs."""
     input_bias: Tensor | None = None
     hidden_bias: Tensor | None = None
 

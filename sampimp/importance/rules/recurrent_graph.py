@@ -1,4 +1,4 @@
-"""Read the inside of recurrent operations from autograd's graph, on a CPU.
+"""Read the nodes inside recurrent operations from autograd's graph, on a CPU.
 
 PyTorch carries out all steps of all layers in one operation, whose output shows neither the gates
 nor their gradients. On a CPU the graph behind that output has nodes for what is inside:
@@ -6,9 +6,9 @@ nor their gradients. On a CPU the graph behind that output has nodes for what is
     RNN, GRU        every matrix product, of the inputs (all steps at once) and of each step
     LSTM            the same in float64; in float32 one oneDNN node for each layer and direction
 
-From the products alone all factors follow (`_MatrixProducts`). From a layer's node come inputs,
-outputs and their gradients, and the layer is backpropagated again (`_FusedLayers`). On a GPU there
-is one node that shows nothing, and the rule recomputes (`sampimp.importance.rules.recurrent`).
+All factors follow from the products alone (`_MatrixProducts`). A layer's node gives inputs, outputs
+and their gradients, from which the layer is backpropagated again (`_FusedLayers`). On a GPU there
+is one node without inner values, and the rule recomputes (`sampimp.importance.rules.recurrent`).
 
 Map: `look_into_layer` and `look_into_cell`, which return the nodes with a reader, or None if a part
 is missing.
@@ -131,9 +131,9 @@ class _MatrixProducts:
     ) -> None:
         self._name, self._call = name, call
         self._slots = slots
-        """For each product: run, what is multiplied, step."""
+        """For each product: run, operand (`INPUT`, `HIDDEN` or `UNITS`), step."""
         self._values: dict[int, Tensor] = {}
-        """For each product: what is multiplied, (n, K)."""
+        """For each product: the values that the weight multiplies, (n, K)."""
         self._deltas: dict[int, Tensor] = {}
         """Output gradients received so far, (n, O), by product."""
 
@@ -166,14 +166,16 @@ class _MatrixProducts:
         for run, weights in enumerate(self._call.weights):
             if (run, INPUT) not in reached:
                 continue
-            own_TNG = over_time(run, INPUT, self._delta)
-            back_TNG = over_time(run, HIDDEN, self._delta) if self._name == "gru" else own_TNG
+            x_delta_TNG = over_time(run, INPUT, self._delta)
+            h_delta_TNG = x_delta_TNG
+            if self._name == "gru":
+                h_delta_TNG = over_time(run, HIDDEN, self._delta)
             inputs_TNI, before_TNH = (over_time(run, part, values) for part in (INPUT, HIDDEN))
-            shared = CELLS[self._name].shared(own_TNG.shape[2])
-            deltas = GateDeltas(own_TNG, back_TNG, shared)
+            shared = CELLS[self._name].shared(x_delta_TNG.shape[2])
+            deltas = GateDeltas(x_delta_TNG, h_delta_TNG, shared)
             yield from layer_factors(weights, inputs_TNI, before_TNH, deltas)
             if weights.projection is not None:
-                left, right = (over_time(run, UNITS, of) for of in (self._delta, values))
+                left, right = (over_time(run, UNITS, read) for read in (self._delta, values))
                 shape = weights.projection.shape
                 yield weights.projection, Outer(by_sample(left), by_sample(right), shape)
 

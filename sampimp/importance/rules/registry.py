@@ -1,10 +1,11 @@
 """Which rule belongs to which function: the table `RULES`, and the call shape of all rules.
 
 A rule is a function `rule(batch, delta, *args, **kwargs)`. `batch` is a `Batch`; `delta` is the
-gradient of the batch's loss by the operation's output, with a sequence of them for an operation of
-several outputs; `args` and `kwargs` are the operation's arguments as it was called. The rule yields
+gradient of the batch's loss by the operation's output (a sequence of gradients if there are several
+outputs); `args` and `kwargs` are the operation's arguments as it was called. The rule yields
 pairs of a parameter and a factor of its per-sample gradients (`sampimp.importance.gradients`). It
-may yield pairs for all its arguments: the recorder ignores what is frozen, None or no parameter.
+may yield pairs for all its arguments: the recorder ignores None and tensors that depend on no
+trained parameter.
 
 A *look* is a function `look(batch, outputs, *args, **kwargs)` for an operation that hides others.
 It is called right after the operation, and returns the nodes of autograd's graph that contain the
@@ -19,7 +20,7 @@ permits every axis.
 An operation without a rule goes through `vmap_factors`, which is exact as well, and slower.
 
 Map: `RULES` (the table), `LayerRule` (its entries), `layer_rule` (add an entry), `factors_of`,
-`look_inside`, `feature_axes`, `looks_inside` and `is_sum` (what the recorder asks).
+`look_inside`, `feature_axes`, `looks_inside` and `is_sum` (called by the recorder).
 """
 
 from collections.abc import Callable, Mapping, Sequence
