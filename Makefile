@@ -92,10 +92,11 @@ $(VENV)/.installed: $(PINS) | $(VENV)/.created
 
 $(VENV)/.installed-test: $(PINS) | $(VENV)/.created
 	$(call install,[test],sampimp and its tests' tools,$(FIRST))
+	@touch $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(PINS) | $(VENV)/.created
 	$(call install,[test$(comma)docs$(comma)dev],sampimp and its developers' tools,$(FIRST))
-	@touch $(VENV)/.installed-test $(VENV)/.installed-docs
+	@touch $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-docs
 
 $(VENV)/.installed-docs: $(PINS) | $(VENV)/.created
 	$(call install,[docs],sampimp and its documentation's tools,$(FIRST))

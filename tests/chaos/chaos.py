@@ -28,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from processes import TRAIN, Driver, command_of, kill
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +36,9 @@ from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits, require_plan
 from sampimp.sweeps.inspection import inspect
 from sampimp.sweeps.verification import verify, withdraw_all
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+from processes import TRAIN, Driver, command_of, kill
 
 TRIALS, EPOCHS = 10, 24
 STUDY = (
@@ -184,6 +186,8 @@ def run_with_faults(out: Path, deaths: int, seed: int, say: Console) -> Tally:
                     driver = start(out, tally)
                 time.sleep(0.01)
             time.sleep(chance.uniform(0, 0.2))  # at any time of an epoch
+            if driver.process.poll() is not None:  # the study is done
+                continue
             if kind == "Ctrl-C":
                 interrupt(driver)
             else:
