@@ -168,9 +168,8 @@ class StudyConfig(MachineOptions, StorageOptions, RunOptions, TrainingConfig):
             if strategy in self.strategies
         }
         if set(grid) & set(SORTED_STRATEGIES):
-            seeds = {REFERENCE_SEED, *grid.get(REFERENCE_STRATEGY, ())}
+            seeds = {REFERENCE_SEED, *grid.pop(REFERENCE_STRATEGY, ())}
             grid = {REFERENCE_STRATEGY: tuple(sorted(seeds)), **grid}
-            grid[REFERENCE_STRATEGY] = tuple(sorted(seeds))
         return grid
 
 

@@ -29,11 +29,8 @@ MAY_IMPORT = {
 }
 """Of each package or module of `sampimp`, the others that it may import, lowest level first."""
 
-ENDS_WITH_REPORT = {
-    ("sampimp/sweeps/full_study.py", "analysis"),
-    ("sampimp/sweeps/command.py", "analysis"),
-}
-"""A study ends with its report, and `sampimp report` writes it again."""
+ENDS_WITH_REPORT = {("sampimp/sweeps/full_study.py", "analysis")}
+"""A study ends with its report. (`sampimp report` imports it by name, once it is asked for.)"""
 
 HOMES = {
     # Ray trains in sweeps/; where Ray holds a cluster, dask may compute there as well.

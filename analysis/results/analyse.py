@@ -1,8 +1,9 @@
-"""Every result of one node of the cube, computed in one pass over its chunks.
+"""All results of one data set of the cube.
 
 Lazy results read the same chunks, so `analyse` computes them together: 50 epochs of a reference run
-are then read once instead of five times. k-means and the exact principal components need small
-inputs in memory and follow. The claims come last, from the numbers of all other results.
+are then read once instead of five times. `importance_groups` needs overall importance and reads the
+run again. k-means and the exact principal components need small inputs in memory and follow. The
+claims come last, from the numbers of all other results.
 
 Map: `RESULTS` (the table of all results), `analyse`, `compute_together`. The variables of each
 result are listed in `sampimp.analysis.results`.

@@ -5,7 +5,8 @@ the update. They stay on the model's device until an epoch is read, so a step on
 not wait for a transfer.
 
 Map: `NormBuffer` (the numbers of many steps), `StepNorms` (those of the current step, with the
-factors from which they are computed).
+factors from which they are computed; `StepNorms.take` multiplies by rate^2 and sums them to beta
+per layer).
 """
 
 from collections.abc import Iterable, Mapping, Sequence

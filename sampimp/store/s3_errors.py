@@ -5,8 +5,8 @@ anew from the parts that are known to be harmless: HTTP status, S3's code and me
 server's address. `_ADVICE` maps these to what was expected and what to do; add a row there for an
 S3 error that needs specific advice.
 
-Map: `readable_errors` (the context manager around every call of obstore), `ServerAwayError` (the
-request is retried after it).
+Map: `readable_errors` (the context manager around every call of obstore), `ServerAwayError`
+(`Folder` repeats the request after it).
 """
 
 import contextlib
