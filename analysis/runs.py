@@ -18,7 +18,7 @@ import numpy as np
 import xarray as xr
 
 from sampimp.analysis import kernels
-from sampimp.errors import RecordError
+from sampimp.errors import MissingDataError
 from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY
 
 PAPER = 'Gao & Jojic, "Sample Importance in Training Deep Neural Networks" (2017)'
@@ -67,12 +67,12 @@ def require(cube: xr.Dataset, *names: str) -> xr.Dataset:
 
     Raises
     ------
-    RecordError
+    MissingDataError
         A variable is missing.
     """
     missing = [name for name in names if name not in cube]
     if missing:
-        raise RecordError(
+        raise MissingDataError(
             f"a cube with the variables {', '.join(names)}",
             f"none named {', '.join(missing)}; it has {', '.join(map(str, cube.data_vars))}",
             place_of(cube),
@@ -115,7 +115,7 @@ def reference_run(cube: xr.Dataset, *names: str) -> xr.Dataset:
 
     Raises
     ------
-    RecordError
+    MissingDataError
         The run is not complete, or a variable is missing.
 
     Examples
@@ -127,7 +127,7 @@ def reference_run(cube: xr.Dataset, *names: str) -> xr.Dataset:
     require(cube, *names)
     if REFERENCE_SEED not in seeds_of(cube, REFERENCE_STRATEGY):
         partly = REFERENCE_SEED in seeds_of(cube, REFERENCE_STRATEGY, whole=False)
-        raise RecordError(
+        raise MissingDataError(
             f"a complete run of {REFERENCE_STRATEGY}, seed {REFERENCE_SEED}",
             "one that diverged before its last epoch" if partly else "none",
             place_of(cube),

@@ -67,6 +67,10 @@ class RecordError(UserError, RuntimeError):
     """Stored values differ from their commit or manifest."""
 
 
+class MissingDataError(RecordError):
+    """The cube lacks the runs or the variables that a result needs."""
+
+
 def require_package(module: str, extra: str) -> None:
     """Import a module of an optional dependency, or say how to install it.
 

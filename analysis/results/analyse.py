@@ -26,7 +26,7 @@ from sampimp.analysis.results.decomposition import (
 from sampimp.analysis.results.difficulty import importance_against_nll
 from sampimp.analysis.results.paths import parameter_paths
 from sampimp.analysis.results.stability import stability
-from sampimp.errors import ConfigError, RecordError
+from sampimp.errors import ConfigError, MissingDataError
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,13 @@ def analyse(cube: xr.Dataset) -> dict[str, xr.Dataset]:
     -------
     dict of Dataset, in memory
         Keys of `RESULTS`, in that order. A result whose input is missing is left out, and the
-        attribute `left_out` of `claims` gives the reason, one line per result.
+        attribute `left_out` of `claims` gives the reason, one line per result (none for snapshot
+        importance, which is optional).
+
+    Raises
+    ------
+    RecordError
+        A stored chunk is damaged.
 
     Examples
     --------
@@ -119,7 +125,7 @@ def analyse(cube: xr.Dataset) -> dict[str, xr.Dataset]:
     def attempt(key: str, make: Callable[[], xr.Dataset]) -> None:
         try:
             results[key] = make()
-        except (RecordError, ConfigError) as error:
+        except (MissingDataError, ConfigError) as error:
             reasons[key] = f"{key}: expected {error.expected}; got {error.got}"
 
     attempt("stability", lambda: stability(cube))

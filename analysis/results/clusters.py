@@ -94,7 +94,7 @@ def clusters(
 
     Raises
     ------
-    RecordError
+    MissingDataError
         The reference run is not complete.
     ConfigError
         The class does not exist, or `count` is not between 1 and its number of samples.

@@ -25,7 +25,7 @@ from sampimp.analysis.runs import (
     sum_samples,
     whole_samples,
 )
-from sampimp.errors import RecordError
+from sampimp.errors import MissingDataError
 from sampimp.schema import REFERENCE_STRATEGY
 
 FOLDS = 100
@@ -71,7 +71,7 @@ def decomposition(cube: xr.Dataset) -> xr.Dataset:
 
     Raises
     ------
-    RecordError
+    MissingDataError
         No seed of `shuffle` is complete.
 
     Examples
@@ -88,7 +88,7 @@ def decomposition(cube: xr.Dataset) -> xr.Dataset:
     require(cube, "importance")
     seeds = seeds_of(cube, REFERENCE_STRATEGY)
     if not seeds:
-        raise RecordError(
+        raise MissingDataError(
             f"a complete run of {REFERENCE_STRATEGY}",
             "none",
             place_of(cube),
@@ -155,7 +155,7 @@ def importance_groups(cube: xr.Dataset, overall: xr.DataArray | None = None) -> 
 
     Raises
     ------
-    RecordError
+    MissingDataError
         The reference run is not complete.
 
     Examples
@@ -224,7 +224,7 @@ def importance_histogram(cube: xr.Dataset, bins: int = BINS) -> xr.Dataset:
 
     Raises
     ------
-    RecordError
+    MissingDataError
         The reference run is not complete.
 
     Examples

@@ -57,7 +57,7 @@ def importance_against_nll(cube: xr.Dataset, *, resamples: int = kernels.RESAMPL
 
     Raises
     ------
-    RecordError
+    MissingDataError
         The reference run is not complete.
 
     Examples

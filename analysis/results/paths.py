@@ -16,7 +16,7 @@ import xarray as xr
 
 from sampimp.analysis.pca import gram_matrix, principal_components
 from sampimp.analysis.runs import label_result, lazy, place_of, require, started
-from sampimp.errors import ConfigError, RecordError
+from sampimp.errors import ConfigError, MissingDataError
 from sampimp.schema import REFERENCE_SEED
 
 STATE_BLOCK_BYTES = 2**28
@@ -53,7 +53,7 @@ def parameter_paths(
 
     Raises
     ------
-    RecordError
+    MissingDataError
         Parameters were not stored, or at fewer than two states.
     ConfigError
         `components` or `block_bytes` is not positive.
@@ -83,7 +83,7 @@ def parameter_paths(
         names = has_started["strategy"].values[has_started.values].tolist()
     states = cube["state"].values
     if not names or len(names) * len(states) < 2:
-        raise RecordError(
+        raise MissingDataError(
             f"the parameters of a run of seed {REFERENCE_SEED} at two states or more",
             f"runs {names or 'none'}, states {states.tolist()}",
             place_of(cube),
@@ -96,7 +96,7 @@ def parameter_paths(
     shape = (len(names), len(states))
     finite = np.asarray(np.isfinite(np.diag(products))).reshape(shape)
     if not finite[0, 0]:
-        raise RecordError(
+        raise MissingDataError(
             f"finite parameters at state {states[0]} of {names[0]}, seed {REFERENCE_SEED}",
             "NaN or infinity",
             place_of(cube),

@@ -23,7 +23,7 @@ from sampimp.analysis.runs import (
     seeds_of,
     whole_samples,
 )
-from sampimp.errors import RecordError
+from sampimp.errors import MissingDataError
 from sampimp.schema import REFERENCES
 
 
@@ -53,7 +53,7 @@ def stability(
 
     Raises
     ------
-    RecordError
+    MissingDataError
         No reference has two seeds.
 
     Examples
@@ -73,7 +73,7 @@ def stability(
     seeds = {name: seeds_of(cube, name, whole=False) for name in REFERENCES}
     references = [name for name, numbers in seeds.items() if len(numbers) >= 2]
     if not references:
-        raise RecordError(
+        raise MissingDataError(
             "at least two seeds of a reference (shuffle or shuffle_by_seed)",
             ", ".join(f"{name}: seeds {numbers or 'none'}" for name, numbers in seeds.items()),
             place_of(cube),

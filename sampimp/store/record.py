@@ -122,13 +122,14 @@ class TrialRecord:
         """Return epoch and state of the newest checkpoint that verifies, or None to start anew.
 
         A checkpoint verifies if its state and every earlier epoch of the record have their digests.
+        One that does not is deleted, since `checkpoint` keeps those of the highest epochs.
         """
         for name in reversed((self.folder / CHECKPOINTS).folders()):
             folder = self.folder / CHECKPOINTS / name
             try:
                 manifest = folder.read_json("MANIFEST.json")
             except RecordError:
-                continue
+                manifest = None
             state = folder.read_bytes("state.pt")
             if (
                 manifest
@@ -140,6 +141,7 @@ class TrialRecord:
                 self.history = History(**manifest["history"])
                 self.history.parts.append((manifest["epoch"] + 1, self._name))
                 return manifest["epoch"], state
+            folder.remove()
         return None
 
     def fail(self, error: BaseException) -> None:

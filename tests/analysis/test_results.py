@@ -400,3 +400,16 @@ def test_trials_are_recognised_by_their_curves(cube):
 def test_the_table_of_results_names_existing_functions(key):
     module, _, name = RESULTS[key].function.rpartition(".")
     assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_a_damaged_chunk_is_an_error_and_not_a_missing_result():
+    """Parameters are read by one result only, after all others are computed."""
+
+    def damaged(block):
+        raise RecordError(expected="a", got="b", where="c", todo="d")
+
+    cube = example_cube()
+    parameters = cube["parameters"].chunk().data.map_blocks(damaged, dtype=np.float32)
+    cube["parameters"] = (cube["parameters"].dims, parameters)
+    with pytest.raises(RecordError, match="Expected a"):
+        analyse(cube)

@@ -241,7 +241,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, name):
     assert again.newest_checkpoint() == (2, b"state 2")
     assert len(again.history.seconds) == 2  # the history is of the same checkpoint
     DAMAGES[name](tmp_path / "checkpoints" / "epoch-000002-attempt-0001")
-    assert make_record(tmp_path).newest_checkpoint() is None
+    record = make_record(tmp_path)
+    assert record.newest_checkpoint() is None
+    # Those that did not verify are deleted, so that the new ones, of lower epochs, are kept.
+    for epoch in (1, 2):
+        record.checkpoint(epoch, b"anew %d" % epoch)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [f"epoch-00000{epoch}-attempt-{record.attempt:04d}" for epoch in (1, 2)]
 
 
 # Commits.
