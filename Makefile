@@ -53,6 +53,7 @@ check: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory test
 
 docs: $(VENV)/.installed-docs
+	@rm -rf docs/api/generated  # pages of modules that are gone
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
@@ -65,7 +66,7 @@ bench: $(VENV)/.installed-bench
 		$(BIN)/python benchmarks/models.py --threads $$threads --out benchmarks/models-$$threads.md \
 		|| exit 1; done
 
-gpu-wheels: $(VENV)/.installed
+gpu-wheels: $(VENV)/.installed-test
 	@$(BIN)/python benchmarks/gpu_wheels.py
 
 # Not in $(VENV): a GPU machine has a PyTorch of its own, and perhaps no package index.

@@ -8,7 +8,7 @@ plain, some are questions, and a few break the rule of agreement. One ``with`` b
 
     python examples/language_model.py
 
-About 10 s on one core; needs the extra ``huggingface``.
+About 10 s on one core; needs the extras ``study``, ``report`` and ``huggingface``.
 """
 
 # %%

@@ -7,7 +7,7 @@ added lines record which digits shape it, in which layer, and in which epoch::
 
     python examples/plain_loop.py [OUT.zarr]
 
-About 5 s on one core.
+About 5 s on one core; needs the extras ``study`` and ``report``.
 """
 
 # %%

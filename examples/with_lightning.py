@@ -7,7 +7,7 @@ shows how much of the training goes into the wrong labels, by layer and epoch, a
 
     python examples/with_lightning.py
 
-About 10 s on one core; needs the extra ``lightning``.
+About 10 s on one core; needs the extras ``study``, ``report`` and ``lightning``.
 """
 
 # %%

@@ -182,13 +182,21 @@ _MOVED = {
 """By old module: the names in each new module, as `old=new` if the name has changed."""
 
 
+_PUBLIC = {
+    *("HuggingFaceImportance", "ImportanceRecorder", "LightningImportance", "derivative_rule"),
+    *("layer_rule", "open_cube", "snapshot_importance"),
+}
+"""Names whose new path is `sampimp` itself."""
+
+
 def _new_paths(old: str) -> dict[str, str]:
     """Return the new path of each name of an old module."""
     paths = {}
     for module, names in _MOVED.get(old, {}).items():
         for name in names.split():
             before, _, after = name.partition("=")
-            paths[before] = f"{module}.{after or before}"
+            is_public = before in _PUBLIC
+            paths[before] = f"{'sampimp' if is_public else module}.{after or before}"
     return paths
 
 
@@ -274,7 +282,9 @@ class _AliasLoader(Loader):
         self.spec = spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        _warn(spec.name, self.spec.name, stacklevel=2)
+        # `python -m analysis.report` stays; a module that has moved on has warnings of its own.
+        if sys.argv[:1] != ["-m"] and self.spec.name not in MOVED:
+            _warn(spec.name, self.spec.name, stacklevel=2)
         return import_module(self.spec.name)
 
     def exec_module(self, module: ModuleType) -> None:

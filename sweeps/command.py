@@ -94,14 +94,14 @@ def run_command(arguments: list[str]) -> int:
         print(f"sampimp {__version__}")
         return 0
     try:
-        return _load(name)(rest)
+        return _load(name, helps="--help" in rest or "-h" in rest)(rest)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
 
 
-def _load(name: str) -> Callable[[list[str]], int]:
-    """Import the function of a subcommand."""
+def _load(name: str, *, helps: bool) -> Callable[[list[str]], int]:
+    """Import the function of a subcommand; with `helps`, require only what its help needs."""
     if name not in SUBCOMMANDS:
         close = get_close_matches(name, SUBCOMMANDS, 1)
         raise ConfigError(
@@ -111,6 +111,6 @@ def _load(name: str) -> Callable[[list[str]], int]:
             todo="see sampimp --help",
         )
     subcommand = SUBCOMMANDS[name]
-    for package in subcommand.packages:
+    for package in ("rich", "tyro") if helps else subcommand.packages:
         require_package(package, subcommand.extra)
     return partial(import_module(subcommand.module).main, prog=f"sampimp {name}")

@@ -12,7 +12,6 @@ import tyro
 from rich.console import Console
 
 from sampimp.errors import UserError
-from sampimp.store.sharded import consolidate
 from sampimp.sweeps.door import run_door
 
 _HELP = """Write each data set of a finished study as one sharded Zarr store.
@@ -42,6 +41,8 @@ def write_stores(
     to
         Folder or s3:// URL of the stores. Default: OUT/consolidated.
     """
+    from sampimp.store.sharded import consolidate  # here, since `--help` needs no dask
+
     console = Console(soft_wrap=True)
     with console.status("") as status:
         stores = consolidate(out, to, progress=status.update)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-INTERRUPTED = "Interrupted. Committed trials are kept; the same command continues the study."
+INTERRUPTED = "Interrupted. Committed trials are kept; the same command continues."
 """Message of an interrupted command."""
 
 PAUSE = 5.0

@@ -14,7 +14,6 @@ from typing import NamedTuple
 from sampimp.store.attempts import LastSign, last_sign
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits
-from sampimp.sweeps.progress import format_clock
 
 QUIET_TIME = 60.0
 """Seconds without a write, beyond the time of three epochs, after which a trial counts as stopped
@@ -72,3 +71,15 @@ def _judge(trial: PlannedTrial, sign: LastSign | None, epochs: int) -> Status:
     ago = max(0.0, time.time() - sign.time)  # clocks differ from machine to machine
     state = "running" if ago < QUIET_TIME + 3 * sign.epoch_seconds else "stopped"
     return Status(trial, state, f"{where}, last sign {format_clock(ago)} ago")
+
+
+def format_clock(seconds: float) -> str:
+    """Return a duration as minutes and seconds, or hours and minutes.
+
+    Examples
+    --------
+    >>> format_clock(75), format_clock(7500)
+    ('1:15', '2 h 05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d}"

@@ -2,7 +2,7 @@
 
 On a terminal it is a live display of a few lines; elsewhere, a line now and then.
 
-Map: `Progress`, a callback of Ray Tune; `format_clock`.
+Map: `Progress`, a callback of Ray Tune.
 """
 
 import time
@@ -23,6 +23,7 @@ from rich.text import Text
 
 from sampimp.errors import UserError
 from sampimp.store.plan import PlannedTrial
+from sampimp.sweeps.inspection import format_clock
 
 LINE_EVERY = 30.0
 """Seconds between two lines if the output is no terminal (arbitrary; a log stays short)."""
@@ -159,18 +160,6 @@ class Progress(Callback):
         body.add_row(Text(self._counts()))
         body.add_row(Text(f"running: {shown}", style="dim"))
         return Group(head, body)
-
-
-def format_clock(seconds: float) -> str:
-    """Return a duration as minutes and seconds, or hours and minutes.
-
-    Examples
-    --------
-    >>> format_clock(75), format_clock(7500)
-    ('1:15', '2 h 05')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d}"
 
 
 def _committed_state(trial: PlannedTrial) -> str:

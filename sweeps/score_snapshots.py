@@ -12,9 +12,7 @@ import tyro
 from rich.console import Console
 
 from sampimp.errors import UserError
-from sampimp.sweeps.cluster import connect
 from sampimp.sweeps.door import INTERRUPTED, run_door
-from sampimp.sweeps.scoring import score_snapshots
 
 _HELP = """Compute the importance of every training sample at the stored parameters of epochs.
 
@@ -55,6 +53,10 @@ def score(
     gpus
         GPUs for the samples of one epoch.
     """
+    # Here, since `--help` needs neither Ray nor PyTorch.
+    from sampimp.sweeps.cluster import connect
+    from sampimp.sweeps.scoring import score_snapshots
+
     console = Console(soft_wrap=True)
     console.print(f"{connect(address)}.", markup=False, highlight=False)
     count = score_snapshots(out, every, console, model=model, cpus=cpus, gpus=gpus)

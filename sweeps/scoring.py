@@ -159,7 +159,7 @@ def _require_source(folder: Folder, key: str) -> Source:
             expected="the study's data set",
             got="none, or one that is not complete",
             where=f"{folder}/datasets/{key}.zarr",
-            todo="run full_study.py once more with the same options: it stores it again",
+            todo="run `sampimp study` again with the same options, which stores it again",
         )
     return source
 

@@ -55,7 +55,8 @@ Exit code:
   0  nothing is wrong; the study may be unfinished
   1  a trial or a data set is damaged (--verify, --withdraw)
   2  a mistake that you can correct
-  3  trials failed, and nothing is damaged"""
+  3  trials failed, and nothing is damaged
+  130  interrupted by Ctrl-C"""
 
 
 def describe(folder: Folder, statuses: Sequence[Status], console: Console) -> None:

@@ -5,15 +5,26 @@ Map: `main`.
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
-from sampimp.analysis.schedulers import Scheduler, use_scheduler
 from sampimp.errors import UserError, require_package
 
+_HELP = """Analyse a study and write its results, figures and report.html.
 
-def main(
-    arguments: Sequence[str] | None = None, prog: str = "python -m sampimp.analysis.report"
-) -> int:
+Everything is written into the folder `analysis` of the study.
+
+Examples:
+  {prog} results/digits
+  {prog} s3://bucket/mnist --scheduler distributed --scheduler-address tcp://head:8786
+
+Exit code:
+  0  the report is written      2  a mistake that you can correct
+  130  interrupted by Ctrl-C"""
+
+_Scheduler = Literal["threads", "distributed", "ray"]
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m analysis.report") -> int:
     """Run the command line and return its exit code: 0, or 2 for a `UserError`.
 
     Parameters
@@ -30,6 +41,7 @@ def main(
 
         from sampimp.analysis.report.terminal import print_summary
         from sampimp.analysis.report.write import write_report
+        from sampimp.analysis.schedulers import use_scheduler
 
         with use_scheduler(scheduler, address), Console(stderr=True).status("") as status:
             report = write_report(out, progress=status.update)
@@ -40,7 +52,7 @@ def main(
     return 0
 
 
-def _parse(arguments: Sequence[str] | None, prog: str) -> tuple[str, Scheduler, str | None]:
+def _parse(arguments: Sequence[str] | None, prog: str) -> tuple[str, _Scheduler, str | None]:
     """Return the study's location, the scheduler and its address."""
     require_package("tyro", "report")
     import tyro
@@ -48,21 +60,22 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> tuple[str, Scheduler, 
     def report(
         out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
         /,
-        scheduler: Scheduler = "threads",
-        scheduler_address: str | None = None,
-    ) -> tuple[str, Scheduler, str | None]:
-        """Analyse a study and write its results, figures and report.html.
+        scheduler: _Scheduler = "threads",
+        scheduler_address: Annotated[
+            str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")
+        ] = None,
+    ) -> tuple[str, _Scheduler, str | None]:
+        """Return the arguments.
 
         Parameters
         ----------
         out
-            The study's folder or s3:// URL; everything is written into its folder `analysis`.
+            The study's folder or s3:// URL.
         scheduler
             Where dask computes; the results are the same.
         scheduler_address
-            Address of a running cluster. Default: DASK_SCHEDULER_ADDRESS or RAY_ADDRESS, else a
-            cluster is started.
+            Running cluster. Default: $DASK_SCHEDULER_ADDRESS or $RAY_ADDRESS, else one is started.
         """
         return out, scheduler, scheduler_address
 
-    return tyro.cli(report, prog=prog, args=arguments)
+    return tyro.cli(report, prog=prog, args=arguments, description=_HELP.format(prog=prog))

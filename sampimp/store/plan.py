@@ -322,7 +322,7 @@ def require_plan(folder: Folder) -> Plan:
             expected="a study, with a study.json",
             got="no such file",
             where=str(folder),
-            todo="pass the folder or URL that full_study.py wrote to (its --out)",
+            todo="pass the folder or URL that `sampimp study` wrote to (its --out)",
         )
     return plan
 

@@ -132,7 +132,7 @@ def interrupt(driver: Driver) -> None:
     assert code in (0, 130), text  # it may be done by then
     assert "Traceback" not in text, text
     assert code == 0 or text.splitlines()[-1] == (
-        "Interrupted. Committed trials are kept; the same command continues the study."
+        "Interrupted. Committed trials are kept; the same command continues."
     ), text
 
 
@@ -164,6 +164,15 @@ def hurt(out: Path, kind: str, chance: random.Random) -> bool:
     else:
         file.write_bytes(content[: len(content) // 2])
     return True
+
+
+def recovers(driver: Driver, out: Path, begun: int, before: int) -> bool:
+    """Wait until a new attempt has written an epoch; return False if the driver ends first."""
+    while driver.process.poll() is None:
+        if sum(attempts(out).values()) > begun and progress(out) > before:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def run_with_faults(out: Path, deaths: int, seed: int, say: Console) -> Tally:
@@ -207,11 +216,8 @@ def run_with_faults(out: Path, deaths: int, seed: int, say: Console) -> Tally:
                     tally.hurts[hurts.pop()] += 1
                 before = progress(out)
                 driver = start(out, tally)
-            while driver.process.poll() is None:
-                if sum(attempts(out).values()) > begun and progress(out) > before:
-                    tally.waits.setdefault(kind, []).append(time.monotonic() - died)
-                    break
-                time.sleep(0.01)
+            if recovers(driver, out, begun, before):
+                tally.waits.setdefault(kind, []).append(time.monotonic() - died)
         tally.text = driver.communicate()[1]
     finally:
         driver.close()

@@ -268,7 +268,10 @@ SCRIPTS = {
 }
 """Scripts of a checkout, and the command that does the same."""
 
-CHEAP = ("sampimp status OUT", "sampimp status OUT --verify", "sampimp consolidate OUT")
+CHEAP = (
+    *("sampimp status OUT", "sampimp status OUT --verify", "sampimp consolidate OUT"),
+    "sampimp report OUT",
+)
 """Commands that are also run, on a small study."""
 
 PIP_INSTALL = ["pip", "install"]

@@ -196,7 +196,7 @@ def test_ctrl_c_is_reported(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(full_study, "run_or_describe", interrupt)
     assert full_study.main(["--preset", "digits", "--out", str(tmp_path)]) == 130
     text = "".join(capsys.readouterr())
-    assert text == "Interrupted. Committed trials are kept; the same command continues the study.\n"
+    assert text == "Interrupted. Committed trials are kept; the same command continues.\n"
 
 
 def test_without_the_packages_of_the_report_the_study_keeps_its_exit_code(

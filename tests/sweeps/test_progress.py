@@ -15,6 +15,7 @@ from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.errors import StoreError
 from sampimp.store.plan import PlannedTrial
 from sampimp.sweeps import progress as module
+from sampimp.sweeps.inspection import format_clock
 from sampimp.sweeps.progress import LINE_EVERY, Progress
 
 DONE, DIVERGED = {"diverged_epoch": None}, {"diverged_epoch": 2}
@@ -200,6 +201,6 @@ def test_tune_may_pickle_it(clock):
 
 
 def test_format_clock_rounds_to_the_next_unit():
-    assert module.format_clock(59.6) == "1:00"
-    assert module.format_clock(3599) == "59:59"
-    assert module.format_clock(86_400 + 60) == "24 h 01"
+    assert format_clock(59.6) == "1:00"
+    assert format_clock(3599) == "59:59"
+    assert format_clock(86_400 + 60) == "24 h 01"

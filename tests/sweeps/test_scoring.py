@@ -115,7 +115,7 @@ def test_a_study_scores_with_its_own_option(finished, run_study, tmp_path):
 def test_the_command_computes_the_missing_epochs(scored, cluster, monkeypatch, capfd, tmp_path):
     out = tmp_path / "study"
     shutil.copytree(scored, out)
-    monkeypatch.setattr(command, "connect", lambda address: cluster)
+    monkeypatch.setattr("sampimp.sweeps.cluster.connect", lambda address: cluster)
     assert command.main([str(out), "--every", "1"]) == 0
     text, errors = capfd.readouterr()
     assert text.startswith("Ray of the tests: 1 node, 2 CPUs, 0 GPUs.\n")
@@ -129,7 +129,7 @@ def test_the_command_computes_the_missing_epochs(scored, cluster, monkeypatch, c
 
 
 def test_the_command_prints_what_is_wrong(scored, cluster, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(command, "connect", lambda address: cluster)
+    monkeypatch.setattr("sampimp.sweeps.cluster.connect", lambda address: cluster)
     for arguments, words in (
         ([str(tmp_path / "nowhere")], "a study, with a study.json"),
         ([str(scored), "--every", "0"], "from 1 to 3"),
@@ -153,7 +153,7 @@ def test_a_network_is_imported_only_if_the_user_names_it(
         "def make(*arguments):\n    return 0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(command, "connect", lambda address: cluster)
+    monkeypatch.setattr("sampimp.sweeps.cluster.connect", lambda address: cluster)
     plan = json.loads((out / "study.json").read_text())
     plan["training"]["model"] = "foreign:make"
     (out / "study.json").write_text(json.dumps(plan))
