@@ -92,3 +92,17 @@ def sample_losses(model, inputs, labels):
 
 def loss_of(model, inputs, labels):
     return functional.cross_entropy(model(inputs), labels)
+
+
+def hooks(model):
+    """Return the hooks on the modules and parameters of a model."""
+    return [
+        (name, kind)
+        for name, module in model.named_modules()
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+        if getattr(module, kind)
+    ] + [
+        (name, "parameter")
+        for name, parameter in model.named_parameters()
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    ]

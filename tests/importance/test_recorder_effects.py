@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from recording import SGD, FunctionModel, batch, recorded, train_step
+from recording import SGD, FunctionModel, batch, hooks, recorded, train_step
 from torch import nn
 from torch.nn import functional
 
@@ -70,19 +70,6 @@ def test_parameters_of_the_papers_network_are_bit_identical():
         trained_parameters(record, 784, (512, 512, 512), 100, 4) for record in (True, False)
     )
     assert torch.equal(with_recording, without)
-
-
-def hooks(model):
-    return [
-        (name, kind)
-        for name, module in model.named_modules()
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-        if getattr(module, kind)
-    ] + [
-        (name, "parameter")
-        for name, parameter in model.named_parameters()
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
-    ]
 
 
 @pytest.mark.parametrize("fails_in", [None, "forward", "loss", "backward", "update"])

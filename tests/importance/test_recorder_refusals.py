@@ -3,7 +3,7 @@
 import oracles
 import pytest
 import torch
-from recording import SGD, FunctionModel, batch, loss_of, recorded, train_step
+from recording import SGD, FunctionModel, batch, hooks, loss_of, recorded, train_step
 from torch import nn
 from torch.nn import functional
 
@@ -12,19 +12,6 @@ from sampimp.importance.recorder import ImportanceRecorder
 from sampimp.training.models import flatten_parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def hooks(model):
-    return [
-        (name, kind)
-        for name, module in model.named_modules()
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-        if getattr(module, kind)
-    ] + [
-        (name, "parameter")
-        for name, parameter in model.named_parameters()
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
-    ]
 
 
 def test_a_rule_with_another_number_of_samples_is_refused():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recording import SGD, batch, cases, freeze, recorded
+from recording import SGD, batch, cases, freeze, hooks, recorded
 from torch import nn
 
 from sampimp.errors import UnsupportedError
@@ -15,19 +15,6 @@ from sampimp.importance.snapshot import snapshot_importance
 from sampimp.training.models import flatten_parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def hooks(model):
-    return [
-        (name, kind)
-        for name, module in model.named_modules()
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-        if getattr(module, kind)
-    ] + [
-        (name, "parameter")
-        for name, parameter in model.named_parameters()
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
-    ]
 
 
 @settings(deadline=None, max_examples=30)
