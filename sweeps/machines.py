@@ -145,9 +145,8 @@ def named_address(address: str | None) -> str | None:
 def address_file() -> Path:
     """Return the file in which `ray start` notes the address of its cluster.
 
-    Ray documents its temporary directory as /tmp/ray, RAY_TMPDIR or TMPDIR in its place
-    (docs.ray.io, "Configuring Ray", "Logging and debugging"); the file there is
-    `ray_current_cluster`, the one that `address="auto"` reads.
+    Ray 2.60 keeps it as `ray_current_cluster` in the folder `ray` of /tmp, or of RAY_TMPDIR or
+    TMPDIR; `address="auto"` reads it. Ray has no public function that returns this path.
     """
     variables = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
     named = [os.environ[name] for name in variables if name in os.environ]
