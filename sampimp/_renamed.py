@@ -28,9 +28,12 @@ _MOVED = {
     },
     "sampimp.factors": {
         "sampimp.importance.gradients": (
-            "Explicit Factor GRAM_POSITIONS Outer Product Rows=EmbeddingRows Total "
-            "chunk=samples_at_once gram=gram_of_positions in_chunks precise=at_least_float32 "
-            "square_sum squares taken=gather_rows total"
+            "Explicit Factor GRAM_POSITIONS Outer Product Rows=EmbeddingRows Total in_chunks "
+            "squares total"
+        ),
+        "sampimp.importance.per_sample": (
+            "chunk=samples_at_once gram=gram_of_positions precise=at_least_float32 square_sum "
+            "taken=gather_rows"
         ),
     },
     "sampimp.optimizers": {

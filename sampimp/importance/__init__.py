@@ -27,6 +27,6 @@ The measurement:
 `ownership`        which sample each row of an output gradient belongs to: the proof
 ================== ==========================================================================
 
-Helpers of these: `model_tensors`, `forward_pass`, `signature`, `sample_index`, `output_hooks`,
-`epoch_parts`, `evaluation`.
+Helpers of these: `per_sample`, `model_tensors`, `forward_pass`, `signature`, `sample_index`,
+`output_hooks`, `epoch_parts`, `evaluation`.
 """

@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from sampimp.importance import per_sample
 from sampimp.importance.rules import convolution
 from sampimp.importance.rules.batch import Batch
 from sampimp.importance.rules.registry import RULES
@@ -47,11 +48,8 @@ def geometries(draw):
     return getattr(functional, name), images.double(), weight.double(), options
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize("way", WAYS)
-@settings(deadline=None)
-@given(geometry=geometries())
-def test_each_way_gives_the_norm_of_autograd(way, geometry):
+def factor_and_gradients(geometry):
+    """Return the factor of a kernel, and the gradients of single samples by autograd."""
     function, images, weight, options = geometry
     try:
         output = function(images, weight, None, **options)
@@ -68,17 +66,46 @@ def test_each_way_gives_the_norm_of_autograd(way, geometry):
         ]
     )
     batch = Batch(len(images), 0, lambda _: True)
-    factor = next(
-        iter(RULES[function].factors(batch, delta, images, weight.detach(), None, **options))
-    )[1]
+    rule = RULES[function].factors(batch, delta, images, weight.detach(), None, **options)
+    return next(iter(rule))[1], expected
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("way", WAYS)
+@settings(deadline=None)
+@given(geometry=geometries())
+def test_each_way_gives_the_norm_of_autograd(way, geometry):
+    factor, expected = factor_and_gradients(geometry)
     torch.testing.assert_close(factor.gradient(slice(None)), expected, rtol=1e-9, atol=1e-9)
-    order = torch.arange(len(images)).flip(0)
+    order = torch.arange(len(expected)).flip(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convolution, "ADDITION", WAYS[way])
         squares = expected.flatten(1).square().sum(1)
         torch.testing.assert_close(factor.square(), squares, rtol=1e-9, atol=1e-9)
         reversed_squares = factor.joined(order[:, None]).square()
         torch.testing.assert_close(reversed_squares, squares[order], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@settings(deadline=None)
+@given(geometry=geometries(), count=st.integers(1, 5), size=st.sampled_from([1, 2**18]))
+def test_inner_products_are_those_of_the_gradients(geometry, count, size):
+    """By a convolution and from the gradients, for one sample at a time and for all at once."""
+    factor, gradients = factor_and_gradients(geometry)
+    directions = torch.randn(count, *gradients.shape[1:]).double()
+    flat = directions.flatten(1), gradients.flatten(1)
+    bound = 1e-12 * torch.einsum("kp,np->kn", *(part.abs() for part in flat))
+    order = torch.arange(len(gradients)).flip(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(per_sample, "CHUNK_ON_CPU", size)
+        for forms in (True, False):
+            patch.setattr(convolution, "forms_gradients", lambda *_, forms=forms: forms)
+            difference = factor.inner(directions) - torch.einsum("kp,np->kn", *flat)
+            assert (difference.abs() <= bound).all()
+            reordered = factor.joined(order[:, None]).inner(directions)
+            torch.testing.assert_close(reordered, factor.inner(directions)[:, order])
+            empty = factor.joined(torch.zeros(0, 1, dtype=torch.long))
+            assert empty.inner(directions).shape == (count, 0)
 
 
 def test_the_cheapest_way_is_taken(monkeypatch):

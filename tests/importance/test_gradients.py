@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampimp.importance import gradients, parameter_step
+from sampimp.importance import gradients, parameter_step, per_sample
 from sampimp.importance.gradients import (
     EmbeddingRows,
     Explicit,
@@ -103,6 +103,55 @@ def test_every_form_equals_the_gradients(case, block, whole):
     torch.testing.assert_close(got, (values * want).square().sum((1, 2)))
 
 
+def inner_products(directions, want):
+    """Return the inner products of directions (K, P...) with gradients (N, P...)."""
+    return torch.einsum("kp,np->kn", directions.flatten(1), want.flatten(1))
+
+
+def assert_inner(factor, want, directions):
+    """Compare with the gradients' inner products, relative to the sum of the terms' magnitudes."""
+    got, magnitude = factor.inner(directions), inner_products(directions.abs(), want.abs())
+    assert got.shape == (len(directions), len(want))
+    assert ((got - inner_products(directions, want)).abs() <= 1e-12 * magnitude).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.one_of(outers(), products(), tables(), uses()), st.integers(1, 9))
+def test_inner_products_are_those_of_the_gradients(case, count):
+    factor, want = case
+    directions = torch.randn(count, *want.shape[1:], dtype=want.dtype)
+    assert_inner(factor, want, directions)
+    empty = factor.joined(torch.zeros(0, 1, dtype=torch.long))
+    assert_inner(empty, want[:0], directions)
+    assert_inner(factor.joined(torch.zeros(2, 2, dtype=torch.long)), 2 * want[[0, 0]], directions)
+
+
+@pytest.mark.parametrize("outputs", [3, 5])
+@pytest.mark.parametrize(
+    ("count", "positions", "has_gradients"), [(1, 90, False), (3, 30, True), (9, 3, False)]
+)
+def test_inner_products_with_and_without_gradients(
+    count, positions, has_gradients, outputs, monkeypatch
+):
+    """The smaller of the sides is multiplied; gradients are formed for many directions.
+
+    3 directions, 30 positions: 90 > 60 + 16; 9 and 3: 27 < 6 + 40
+    """
+    torch.manual_seed(1)
+    left = torch.randn(7, positions, 2, outputs).double()
+    right = torch.randn(7, positions, 2, 4).double()
+    want = torch.einsum("ntgo,ntgi->ngoi", left, right).reshape(7, 2 * outputs, 4)
+    monkeypatch.setattr(per_sample, "CHUNK_ON_CPU", 3 * want[0].numel())
+    formed = []
+    gradient = Outer.gradient
+    monkeypatch.setattr(
+        Outer, "gradient", lambda self, part: formed.append(g := gradient(self, part)) or g
+    )
+    directions = torch.randn(count, 2 * outputs, 4).double()
+    assert_inner(Outer(left, right, (2 * outputs, 4)), want, directions)
+    assert [len(chunk) for chunk in formed] == ([3, 3, 1] if has_gradients else [])
+
+
 def test_uses_of_one_form_are_merged_into_it():
     outer = Outer(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 5), (4, 5))
     product = Product(Explicit(torch.ones(2, 4)), Explicit(torch.ones(2, 5)))
@@ -127,7 +176,7 @@ def test_the_gram_matrices_and_the_gradients_agree(positions, outputs, inputs, m
     right = torch.randn(4, positions, 2, inputs).double()
     outer = Outer(left, right, (2 * outputs, inputs))
     torch.testing.assert_close(
-        outer.square(), gradients.in_chunks(outer, 4, left, gradients.square_sum)
+        outer.square(), gradients.in_chunks(outer, 4, left, per_sample.square_sum)
     )
     if positions != 20:
         monkeypatch.setattr(gradients, "in_chunks", None)
@@ -139,7 +188,7 @@ def test_gradients_are_formed_for_a_few_samples_at_a_time(monkeypatch):
     outer = Outer(torch.randn(5, 9, 1, 3), torch.randn(5, 9, 1, 4), (3, 4))
     want = outer.weighted(diagonal(torch.ones(3, 4)))
     held = []
-    monkeypatch.setattr(gradients, "CHUNK_ON_CPU", 2 * math.prod(outer.shape))
+    monkeypatch.setattr(per_sample, "CHUNK_ON_CPU", 2 * math.prod(outer.shape))
     gradient = Outer.gradient
     monkeypatch.setattr(
         Outer, "gradient", lambda self, part: held.append(g := gradient(self, part)) or g
@@ -165,9 +214,16 @@ def test_squares_of_half_precision_are_computed_in_float32(dtype):
     assert explicit.square().tolist() == pytest.approx([3 * 2**18] * 2)  # largest: 2^16
     assert explicit.weighted(diagonal(torch.ones(3, dtype=dtype))).tolist() == [3 * 2**18] * 2
     assert rows.square().tolist() == pytest.approx([4 * (3 * 2**-10) ** 2] * 2)
+    directions = torch.full((1, 4, 4), 2**-5, dtype=dtype)
+    assert outer.inner(directions).tolist() == [[16 * 3 * 2**-25] * 2]
+    assert product.inner(directions).tolist() == [[16 * 2**-25] * 2]
+    assert rows.inner(directions).tolist() == [[4 * 3 * 2**-15] * 2]
+    # 2^18 is out of the range of float16
+    assert explicit.inner(torch.full((1, 3), 2**9, dtype=dtype)).tolist() == [[3 * 2**18] * 2]
 
 
 def test_a_parameter_without_axes_is_one_number():
     scalar = Explicit(torch.tensor([3.0, -2.0]))
     assert scalar.square().tolist() == [9, 4]
     assert scalar.weighted(diagonal(torch.tensor(0.5))).tolist() == [2.25, 1]
+    assert scalar.inner(torch.tensor([0.5, 2.0])).tolist() == [[1.5, -1], [6, -4]]

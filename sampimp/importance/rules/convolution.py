@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sampimp.importance.gradients import (
-    Explicit,
-    Outer,
+from sampimp.importance.gradients import Explicit, Outer, forms_gradients
+from sampimp.importance.per_sample import (
+    at_least_float32,
     gather_rows,
     gram_of_positions,
     samples_at_once,
@@ -82,14 +82,18 @@ class Window:
             if all(positions.start < positions.stop for positions in position_slices):
                 yield position_slices, pixels
 
-    def unfold(self, images_NGIS: Tensor) -> Tensor:
-        """Return the patches, (N, T, G, K)."""
+    def pad(self, images_NGIS: Tensor) -> Tensor:
+        """Return the images with zeros wherever the kernel meets no pixel."""
         padding: list[int] = []
         for axis in reversed(range(len(self.kernel))):
             last = self.step[axis] * (self.positions[axis] - 1) - self.before[axis]
             last += self.spacing[axis] * (self.kernel[axis] - 1)
             padding += [self.before[axis], max(0, last + 1 - images_NGIS.shape[3 + axis])]
-        padded = functional.pad(images_NGIS, padding) if any(padding) else images_NGIS.contiguous()
+        return functional.pad(images_NGIS, padding) if any(padding) else images_NGIS
+
+    def unfold(self, images_NGIS: Tensor) -> Tensor:
+        """Return the patches, (N, T, G, K)."""
+        padded = self.pad(images_NGIS).contiguous()
         outer, inner = padded.stride()[:3], padded.stride()[3:]
         by_offset = (pixels * size for pixels, size in zip(self.spacing, inner, strict=True))
         by_position = (pixels * size for pixels, size in zip(self.step, inner, strict=True))
@@ -128,6 +132,14 @@ class Convolution:
         chunks = self._chunks(self._chunk_size)
         return torch.cat([chunk._outer().weighted(derivative) for chunk in chunks])
 
+    def inner(self, directions: Tensor) -> Tensor:
+        """See `Factor`; delta . convolution(images; direction), or from the gradients."""
+        if forms_gradients(len(directions), self.left.shape[1]):
+            chunks = self._chunks(self._chunk_size)
+            return torch.cat([chunk._outer().inner(directions) for chunk in chunks], 1)
+        chunks = self._chunks(samples_at_once(len(directions) * self.left[0:1].numel(), self.left))
+        return torch.cat([chunk._inner_by_convolution(directions) for chunk in chunks], 1)
+
     def gradient(self, samples: slice) -> Tensor:
         """See `Factor`."""
         return self._samples(samples)._outer().gradient(slice(None))
@@ -160,6 +172,27 @@ class Convolution:
     def _outer(self) -> Outer:
         """Return the same gradients by patches."""
         return Outer(self.left, self.window.unfold(self.images), self.shape)
+
+    def _inner_by_convolution(self, directions: Tensor) -> Tensor:
+        """Return the inner products, from one convolution with all directions as its kernels."""
+        left, images = at_least_float32(self.left), at_least_float32(self.images)
+        window, (groups, outputs) = self.window, left.shape[2:]
+        kernels = at_least_float32(directions).unflatten(1, (groups, outputs)).transpose(0, 1)
+        maps = torch.convolution(
+            window.pad(images).flatten(1, 2),
+            kernels.flatten(0, 2),
+            None,
+            list(window.step),
+            [0] * len(window.kernel),
+            list(window.spacing),
+            False,
+            [0] * len(window.kernel),
+            groups,
+        )
+        inside: Any = (..., *map(slice, window.positions))
+        by_direction = maps[inside].unflatten(1, (groups, -1, outputs)).flatten(3)
+        deltas = left.permute(0, 2, 3, 1).flatten(2)  # (N, G, O T)
+        return torch.einsum("ngdt,ngt->dn", by_direction, deltas)
 
     def _square_by_pixels(self) -> Tensor:
         """Return the squared norms, from the products of pixels."""

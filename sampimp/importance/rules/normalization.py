@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sampimp.importance.gradients import Explicit, samples_at_once
+from sampimp.importance.gradients import Explicit
+from sampimp.importance.per_sample import samples_at_once
 from sampimp.importance.rules.batch import Batch, Factors, require_samples
 
 

@@ -26,7 +26,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sampimp.importance.gradients import Explicit, Outer, gram_of_positions
+from sampimp.importance.gradients import Explicit, Outer
+from sampimp.importance.per_sample import gram_of_positions
 from sampimp.importance.rules.batch import Factors
 from sampimp.importance.rules.recurrent_call import LayerWeights
 
