@@ -6,7 +6,8 @@ strategy sorts by, and of the identity of a user's own network. Two trials with 
 are the same experiment.
 
 Map: `TrainingConfig` (how networks are trained), `TrialConfig` (one run, and its fingerprint),
-`NetworkIdentity` (a user's own network), `OPTIMIZERS` and `MODELS` (names), `check_choice`.
+`NetworkIdentity` (a user's own network), `OPTIMIZERS`, `MODELS` and `RELU_MODELS` (names),
+`check_choice`.
 """
 
 import difflib
@@ -26,6 +27,9 @@ OPTIMIZERS = {"sgd": "SGD", "momentum": "SGD, momentum 0.9", "adam": "Adam", "ad
 MODELS = ("mlp", "cnn", "resnet18", "lstm", "gru", "transformer")
 """The networks of `sampimp.training.models`."""
 
+RELU_MODELS = ("mlp", "cnn", "resnet18", "transformer")
+"""Those with ReLUs, which another activation can replace."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -38,6 +42,9 @@ class TrainingConfig:
     """Inputs in [0, 1], or standardised over the training set; the paper does not state it."""
     hidden: tuple[int, ...] = (512, 512, 512)
     """Units of each hidden layer of the mlp."""
+    activation: Literal["relu", "gelu", "silu", "tanh", "softplus"] = "relu"
+    """Activation of mlp, cnn, resnet18 and transformer; softplus has beta 10. The recurrent
+    networks and your own keep theirs, and accept no other value than relu."""
     epochs: int = 50
     """Passes over the training set."""
     batch_size: int = 100
@@ -71,6 +78,9 @@ class TrainingConfig:
         _require(math.isfinite(rate) and rate > 0, "learning_rate", "a positive number", rate)
         if ":" not in self.model:
             check_choice(self.model, MODELS, "model")
+        if self.activation != "relu" and self.model not in RELU_MODELS:
+            expected = f"relu for a model other than {', '.join(RELU_MODELS)}"
+            _require(False, "activation", expected, self.activation)
         if self.workers > 1 and self.model != "mlp":
             _require(False, "workers", "1 for a model other than the paper's", self.workers)
         _require(
@@ -224,7 +234,7 @@ class TrialConfig:
         trial = asdict(self)
         # Fields that were added later enter only where they differ from the paper's values, so that
         # trials of the paper keep their fingerprints.
-        for name in ("model", "optimizer", "schedule"):
+        for name in ("model", "optimizer", "schedule", "activation"):
             if trial["training"][name] == getattr(TrainingConfig, name):
                 del trial["training"][name]
         identity = {

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from rich.console import Console
 
-from sampimp.config import TrialConfig
+from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import Source, load_source, scale_inputs
 from sampimp.store.plan import Plan
 from sampimp.sweeps.machines import Cluster, named_address, noted_address, this_machine
@@ -57,11 +57,14 @@ def describe_study(config: StudyConfig, console: Console) -> int:
 
 def _print_plan(study: Study, console: Console) -> None:
     plan = study.plan
+    activation = plan.training.activation
+    other_activation = "" if activation == TrainingConfig.activation else f", {activation}"
     console.print(f"Store     {study.folder}", markup=False, highlight=False)
     for key, info in plan.datasets.items():
         console.print(
             f"Data set  {key}: {info.sample_count:,} + {info.test_count:,} samples, "
-            f"{len(info.class_names)} classes, network of {info.parameter_count:,} parameters",
+            f"{len(info.class_names)} classes, network of {info.parameter_count:,} parameters"
+            f"{other_activation}",
             highlight=False,
         )
     for strategy, seeds in plan.grid.items():

@@ -203,7 +203,12 @@ def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> li
     flat_P = stored.read(layout.states.index(epoch))
     # With the trial's seed: a network may derive buffers from it, and buffers are not stored.
     model = build_model(
-        training.model, info.input_shape, training.hidden, len(info.class_names), commit["seed"]
+        training.model,
+        info.input_shape,
+        training.hidden,
+        len(info.class_names),
+        commit["seed"],
+        training.activation,
     )
     require_network(training.model, model, info.network)
     _require_constant_buffers(model, trial)

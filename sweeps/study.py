@@ -154,7 +154,9 @@ def make_plan(config: StudyConfig, sources: Mapping[str, Source]) -> Plan:
 def _dataset_info(config: StudyConfig, source: Source) -> DatasetInfo:
     shape = source.train_values.shape[1:]
     classes = len(source.class_names)
-    network = build_model(config.model, shape, config.hidden, classes, seed=0)
+    network = build_model(
+        config.model, shape, config.hidden, classes, seed=0, activation=config.activation
+    )
     samples = torch.from_numpy(source.train_values[:4] / np.float32(source.full_scale))
     identity = identify_network(config.model, network, samples) if ":" in config.model else None
     try:

@@ -171,7 +171,8 @@ def describe_runs(
         ("of these diverged", str(diverged)),
     ]
     scale = cube["importance"].attrs
-    for key in ("learning_rate", "batch_size", "loss_reduction", "weight_decay", "optimizer"):
+    names = ("learning_rate", "batch_size", "loss_reduction", "weight_decay", "optimizer")
+    for key in (*names, "activation"):
         if key in scale:
             facts.append((key.replace("_", " "), str(scale[key])))
     if scale.get("optimizer") in ("Adam", "AdamW"):

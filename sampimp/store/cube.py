@@ -23,7 +23,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from sampimp.config import OPTIMIZERS
+from sampimp.config import OPTIMIZERS, RELU_MODELS
 from sampimp.errors import RecordError
 from sampimp.schema import CURVES, REFERENCES, STRATEGIES, VARIABLES, Layout, digest_json
 from sampimp.store.datasets import StoredSource, open_source
@@ -262,6 +262,7 @@ def _training_attrs(plan: Plan) -> dict[str, Any]:
         "model": training.model,
         "input_scaling": training.input_scaling,
         "hidden": list(training.hidden),
+        **({"activation": training.activation} if training.model in RELU_MODELS else {}),
         "epochs": training.epochs,
         "threads": training.threads,
         "device": training.device,

@@ -2,11 +2,11 @@
 
 For layers d = 1 .. D, x_1 the batch, W_d and b_d the weights and biases:
 
-    x_{d+1} = relu(x_d W_d^T + b_d), without the relu after the last layer
+    z_d = x_d W_d^T + b_d, x_{d+1} = f(z_d), without the activation f after the last layer
     delta_D = d(mean loss)/d(logits), the softmax in float64
     for d = D .. 1:
         the gradients of W_d and b_d are delta_d^T x_d and the sum of delta_d
-        delta_{d-1} = (delta_d W_d) where x_d > 0
+        delta_{d-1} = (delta_d W_d) f'(z_{d-1})
     the optimizer's step
     for d = 1 .. D: importance from x_d, delta_d and the derivative of the update
 
@@ -30,6 +30,7 @@ from sampimp.errors import UnsupportedError
 from sampimp.importance.buffer import NormBuffer
 from sampimp.importance.gradients import Explicit, Product, squares
 from sampimp.importance.update import Diagonal, UpdateDerivative
+from sampimp.training.activations import ACTIVATIONS, Activation, activation_of
 from sampimp.training.collective import SINGLE_PROCESS, ProcessGroup
 
 aten = torch.ops.aten
@@ -41,7 +42,8 @@ class FusedStep:
     Parameters
     ----------
     model
-        Linear layers alternating with ReLUs, optionally after a Flatten; all layers are trained.
+        Linear layers alternating with activations of `sampimp.training.activations`, optionally
+        after a Flatten; all layers are trained.
     optimizer
         An optimizer over all parameters of the model; `sampimp.importance.optimizers` lists those
         that can be recorded.
@@ -65,7 +67,7 @@ class FusedStep:
         process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self._optimizer, self._process_group = optimizer, process_group
-        self._layers = _require_stack(model)
+        self._layers, self._activations = _require_stack(model)
         self._parameters = list(model.parameters())
         trained = {
             id(parameter) for group in optimizer.param_groups for parameter in group["params"]
@@ -84,7 +86,7 @@ class FusedStep:
         self._gradients = [torch.empty_like(parameter) for parameter in self._parameters]
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
-        self._outputs = [layer.weight.new_empty(0, len(layer.weight)) for layer in self._layers]
+        self._make_buffers(0)
         self._derivative = UpdateDerivative(optimizer) if record else None
         self._norms = NormBuffer(len(self._parameters))
 
@@ -95,9 +97,9 @@ class FusedStep:
         `batch_size` is the size of the whole batch if these samples are only this worker's share
         of it; the share may be empty.
         """
-        activations = self._forward(inputs.flatten(1))
-        logits_NC = activations.pop()
-        products = self._backward(activations, loss_gradient(logits_NC, labels, batch_size))
+        activations, kept, logits_NC = self._forward(inputs.flatten(1))
+        delta_NC = loss_gradient(logits_NC, labels, batch_size)
+        products = self._backward(activations, kept, delta_NC)
         self._process_group.sum(self._gradients)
         if self._derivative is None:
             self._optimizer.step()
@@ -138,19 +140,35 @@ class FusedStep:
         scaled = [row * rate for row, rate in zip(rows, squared_rates, strict=True)]
         return torch.stack(scaled).unflatten(0, (-1, 2)).sum(1)
 
-    def _forward(self, inputs_NI: Tensor) -> list[Tensor]:
-        """Return the input of every layer, and the logits."""
+    def _make_buffers(self, size: int) -> None:
+        """Allocate, for batches of up to `size` samples, the outputs of layers and activations."""
+        self._outputs = [layer.weight.new_empty(size, len(layer.weight)) for layer in self._layers]
+        # In place where the backward pass does not read the layer's output.
+        self._activated = [
+            output if activation.reads_output else torch.empty_like(output)
+            for output, activation in zip(self._outputs, self._activations, strict=False)
+        ]
+
+    def _forward(self, inputs_NI: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Return the layers' inputs, what each activation's backward pass reads, and the logits."""
         size = len(inputs_NI)
         if size > len(self._outputs[0]):
-            self._outputs = [output.new_empty(size, output.shape[1]) for output in self._outputs]
+            self._make_buffers(size)
         activations = [inputs_NI]
+        kept: list[Tensor] = []
         for layer, output in zip(self._layers, self._outputs, strict=True):
-            output_NO = output[:size]
-            torch.addmm(layer.bias, activations[-1], layer.weight.t(), out=output_NO)
-            activations.append(output_NO if layer is self._layers[-1] else output_NO.relu_())
-        return activations
+            torch.addmm(layer.bias, activations[-1], layer.weight.t(), out=output[:size])
+            if layer is not self._layers[-1]:
+                position = len(kept)
+                activated_NO = self._activated[position][:size]
+                self._activations[position].forward(output[:size], out=activated_NO)
+                activations.append(activated_NO)
+                kept.append(output[:size])
+        return activations, kept, output[:size]
 
-    def _backward(self, activations: list[Tensor], delta_NO: Tensor) -> list[Product]:
+    def _backward(
+        self, activations: list[Tensor], kept: list[Tensor], delta_NO: Tensor
+    ) -> list[Product]:
         """Compute the gradients, last layer first; return each weight's per-sample gradients."""
         products: list[Product] = []
         for position in reversed(range(len(self._layers))):
@@ -162,7 +180,8 @@ class FusedStep:
             torch.mm(delta_NO.t(), activation_NI, out=layer.weight.grad)
             torch.sum(delta_NO, 0, out=layer.bias.grad)
             if position:
-                delta_NO = aten.threshold_backward(delta_NO @ layer.weight, activation_NI, 0)
+                backward = self._activations[position - 1].backward
+                delta_NO = backward(delta_NO @ layer.weight, kept[position - 1])
         return products
 
 
@@ -189,20 +208,21 @@ def loss_gradient(logits_NC: Tensor, labels_N: Tensor, batch_size: int | None = 
     return delta_NC.to(logits_NC.dtype)
 
 
-def _require_stack(model: nn.Sequential) -> list[nn.Linear]:
-    """Return the linear layers; raise UnsupportedError for any other kind of network."""
+def _require_stack(model: nn.Sequential) -> tuple[list[nn.Linear], list[Activation]]:
+    """Return the linear layers and activations; raise UnsupportedError for any other network."""
     modules = [module for module in model if not isinstance(module, nn.Flatten)]
     layers = [module for module in modules[::2] if type(module) is nn.Linear]
-    activations = [module for module in modules[1::2] if type(module) is nn.ReLU]
+    activations = [found for module in modules[1::2] if (found := activation_of(module))]
     if (
         len(layers) != len(activations) + 1
         or len(layers) + len(activations) != len(modules)
         or any(layer.bias is None for layer in layers)
     ):
         raise UnsupportedError(
-            expected="Linear layers with biases, alternating with ReLUs",
-            got=", ".join(type(module).__name__ for module in modules) or "no layer",
+            expected="Linear layers with biases, alternating with activations "
+            f"({', '.join(ACTIVATIONS)})",
+            got=", ".join(map(str, modules)) or "no layer",
             where="the model of the training run",
             todo="train it in your own loop, with ImportanceRecorder around the step",
         )
-    return layers
+    return layers, activations

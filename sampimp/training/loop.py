@@ -80,7 +80,12 @@ class TrainingRun:
         self._test = tuple(torch.from_numpy(array).to(device) for array in data[2:])
         class_count = int(max(data.train_labels.max(), data.test_labels.max())) + 1
         self.model = build_model(
-            training.model, data.train_inputs.shape[1:], training.hidden, class_count, config.seed
+            training.model,
+            data.train_inputs.shape[1:],
+            training.hidden,
+            class_count,
+            config.seed,
+            training.activation,
         ).to(self._train[0])  # device and precision of the inputs
         self.optimizer = make_optimizer(self.model, training)
         self.step: TrainingStep

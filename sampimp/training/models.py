@@ -1,7 +1,8 @@
 """The networks of a study: the paper's, and small standard networks of other kinds.
 
 The paper's network has fully connected layers of ReLU units and a linear output (section 3.1); the
-paper's last section asks for convolutional and recurrent ones. All map (N, C, H, W) to logits
+paper's last section asks for convolutional and recurrent ones. Other activations can take the
+ReLUs' place (`sampimp.training.activations`). All map (N, C, H, W) to logits
 (N, classes). The recurrent networks and the transformer read an image as a sequence of its rows, as
 is usual for MNIST. Layers are registered in the order in which they are called. No network mixes
 samples.
@@ -23,12 +24,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from sampimp.config import MODELS, check_choice
+from sampimp.config import MODELS, RELU_MODELS, check_choice
 from sampimp.errors import ConfigError
+from sampimp.training.activations import ACTIVATIONS
 
 
 def build_model(
-    name: str, input_shape: Sequence[int], hidden: Sequence[int], class_count: int, seed: int
+    name: str,
+    input_shape: Sequence[int],
+    hidden: Sequence[int],
+    class_count: int,
+    seed: int,
+    activation: str = "relu",
 ) -> nn.Module:
     """Return a network by its name; its initialisation depends only on the seed.
 
@@ -45,6 +52,9 @@ def build_model(
         Number of logits.
     seed
         Seed of the initialisation.
+    activation
+        One of `sampimp.training.activations.ACTIVATIONS`, in the place of the ReLUs of
+        `sampimp.config.RELU_MODELS`; the other networks ignore it.
 
     Raises
     ------
@@ -52,11 +62,13 @@ def build_model(
         The name is unknown, the samples are not images, or the function returns no network.
     """
     if name == "mlp":
-        return build_mlp(input_shape, hidden, class_count, seed)
+        return build_mlp(input_shape, hidden, class_count, seed, activation)
     if ":" in name:
         builder = import_builder(name)
     else:
         builder = _BUILDERS[check_choice(name, MODELS, "model")]
+        if name in RELU_MODELS:
+            builder = partial(builder, activation=activation)
         if len(input_shape) != 3:
             raise ConfigError(
                 expected="samples of shape (channels, rows, columns)",
@@ -99,7 +111,11 @@ def import_builder(name: str) -> Callable[[tuple[int, ...], int], nn.Module]:
 
 
 def build_mlp(
-    input_shape: Sequence[int], hidden: Sequence[int], class_count: int, seed: int
+    input_shape: Sequence[int],
+    hidden: Sequence[int],
+    class_count: int,
+    seed: int,
+    activation: str = "relu",
 ) -> nn.Sequential:
     """Return a Glorot-initialised multilayer perceptron with layers L1, L2, ..., Out.
 
@@ -113,6 +129,8 @@ def build_mlp(
         Number of outputs (logits).
     seed
         Seed of the initialisation, which depends on nothing else.
+    activation
+        One of `sampimp.training.activations.ACTIVATIONS`.
 
     References
     ----------
@@ -129,7 +147,7 @@ def build_mlp(
     modules: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for number, (fan_in, fan_out) in enumerate(pairwise(sizes), start=1):
         modules[f"L{number}"] = _glorot_linear(fan_in, fan_out, generator)
-        modules[f"relu{number}"] = nn.ReLU()
+        modules[f"{activation}{number}"] = ACTIVATIONS[activation].make()
     modules["Out"] = _glorot_linear(sizes[-1], class_count, generator)
     return nn.Sequential(modules)
 
@@ -141,17 +159,17 @@ def _glorot_linear(fan_in: int, fan_out: int, generator: torch.Generator) -> nn.
     return layer
 
 
-def build_cnn(input_shape: Sequence[int], class_count: int) -> nn.Module:
+def build_cnn(input_shape: Sequence[int], class_count: int, activation: str = "relu") -> nn.Module:
     """Return a network of two 3 x 3 convolutions with pooling and two fully connected layers."""
     channels, rows, columns = input_shape
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for number, (fan_in, fan_out) in enumerate(((channels, 32), (32, 64)), start=1):
         modules[f"conv{number}"] = nn.Conv2d(fan_in, fan_out, 3, padding=1)
-        modules[f"relu{number}"] = nn.ReLU()
+        modules[f"{activation}{number}"] = ACTIVATIONS[activation].make()
         modules[f"pool{number}"] = nn.MaxPool2d(2)
     modules["flatten"] = nn.Flatten()
     modules["fc"] = nn.Linear(64 * (rows // 4) * (columns // 4), 128)
-    modules["relu3"] = nn.ReLU()
+    modules[f"{activation}3"] = ACTIVATIONS[activation].make()
     modules["Out"] = nn.Linear(128, class_count)
     return nn.Sequential(modules)
 
@@ -159,12 +177,13 @@ def build_cnn(input_shape: Sequence[int], class_count: int) -> nn.Module:
 class ResidualBlock(nn.Module):
     """Two convolutions and a shortcut, with GroupNorm in the place of He et al.'s BatchNorm."""
 
-    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
+    def __init__(self, fan_in: int, fan_out: int, stride: int, activation: str = "relu") -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False)
         self.norm1 = nn.GroupNorm(32, fan_out)
         self.conv2 = nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False)
         self.norm2 = nn.GroupNorm(32, fan_out)
+        self.activation = ACTIVATIONS[activation].make()
         self.shortcut = nn.Sequential()
         if stride != 1 or fan_in != fan_out:
             self.shortcut = nn.Sequential(
@@ -173,12 +192,14 @@ class ResidualBlock(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return (N, fan_out, H / stride, W / stride)."""
-        inner = torch.relu(self.norm1(self.conv1(images)))
+        inner = self.activation(self.norm1(self.conv1(images)))
         inner = self.norm2(self.conv2(inner))
-        return torch.relu(inner + self.shortcut(images))
+        return self.activation(inner + self.shortcut(images))
 
 
-def build_resnet18(input_shape: Sequence[int], class_count: int) -> nn.Module:
+def build_resnet18(
+    input_shape: Sequence[int], class_count: int, activation: str = "relu"
+) -> nn.Module:
     """Return ResNet-18 for small images: its first convolution is 3 x 3, without pooling after it.
 
     References
@@ -189,12 +210,12 @@ def build_resnet18(input_shape: Sequence[int], class_count: int) -> nn.Module:
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     modules["stem"] = nn.Conv2d(input_shape[0], 64, 3, 1, 1, bias=False)
     modules["norm"] = nn.GroupNorm(32, 64)
-    modules["relu"] = nn.ReLU()
+    modules[activation] = ACTIVATIONS[activation].make()
     width = 64
     for number, fan_out in enumerate((64, 128, 256, 512), start=1):
         stride = 1 if number == 1 else 2
-        modules[f"block{number}a"] = ResidualBlock(width, fan_out, stride)
-        modules[f"block{number}b"] = ResidualBlock(fan_out, fan_out, 1)
+        modules[f"block{number}a"] = ResidualBlock(width, fan_out, stride, activation)
+        modules[f"block{number}b"] = ResidualBlock(fan_out, fan_out, 1, activation)
         width = fan_out
     modules["pool"] = nn.AdaptiveAvgPool2d(1)
     modules["flatten"] = nn.Flatten()
@@ -229,14 +250,22 @@ class RowTransformer(nn.Module):
     gradient is that of the whole network.
     """
 
-    def __init__(self, input_shape: Sequence[int], class_count: int) -> None:
+    def __init__(
+        self, input_shape: Sequence[int], class_count: int, activation: str = "relu"
+    ) -> None:
         super().__init__()
         channels, rows, columns = input_shape
         self.embedding = nn.Linear(channels * columns, 64)
         self.position = nn.Parameter(0.02 * torch.randn(1, rows, 64))
         for number in (1, 2):
             layer = nn.TransformerEncoderLayer(
-                64, 4, 128, dropout=0.0, batch_first=True, norm_first=True
+                64,
+                4,
+                128,
+                dropout=0.0,
+                activation=ACTIVATIONS[activation].make(),
+                batch_first=True,
+                norm_first=True,
             )
             self.add_module(f"block{number}", layer)
         self.norm = nn.LayerNorm(64)
@@ -250,7 +279,7 @@ class RowTransformer(nn.Module):
         return self.Out(self.norm(inner_NTE.mean(1)))
 
 
-_BUILDERS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "cnn": build_cnn,
     "resnet18": build_resnet18,
     "lstm": partial(RowRNN, nn.LSTM),

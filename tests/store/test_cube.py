@@ -88,6 +88,7 @@ def test_importance_states_its_scale(tree):
         "loss_reduction": "mean",
         "weight_decay": 1e-5,
         "optimizer": "SGD",
+        "activation": "relu",
     }
     attrs = tree["one"]["importance"].attrs
     assert {name: attrs[name] for name in expected} == expected

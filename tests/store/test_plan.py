@@ -108,6 +108,7 @@ CHANGES = {
     "model": "cnn",
     "optimizer": "adamw",
     "schedule": "cosine",
+    "activation": "gelu",
     "input_scaling": "standard",
     "hidden": (5, 4, 3),
     "epochs": 4,
@@ -205,6 +206,18 @@ def test_json_round_trip():
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again == plan
     assert again.resolve({}) == plan.resolve({})
+
+
+def test_a_study_from_before_other_activations_had_relus():
+    plan = make_plan()
+    content = json.loads(json.dumps(plan.to_json()))
+    del content["training"]["activation"]
+    older = Plan.from_json(content)
+    assert older == plan
+    assert older.joined(plan, "OUT") == plan
+    gelu = dataclasses.replace(plan.training, activation="gelu")
+    with pytest.raises(ConfigError, match=r"activation 'relu' \(requested: 'gelu'\)"):
+        older.joined(dataclasses.replace(plan, training=gelu), "OUT")
 
 
 def test_joining_adds_seeds_strategies_and_data_sets():

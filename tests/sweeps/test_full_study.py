@@ -143,11 +143,14 @@ def test_another_network_and_optimizer_are_a_study_too(run_study, tiny, tmp_path
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path, run_untrained):
     out = tmp_path / "not" / "there"
-    code, text = run_untrained(out, *tiny, "--strategies", "nlo", "--seeds", "1", "2", "--dry-run")
+    options = "--strategies nlo --seeds 1 2 --activation softplus --dry-run"
+    code, text = run_untrained(out, *tiny, *options.split())
     assert code == 0
     assert list(tmp_path.iterdir()) == []
     # 16 (64 + 1) + 10 (16 + 1) = 1,210 parameters.
-    assert "digits: 1,500 + 297 samples, 10 classes, network of 1,210 parameters" in text
+    assert (
+        "digits: 1,500 + 297 samples, 10 classes, network of 1,210 parameters, softplus\n" in text
+    )
     assert "shuffle          seeds 1\n" in text
     assert "nlo              seeds 1, 2\n" in text
     assert "3 in all, 3 of them missing" in text

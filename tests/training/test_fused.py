@@ -12,6 +12,7 @@ from torch.nn import functional
 from sampimp.errors import UnsupportedError
 from sampimp.importance.recorder import ImportanceRecorder
 from sampimp.importance.sample_index import sum_by_sample
+from sampimp.training.activations import ACTIVATIONS
 from sampimp.training.fused import FusedStep, loss_gradient
 from sampimp.training.models import build_mlp
 
@@ -60,21 +61,22 @@ def assert_same_importance(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=8 * torch.finfo(actual.dtype).eps, atol=0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=120)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     # At least 2: a matrix of one column is also a row, and BLAS may get the other layout.
     hidden=st.lists(st.integers(2, 33), max_size=4),
     inputs=st.integers(1, 40),
     classes=st.integers(2, 11),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
     decay=st.sampled_from([0.0, DECAY]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 9),
 )
 def test_parameters_and_importance_equal_autograd(
-    sizes, hidden, inputs, classes, decay, dtype, seed
+    sizes, hidden, inputs, classes, activation, decay, dtype, seed
 ):
-    expected = build_mlp((inputs,), hidden, classes, seed).to(dtype)
+    expected = build_mlp((inputs,), hidden, classes, seed, activation).to(dtype)
     model = copy.deepcopy(expected)
     batches = make_batches(sizes, inputs, classes, dtype, seed)
     beta = train_with_autograd(expected, batches, decay)
@@ -110,8 +112,9 @@ def test_other_optimizers_make_the_same_update(optimizer_class, options):
     torch.testing.assert_close(step.take(), beta, rtol=1e-12, atol=0)
 
 
-def test_paper_network_is_trained_to_equal_bytes():
-    expected = build_mlp((1, 28, 28), (512, 512, 512), 10, seed=1)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_paper_network_is_trained_to_equal_bytes(activation):
+    expected = build_mlp((1, 28, 28), (512, 512, 512), 10, 1, activation)
     model = copy.deepcopy(expected)
     batches = [(x.view(-1, 1, 28, 28), y) for x, y in make_batches([100] * 3, 784, 10, None)]
     beta = train_with_autograd(expected, batches, 1e-5)
@@ -122,9 +125,10 @@ def test_paper_network_is_trained_to_equal_bytes():
     assert_same_importance(step.take(), beta)
 
 
-def test_without_recording_parameters_are_equal_and_take_returns_none():
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_without_recording_parameters_are_equal_and_take_returns_none(activation):
     batches = make_batches([5, 4], 6, 3, None)
-    models = [build_mlp((6,), (8,), 3, seed=1) for _ in range(2)]
+    models = [build_mlp((6,), (8,), 3, 1, activation) for _ in range(2)]
     for model, record in zip(models, (True, False), strict=True):
         step = make_step(model, record=record)
         for batch in batches:
@@ -183,13 +187,14 @@ def test_samples_that_no_batch_used_are_nan():
         nn.Sequential(),
         nn.Sequential(nn.Linear(2, 3), nn.ReLU()),
         nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)),
-        nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)),
+        nn.Sequential(nn.Linear(2, 3), nn.Sigmoid(), nn.Linear(3, 2)),
+        nn.Sequential(nn.Linear(2, 3), nn.GELU(approximate="tanh"), nn.Linear(3, 2)),
         nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 2)),
         nn.Sequential(nn.Conv1d(2, 3, 1), nn.ReLU(), nn.Linear(3, 2)),
     ],
 )
 def test_other_models_are_refused(model):
-    with pytest.raises(UnsupportedError, match="alternating with ReLUs"):
+    with pytest.raises(UnsupportedError, match="alternating with activations"):
         FusedStep(model, None, record=True)
 
 

@@ -218,6 +218,7 @@ OTHER_CONFIGURATIONS = [
     {"model": "gru", "optimizer": "adam", "schedule": "step"},
     {"model": "transformer", "optimizer": "adamw"},
     {"model": "mlp", "optimizer": "adamw"},
+    {"model": "mlp", "activation": "gelu"},
 ]
 
 
