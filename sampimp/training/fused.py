@@ -91,14 +91,22 @@ class FusedStep:
         self._norms = NormBuffer(len(self._parameters))
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
+    def __call__(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        batch_size: float | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
         """Train on one batch: inputs [N, ...], labels [N].
 
         `batch_size` is the size of the whole batch if these samples are only this worker's share
-        of it; the share may be empty.
+        of it; the share may be empty. For `weights` [N] see `sampimp.training.steps.TrainingStep`.
         """
         activations, kept, logits_NC = self._forward(inputs.flatten(1))
         delta_NC = loss_gradient(logits_NC, labels, batch_size)
+        if weights is not None:
+            delta_NC = delta_NC * weights[:, None]
         products = self._backward(activations, kept, delta_NC)
         self._process_group.sum(self._gradients)
         if self._derivative is None:
@@ -185,7 +193,7 @@ class FusedStep:
         return products
 
 
-def loss_gradient(logits_NC: Tensor, labels_N: Tensor, batch_size: int | None = None) -> Tensor:
+def loss_gradient(logits_NC: Tensor, labels_N: Tensor, batch_size: float | None = None) -> Tensor:
     """Return the gradient of the batch's mean cross-entropy at the logits, shape (N, C).
 
     The mean is over `batch_size` samples, by default over those of `labels_N`.

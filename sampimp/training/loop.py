@@ -14,8 +14,11 @@ batch, and every worker yields the records of all samples (`sampimp.training.col
 The loop imports neither Ray nor Zarr. The caller stores the records; it may stop, and continue
 from `TrainingRun.state` in another process with the same bytes.
 
-Map: `TrainingRun` (`records` is the loop), `evaluate` (NLL and errors),
-`use_deterministic_algorithms`.
+A run can be trained again, step by step or whole: with other weights of its samples, without some
+of them, from a start that is moved a little, or without evaluation.
+
+Map: `TrainingRun` (`records` is the loop; `begin_epoch` and `train_batch` are its parts),
+`evaluate` (NLL and errors), `use_deterministic_algorithms`.
 """
 
 import io
@@ -30,13 +33,18 @@ from torch.nn import functional
 
 from sampimp.config import TrialConfig
 from sampimp.data import Dataset
-from sampimp.errors import RecordError
+from sampimp.errors import ConfigError, RecordError
 from sampimp.importance.evaluation import evaluation_mode
 from sampimp.importance.sample_index import sum_by_sample
 from sampimp.schema import EpochRecord
 from sampimp.training.collective import SINGLE_PROCESS, ProcessGroup
 from sampimp.training.fused import FusedStep
-from sampimp.training.models import build_model, flatten_parameters, parameter_layers
+from sampimp.training.models import (
+    build_model,
+    flatten_parameters,
+    jitter_parameters,
+    parameter_layers,
+)
 from sampimp.training.steps import AutogradStep, TrainingStep, make_optimizer
 from sampimp.training.strategies import Schedule, batch_positions
 
@@ -59,6 +67,20 @@ class TrainingRun:
         False trains exactly the same parameters without measuring importance.
     process_group
         The workers that share each batch.
+    weights
+        Shape (N,): weights of the samples' losses; 0 removes a sample. The batches, and the
+        denominator of each batch's mean, remain. If all weights are 1, the parameters are equal bit
+        for bit to those of a run without weights.
+    renormalised
+        Divide the loss of each batch by the sum of its weights instead.
+    jitter
+        Size and seed of a normal number that is added to every initial parameter.
+
+    Raises
+    ------
+    ConfigError
+        Weights of another shape, or not finite; weights in a run that records, or has several
+        workers.
     """
 
     def __init__(
@@ -69,6 +91,9 @@ class TrainingRun:
         *,
         record: bool = True,
         process_group: ProcessGroup = SINGLE_PROCESS,
+        weights: np.ndarray | None = None,
+        renormalised: bool = False,
+        jitter: tuple[float, int] | None = None,
     ) -> None:
         training = config.training
         self.config, self.schedule, self.process_group = config, schedule, process_group
@@ -87,6 +112,11 @@ class TrainingRun:
             config.seed,
             training.activation,
         ).to(self._train[0])  # device and precision of the inputs
+        if jitter is not None:
+            jitter_parameters(self.model, *jitter)
+        if weights is not None:
+            _check_weights(weights, config, len(data.train_labels), record)
+        self._weights, self._renormalised = weights, renormalised
         self.optimizer = make_optimizer(self.model, training)
         self.step: TrainingStep
         if training.model == "mlp":
@@ -110,7 +140,6 @@ class TrainingRun:
         EpochRecord
             One per epoch; a new run first yields epoch 0, with the initial parameters.
         """
-        torch.set_num_threads(self.config.training.threads)
         states = set(self.config.training.stored_states())
         if self.epoch == 0:
             yield EpochRecord(epoch=0, arrays=self._parameters() if 0 in states else {})
@@ -128,26 +157,51 @@ class TrainingRun:
             if diverged:
                 return
 
-    def _train_epoch(self) -> dict[str, np.ndarray]:
-        inputs, labels = self._train
-        batches = self.schedule(self.epoch)
+    def begin_epoch(self, epoch: int) -> list[np.ndarray]:
+        """Set the learning rate and the random state of an epoch (1-based); return its batches.
+
+        `train_batch` with each of them, from the parameters and the optimizer's state before the
+        epoch, trains the epoch bit for bit as `records` does.
+        """
+        torch.set_num_threads(self.config.training.threads)
         for parameter_group in self.optimizer.param_groups:
-            parameter_group["lr"] = self.config.training.rate(self.epoch)
-        torch.manual_seed(hash((self.config.seed, self.epoch)))  # for dropout
+            parameter_group["lr"] = self.config.training.rate(epoch)
+        torch.manual_seed(hash((self.config.seed, epoch)))  # for dropout
+        return self.schedule(epoch)
+
+    def train_batch(self, batch: np.ndarray) -> None:
+        """Take the training step of a batch: the indices of its samples, of all workers."""
+        index = batch[self.process_group.share(len(batch))]
+        inputs, labels = self.batch_data(index)
+        if self._weights is None or (self._weights[batch] == 1).all():
+            self.step(inputs, labels, len(batch))
+            return
+        weights = torch.from_numpy(self._weights[batch]).to(inputs)
+        # Without any sample the loss is 0, by any denominator.
+        denominator = (float(weights.sum()) or 1.0) if self._renormalised else len(batch)
+        self.step(inputs, labels, denominator, weights)
+
+    def batch_data(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the inputs (N, ...) and labels (N,) of training samples."""
+        inputs, labels = self._train
+        rows = torch.from_numpy(index)
+        return inputs[rows], labels[rows]
+
+    def _train_epoch(self) -> dict[str, np.ndarray]:
+        batches, sample_count = self.begin_epoch(self.epoch), len(self._train[1])
         positions: list[np.ndarray] = []  # of this worker's samples, in the epoch's order
         start = 0
         for batch in batches:
+            self.train_batch(batch)
             share = self.process_group.share(len(batch))
-            index = torch.from_numpy(batch[share])
-            self.step(inputs[index], labels[index], len(batch))
             positions.append(np.arange(start, start + len(batch))[share])
             start += len(batch)
-        arrays = {"batch": batch_positions(batches, len(labels))}
+        arrays = {"batch": batch_positions(batches, sample_count)}
         beta_LN = self.step.take()
         if beta_LN is not None:
             beta_LN = self.process_group.gather(beta_LN, np.concatenate(positions), start)
             index = torch.from_numpy(np.concatenate(batches))
-            arrays["importance"] = sum_by_sample(index, beta_LN, len(labels)).float().numpy()
+            arrays["importance"] = sum_by_sample(index, beta_LN, sample_count).float().numpy()
         return arrays
 
     def _evaluate(self) -> dict[str, np.ndarray]:
@@ -199,6 +253,25 @@ class TrainingRun:
         self.model.load_state_dict(restored["model"])
         self.optimizer.load_state_dict(restored["optimizer"])
         self.epoch = epoch
+
+
+def _check_weights(
+    weights: np.ndarray, config: TrialConfig, sample_count: int, record: bool
+) -> None:
+    """Raise ConfigError for weights that a run cannot train with."""
+    wrong = {
+        f"weights of shape {weights.shape}": weights.shape != (sample_count,),
+        "weights that are not finite": not np.isfinite(weights).all(),
+        f"{config.training.workers} workers": config.training.workers > 1,
+        "a run that records importance": record,
+    }
+    if any(wrong.values()):
+        raise ConfigError(
+            expected=f"{sample_count} finite weights, for one worker without recording",
+            got=", ".join(words for words, holds in wrong.items() if holds),
+            where=f"run of {config.strategy}, seed {config.seed}, with weighted samples",
+            todo="train it with record=False and workers=1, and a weight for each sample",
+        )
 
 
 def use_deterministic_algorithms() -> None:

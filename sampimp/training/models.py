@@ -9,7 +9,8 @@ samples.
 
 Map: `build_model` (a network by its name), `build_mlp` (the paper's), `build_cnn`,
 `build_resnet18`, `RowRNN`, `RowTransformer`; `import_builder` (a user's own function);
-`parameter_layers`, `flatten_parameters`, `load_parameters` (parameters as one vector).
+`parameter_layers`, `flatten_parameters`, `load_parameters`, `jitter_parameters` (parameters as one
+vector).
 
 Shape suffixes: N samples, T positions, E entries of an embedding, P parameters.
 """
@@ -314,3 +315,12 @@ def load_parameters(model: nn.Module, flat_P: Tensor) -> None:
     sizes = [parameter.numel() for parameter in model.parameters()]
     for parameter, values in zip(model.parameters(), flat_P.split(sizes), strict=True):
         parameter.copy_(values.view_as(parameter))
+
+
+def jitter_parameters(model: nn.Module, size: float, seed: int) -> None:
+    """Add `size` times a standard normal number, drawn by the seed, to every parameter."""
+    flat_P = flatten_parameters(model)
+    generator = torch.Generator().manual_seed(seed)
+    # Drawn in float64: the same numbers for each precision and device.
+    noise_P = torch.randn(flat_P.shape, generator=generator, dtype=torch.float64)
+    load_parameters(model, flat_P + (size * noise_P).to(flat_P))

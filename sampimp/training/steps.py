@@ -21,8 +21,18 @@ from sampimp.importance.recorder import ImportanceRecorder
 class TrainingStep(Protocol):
     """One training step, with or without its samples' importance."""
 
-    def __call__(self, inputs: Tensor, labels: Tensor, batch_size: int) -> None:
-        """Train on one batch, or on this worker's share of a batch of `batch_size` samples."""
+    def __call__(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        batch_size: float,
+        weights: Tensor | None = None,
+    ) -> None:
+        """Train on one batch, or on this worker's share of a batch of `batch_size` samples.
+
+        With `weights` (N,), the loss is the weighted sum of the samples' losses divided by
+        `batch_size`, which remains the denominator. Only a step that does not record takes them.
+        """
 
     def take(self) -> Tensor | None:
         """Return beta (layer, samples) of the steps since the last call; None if not recorded."""
@@ -48,14 +58,26 @@ class AutogradStep:
         self._recorder = ImportanceRecorder(model, optimizer) if record else None
         self._count = 0  # samples since the last take
 
-    def __call__(self, inputs: Tensor, labels: Tensor, batch_size: int) -> None:
-        """Train on one batch: inputs [N, ...], labels [N]."""
+    def __call__(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        batch_size: float,
+        weights: Tensor | None = None,
+    ) -> None:
+        """Train on one batch: inputs [N, ...], labels [N]; for weights [N] see `TrainingStep`."""
         index = np.arange(self._count, self._count + len(labels))
         self._count += len(labels)
         recording = self._recorder.step(index, epoch=0) if self._recorder else nullcontext()
         with recording:
             self._optimizer.zero_grad()
-            functional.cross_entropy(self._model(inputs).double(), labels).backward()
+            logits = self._model(inputs).double()
+            if weights is None:
+                loss = functional.cross_entropy(logits, labels)
+            else:
+                losses = functional.cross_entropy(logits, labels, reduction="none")
+                loss = losses @ weights.double() / batch_size
+            loss.backward()
             self._optimizer.step()
 
     def take(self) -> Tensor | None:
