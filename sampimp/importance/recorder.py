@@ -10,9 +10,9 @@ Map: `ImportanceRecorder`. `sampimp.importance.step` describes one step.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sampimp.config import check_choice
 from sampimp.errors import UnsupportedError
 from sampimp.importance.epoch_parts import EpochParts
+from sampimp.importance.recorded_step import RandomState, RecordedStep
 from sampimp.importance.sample_index import Index, check_index, split_passes
 from sampimp.importance.step import Capture
 from sampimp.importance.update import UpdateDerivative
@@ -54,6 +55,10 @@ class ImportanceRecorder:
         A loss that is no sum over samples, such as the root of a mean, has no part for each sample.
         "refuse" raises an error. "constant" takes its derivative at each sample's outputs as a
         constant of the step, and states this in the result's attrs (`loss`).
+    keep_steps
+        Keep in `steps` what each step was made of, so that `sampimp.ReversePass` can take the steps
+        again: the samples, the optimizer's settings and, if the step drew random numbers (dropout),
+        PyTorch's random state of 5 KB.
 
     Raises
     ------
@@ -96,6 +101,7 @@ class ImportanceRecorder:
         batch_dim: int = 0,
         batch_norm: str = "refuse",
         coupled_loss: str = "refuse",
+        keep_steps: bool = False,
     ) -> None:
         check_choice(loss_reduction, ("mean", "sum"), "loss_reduction")
         self._derivative = UpdateDerivative(optimizer)
@@ -118,6 +124,9 @@ class ImportanceRecorder:
         self._parts = EpochParts()
         self._largest_batch = 0
         self._moved_layers: set[int] = set()  # layers that another optimizer moves
+        self._keeps_steps = keep_steps
+        self.steps: list[RecordedStep] = []
+        """The steps so far, under `keep_steps`."""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -171,6 +180,7 @@ class ImportanceRecorder:
         if epoch != self._epoch:
             self._flush()
             self._epoch = epoch
+        before = RandomState.now(self._device) if self._keeps_steps else None
         hooks = UpdateHooks(self.optimizer, self._capture, self._derivative)
         with (
             hooks,
@@ -196,8 +206,28 @@ class ImportanceRecorder:
         for kind, moved in hooks.moved_by.items():
             self._leave_out(kind, moved)
         self._capture.norms.accept()
+        if before is not None and hooks.updates:
+            self._keep_step(epoch, hooks.groups, before)
         self._indices.append(index_N)
         self._largest_batch = max(self._largest_batch, len(index_N))
+
+    def _keep_step(
+        self, epoch: int, groups: Sequence[Mapping[str, Any]], before: RandomState
+    ) -> None:
+        """Keep what the finished step was made of."""
+        self.steps.append(
+            RecordedStep(
+                epoch=epoch,
+                passes=[index.cpu().numpy() for index in self._capture.indices],
+                groups=groups,
+                random_state=None if before.equals(RandomState.now(self._device)) else before,
+                is_scaled=any(float(factor) != 1 for _, _, factor in self._capture.checks.scales),
+            )
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return self._capture.tensors.parameters[0].device
 
     def _leave_out(self, kind: str, moved: Sequence[Tensor]) -> None:
         """Record NaN for layers that another optimizer moved in the step, and warn once."""

@@ -70,6 +70,8 @@ class Capture:
         self.tensors = ModelTensors(model)
         self.checks = GradientChecks(self.tensors)
         self.norms = StepNorms(self.tensors)
+        self.indices: list[Tensor] = []
+        """Sample indices of each pass of the step."""
         self._layouts = KnownLayouts(self.tensors, coupled_loss)
         self._backward = BackwardHooks(
             self.tensors,
@@ -119,7 +121,7 @@ class Capture:
         indices
             Sample indices of each pass.
         """
-        self._sizes, self._indices = list(sizes), list(indices)
+        self._sizes, self.indices = list(sizes), list(indices)
         self._elementwise, self._accumulates = elementwise, accumulates
         if first_of_epoch:
             self.tensors.require_same_parameters()
@@ -152,7 +154,7 @@ class Capture:
                 todo="call the model once for each batch, then backward()",
             )
         self._sizes.append(len(index))
-        self._indices.append(index)
+        self.indices.append(index)
         self.norms.grow(sum(self._sizes))
         self._begin_pass()
 
@@ -160,7 +162,7 @@ class Capture:
         start = sum(self._sizes[: self._done])
         size = self._sizes[self._done] if self._done < len(self._sizes) else 0
         batch = Batch(size, self._batch_dim, self.tensors.varies)
-        index = self._indices[self._done] if self._done < len(self._indices) else None
+        index = self.indices[self._done] if self._done < len(self.indices) else None
         self._calls = ForwardPass(
             number=self._done,
             samples=slice(start, start + size),

@@ -38,6 +38,8 @@ class UpdateHooks:
         """Updates made by the recorder's optimizer."""
         self.moved_by: dict[str, list[Tensor]] = {}
         """Parameters that other optimizers have moved, by the class of the optimizer."""
+        self.groups: list[dict[str, Any]] = []
+        """Settings of the optimizer's groups at the update, without the parameters."""
 
     def __enter__(self) -> "UpdateHooks":
         """Register the hooks."""
@@ -76,6 +78,10 @@ class UpdateHooks:
         return recorded
 
     def _before_update(self) -> None:
+        self.groups = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self._optimizer.param_groups
+        ]
         self._capture.watch.suspend()
         self._capture.check()
         self._derivative.before()

@@ -1,0 +1,239 @@
+"""The reverse pass: what each sample did, in each epoch and layer, to the final model.
+
+T is a target, a function of the final parameters; v_i^t is the weight of sample i's loss in step t,
+which is 1. Training is one map from the weights to the final parameters; its derivative is found
+backward through the recorded run (reverse unrolling, exact up to rounding):
+
+    lambda = dT/d theta_E, sigma = 0                    adjoints of parameters and optimizer state
+    for epoch = E .. 1:
+        replay the epoch from its stored start; its end must be the stored one
+        for step t of the epoch, last first:
+            gamma, lambda, sigma = the adjoint of the optimizer's update (`updates`)
+            influence of sample i in layer d: dT/d v_i^t [d] = < gamma_d, g_{i,d} >
+            lambda += H_t gamma                         Hessian of the step's loss
+
+g_{i,d} is sample i's own part of the step's gradient in layer d, with the factor 1/B of a mean
+loss, whose denominator does not change with the weights. To first order, **removing sample i
+changes T by minus its influence**, summed over epochs and layers.
+
+Replaying an epoch takes its parameters at every step. As many steps as `memory` holds are kept;
+for longer epochs the state at the start of each segment is kept, and the segments are trained once
+more.
+
+Map: `ReversePass`, `EpochInfluence` (its result).
+
+References
+----------
+Gao & Jojic (2017), section 4 (eq. 5, the forward recursion); Maclaurin et al. (2015), reverse
+differentiation of training; Hara et al. (2019), SGD-influence.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sampimp.errors import RecordError
+from sampimp.importance.recorded_step import RandomState
+from sampimp.influence.linearized_step import TakenStep, group_settings
+from sampimp.influence.replay import ReplayableRun, Smoothing
+from sampimp.influence.targets import Target
+from sampimp.influence.updates import PARAMETER, Block, linearized_update
+
+SEGMENT_MEMORY = 2**29
+"""Bytes for the steps that are kept at a time: 140 steps of the paper's network (arbitrary)."""
+
+LARGEST_GROWTH = 1e6
+"""Growth of an adjoint's norm beyond which the derivative says little about a finite removal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochInfluence:
+    """The influence of the samples in one epoch."""
+
+    epoch: int
+    influence: np.ndarray
+    """(target, layer, sample), in the model's precision; NaN for samples that no step of the epoch used."""
+    adjoint_norm: np.ndarray
+    """|lambda| at the start of the epoch, (target,); its growth bounds what the derivative says."""
+
+
+class ReversePass:
+    """Goes backward through a recorded run, for several targets at once.
+
+    Parameters
+    ----------
+    run
+        The run: `sampimp.influence.trial_run.TrialRun` of a study, or
+        `sampimp.influence.recorded_loop.RecordedLoop` of a loop of your own.
+    targets
+        Functions of the final parameters, K of them; 8 to 16 at once are the cheapest per target.
+    smoothing
+        None by default.
+    memory
+        Bytes for the steps of an epoch that are kept at a time.
+
+    Raises
+    ------
+    UnsupportedError
+        The optimizer has no linearized update.
+    RecordError
+        A target is not finite at the final parameters.
+    """
+
+    def __init__(
+        self,
+        run: ReplayableRun,
+        targets: Sequence[Target],
+        *,
+        smoothing: Smoothing | None = None,
+        memory: int = SEGMENT_MEMORY,
+    ) -> None:
+        self.run, self.targets = run, tuple(targets)
+        self.smoothing, self._memory = smoothing or Smoothing(), memory
+        self._rule = linearized_update(run.optimizer)
+        self.next_epoch = run.epochs
+        """The epoch that is next; 0 once all are done."""
+        run.load_start(run.epochs + 1)
+        self._parameters = run.parameters
+        self._adjoints = self._begin()
+        self._dtype = torch.empty(0, dtype=self._parameters[0].dtype).numpy().dtype
+        self.initial_norm = self._norms()
+        """|lambda| at the end of training, (target,)."""
+
+    def _begin(self) -> list[Block]:
+        """Return the adjoints at the end of training."""
+        adjoints: list[Block] = []
+        for parameter, group in zip(self._parameters, group_settings(self.run), strict=True):
+            blocks = (PARAMETER, *self._rule.states(group))
+            shape = (len(self.targets), *parameter.shape)
+            adjoints.append({name: parameter.new_zeros(shape) for name in blocks})
+        places = {id(p): place for place, p in enumerate(self.run.model.parameters())}
+        for number, target in enumerate(self.targets):
+            gradients = target.gradient(self.run.model)
+            chosen = [gradients[places[id(parameter)]] for parameter in self._parameters]
+            if not all(bool(gradient.isfinite().all()) for gradient in chosen):
+                raise RecordError(
+                    expected="a target with a finite derivative at the final parameters",
+                    got="NaN or infinity",
+                    where=f"target {target.name}",
+                    todo="leave the target out, or choose a bounded one such as mean-error",
+                )
+            for block, gradient in zip(adjoints, chosen, strict=True):
+                block[PARAMETER][number] = gradient
+        return adjoints
+
+    def _norms(self) -> np.ndarray:
+        squares = [
+            block[PARAMETER].flatten(1).double().square().sum(1) for block in self._adjoints
+        ]
+        return torch.stack(squares).sum(0).sqrt().cpu().numpy()
+
+    @property
+    def growth(self) -> np.ndarray:
+        """|lambda| now, over its value at the end of training, (target,)."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self._norms() / self.initial_norm
+
+    def epochs(self) -> Iterator[EpochInfluence]:
+        """Go through the remaining epochs, the last one first.
+
+        Yields
+        ------
+        EpochInfluence
+            One for each epoch.
+
+        Raises
+        ------
+        RecordError
+            A replayed epoch differs from the recorded one.
+        UnsupportedError
+            A step cannot be differentiated twice, or its layers do not add up.
+        """
+        while self.next_epoch > 0:
+            result = self._reverse_epoch(self.next_epoch)
+            self.next_epoch -= 1
+            yield result
+
+    def state(self) -> bytes:
+        """Return the adjoints after the epochs so far, from which `restore` continues."""
+        buffer = io.BytesIO()
+        torch.save({"next_epoch": self.next_epoch, "adjoints": self._adjoints}, buffer)
+        return buffer.getvalue()
+
+    def restore(self, state: bytes) -> None:
+        """Continue from a state of the same run and targets."""
+        device = self._parameters[0].device
+        restored = torch.load(io.BytesIO(state), weights_only=True, map_location=device)
+        self.next_epoch, self._adjoints = restored["next_epoch"], restored["adjoints"]
+
+    # One epoch.
+
+    def _reverse_epoch(self, epoch: int) -> EpochInfluence:
+        run = self.run
+        shape = (len(self.targets), len(run.layers), run.sample_count)
+        values = np.zeros(shape, np.float64)
+        used = np.zeros(run.sample_count, bool)
+        for taken in self._replayed(epoch):
+            samples = run.samples(taken.step)
+            inner_KLN = taken.linearized(run, self.smoothing).pull(self._adjoints)
+            inner_KLN = inner_KLN.double().cpu().numpy()
+            if len(np.unique(samples)) == len(samples):
+                values[:, :, samples] += inner_KLN
+            else:
+                np.add.at(values, (slice(None), slice(None), samples), inner_KLN)
+            used[samples] = True
+        values[:, :, ~used] = np.nan
+        return EpochInfluence(
+            epoch=epoch, influence=values.astype(self._dtype), adjoint_norm=self._norms()
+        )
+
+    def _replayed(self, epoch: int) -> Iterator[TakenStep]:
+        """Yield the steps of an epoch, last first, as they were in training."""
+        run = self.run
+        run.load_start(epoch)
+        steps = list(run.begin(epoch))
+        segments = self._segments(len(steps))
+        starts = []
+        for segment in segments[:-1]:
+            starts.append(self._save())
+            for step in steps[segment]:
+                run.train(step)
+        for number in reversed(range(len(segments))):
+            if number < len(starts):
+                self._load(starts[number])
+            kept = [TakenStep.take(run, step) for step in steps[segments[number]]]
+            if number == len(segments) - 1:
+                run.check_end(epoch)
+            while kept:
+                yield kept.pop()
+
+    def _segments(self, count: int) -> list[slice]:
+        """Divide an epoch's steps into segments of equal length that fit into the memory."""
+        bytes_of_step = sum(
+            parameter.numel() * parameter.element_size() * (1 + len(self._rule.reads(group)))
+            for parameter, group in zip(self._parameters, group_settings(self.run), strict=True)
+        )
+        length = max(1, self._memory // max(1, bytes_of_step))
+        number = -(-count // length) or 1
+        bounds = [count * place // number for place in range(number + 1)]
+        return [slice(*bounds[place : place + 2]) for place in range(number)]
+
+    def _save(self) -> Any:
+        return (
+            [parameter.detach().clone() for parameter in self.run.model.parameters()],
+            deepcopy(self.run.optimizer.state_dict()),
+            RandomState.now(self._parameters[0].device),
+        )
+
+    def _load(self, saved: Any) -> None:
+        parameters, optimizer, random_state = saved
+        with torch.no_grad():
+            for parameter, values in zip(self.run.model.parameters(), parameters, strict=True):
+                parameter.copy_(values)
+        self.run.optimizer.load_state_dict(optimizer)
+        random_state.restore()
