@@ -23,9 +23,13 @@ MAY_IMPORT = {
     "data": ("schema", "errors"),
     "store": ("schema", "errors", "config", "data"),
     "training": ("schema", "errors", "config", "importance", "data"),
+    "influence": ("schema", "errors", "config", "importance", "data", "training"),
     "integrations": ("errors", "importance"),
     "analysis": ("schema", "errors", "store"),
-    "sweeps": ("schema", "errors", "config", "importance", "data", "store", "training"),
+    "sweeps": (
+        *("schema", "errors", "config", "importance", "data", "store", "training"),
+        "influence",
+    ),
 }
 """Of each package or module of `sampimp`, the others that it may import, lowest level first."""
 
@@ -39,6 +43,7 @@ HOMES = {
     "torch": (
         "sampimp/importance/",
         "sampimp/integrations/",
+        "sampimp/influence/",
         "sampimp/training/",
         "sampimp/sweeps/",
     ),

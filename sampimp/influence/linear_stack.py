@@ -4,11 +4,12 @@ For layers d = 1 .. D with inputs x_d, pre-activations z_d = x_d W_d^T + b_d, ac
 output gradients delta_d of the step's loss (`sampimp.training.fused`), and a direction (V_d, u_d)
 in the parameters, R denotes the derivative along it:
 
-    forward    R z_d = x_d V_d^T + u_d + (R x_d) W_d^T            R x_{d+1} = f'(z_d) R z_d
-    loss       R delta_D = p (R z_D - <p, R z_D>) scale           p: softmax
-    backward   s_d = delta_{d+1} W_{d+1}                          R s_d = (R delta_{d+1}) W_{d+1} + delta_{d+1} V_{d+1}
+    forward    R z_d = x_d V_d^T + u_d + (R x_d) W_d^T,   R x_{d+1} = f'(z_d) R z_d
+    loss       R delta_D = p (R z_D - <p, R z_D>) / B,    p: softmax
+    backward   s_d = delta_{d+1} W_{d+1},   delta_d = f'(z_d) s_d
+               R s_d = (R delta_{d+1}) W_{d+1} + delta_{d+1} V_{d+1}
                R delta_d = f'(z_d) R s_d + f''(z_d) s_d R z_d
-    Hessian's product   for W_d: (R delta_d)^T x_d + delta_d^T R x_d       for b_d: sum of R delta_d
+    Hessian's product   W_d: (R delta_d)^T x_d + delta_d^T R x_d,   b_d: sum of R delta_d
     inner products      <direction of layer d, g_{i,d}> = delta_{i,d} . (V_d x_{i,d} + u_d)
 
 The last line is the derivative of sample i's loss along the direction's part in layer d, and takes

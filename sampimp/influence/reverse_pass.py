@@ -57,7 +57,7 @@ class EpochInfluence:
 
     epoch: int
     influence: np.ndarray
-    """(target, layer, sample), in the model's precision; NaN for samples that no step of the epoch used."""
+    """(target, layer, sample), in the model's precision; NaN where no step used the sample."""
     adjoint_norm: np.ndarray
     """|lambda| at the start of the epoch, (target,); its growth bounds what the derivative says."""
 
@@ -101,7 +101,6 @@ class ReversePass:
         run.load_start(run.epochs + 1)
         self._parameters = run.parameters
         self._adjoints = self._begin()
-        self._dtype = torch.empty(0, dtype=self._parameters[0].dtype).numpy().dtype
         self.initial_norm = self._norms()
         """|lambda| at the end of training, (target,)."""
 
@@ -128,9 +127,7 @@ class ReversePass:
         return adjoints
 
     def _norms(self) -> np.ndarray:
-        squares = [
-            block[PARAMETER].flatten(1).double().square().sum(1) for block in self._adjoints
-        ]
+        squares = [block[PARAMETER].flatten(1).double().square().sum(1) for block in self._adjoints]
         return torch.stack(squares).sum(0).sqrt().cpu().numpy()
 
     @property
@@ -176,20 +173,18 @@ class ReversePass:
     def _reverse_epoch(self, epoch: int) -> EpochInfluence:
         run = self.run
         shape = (len(self.targets), len(run.layers), run.sample_count)
-        values = np.zeros(shape, np.float64)
+        values = torch.zeros(shape, dtype=torch.float64)
         used = np.zeros(run.sample_count, bool)
         for taken in self._replayed(epoch):
             samples = run.samples(taken.step)
-            inner_KLN = taken.linearized(run, self.smoothing).pull(self._adjoints)
-            inner_KLN = inner_KLN.double().cpu().numpy()
-            if len(np.unique(samples)) == len(samples):
-                values[:, :, samples] += inner_KLN
-            else:
-                np.add.at(values, (slice(None), slice(None), samples), inner_KLN)
+            inner = taken.linearized(run, self.smoothing).pull(self._adjoints)
+            values.index_add_(2, torch.from_numpy(samples), inner.double().cpu())
             used[samples] = True
-        values[:, :, ~used] = np.nan
+        values[:, :, torch.from_numpy(~used)] = torch.nan
         return EpochInfluence(
-            epoch=epoch, influence=values.astype(self._dtype), adjoint_norm=self._norms()
+            epoch=epoch,
+            influence=values.to(self._parameters[0].dtype).numpy(),
+            adjoint_norm=self._norms(),
         )
 
     def _replayed(self, epoch: int) -> Iterator[TakenStep]:

@@ -29,9 +29,9 @@ from torch.nn import functional
 from sampimp.data import Dataset
 from sampimp.errors import ConfigError
 from sampimp.importance.evaluation import evaluation_mode
-from sampimp.training.models import import_builder, parameter_layers
+from sampimp.training.models import import_function, parameter_layers
 
-EVALUATION_CHUNK = 1000
+GRAPH_CHUNK = 1000
 """Samples whose graph is held at once (arbitrary)."""
 
 SPECS = (
@@ -43,8 +43,13 @@ SPECS = (
 class Target(Protocol):
     """A function of a model's parameters."""
 
-    name: str
-    units: str
+    @property
+    def name(self) -> str:
+        """Its name, as `make_targets` reads it."""
+
+    @property
+    def units(self) -> str:
+        """Units of its value."""
 
     def value(self, model: nn.Module) -> float:
         """Return T at the model's parameters."""
@@ -88,7 +93,7 @@ class MeanTarget:
     def _parts(self, model: nn.Module) -> Iterator[Tensor]:
         """Yield terms whose sum is the target."""
         reference = next(model.parameters())
-        chunks = (values.split(EVALUATION_CHUNK) for values in (self.inputs, self.labels))
+        chunks = (values.split(GRAPH_CHUNK) for values in (self.inputs, self.labels))
         with evaluation_mode(model):
             for inputs_N, labels_N in zip(*chunks, strict=True):
                 logits = model(inputs_N.to(reference)).double()
@@ -134,7 +139,9 @@ class ProbeTarget:
     def value(self, model: nn.Module) -> float:
         """See `Target`."""
         pairs = zip(self.gradient(model), model.parameters(), strict=True)
-        return float(sum((direction * p.detach()).sum(dtype=torch.float64) for direction, p in pairs))
+        return float(
+            sum((direction * p.detach()).sum(dtype=torch.float64) for direction, p in pairs)
+        )
 
 
 @dataclass(frozen=True)
@@ -227,9 +234,7 @@ def make_targets(
     return targets
 
 
-def _targets_of(
-    spec: str, data: Dataset, layers: Sequence[str], seed: int
-) -> Iterator[Target]:
+def _targets_of(spec: str, data: Dataset, layers: Sequence[str], seed: int) -> Iterator[Target]:
     kind, _, rest = spec.partition(":")
     if spec == "mean":
         yield _mean_target(spec, "nat", nll, data, slice(None))
@@ -238,21 +243,19 @@ def _targets_of(
     elif kind == "class":
         classes = np.unique(data.test_labels).tolist()
         for number in _numbers(spec, rest, classes) if rest else classes:
-            chosen = np.flatnonzero(data.test_labels == number)
+            chosen = np.flatnonzero(data.test_labels == number).tolist()
             yield _mean_target(f"class:{number}", "nat", nll, data, chosen)
     elif kind in ("sample", "margin"):
         units, losses = ("nat", nll) if kind == "sample" else ("1", margin)
         for number in _numbers(spec, rest, range(len(data.test_labels))):
-            chosen = slice(number, number + 1)
-            yield _mean_target(f"{kind}:{number}", units, losses, data, chosen)
+            yield _mean_target(f"{kind}:{number}", units, losses, data, [number])
     elif kind == "train":
         for number in _numbers(spec, rest, range(len(data.train_labels))):
-            chosen = slice(number, number + 1)
-            yield _mean_target(f"train:{number}", "nat", nll, data, chosen, is_test=False)
+            yield _mean_target(f"train:{number}", "nat", nll, data, [number], is_test=False)
     elif kind == "probe":
         yield from _probes(spec, rest, layers, seed)
     elif rest and kind.replace(".", "").isidentifier() and rest.isidentifier():
-        yield FunctionTarget(spec, import_builder(spec, where=f"target {spec}"))  # type: ignore[arg-type]
+        yield FunctionTarget(spec, import_function(spec, f"target {spec}"))
     else:
         raise _unknown(spec, f"one of {SPECS}")
 
@@ -262,7 +265,7 @@ def _mean_target(
     units: str,
     losses: SampleLosses,
     data: Dataset,
-    chosen: slice | np.ndarray,
+    chosen: slice | Sequence[int],
     *,
     is_test: bool = True,
 ) -> MeanTarget:

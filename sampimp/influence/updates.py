@@ -120,7 +120,7 @@ class LinearizedUpdate:
 
 
 class SGDUpdate(LinearizedUpdate):
-    """theta' = theta - lr d: b' = momentum b + (1 - dampening) G', d = b', Nesterov: G' + momentum b'.
+    """theta' = theta - lr d, d = b' = momentum b + (1 - dampening) G'; nesterov: G' + momentum b'.
 
     The first update has no buffer b and takes b' = G', without dampening.
     """
@@ -201,9 +201,7 @@ class AdamUpdate(LinearizedUpdate):
     def pull(self, point: UpdatePoint, adjoints: Block) -> Tensor:
         """See `LinearizedUpdate`."""
         beta1, beta2 = map(float, point.group["betas"])
-        adjoint, mean, square = (
-            adjoints[name] for name in (PARAMETER, "exp_avg", "exp_avg_sq")
-        )
+        adjoint, mean, square = (adjoints[name] for name in (PARAMETER, "exp_avg", "exp_avg_sq"))
         mean_slope, square_slope = self._slopes(point)
         mean.addcmul_(adjoint, mean_slope)
         if point.group["amsgrad"]:
@@ -225,9 +223,7 @@ class AdamUpdate(LinearizedUpdate):
     def push(self, point: UpdatePoint, tangents: Block, gradient: Tensor) -> None:
         """See `LinearizedUpdate`."""
         beta1, beta2 = map(float, point.group["betas"])
-        tangent, mean, square = (
-            tangents[name] for name in (PARAMETER, "exp_avg", "exp_avg_sq")
-        )
+        tangent, mean, square = (tangents[name] for name in (PARAMETER, "exp_avg", "exp_avg_sq"))
         mean_slope, square_slope = self._slopes(point)
         used_gradient = gradient.mul_(point.sign).add_(tangent, alpha=point.decay)
         mean.mul_(beta1).add_(used_gradient, alpha=1 - beta1)

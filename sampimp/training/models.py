@@ -21,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +92,8 @@ def build_model(
     return network
 
 
-def import_builder(name: str) -> Callable[[tuple[int, ...], int], nn.Module]:
-    """Return the function `package.module:function` that builds a user's own network.
+def import_function(name: str, where: str) -> Callable[..., Any]:
+    """Return a user's function `package.module:function`; `where` names the option, for errors.
 
     Raises
     ------
@@ -106,9 +107,20 @@ def import_builder(name: str) -> Callable[[tuple[int, ...], int], nn.Module]:
         raise ConfigError(
             expected="package.module:function, importable here and on every worker",
             got=str(error),
-            where=f"option --model {name}",
+            where=where,
             todo="install the package where the study runs, or set PYTHONPATH",
         ) from error
+
+
+def import_builder(name: str) -> Callable[[tuple[int, ...], int], nn.Module]:
+    """Return the function `package.module:function` that builds a user's own network.
+
+    Raises
+    ------
+    ConfigError
+        The module cannot be imported, or has no such function.
+    """
+    return import_function(name, f"option --model {name}")
 
 
 def build_mlp(
