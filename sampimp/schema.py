@@ -4,13 +4,20 @@ A trial writes one record, a Zarr group with the variables below; `sampimp.open_
 records of a study along `strategy` and `seed`. Each write covers one whole chunk, one epoch of one
 trial, so that two writers never share a chunk. Values that were not measured are NaN, never 0.
 
-Map: `Variable` and `VARIABLES` (the arrays of a record), `REFERENCES` and `STRATEGIES` (the names
-of the runs), `chunk_shape` and `Layout` (shapes and chunks), `EpochRecord` (the result of one epoch
-of training), `digest` and `digest_json` (checksums).
+The influence of a run's samples on its final model is in records of its own. Every record is
+written in steps: epochs, from the last to the first for influence, or retrainings. What has no
+dimension of steps is written with the last step.
+
+Map: `Variable`, `VARIABLES` (the arrays of a trial's record), `INFLUENCE_VARIABLES` and `variable`;
+`REFERENCES` and `STRATEGIES` (the names of the runs); `chunk_shape`, `RecordLayout` and `Layout`
+(shapes and chunks; `sampimp.store.influence_layouts` has those of influence); `EpochRecord` (the
+result of one epoch of training) and `StepRecord` (that of any step); `digest` and `digest_json`
+(checksums).
 """
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,8 +93,90 @@ VARIABLES: Mapping[str, Variable] = {
     ),
 }
 
+INFLUENCE_VARIABLES: Mapping[str, Variable] = {
+    "influence": Variable(
+        ("epoch", "target", "layer", "sample"),
+        "float32",
+        "unit of the target per unit of sample weight",
+        "derivative of the target at the end of training by the weight of the sample's loss in "
+        "this epoch, through this layer",
+    ),
+    "influence_total": Variable(
+        ("target", "sample"),
+        "float32",
+        "unit of the target per unit of sample weight",
+        "influence, summed over epochs and layers",
+    ),
+    "adjoint_norm": Variable(
+        ("epoch", "target"),
+        "float64",
+        "unit of the target / parameter",
+        "norm of the derivative of the target by the parameters at the start of the epoch",
+    ),
+    "arriving_importance": Variable(
+        ("epoch", "layer", "sample"),
+        "float32",
+        "parameter^2",
+        "what is left in the final parameters of the sample's importance in this epoch and layer: "
+        "mean over the probes of influence^2",
+    ),
+    "final_importance": Variable(
+        ("layer", "sample"),
+        "float32",
+        "parameter^2",
+        "squared norm of the derivative of the layer's final parameters by the sample's weight in "
+        "all epochs: mean over the layer's probes of (total influence)^2",
+    ),
+    "final_importance_total": Variable(
+        ("sample",),
+        "float32",
+        "parameter^2",
+        "the same of all final parameters: mean over the probes of (total influence)^2",
+    ),
+    "final_value": Variable(
+        ("retraining", "target"),
+        "float64",
+        "unit of the target",
+        "the target after retraining",
+    ),
+    "removed": Variable(
+        ("removal", "sample"), "bool", "1", "whether the removal removes the sample"
+    ),
+    "start": Variable(
+        ("epoch",), "bytes", "1", "parameters and optimizer state before the epoch, by torch.save"
+    ),
+    # Made by the cube from `final_value`:
+    "effect": Variable(
+        ("removal", "target", "repeat"),
+        "float64",
+        "unit of the target",
+        "change of the target by retraining without the removed samples",
+    ),
+    "baseline": Variable(
+        ("target", "repeat"),
+        "float64",
+        "unit of the target",
+        "the target after retraining with all samples",
+    ),
+}
+"""The arrays of influence records, as they are stored: a dimension of steps is the first.
+
+The cube has them after strategy and seed, and `target` before `epoch`."""
+
+
+def variable(name: str) -> Variable:
+    """Return a variable of `VARIABLES` or `INFLUENCE_VARIABLES`."""
+    return VARIABLES[name] if name in VARIABLES else INFLUENCE_VARIABLES[name]
+
+
+STEP_DIMS = ("epoch", "state", "retraining")
+"""Dimensions along which a record is written, step by step."""
+
 CURVES = ("train_error", "test_error", "train_nll", "test_nll")
 """The variables with one value per epoch."""
+
+COMMITTED = (*CURVES, "adjoint_norm", "final_value")
+"""The variables with a few values per step; the commit contains them."""
 
 CHUNK_VALUES = 2**20
 """Largest number of values in a chunk; larger chunks are split along their last dimension (4 MiB of
@@ -102,7 +191,7 @@ def chunk_shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     Parameters
     ----------
     name
-        A key of `VARIABLES`.
+        Name of the variable.
     sizes
         Size of each of the variable's dimensions.
 
@@ -113,17 +202,68 @@ def chunk_shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     >>> chunk_shape("importance", {"epoch": 90, "layer": 60, "sample": 1_281_167})
     (1, 60, 17476)
     """
-    dims = VARIABLES[name].dims
-    if len(dims) == 1:
-        return (sizes[dims[0]],)
-    middle = tuple(sizes[dim] for dim in dims[1:-1])
-    last = max(1, CHUNK_VALUES // max(1, int(np.prod(middle))))
-    return (1, *middle, min(sizes[dims[-1]], last))
+    dims = variable(name).dims
+    shape = tuple(sizes[dim] for dim in dims)
+    if name in COMMITTED:
+        return shape
+    leading = (1, *shape[1:-1]) if dims[0] in STEP_DIMS else shape[:-1]
+    last = max(1, CHUNK_VALUES // max(1, int(np.prod(leading))))
+    return (*leading, min(shape[-1], last))
+
+
+class RecordLayout(ABC):
+    """The shape of a record, and the steps in which it is written.
+
+    A *position* is an index along a variable's first dimension. A variable that is written as a
+    whole, with the last step, has one position.
+    """
+
+    @property
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """The size of each dimension."""
+
+    @property
+    @abstractmethod
+    def variables(self) -> list[str]:
+        """Names of the record's variables."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Number of steps in which the record is written, without step 0, its initial state."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a variable."""
+        return tuple(self.sizes[dim] for dim in variable(name).dims)
+
+    def chunk(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a variable's chunks."""
+        return chunk_shape(name, self.sizes)
+
+    def positions(self, name: str) -> Sequence[int]:
+        """Return the step that writes each position of a variable."""
+        return range(1, self.steps + 1) if self.is_stepwise(name) else (self.steps,)
+
+    def order(self, name: str) -> list[int]:
+        """Return the positions of a variable in the order in which they are written."""
+        steps = self.positions(name)
+        return sorted(range(len(steps)), key=steps.__getitem__)
+
+    def describe(self, name: str, position: int) -> str:
+        """Return a position in words."""
+        dim = variable(name).dims[0]
+        return f"{name}, {dim} {position + 1}" if self.is_stepwise(name) else name
+
+    @staticmethod
+    def is_stepwise(name: str) -> bool:
+        """Return whether each step writes one position of the variable."""
+        return variable(name).dims[0] in STEP_DIMS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """The shape of a trial's record.
+class Layout(RecordLayout):
+    """The shape of a trial's record; its steps are the epochs.
 
     Examples
     --------
@@ -161,17 +301,18 @@ class Layout:
             if name != "snapshot_importance" and (self.states or name != "parameters")
         ]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a variable."""
-        return tuple(self.sizes[dim] for dim in VARIABLES[name].dims)
-
-    def chunk(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a variable's chunks."""
-        return chunk_shape(name, self.sizes)
+    @property
+    def steps(self) -> int:
+        """The number of epochs."""
+        return self.epoch
 
     def positions(self, name: str) -> Sequence[int]:
         """Return the epoch, or state, at each position of a variable's first dimension."""
         return self.states if name == "parameters" else range(1, self.epoch + 1)
+
+    def describe(self, name: str, position: int) -> str:
+        """Return a position in words."""
+        return f"{name}, {variable(name).dims[0]} {self.positions(name)[position]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +333,34 @@ class EpochRecord:
 
     epoch: int
     arrays: Mapping[str, np.ndarray]
+    diverged: bool = False
+    seconds: float = 0.0
+
+    @property
+    def step(self) -> int:
+        """The number of the record's step, which is the epoch."""
+        return self.epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """The result of one step of a record.
+
+    Attributes
+    ----------
+    step
+        1-based, in the order of writing.
+    arrays
+        Values of each variable that the step writes: of one position, or the whole variable. The
+        value of a variable of type "bytes" is a `bytes`.
+    diverged
+        True if the values became infinite or NaN, so that no further step follows.
+    seconds
+        Wall-clock time of the step.
+    """
+
+    step: int
+    arrays: Mapping[str, Any]
     diverged: bool = False
     seconds: float = 0.0
 

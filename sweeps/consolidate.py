@@ -16,7 +16,8 @@ from sampimp.sweeps.door import run_door
 
 _HELP = """Write each data set of a finished study as one sharded Zarr store.
 
-Every value is compared with the records of the trials.
+Every value is compared with the records of the trials. Influence and retrainings are left out:
+read them with sampimp.open_cube.
 
 Examples:
   {prog} results/digits                               into results/digits/consolidated
@@ -49,6 +50,8 @@ def write_stores(
     for store in stores:
         how = "written and compared" if store.written else "there already, of the same records"
         console.print(f"{store.path}: {store.bytes / 1e9:.2f} GB, {how}.", highlight=False)
+        if store.left_out:
+            console.print(f"  left out: {', '.join(store.left_out)}", highlight=False)
     return 0
 
 

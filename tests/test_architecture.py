@@ -54,7 +54,10 @@ HOMES = {
     ),
     "boto3": ("sampimp/store/aws_credentials.py",),
     "botocore": ("sampimp/store/aws_credentials.py",),
-    "dask": ("sampimp/analysis/", "sampimp/store/cube.py"),
+    "dask": (
+        "sampimp/analysis/",
+        *(f"sampimp/store/{name}.py" for name in ("cube", "influence_cube", "lazy_arrays")),
+    ),
     "sklearn": ("sampimp/analysis/", "sampimp/data/"),
     "scipy": ("sampimp/analysis/",),
     "matplotlib": ("sampimp/analysis/figures/", "sampimp/analysis/report/drawing.py"),

@@ -3,6 +3,7 @@
     OUT/study.json                       the plan: data sets, grid, configuration
     OUT/datasets/mnist.zarr              values before scaling, labels, digest of each chunk
     OUT/trials/mnist-nlo-seed3-1f0c9a2b/ one trial: `sampimp.store.record` lists its files
+    OUT/influence/ID/                    influence of a run, or its retrainings, as a record
     OUT/snapshots.json                   which epochs have snapshot importance, with digests
     OUT/analysis/                        results, figures, report.html
     OUT/consolidated/mnist.zarr          all trials in one sharded store, if requested
@@ -20,9 +21,14 @@ Map, from the lowest level to the highest:
 `variables`         `StoredVariable`: reads a trial's variable and verifies each chunk
 `integrity`         digests of a record, search for damage, withdrawal
 `record`            `TrialRecord`: writes one attempt: record, checkpoints, commit
+`influence_layouts` shapes and identity of the records of influence and retraining
 `datasets`          stored data sets
 `snapshots`         stored snapshot importance
 `plan`              `Plan`: which trials there are, and which of them are committed
+`influence_records` committed influence records, matched with their runs
+`lazy_arrays`       variables of many runs as one dask array
+`influence_cube`    influence and the squares of probes in the cube
+`effect_cube`       effects of removals in the cube
 `cube`              `open_cube`: a study as one lazy, labelled cube
 `sharded`           `consolidate`: a finished study as one sharded store per data set
 =================== ========================================================================

@@ -27,6 +27,9 @@ from sampimp.config import OPTIMIZERS, RELU_MODELS
 from sampimp.errors import RecordError
 from sampimp.schema import CURVES, REFERENCES, STRATEGIES, VARIABLES, Layout, digest_json
 from sampimp.store.datasets import StoredSource, open_source
+from sampimp.store.influence_cube import influence_variables
+from sampimp.store.influence_records import CommittedRecord, read_records
+from sampimp.store.lazy_arrays import lazy_array
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits, require_plan
 from sampimp.store.snapshots import SNAPSHOTS, stored_snapshots
@@ -45,6 +48,13 @@ COORDINATE_ATTRS: Mapping[str, Mapping[str, str]] = {
     "order_seed": {"units": "1", "long_name": "seed of the order of the batches"},
     "label": {"units": "1", "long_name": "class of the sample"},
     "layer_of_parameter": {"long_name": "layer that the parameter belongs to"},
+    "target": {"long_name": "function of the final parameters whose influence is computed"},
+    "target_units": {"long_name": "unit of the target"},
+    "removal": {"long_name": "samples that a retraining leaves out"},
+    "repeat": {
+        "units": "1",
+        "long_name": "0: from the run's own start; 1, ..: from a jittered one",
+    },
 }
 """Units and meaning of each coordinate."""
 
@@ -84,8 +94,10 @@ def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
         lazily. Missing and unfinished trials are NaN.
         `diverged_epoch` (strategy, seed) is NaN if a run did not diverge; `trial` names the
         folder of each committed trial; `image` (sample, row, column, channel) shows the training
-        samples if they are images. The attrs `flag_values` and `flag_meanings` of `label` name the
-        classes. The tree's attrs hold the study's configuration.
+        samples if they are images. The variables of `sampimp.schema.INFLUENCE_VARIABLES` are there
+        where influence or retrainings were computed for any run. The attrs `flag_values` and
+        `flag_meanings` of `label` name the classes. The tree's attrs hold the study's
+        configuration.
 
     Raises
     ------
@@ -98,9 +110,10 @@ def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
     plan = require_plan(folder)
     trials = plan.resolve(read_commits(folder))
     snapshots = folder.read_json(SNAPSHOTS) or {}
+    records = read_records(folder, plan, trials)
     nodes = {
         plan.node(key): _open_node(
-            folder, plan, key, [t for t in trials if t.config.dataset == key], snapshots
+            folder, plan, key, [t for t in trials if t.config.dataset == key], snapshots, records
         )
         for key in plan.datasets
     }
@@ -132,6 +145,7 @@ def _open_node(
     key: str,
     trials: Sequence[PlannedTrial],
     snapshots: Mapping[str, Mapping[str, list[str]]],
+    records: Mapping[str, Sequence[CommittedRecord]],
 ) -> xr.Dataset:
     """Return the cube of one data set."""
     info = plan.datasets[key]
@@ -141,6 +155,10 @@ def _open_node(
     cells = [[by_run.get((s, seed)) for seed in seeds] for s in strategies]
     source = _require_source(folder, plan, key, trials)
     variables = _record_variables(folder, plan, key, cells, snapshots)
+    influence, influence_coords = influence_variables(
+        [[records.get(_committed(trial), []) for trial in row] for row in cells], info.layer_names
+    )
+    variables |= influence
     coords = {
         "strategy": ("strategy", strategies),
         "seed": ("seed", seeds),
@@ -149,6 +167,7 @@ def _open_node(
             ("strategy", "seed"),
             [[plan.order_seed_of(s, seed) for seed in seeds] for s in strategies],
         ),
+        **influence_coords,
     }
     if source is not None:
         coords["label"] = ("sample", source.read("train_labels"))
@@ -195,7 +214,8 @@ def _record_variables(
                 [_stored_variable(folder, name, layout, trial, snapshots) for trial in row]
                 for row in cells
             ]
-            array = _lazy(stored, name, layout)
+            shape, chunk = layout.shape(name), layout.chunk(name)
+            array = lazy_array(stored, name, shape, chunk, variable.dtype)
         variables[name] = (("strategy", "seed", *variable.dims), array, attrs)
     variables["diverged_epoch"] = (
         ("strategy", "seed"),
@@ -304,75 +324,6 @@ def _curves(cells: Cells, name: str, layout: Layout) -> da.Array:
                 measured = trial.commit["curves"].get(name, ())
                 curve[: len(measured)] = measured
     return da.from_array(values, chunks=(1, 1, -1))
-
-
-class _Records:
-    """A variable of all trials, in the interface that dask expects of an array; read when sliced.
-
-    Parameters
-    ----------
-    stored
-        The variable of each trial, by strategy and seed; None if a trial has none.
-    name
-        Name of the variable.
-    layout
-        The shape of a record.
-    """
-
-    def __init__(
-        self, stored: Sequence[Sequence[StoredVariable | None]], name: str, layout: Layout
-    ) -> None:
-        self.stored, self.name, self.chunk = stored, name, layout.chunk(name)
-        self.dtype = np.dtype(VARIABLES[name].dtype)
-        self.shape = (len(stored), len(stored[0]), *layout.shape(name))
-        self.ndim = len(self.shape)
-
-    def __getitem__(self, index: tuple[slice | int, ...]) -> np.ndarray:
-        """Read a region; `index` has slices and integers, one for each dimension."""
-        strategies, seeds, *region = (
-            slice(i, i + 1) if isinstance(i, int | np.integer) else i for i in index
-        )
-        values = np.array(
-            [
-                [self._read(stored, region) for stored in row[seeds]]
-                for row in self.stored[strategies]
-            ]
-        )
-        return values[tuple(slice(None) if isinstance(i, slice) else 0 for i in index)]
-
-    def _read(self, stored: StoredVariable | None, region: Sequence[slice]) -> np.ndarray:
-        positions, *middle, columns = region
-        indices = [range(size)[part] for size, part in zip(self.shape[2:], region, strict=True)]
-        if stored is None or not all(indices):
-            return np.full(tuple(map(len, indices)), np.nan, self.dtype)
-        low, high = min(indices[-1]), max(indices[-1]) + 1  # a slice may have a step
-        steps = slice(None, None, columns.step)
-        return np.stack(
-            [
-                stored.read(position, slice(low, high))[(*middle, steps)]
-                for position in range(self.shape[2])[positions]
-            ]
-        )
-
-
-def _lazy(stored: Sequence[Sequence[StoredVariable | None]], name: str, layout: Layout) -> da.Array:
-    """Return a variable of all trials as a dask array, one block for each chunk that was written.
-
-    The array's name is made from paths and digests: dask's own `tokenize` visits every object and
-    took half of the time of opening 300 trials.
-    """
-    records = _Records(stored, name, layout)
-    content = [
-        [cell and [str(cell.trial), cell.parts, cell.digests] for cell in row] for row in stored
-    ]
-    return da.from_array(
-        records,
-        chunks=(1, 1, *records.chunk),
-        name=f"{name}-{digest_json(content)}",
-        asarray=False,
-        fancy=False,
-        meta=np.empty((0,) * records.ndim, records.dtype),
-    )
 
 
 class _StoredValues:

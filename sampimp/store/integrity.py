@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from sampimp.schema import Layout, digest
+from sampimp.schema import RecordLayout, digest
 from sampimp.store.location import Folder
-from sampimp.store.variables import StoredVariable
+from sampimp.store.variables import stored_variable
 
 
 def chunk_digests(values: np.ndarray, width: int) -> list[str]:
@@ -46,20 +46,20 @@ def record_digest(commit: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def find_damage(trial: Folder, history: Mapping[str, Any], layout: Layout) -> Iterator[str]:
+def find_damage(trial: Folder, history: Mapping[str, Any], layout: RecordLayout) -> Iterator[str]:
     """Yield a description of each chunk that differs from its digest.
 
     Parameters
     ----------
     trial
-        OUT/trials/ID.
+        OUT/trials/ID or OUT/influence/ID.
     history
         Its COMMIT.json, or the history of a checkpoint.
     layout
         The shape of its record.
     """
     for name in history["digests"]:
-        yield from StoredVariable.of(trial, name, layout, history).damage()
+        yield from stored_variable(trial, name, layout, history).damage()
 
 
 def withdraw(trial: Folder) -> None:

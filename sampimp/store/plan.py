@@ -327,9 +327,17 @@ def require_plan(folder: Folder) -> Plan:
     return plan
 
 
-def read_commits(folder: Folder) -> dict[str, dict[str, Any]]:
-    """Return the COMMIT.json of every committed trial of a study, by trial_id."""
-    trials = folder / "trials"
+def read_commits(folder: Folder, records: str = "trials") -> dict[str, dict[str, Any]]:
+    """Return the COMMIT.json of every committed trial of a study, by trial_id.
+
+    Parameters
+    ----------
+    folder
+        The store of the study.
+    records
+        Its folder of records: "trials", or `sampimp.store.influence_layouts.INFLUENCE_FOLDER`.
+    """
+    trials = folder / records
     names = trials.folders()
     with ThreadPoolExecutor(16) as pool:  # an object store answers in tens of milliseconds
         commits = pool.map(lambda name: trials.read_json(f"{name}/COMMIT.json"), names)

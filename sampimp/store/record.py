@@ -1,4 +1,4 @@
-"""Write one attempt at a trial: record, checkpoints, commit.
+"""Write one attempt at a trial or another record: record, checkpoints, commit.
 
     OUT/trials/mnist-nlo-seed3-1f0c9a2b/
         trial.json                       configuration, versions and machine
@@ -12,8 +12,9 @@
 
 A file that exists may be incomplete: a checkpoint is valid when its manifest exists and its state
 and all earlier epochs of the record match their digests; a record is valid when COMMIT.json exists.
-Every object is stored whole or not at all, and one write is one whole chunk. Two attempts
-at a trial may overlap: `sampimp.store.attempts` says what happens then.
+Every object is stored whole or not at all, and one write is one whole chunk. Records of influence
+and of retraining (OUT/influence/ID) are written in the same way; their layout says what their steps
+are. Two attempts at a trial may overlap: `sampimp.store.attempts` says what happens then.
 
 Map: `TrialRecord` (the writer), `History` (its progress, stored in checkpoints and in the commit).
 """
@@ -25,15 +26,24 @@ import traceback
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from sampimp.errors import RecordError, UserError
-from sampimp.schema import CURVES, VARIABLES, EpochRecord, Layout
+from sampimp.schema import (
+    COMMITTED,
+    VARIABLES,
+    EpochRecord,
+    RecordLayout,
+    StepRecord,
+    variable,
+)
 from sampimp.store.attempts import CHECKPOINTS, ERRORS, claim_attempt, require_newest, superseded
 from sampimp.store.integrity import chunk_digests, find_damage
 from sampimp.store.location import Folder
+from sampimp.store.variables import file_path
 from sampimp.store.zarr_arrays import require_array, require_group
 
 KEPT_CHECKPOINTS = 2
@@ -42,16 +52,19 @@ KEPT_CHECKPOINTS = 2
 
 @dataclass
 class History:
-    """The content of a record so far, by epoch; stored in each checkpoint's manifest."""
+    """The content of a record so far, by step; stored in each checkpoint's manifest.
+
+    The steps of a trial are its epochs.
+    """
 
     parts: list[tuple[int, str]] = field(default_factory=list)
-    """First epoch (0 is the initial state) and name of each record that holds part of the trial."""
+    """First step (0 is the initial state) and name of each record that holds part of the trial."""
     digests: dict[str, list[list[str]]] = field(default_factory=dict)
-    """By variable: SHA-256 of each chunk at each epoch or stored state."""
-    curves: dict[str, list[float]] = field(default_factory=dict)
-    """By curve: its value at each epoch."""
+    """By variable: SHA-256 of each chunk that each step (or stored state) wrote."""
+    curves: dict[str, list[Any]] = field(default_factory=dict)
+    """By variable of `COMMITTED`: its value, or list of values, of each step."""
     seconds: list[float] = field(default_factory=list)
-    """Seconds that each epoch took to train and evaluate."""
+    """Seconds that each step took; of an epoch, to train and evaluate."""
 
 
 class TrialRecord:
@@ -60,23 +73,27 @@ class TrialRecord:
     Parameters
     ----------
     folder
-        OUT/trials/ID.
+        OUT/trials/ID, or OUT/influence/ID.
     identity
         Identity of the trial; its "fingerprint" is compared with that of every checkpoint.
     layout
-        The shape of its record.
+        The shape of its record, and its steps.
     """
 
-    def __init__(self, folder: Folder, identity: Mapping[str, Any], layout: Layout) -> None:
+    def __init__(self, folder: Folder, identity: Mapping[str, Any], layout: RecordLayout) -> None:
         self.folder, self.identity, self._layout = folder, dict(identity), layout
         self.attempt = claim_attempt(folder)
         self._name = "record.zarr" if self.attempt == 1 else f"record-{self.attempt}.zarr"
         self.history = History(parts=[(0, self._name)])
         group = require_group(folder / self._name)
-        self._arrays = {name: require_array(group, name, layout) for name in layout.variables}
+        self._arrays = {
+            name: require_array(group, name, layout)
+            for name in layout.variables
+            if variable(name).dtype != "bytes"
+        }
 
-    def write(self, record: EpochRecord) -> None:
-        """Write one epoch: whole chunks of each variable; the curves follow with the commit.
+    def write(self, record: EpochRecord | StepRecord) -> None:
+        """Write one step: whole chunks of each variable; the curves follow with the commit.
 
         Raises
         ------
@@ -84,21 +101,27 @@ class TrialRecord:
             A newer attempt has begun.
         """
         self._require_newest()
-        chunked = {name: v for name, v in record.arrays.items() if name not in CURVES}
-
-        def put(name: str) -> list[str]:
-            position = self._layout.positions(name).index(record.epoch)
-            self._arrays[name][position] = chunked[name]
-            return chunk_digests(chunked[name], self._arrays[name].chunks[-1])
-
+        chunked = {name: v for name, v in record.arrays.items() if name not in COMMITTED}
         with ThreadPoolExecutor(len(VARIABLES)) as pool:  # each put to a bucket takes tens of ms
-            for name, digests in zip(chunked, pool.map(put, chunked), strict=True):
+            stored = pool.map(lambda name: self._put(record.step, name, chunked[name]), chunked)
+            for name, digests in zip(chunked, stored, strict=True):
                 self.history.digests.setdefault(name, []).append(digests)
-        for name in CURVES:
+        for name in COMMITTED:
             if name in record.arrays:
-                self.history.curves.setdefault(name, []).append(float(record.arrays[name]))
-        if record.epoch:
+                value = np.asarray(record.arrays[name], np.float64).tolist()
+                self.history.curves.setdefault(name, []).append(value)
+        if record.step:
             self.history.seconds.append(record.seconds)
+
+    def _put(self, step: int, name: str, values: Any) -> list[str]:
+        """Write what a step holds of a variable; return the digest of each chunk."""
+        if isinstance(values, bytes):
+            self.folder.write_bytes(file_path(self._name, name, step), values)
+            return [hashlib.sha256(values).hexdigest()]
+        position = self._layout.positions(name).index(step)
+        index = position if self._layout.is_stepwise(name) else ...
+        self._arrays[name][index] = values
+        return chunk_digests(values, self._arrays[name].chunks[-1])
 
     def checkpoint(self, epoch: int, state: bytes) -> None:
         """Store a state to resume from, its manifest last; delete all but the newest two."""
@@ -157,13 +180,17 @@ class TrialRecord:
             },
         )
 
-    def commit(self, diverged_epoch: int | None) -> None:
+    def commit(
+        self, diverged_epoch: int | None, facts: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         """Declare the record complete; from now on readers see it.
 
         Parameters
         ----------
         diverged_epoch
             The epoch in which the run diverged, its last; None if it did not.
+        facts
+            Further entries of the commit, known only at the end.
 
         Raises
         ------
@@ -175,6 +202,7 @@ class TrialRecord:
         parts = [part for part in self.history.parts if part[0] <= epochs]
         commit = {
             **self.identity,
+            **facts,
             "attempt": self.attempt,
             "epochs": epochs,
             "diverged_epoch": diverged_epoch,
@@ -182,9 +210,9 @@ class TrialRecord:
             "parts": parts,
         }
         for name, curve in self.history.curves.items():
-            self._arrays[name][:] = np.pad(
-                curve, (0, self._layout.epoch - epochs), constant_values=np.nan
-            )
+            values = np.full(self._layout.shape(name), np.nan)
+            values[self._layout.order(name)[: len(curve)]] = curve
+            self._arrays[name][:] = values
         if not self.folder.create_json("COMMIT.json", commit):
             raise superseded(self.folder, self.attempt, "COMMIT.json of another attempt")
         used = {name for _, name in parts}

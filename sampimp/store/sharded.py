@@ -2,6 +2,8 @@
 
     DEST/mnist.zarr    the content of `open_cube(OUT)["mnist"]`, for `xarray.open_zarr`
 
+Influence and retrainings, which are added to a finished study, are left out.
+
 A trial writes one epoch at a time, so the epochs of one sample are spread over as many objects as
 there are epochs. Here a chunk holds all epochs of a few samples, and a shard (one object) holds
 many chunks.
@@ -22,7 +24,7 @@ import numpy as np
 import xarray as xr
 
 from sampimp.errors import RecordError, StoreError
-from sampimp.schema import VARIABLES, digest_json
+from sampimp.schema import INFLUENCE_VARIABLES, VARIABLES, digest_json
 from sampimp.store.cube import configuration_attrs, open_cube
 from sampimp.store.location import Folder
 from sampimp.store.plan import PlannedTrial, read_commits, require_plan
@@ -52,6 +54,8 @@ class Consolidated:
     """Size of its values, uncompressed."""
     written: bool
     """False if the store already existed, made of the same records."""
+    left_out: tuple[str, ...] = ()
+    """Variables of the cube that it does not have: those of influence and retraining."""
 
 
 def consolidate(
@@ -98,12 +102,17 @@ def consolidate(
         )
         node = tree[plan.node(key)]
         cube = node.to_dataset().assign_attrs({**configuration, **node.attrs, "records": records})
+        left_out = tuple(name for name in INFLUENCE_VARIABLES if name in cube)
+        cube = cube.drop_vars(left_out).drop_dims(_INFLUENCE_DIMS, errors="ignore")
         store = target / f"{key}.zarr"
         written = _begin(store, cube)
         if written:
             _write(store, cube, lambda words, key=key: progress(f"{key}: {words}"))  # type: ignore[misc]
-        done.append(Consolidated(str(store), cube.nbytes, written))
+        done.append(Consolidated(str(store), cube.nbytes, written, left_out))
     return done
+
+
+_INFLUENCE_DIMS = ("target", "removal", "repeat")
 
 
 def _require_finished(trials: list[PlannedTrial], folder: Folder) -> None:

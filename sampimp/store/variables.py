@@ -1,8 +1,10 @@
-"""One variable of a stored trial, each chunk compared with its digest when it is read.
+"""One variable of a stored record, each chunk compared with its digest when it is read.
 
-Map: `StoredVariable`; `read_difficulty` (the values that the sorted strategies sort by).
+Map: `StoredVariable`, `StoredFiles` (a variable of files); `stored_variable`, which returns the
+right one; `read_difficulty` (the values that the sorted strategies sort by).
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,41 +12,41 @@ from typing import Any
 import numpy as np
 
 from sampimp.errors import RecordError, StoreError
-from sampimp.schema import VARIABLES, Layout, digest
+from sampimp.schema import Layout, RecordLayout, digest, variable
 from sampimp.store.location import Folder
 from sampimp.store.zarr_arrays import first_line, open_array
 
 
 @dataclass(frozen=True)
 class StoredVariable:
-    """One variable of a trial, each chunk compared with its digest when it is read.
+    """One variable of a record, each chunk compared with its digest when it is read.
 
     Parameters
     ----------
     trial
-        OUT/trials/ID.
+        OUT/trials/ID or OUT/influence/ID.
     name
         Name of the variable.
     layout
-        The shape of the trial's record.
+        The shape of the record.
     parts
         As `sampimp.store.record.History.parts`.
     digests
-        Digest of each chunk at each position along the first dimension. Positions without digests
-        are NaN.
+        Digest of each chunk at each position along the first dimension, in the order in which they
+        were written. Positions without digests are NaN.
     """
 
     trial: Folder
     name: str
-    layout: Layout
+    layout: RecordLayout
     parts: tuple[tuple[int, str], ...]
     digests: Sequence[Sequence[str]]
 
     @classmethod
     def of(
-        cls, trial: Folder, name: str, layout: Layout, history: Mapping[str, Any]
+        cls, trial: Folder, name: str, layout: RecordLayout, history: Mapping[str, Any]
     ) -> "StoredVariable":
-        """Return a variable of a trial from its COMMIT.json or a checkpoint's history."""
+        """Return a variable of a record from its COMMIT.json or a checkpoint's history."""
         parts = tuple((first, record) for first, record in history["parts"])
         return cls(trial, name, layout, parts, history["digests"].get(name, ()))
 
@@ -58,33 +60,43 @@ class StoredVariable:
         """
         shape, width = self.layout.shape(self.name), self.layout.chunk(self.name)[-1]
         start, stop, _ = columns.indices(shape[-1])
-        unmeasured = position >= len(self.digests) or not self.digests[position]
+        rank = self.layout.order(self.name).index(position)
+        unmeasured = rank >= len(self.digests) or not self.digests[rank]
         if unmeasured or stop <= start:
-            filler = (*shape[1:-1], max(0, stop - start))
-            return np.full(filler, np.nan, VARIABLES[self.name].dtype)
+            leading = shape[1:-1] if self.layout.is_stepwise(self.name) else shape[:-1]
+            filler = (*leading, max(0, stop - start))
+            return np.full(filler, np.nan, variable(self.name).dtype)
         first, last = start // width, -(-stop // width)
-        chunks = [self._read_chunk(position, number, width) for number in range(first, last)]
+        chunks = [self._read_chunk(rank, number, width) for number in range(first, last)]
         whole = chunks[0] if len(chunks) == 1 else np.concatenate(chunks, axis=-1)
         return whole[..., start - first * width : stop - first * width]
+
+    @property
+    def content(self) -> Any:
+        """Path, parts and digests, which determine the values."""
+        return [str(self.trial), self.parts, self.digests]
 
     def damage(self) -> Iterator[str]:
         """Yield a description of each chunk that differs from the one that was written."""
         width = self.layout.chunk(self.name)[-1]
-        for position, digests in enumerate(self.digests):
+        for rank, digests in enumerate(self.digests):
             for number in range(len(digests)):
                 try:
-                    self._read_chunk(position, number, width)
+                    self._read_chunk(rank, number, width)
                 except RecordError as error:
-                    yield f"{self._describe(position)}: {error.got}"
+                    position = self.layout.order(self.name)[rank]
+                    yield f"{self.layout.describe(self.name, position)}: {error.got}"
 
-    def _read_chunk(self, position: int, number: int, width: int) -> np.ndarray:
-        epoch = self.layout.positions(self.name)[position]
-        record = next(name for first, name in reversed(self.parts) if first <= epoch)
+    def _read_chunk(self, rank: int, number: int, width: int) -> np.ndarray:
+        """Read one chunk of the position that was written after `rank` others."""
+        position = self.layout.order(self.name)[rank]
+        record = part_of(self.parts, self.layout.positions(self.name)[position])
         prefix = f"{self.trial.path}/" if self.trial.path else ""
-        expected = self.digests[position][number]
+        expected = self.digests[rank][number]
+        index = (position,) if self.layout.is_stepwise(self.name) else ()
         try:
             array = open_array(self.trial.root, f"{prefix}{record}/{self.name}")
-            values = np.asarray(array[position, ..., number * width : (number + 1) * width])
+            values = np.asarray(array[(*index, ..., slice(number * width, (number + 1) * width))])
             actual = digest(values)
         except StoreError:
             raise  # the store cannot be reached; the chunk may be intact
@@ -94,15 +106,82 @@ class StoredVariable:
             raise RecordError(
                 expected=f"a chunk with digest {expected[:16]}",
                 got=actual if len(actual) != len(expected) else actual[:16],
-                where=f"{self.trial}/{record}, {self._describe(position)}",
-                todo="run sweeps/status.py OUT --withdraw, which takes damaged trials out of the "
-                "study, and then the study again, which trains them again",
+                where=f"{self.trial}/{record}, {self.layout.describe(self.name, position)}",
+                todo=f"run sweeps/status.py OUT --withdraw, {_REPAIR}",
             )
         return values
 
-    def _describe(self, position: int) -> str:
-        dim = VARIABLES[self.name].dims[0]
-        return f"{self.name}, {dim} {self.layout.positions(self.name)[position]}"
+
+_REPAIR = "which takes damaged records out of the study, and then the command that wrote them again"
+
+
+@dataclass(frozen=True)
+class StoredFiles:
+    """A variable of files, one written by each step; each compared with its digest when read.
+
+    Parameters
+    ----------
+    folder
+        OUT/influence/ID.
+    name, layout, parts
+        As for `StoredVariable`.
+    digests
+        SHA-256 of the file of each step.
+    """
+
+    folder: Folder
+    name: str
+    layout: RecordLayout
+    parts: tuple[tuple[int, str], ...]
+    digests: Sequence[Sequence[str]]
+
+    def read(self, position: int) -> bytes:
+        """Return the file of step `position + 1`.
+
+        Raises
+        ------
+        RecordError
+            It differs from the one that was written.
+        """
+        step, (expected,) = position + 1, self.digests[position]
+        path = file_path(part_of(self.parts, step), self.name, step)
+        content = self.folder.read_bytes(path)
+        if content is None or hashlib.sha256(content).hexdigest() != expected:
+            raise RecordError(
+                expected=f"a file with digest {expected[:16]}",
+                got="no file" if content is None else f"another one, of {len(content):,} bytes",
+                where=f"{self.folder}/{path}",
+                todo=f"run sweeps/status.py OUT --withdraw, {_REPAIR}",
+            )
+        return content
+
+    def damage(self) -> Iterator[str]:
+        """Yield a description of each file that differs from the one that was written."""
+        for position in range(len(self.digests)):
+            try:
+                self.read(position)
+            except RecordError as error:
+                yield f"{self.layout.describe(self.name, position)}: {error.got}"
+
+
+def stored_variable(
+    folder: Folder, name: str, layout: RecordLayout, history: Mapping[str, Any]
+) -> StoredVariable | StoredFiles:
+    """Return a variable of a record from its COMMIT.json or a checkpoint's history."""
+    array = StoredVariable.of(folder, name, layout, history)
+    if variable(name).dtype != "bytes":
+        return array
+    return StoredFiles(folder, name, layout, array.parts, array.digests)
+
+
+def part_of(parts: Sequence[tuple[int, str]], step: int) -> str:
+    """Return the folder of the attempt that wrote a step; `parts` is as in `History`."""
+    return next(name for first, name in reversed(parts) if first <= step)
+
+
+def file_path(part: str, name: str, step: int) -> str:
+    """Return where an attempt writes the file of a step, relative to the record's folder."""
+    return f"{part}/{name}/{step:06d}.pt"
 
 
 def read_difficulty(trial: Folder, kind: str, layout: Layout) -> np.ndarray:

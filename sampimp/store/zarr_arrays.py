@@ -20,7 +20,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.errors import ContainsArrayError, ContainsGroupError
 from zarr.storage import ObjectStore
 
-from sampimp.schema import VARIABLES, Layout
+from sampimp.schema import RecordLayout, variable
 from sampimp.store.buckets import local_root, open_store, put_whole
 from sampimp.store.links import check_links
 from sampimp.store.location import Folder
@@ -115,7 +115,7 @@ def replace_group(folder: Folder) -> zarr.Group:
     return zarr.open_group(zarr_store(folder), mode="w", zarr_format=3)
 
 
-def require_array(group: zarr.Group, name: str, layout: Layout) -> zarr.Array:
+def require_array(group: zarr.Group, name: str, layout: RecordLayout) -> zarr.Array:
     """Open a variable of a record for writing, made if it does not exist.
 
     Parameters
@@ -123,21 +123,21 @@ def require_array(group: zarr.Group, name: str, layout: Layout) -> zarr.Array:
     group
         The record.
     name
-        A key of `sampimp.schema.VARIABLES`.
+        Name of the variable, as in `sampimp.schema`.
     layout
         Its shape and chunks.
     """
-    variable = VARIABLES[name]
+    described = variable(name)
     if name not in group:
         with contextlib.suppress(ContainsArrayError):  # made meanwhile, see `write_snapshot`
             group.create_array(
                 name,
                 shape=layout.shape(name),
                 chunks=layout.chunk(name),
-                dtype=variable.dtype,
-                fill_value=np.nan,
-                dimension_names=variable.dims,
-                attributes={"units": variable.units, "long_name": variable.long_name},
+                dtype=described.dtype,
+                fill_value=False if described.dtype == "bool" else np.nan,
+                dimension_names=described.dims,
+                attributes={"units": described.units, "long_name": described.long_name},
                 # Parameters are noise to a compressor: zstd saved 8 % and took four times as long.
                 compressors=None if name == "parameters" else "auto",
             )

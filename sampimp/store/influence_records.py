@@ -1,0 +1,74 @@
+"""The committed influence records of a study, matched with the runs that they were computed from.
+
+A record belongs to a run if its commit names the run's folder and the digest of the run's record: a
+run that was trained again with other values, under another configuration or by another version, has
+none of the old records.
+
+Map: `CommittedRecord`; `read_records`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sampimp.schema import RecordLayout
+from sampimp.store.influence_layouts import INFLUENCE_FOLDER, layout_of
+from sampimp.store.integrity import record_digest
+from sampimp.store.location import Folder
+from sampimp.store.plan import Plan, PlannedTrial, read_commits
+from sampimp.store.variables import StoredFiles, StoredVariable, stored_variable
+
+
+@dataclass(frozen=True)
+class CommittedRecord:
+    """A committed record of influence, starts or retrainings."""
+
+    folder: Folder
+    """OUT/influence/ID."""
+    commit: Mapping[str, Any]
+    layout: RecordLayout
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.path.rpartition("/")[2]
+
+    @property
+    def kind(self) -> str:
+        """One of `sampimp.store.influence_layouts.KINDS`."""
+        return str(self.commit["kind"])
+
+    def array(self, name: str) -> StoredVariable:
+        """Return one of its arrays."""
+        return StoredVariable.of(self.folder, name, self.layout, self.commit)
+
+    def variable(self, name: str) -> StoredVariable | StoredFiles:
+        """Return one of its variables, arrays or files."""
+        return stored_variable(self.folder, name, self.layout, self.commit)
+
+
+def read_records(
+    folder: Folder, plan: Plan, trials: Sequence[PlannedTrial]
+) -> dict[str, list[CommittedRecord]]:
+    """Return the records of each committed run, by its trial_id, sorted by name.
+
+    Parameters
+    ----------
+    folder
+        The store of the study.
+    plan
+        Its plan.
+    trials
+        The plan, matched with the commits.
+    """
+    commits = read_commits(folder, INFLUENCE_FOLDER)
+    runs = {trial.trial_id: trial for trial in trials if trial.commit is not None}
+    records: dict[str, list[CommittedRecord]] = {}
+    for name, commit in sorted(commits.items()):
+        run = runs.get(commit["trial"])
+        if run is None or run.commit is None or commit["record"] != record_digest(run.commit):
+            continue
+        layout = layout_of(commit, plan.layout(run.config.dataset))
+        record = CommittedRecord(folder / INFLUENCE_FOLDER / name, commit, layout)
+        records.setdefault(commit["trial"], []).append(record)
+    return records
