@@ -24,8 +24,9 @@ _aten = torch.ops.aten
 
 SOFTPLUS_BETA = 10.0
 """Sharpness of the softplus, log(1 + exp(beta z)) / beta: at 10 it is at most 0.07 above the ReLU,
-and so smooth that a derivative of the run predicts the effect of a sample's removal. (At rate 0.1,
-a prototype's rank correlation over removals was 0.99, with ReLU 0.31.)"""
+and so smooth that a derivative of the run predicts the effect of a sample's removal. (Digits, three
+layers of 128 units, 5 epochs at rate 0.1, 30 random removals and 16 test samples: mean rank
+correlation 0.98, with ReLU 0.43.)"""
 
 SOFTPLUS_THRESHOLD = 20.0
 """PyTorch's default: above it, beta z is so large that the softplus is taken to be z."""
