@@ -67,7 +67,7 @@ class FusedStep:
         process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self._optimizer, self._process_group = optimizer, process_group
-        self._layers, self._activations = _require_stack(model)
+        self.layers, self.activations = _require_stack(model)
         self._parameters = list(model.parameters())
         trained = {
             id(parameter) for group in optimizer.param_groups for parameter in group["params"]
@@ -117,7 +117,7 @@ class FusedStep:
         derivatives = self._derivative.after()
         factors = [
             (factor, derivatives[id(parameter)])
-            for layer, product in zip(self._layers, products, strict=True)
+            for layer, product in zip(self.layers, products, strict=True)
             for parameter, factor in ((layer.weight, product), (layer.bias, product.left))
         ]
         rows = self._norms.rows(len(labels), logits_NC)
@@ -150,11 +150,11 @@ class FusedStep:
 
     def _make_buffers(self, size: int) -> None:
         """Allocate, for batches of up to `size` samples, the outputs of layers and activations."""
-        self._outputs = [layer.weight.new_empty(size, len(layer.weight)) for layer in self._layers]
+        self._outputs = [layer.weight.new_empty(size, len(layer.weight)) for layer in self.layers]
         # In place where the backward pass does not read the layer's output.
         self._activated = [
             output if activation.reads_output else torch.empty_like(output)
-            for output, activation in zip(self._outputs, self._activations, strict=False)
+            for output, activation in zip(self._outputs, self.activations, strict=False)
         ]
 
     def _forward(self, inputs_NI: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -164,12 +164,12 @@ class FusedStep:
             self._make_buffers(size)
         activations = [inputs_NI]
         kept: list[Tensor] = []
-        for layer, output in zip(self._layers, self._outputs, strict=True):
+        for layer, output in zip(self.layers, self._outputs, strict=True):
             torch.addmm(layer.bias, activations[-1], layer.weight.t(), out=output[:size])
-            if layer is not self._layers[-1]:
+            if layer is not self.layers[-1]:
                 position = len(kept)
                 activated_NO = self._activated[position][:size]
-                self._activations[position].forward(output[:size], out=activated_NO)
+                self.activations[position].forward(output[:size], out=activated_NO)
                 activations.append(activated_NO)
                 kept.append(output[:size])
         return activations, kept, output[:size]
@@ -179,8 +179,8 @@ class FusedStep:
     ) -> list[Product]:
         """Compute the gradients, last layer first; return each weight's per-sample gradients."""
         products: list[Product] = []
-        for position in reversed(range(len(self._layers))):
-            layer, activation_NI = self._layers[position], activations[position]
+        for position in reversed(range(len(self.layers))):
+            layer, activation_NI = self.layers[position], activations[position]
             products.insert(0, Product(Explicit(delta_NO), Explicit(activation_NI)))
             if self._derivative is not None and not self._derivative.elementwise:
                 # Computed now, while both factors are in the CPU's cache; they store the result.
@@ -188,7 +188,7 @@ class FusedStep:
             torch.mm(delta_NO.t(), activation_NI, out=layer.weight.grad)
             torch.sum(delta_NO, 0, out=layer.bias.grad)
             if position:
-                backward = self._activations[position - 1].backward
+                backward = self.activations[position - 1].backward
                 delta_NO = backward(delta_NO @ layer.weight, kept[position - 1])
         return products
 
