@@ -17,9 +17,12 @@ A study, from its options to its exit code
 `study`               `Study`: options, data sets, plan, and what the store lacks
 `preflight`           checks of the folder, the machines and the disk
 `estimate`            time and storage; `--dry-run`
-`run`                 train what is missing, through Ray Tune
-`trial`               one training run as Tune sees it
-`searcher`            which trial is next
+`run`                 train what is missing
+`work`                units of work: training runs, and what is computed from them
+`tuning`              perform units of work, through Ray Tune
+`trial`               a unit of work as Tune sees it
+`searcher`            which unit is next
+`trial_inputs`        data set and batches of a training run
 `team`                the workers of a trial that has several
 `scoring`             snapshot importance, through Ray Data
 `ingest`              folders of images, through Ray Data

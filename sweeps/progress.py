@@ -22,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sampimp.errors import UserError
-from sampimp.store.plan import PlannedTrial
 from sampimp.sweeps.inspection import format_clock
+from sampimp.sweeps.work import Unit
 
 LINE_EVERY = 30.0
 """Seconds between two lines if the output is no terminal (arbitrary; a log stays short)."""
@@ -34,35 +34,29 @@ class Progress(Callback):
 
     Parameters
     ----------
-    trials
-        The plan, matched with the commits in the store.
-    epochs
-        Number of epochs of a trial.
-    slots
-        Number of trials that run at a time.
+    units
+        All units of work, as the store has them.
     given_up
-        Labels of the trials that are not tried again; the searcher adds to them.
+        Labels of the units that are not tried again; the searcher adds to them.
     console
         Where the display is printed.
+    words
+        What the units and their steps are called, in the plural.
     """
 
     def __init__(
         self,
-        trials: Sequence[PlannedTrial],
-        epochs: int,
-        slots: int,
+        units: Sequence[Unit],
         given_up: Collection[str],
         console: Console,
+        words: tuple[str, str] = ("trials", "epochs"),
     ) -> None:
-        self._given_up = given_up
-        self._epochs, self._slots, self._console = epochs, slots, console
-        self._total = len(trials)
-        self._state = {
-            trial.label: _committed_state(trial) if trial.commit else _waiting_state(trial)
-            for trial in trials
-        }
-        self._epoch = {trial.label: epochs if trial.commit else 0 for trial in trials}
-        self._started_with = sum(self._epoch.values())
+        self._given_up, self._console = given_up, console
+        self._nouns = words
+        self._state = {unit.label: unit.state for unit in units}
+        self._steps = {unit.label: unit.steps for unit in units}
+        self._step = {unit.label: unit.steps if unit.commit else 0 for unit in units}
+        self._started_with = sum(self._step.values())
         self._start = self._last_line = time.monotonic()
         self._live: Live | None = None
 
@@ -91,13 +85,13 @@ class Progress(Callback):
     def on_trial_result(
         self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Count an epoch, and a trial that is done."""
+        """Count a step, and a unit that is done."""
         label = trial.config["label"]
-        self._epoch[label] = result["epoch"]
+        self._step[label] = result["epoch"]
         if result.get("superseded"):
             self._set(label, "waiting")
         elif result["done"]:
-            self._epoch[label] = self._epochs
+            self._step[label] = self._steps[label]
             self._set(label, "diverged" if result["diverged"] else "done")
         elif self._state[label] != "running":
             self._set(label, "running")
@@ -118,12 +112,12 @@ class Progress(Callback):
         counts = Counter(self._state.values())
         shown = ("done", "running", "waiting", "blocked", "diverged", "failed")
         words = [f"{counts[state]} {state}" for state in shown if counts[state] or state == "done"]
-        return f"{self._total} trials: {', '.join(words)}"
+        return f"{len(self._state)} {self._nouns[0]}: {', '.join(words)}"
 
     def _time_left(self) -> str:
         elapsed = time.monotonic() - self._start
-        finished = sum(self._epoch.values()) - self._started_with
-        left = self._total * self._epochs - sum(self._epoch.values())
+        finished = sum(self._step.values()) - self._started_with
+        left = sum(self._steps.values()) - sum(self._step.values())
         if not finished:
             return "time left: measuring"
         return f"about {format_clock(elapsed / finished * left)} left"
@@ -131,7 +125,7 @@ class Progress(Callback):
     def _line(self) -> str:
         return (
             f"{format_clock(time.monotonic() - self._start)}  {self._counts()}; "
-            f"{sum(self._epoch.values()):,} of {self._total * self._epochs:,} epochs; "
+            f"{sum(self._step.values()):,} of {sum(self._steps.values()):,} {self._nouns[1]}; "
             f"{self._time_left()}"
         )
 
@@ -141,17 +135,16 @@ class Progress(Callback):
             self._console.print(self._line(), highlight=False)
 
     def _render(self) -> Group:
-        planned = self._total * self._epochs
-        finished = sum(self._epoch.values())
+        planned, finished = sum(self._steps.values()), sum(self._step.values())
         head = Table.grid(padding=(0, 2))
         head.add_row(
             ProgressBar(total=planned, completed=finished, width=32),
-            f"{finished:,} of {planned:,} epochs",
+            f"{finished:,} of {planned:,} {self._nouns[1]}",
             format_clock(time.monotonic() - self._start),
             self._time_left(),
         )
         running = [
-            f"{label} {self._epoch[label]}/{self._epochs}"
+            f"{label} {self._step[label]}/{self._steps[label]}"
             for label, state in self._state.items()
             if state == "running"
         ]
@@ -160,15 +153,6 @@ class Progress(Callback):
         body.add_row(Text(self._counts()))
         body.add_row(Text(f"running: {shown}", style="dim"))
         return Group(head, body)
-
-
-def _committed_state(trial: PlannedTrial) -> str:
-    assert trial.commit is not None
-    return "done" if trial.commit["diverged_epoch"] is None else "diverged"
-
-
-def _waiting_state(trial: PlannedTrial) -> str:
-    return "waiting" if trial.trial_id is not None else "blocked"
 
 
 def _reason(trial: Any) -> str:

@@ -1,26 +1,18 @@
 """The run of a study: train the missing trials, score snapshots, print the committed trials.
 
-One call of Ray Tune's `fit` trains everything; `sampimp.sweeps.searcher` decides which trial is
-next, and `sampimp.sweeps.trial` is a trial as Tune sees it. Tune's own state is discarded: the
-store alone determines which trials are committed.
+One call of Ray Tune's `fit` trains everything (`sampimp.sweeps.tuning`).
 
 Map: `run_study`, `train`, `conclude`.
 """
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
-import ray
-from ray import tune
-from ray.exceptions import OutOfMemoryError
 from rich.console import Console
 
-from sampimp.errors import ResourceError
 from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY
 from sampimp.store.datasets import read_source, write_source
 from sampimp.store.plan import PlannedTrial, read_commits
-from sampimp.sweeps.cluster import check_shared, check_workers, connect
+from sampimp.sweeps.cluster import connect
 from sampimp.sweeps.estimate import suggest_cluster
 from sampimp.sweeps.ingest import ingest
 from sampimp.sweeps.machines import Cluster
@@ -28,9 +20,10 @@ from sampimp.sweeps.options import StudyConfig
 from sampimp.sweeps.preflight import check_cluster, check_disk
 from sampimp.sweeps.progress import Progress
 from sampimp.sweeps.scoring import score_snapshots
-from sampimp.sweeps.searcher import PlanSearcher
+from sampimp.sweeps.searcher import UnitSearcher
 from sampimp.sweeps.study import Study, prepare_study
-from sampimp.sweeps.trial import Trial
+from sampimp.sweeps.tuning import tune_units
+from sampimp.sweeps.work import Unit, training_units
 
 
 def run_study(config: StudyConfig, console: Console) -> int:
@@ -89,70 +82,24 @@ def train(study: Study, console: Console) -> None:
     ResourceError
         Trials that ran at the same time needed more memory than the machine has.
     """
-    if study.folder.is_local:
-        check_shared(Path(str(study.folder)) / "study.json")
-    else:
-        check_workers(study.folder)
-    searcher = PlanSearcher(study.plan, study.folder, study.trials)
-    epochs = study.plan.training.epochs
-    with (
-        tempfile.TemporaryDirectory(prefix="sampimp-tune-") as scratch,
-        Progress(study.trials, epochs, study.slots, searcher.failed, console) as progress,
-    ):
-        tuner = _make_tuner(study, searcher, progress, scratch)
-        try:
-            tuner.fit()
-        except RuntimeError as error:  # Tune counts every other death as a trial's failure
-            if not isinstance(error.__cause__, OutOfMemoryError):
-                raise
-            raise ResourceError(
-                expected=f"memory for the trials that run at a time, {study.slots}",
-                got=str(error.__cause__).split("\n")[0],
-                where=str(study.cluster),
-                todo="run fewer at a time (--max-concurrent), or on machines with more memory; "
-                "nothing is lost, the same command continues",
-            ) from None
-    if searcher.superseded_by:
-        console.print(
-            f"[bold]{searcher.superseded_by} was begun by another run of this study[/], which "
-            "trains all remaining trials; this run stops."
-        )
+    plan, folder, config = study.plan, study.folder, study.config
 
+    def resolve() -> list[Unit]:
+        return training_units(plan, plan.resolve(read_commits(folder)))
 
-def _make_tuner(
-    study: Study, searcher: PlanSearcher, progress: Progress, scratch: str
-) -> tune.Tuner:
-    """Return a tuner whose state lies in a folder that is deleted afterwards."""
-    config = study.config
-    trainable = tune.with_parameters(
-        Trial,
-        out=str(study.folder),
-        plan=study.plan.to_json(),
-        sources={key: ray.put(source) for key, source in study.sources.items()},
-    )
-    worker = {"CPU": float(config.cpus_per_trial), "GPU": config.gpus_per_trial}
-    resources = tune.PlacementGroupFactory([worker] * config.workers_per_trial)
-    return tune.Tuner(
-        tune.with_resources(trainable, resources),
-        tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            num_samples=-1,  # until the searcher returns FINISHED
-            # All trials that wait, not only those that have room: the autoscaler starts machines
-            # for trials that wait, and a machine that joins later takes some of them.
-            max_concurrent_trials=config.max_concurrent or len(study.missing),
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(
-            name="study",
-            storage_path=scratch,
-            callbacks=[progress],
-            # Tune does not restart a trial whose machine fails before the trial's first report,
-            # and counts a machine's failure as the trial's own: the searcher restarts trials.
-            failure_config=tune.FailureConfig(max_failures=0),
-            # A trial writes its checkpoints into the study's store; Tune keeps none.
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            verbose=0,
-        ),
+    searcher = UnitSearcher(folder, resolve)
+    tune_units(
+        searcher,
+        Progress(training_units(plan, study.trials), searcher.failed, console),
+        console,
+        folder=folder,
+        plan=plan,
+        sources=study.sources,
+        worker={"CPU": float(config.cpus_per_trial), "GPU": config.gpus_per_trial},
+        workers=config.workers_per_trial,
+        cluster=study.cluster,
+        slots=study.slots,
+        at_once=config.max_concurrent or len(study.missing),
     )
 
 

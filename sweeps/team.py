@@ -23,28 +23,23 @@ from ray.exceptions import RayActorError
 from ray.util import get_current_placement_group, get_node_ip_address
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from sampimp.config import TrialConfig
-from sampimp.data import Dataset, Source, scale_inputs
-from sampimp.errors import RecordError, ResourceError
+from sampimp.data import Source
+from sampimp.errors import RecordError
 from sampimp.schema import EpochRecord, digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan
-from sampimp.store.variables import read_difficulty
+from sampimp.sweeps.trial_inputs import TrialInputs
+from sampimp.sweeps.work import WorkerDiedError
 from sampimp.training.collective import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
 from sampimp.training.identity import require_network
 from sampimp.training.loop import TrainingRun
 from sampimp.training.models import flatten_parameters
-from sampimp.training.strategies import SORT_KEY, Schedule, make_schedule
 
 Sources = Mapping[str, "ray.ObjectRef[Source]"]
 
 DEATH_NOTICE = 60.0
 """Seconds to wait for Ray to report a worker's death. Ray takes up to half a minute to notice that
 a machine is gone, while the other workers see a closed connection at once."""
-
-
-class WorkerDiedError(ResourceError):
-    """A helper died, so that this attempt at the trial ends."""
 
 
 class RunMaker:
@@ -59,8 +54,8 @@ class RunMaker:
     """
 
     def __init__(self, out: str, plan: Plan, sources: Sources) -> None:
-        self._folder, self._plan, self._sources = Folder.of(out), plan, sources
-        self._data: tuple[str, Dataset] | None = None
+        self._plan = plan
+        self._inputs = TrialInputs(Folder.of(out), plan, lambda key: ray.get(sources[key]))
 
     def make(
         self,
@@ -70,33 +65,14 @@ class RunMaker:
     ) -> TrainingRun:
         """Return the run of the trial that the searcher suggested, restored to its checkpoint."""
         trial = self._plan.trials()[config["position"]]
-        schedule = self._schedule(trial, config["reference_id"])
-        run = TrainingRun(trial, self._read_data(trial), schedule, process_group=workers)
+        schedule = self._inputs.schedule(trial, config["reference_id"])
+        run = TrainingRun(trial, self._inputs.data(trial), schedule, process_group=workers)
         network = self._plan.datasets[trial.dataset].network
         require_network(self._plan.training.model, run.model, network)
         if checkpoint is not None:
             epoch, state = checkpoint
             run.restore(state, epoch)
         return run
-
-    def _read_data(self, trial: TrialConfig) -> Dataset:
-        if self._data is None or self._data[0] != trial.dataset:
-            self._data = None  # freed first: two data sets may not fit in memory
-            source = ray.get(self._sources[trial.dataset])
-            scaling = self._plan.training.input_scaling
-            self._data = trial.dataset, scale_inputs(source, scaling)
-        return self._data[1]
-
-    def _schedule(self, trial: TrialConfig, reference_id: str | None) -> Schedule:
-        layout = self._plan.layout(trial.dataset)
-        difficulty = None
-        if reference_id:
-            reference = self._folder / "trials" / reference_id
-            difficulty = read_difficulty(reference, SORT_KEY[trial.strategy], layout)
-        batch_size = self._plan.training.batch_size
-        return make_schedule(
-            trial.strategy, layout.sample, batch_size, trial.order_seed, difficulty
-        )
 
 
 class Helper:

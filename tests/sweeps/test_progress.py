@@ -13,10 +13,11 @@ from rich.console import Console
 
 from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.errors import StoreError
-from sampimp.store.plan import PlannedTrial
+from sampimp.store.plan import Plan, PlannedTrial
 from sampimp.sweeps import progress as module
 from sampimp.sweeps.inspection import format_clock
 from sampimp.sweeps.progress import LINE_EVERY, Progress
+from sampimp.sweeps.work import training_units
 
 DONE, DIVERGED = {"diverged_epoch": None}, {"diverged_epoch": 2}
 
@@ -54,7 +55,8 @@ def planned(strategy, seed, commit=None, blocked=False, dataset="digits"):
 
 def make(trials, terminal=False, given_up=()):
     console = Console(file=StringIO(), force_terminal=terminal, width=80, soft_wrap=True)
-    progress = Progress(trials, epochs=10, slots=2, given_up=given_up, console=console)
+    plan = Plan(datasets={}, training=TrainingConfig(epochs=10), grid={})
+    progress = Progress(training_units(plan, trials), given_up, console)
     return progress, console.file
 
 

@@ -12,9 +12,10 @@ from sampimp.errors import StoreError
 from sampimp.schema import SORTED_STRATEGIES
 from sampimp.store.location import Folder
 from sampimp.store.plan import DatasetInfo, Plan, read_commits
-from sampimp.sweeps.searcher import RESTARTS, RETRIES, PlanSearcher
+from sampimp.sweeps.searcher import RESTARTS, RETRIES, UnitSearcher
+from sampimp.sweeps.work import training_units
 
-FINISHED = PlanSearcher.FINISHED
+FINISHED = UnitSearcher.FINISHED
 
 
 def make_plan(grid, keys=("a",)):
@@ -37,7 +38,10 @@ class Store:
         self.folder, self.plan = Folder.of(folder), plan
 
     def searcher(self):
-        return PlanSearcher(self.plan, self.folder, self.plan.resolve(read_commits(self.folder)))
+        def resolve():
+            return training_units(self.plan, self.plan.resolve(read_commits(self.folder)))
+
+        return UnitSearcher(self.folder, resolve)
 
     def fail(self, config):
         """Write the error that a failed attempt writes."""
@@ -89,6 +93,8 @@ def test_a_suggestion_is_the_planned_trial(tmp_path):
         planned = plan.resolve({})[config["position"]]
         assert plan.trials()[config["position"]] == planned.config
         assert config == {
+            "kind": "train",
+            "folder": f"trials/{planned.trial_id}",
             "position": config["position"],
             "label": planned.label,
             "trial_id": planned.trial_id,
