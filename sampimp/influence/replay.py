@@ -68,6 +68,8 @@ class ReplayableRun(Protocol):
     layers: Sequence[str]
     """Names of the layers, in forward order."""
     epochs: int
+    epoch_labels: Sequence[int]
+    """Number of each epoch in the recording; everything else counts epochs from 1."""
     sample_count: int
     clip_norm: float | None
     """Largest norm of a step's gradient, to which it is clipped; None for no clipping."""

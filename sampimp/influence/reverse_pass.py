@@ -29,20 +29,25 @@ differentiation of training; Hara et al. (2019), SGD-influence.
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from sampimp.errors import RecordError
 from sampimp.importance.recorded_step import RandomState
 from sampimp.influence.linearized_step import TakenStep, group_settings
 from sampimp.influence.replay import ReplayableRun, Smoothing
-from sampimp.influence.targets import Target
+from sampimp.influence.targets import FunctionTarget, Target
 from sampimp.influence.updates import PARAMETER, Block, linearized_update
+from sampimp.schema import INFLUENCE_VARIABLES, SCHEMA_VERSION, __version__
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 SEGMENT_MEMORY = 2**29
 """Bytes for the steps that are kept at a time: 140 steps of the paper's network (arbitrary)."""
@@ -71,9 +76,11 @@ class ReversePass:
         The run: `sampimp.influence.trial_run.TrialRun` of a study, or
         `sampimp.influence.recorded_loop.RecordedLoop` of a loop of your own.
     targets
-        Functions of the final parameters, K of them; 8 to 16 at once are the cheapest per target.
+        Functions of the final parameters, K of them: `sampimp.influence.targets`, or by name
+        functions of the model that return a scalar tensor, such as the mean loss of test samples.
+        They are called in evaluation mode. 8 to 16 at once are the cheapest per target.
     smoothing
-        None by default.
+        Default: none, the exact derivative.
     memory
         Bytes for the steps of an epoch that are kept at a time.
 
@@ -88,11 +95,13 @@ class ReversePass:
     def __init__(
         self,
         run: ReplayableRun,
-        targets: Sequence[Target],
+        targets: Sequence[Target] | Mapping[str, Callable[[nn.Module], Tensor]],
         *,
         smoothing: Smoothing | None = None,
         memory: int = SEGMENT_MEMORY,
     ) -> None:
+        if isinstance(targets, Mapping):
+            targets = [FunctionTarget(name, function) for name, function in targets.items()]
         self.run, self.targets = run, tuple(targets)
         self.smoothing, self._memory = smoothing or Smoothing(), memory
         self._rule = linearized_update(run.optimizer)
@@ -147,14 +156,74 @@ class ReversePass:
         Raises
         ------
         RecordError
-            A replayed epoch differs from the recorded one.
+            A replayed epoch differs from the recorded one, or the derivatives are not finite.
         UnsupportedError
             A step cannot be differentiated twice, or its layers do not add up.
         """
         while self.next_epoch > 0:
             result = self._reverse_epoch(self.next_epoch)
+            if not np.isfinite(result.adjoint_norm).all():
+                raise RecordError(
+                    expected="finite derivatives",
+                    got="NaN or infinity: they grow by a factor in every step",
+                    where=f"epoch {self.run.epoch_labels[self.next_epoch - 1]}",
+                    todo="smooth Adam's division (eps=1e-4), leave gate_width out, or train with a "
+                    "lower rate or a smooth activation",
+                )
             self.next_epoch -= 1
             yield result
+
+    def to_dataset(self) -> "xr.Dataset":
+        """Go through all remaining epochs; return their influence as a labelled Dataset.
+
+        Returns
+        -------
+        xarray.Dataset
+            `influence` (target, epoch, layer, sample), in the target's unit per unit of a sample's
+            weight, NaN where an epoch did not use a sample; `adjoint_norm` (target, epoch).
+            Removing a sample changes a target by minus its influence, summed over epoch and layer,
+            to first order.
+
+        Raises
+        ------
+        RecordError, UnsupportedError
+            As for `epochs`.
+        """
+        import xarray as xr  # here, so that a trial's worker does not import it
+
+        results = sorted(self.epochs(), key=lambda result: result.epoch)
+        labels = [self.run.epoch_labels[result.epoch - 1] for result in results]
+        influence = np.stack([result.influence for result in results], 1)
+        norms = np.stack([result.adjoint_norm for result in results], 1)
+        described = {
+            name: {"units": INFLUENCE_VARIABLES[name].units, "long_name": variable.long_name}
+            for name, variable in INFLUENCE_VARIABLES.items()
+            if name in ("influence", "adjoint_norm")
+        }
+        return xr.Dataset(
+            {
+                "influence": (
+                    ("target", "epoch", "layer", "sample"),
+                    influence,
+                    {
+                        **described["influence"],
+                        "sign": "effect of a removal = -influence, to first order",
+                        "denominator": "the batch size, also where a sample is removed",
+                        "smoothing": str(vars(self.smoothing)),
+                    },
+                ),
+                "adjoint_norm": (("target", "epoch"), norms, described["adjoint_norm"]),
+            },
+            coords={
+                # As objects: Zarr 3 has no specification of strings of a fixed length, and warns.
+                "target": np.array([target.name for target in self.targets], dtype=object),
+                "epoch": labels,
+                "layer": np.array(self.run.layers, dtype=object),
+                "sample": np.arange(self.run.sample_count),
+                "target_units": ("target", [target.units for target in self.targets]),
+            },
+            attrs={"schema_version": SCHEMA_VERSION, "sampimp_version": __version__},
+        )
 
     def state(self) -> bytes:
         """Return the adjoints after the epochs so far, from which `restore` continues."""

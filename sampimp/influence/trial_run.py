@@ -62,6 +62,7 @@ class TrialRun:
         self.model, self.optimizer = self._run.model, self._run.optimizer
         self.parameters = list(self.model.parameters())
         self.epochs, self.sample_count = config.training.epochs, len(data.train_labels)
+        self.epoch_labels = range(1, self.epochs + 1)
         self.layers = forward_layers(self.model, self._run.batch_data(np.arange(2))[0])
         if not isinstance(self._run.step, FusedStep):
             raise UnsupportedError(

@@ -34,6 +34,7 @@ class TinyRun:
         self.optimizer = optimizer_class(self.model.parameters(), **settings)
         self.parameters = list(self.model.parameters())
         self.layers, self.epochs, self.sample_count = ["0", "2", "4"], EPOCHS, SAMPLES
+        self.epoch_labels = [10, 11, 12]
         self.states = {1: self._state()}
         for epoch in range(1, EPOCHS + 1):
             for step in self.begin(epoch):

@@ -107,3 +107,25 @@ def test_unknown_optimizer_is_refused():
     run = TinyRun(torch.optim.Adamax, {"lr": 0.01})
     with pytest.raises(UnsupportedError, match="Adamax"):
         ReversePass(run, tiny_targets())
+
+
+def test_dataset_has_labels_units_and_signs():
+    run = TinyRun(torch.optim.SGD, {"lr": 0.3})
+    reverse = ReversePass(run, {"first": lambda model: model[0].bias.sum()})
+    dataset = reverse.to_dataset()
+    assert dict(dataset["influence"].sizes) == {"target": 1, "epoch": 3, "layer": 3, "sample": 12}
+    assert dataset["epoch"].values.tolist() == [10, 11, 12]
+    assert dataset["layer"].values.tolist() == ["0", "2", "4"]
+    assert "-influence" in dataset["influence"].attrs["sign"]
+    again = list(ReversePass(run, {"first": lambda model: model[0].bias.sum()}).epochs())
+    assert [result.epoch for result in again] == [3, 2, 1]
+    for result in again:
+        values = dataset["influence"].isel(epoch=result.epoch - 1).values
+        np.testing.assert_array_equal(values, result.influence)
+
+
+def test_derivatives_that_explode_are_an_error():
+    run = TinyRun(torch.optim.SGD, {"lr": 0.3})
+    explode = {"huge": lambda model: 1e308 * model[0].weight.sum() * 1.5}
+    with pytest.raises(RecordError, match="epoch 12"):
+        list(ReversePass(run, explode, smoothing=Smoothing(gate_width=1.0)).epochs())
