@@ -4,7 +4,10 @@ Each sample has a hardness h between 0 and 1. The epoch and the layer of its lar
 depend on h (easy: early, output; hard: late, input), its NLL falls more slowly the larger h is, and
 the strategies with batches of comparable difficulty end with a higher test error.
 
-Map: `example_cube`.
+`with_influence` adds influence on the final model, and retrainings whose effects follow from it but
+for noise: the larger a sample's importance, the larger the effect of its removal.
+
+Map: `example_cube`, `with_influence`.
 """
 
 import numpy as np
@@ -129,6 +132,98 @@ def example_cube(
     if kept_states:
         chunks["state"] = 1
     return cube.chunk(chunks)
+
+
+def with_influence(
+    cube: xr.Dataset,
+    *,
+    test_samples: int = 12,
+    removals: int = 20,
+    repeats: int = 3,
+    noise: float = 0.02,
+    seed: int = 0,
+) -> xr.Dataset:
+    """Return the cube with influence, probes and retrainings of the run `shuffle`, seed 1.
+
+    Parameters
+    ----------
+    cube
+        A cube of `example_cube`.
+    test_samples
+        Number of single test samples among the targets; the others are `mean` and the classes.
+    removals, repeats
+        Removals of each kind (`random`, `top`, `subset-0.95`), and retrainings of each.
+    noise
+        Standard deviation of the effects of a retraining, relative to that of all effects.
+    seed
+        Seed of the generator.
+
+    Examples
+    --------
+    >>> cube = with_influence(example_cube())
+    >>> dict(cube["influence"].sel(strategy="shuffle", seed=1).sizes)
+    {'target': 16, 'epoch': 6, 'layer': 4, 'sample': 120}
+    """
+    generator = np.random.default_rng(seed)
+    beta = cube["importance"].sel(strategy="shuffle", seed=1).values.astype(np.float64)
+    epochs, _, samples = beta.shape
+    left = np.linspace(0.3, 1, epochs)[:, None, None]
+    classes = [f"class:{label}" for label in np.unique(cube["label"].values)]
+    singles = [f"sample:{number}" for number in range(test_samples)]
+    targets = ["mean", *classes, *singles]
+    direction = generator.normal(size=(len(targets), samples))
+    direction[0] = direction[1:].mean(0)
+    influence = left * np.sqrt(beta) * direction[:, None, None, :]
+    total = influence.sum((1, 2))
+    removed = _example_removals(beta.sum((0, 1)), removals, generator)
+    effect = -(removed @ total.T)[..., None] * np.ones(repeats)
+    effect += noise * effect.std((0, 2), keepdims=True) * generator.normal(size=effect.shape)
+    damped = total[:, None] + total.std() * np.array([3.0, 1.0, 4.0])[:, None] * generator.normal(
+        size=(len(targets), 3, samples)
+    )
+    arriving = left**2 * beta
+    variables = {
+        "influence": (("target", "epoch", "layer", "sample"), influence.astype(np.float32)),
+        "influence_total": (("target", "sample"), total.astype(np.float32)),
+        "adjoint_norm": (("target", "epoch"), np.ones((len(targets), epochs))),
+        "arriving_importance": (("epoch", "layer", "sample"), arriving.astype(np.float32)),
+        "final_importance": (("layer", "sample"), arriving.sum(0).astype(np.float32)),
+        "final_importance_total": (("sample",), arriving.sum((0, 1)).astype(np.float32)),
+        "fixed_point_influence": (("target", "damping", "sample"), damped.astype(np.float32)),
+        "effect": (("removal", "target", "repeat"), effect),
+        "removed": (("removal", "sample"), removed),
+    }
+    names = [f"{kind}:{i}" for kind in ("random", "subset-0.95", "top") for i in range(removals)]
+    result = cube.assign_coords(
+        target=targets,
+        target_units=("target", ["nat"] * len(targets)),
+        removal=names,
+        repeat=np.arange(repeats),
+        damping=[1e-3, 0.1, 1.0],
+    )
+    shape = (cube.sizes["strategy"], cube.sizes["seed"])
+    place = cube["strategy"].values.tolist().index("shuffle"), 0
+    for name, (dims, values) in variables.items():
+        whole = np.zeros((*shape, *values.shape), values.dtype)
+        if values.dtype != bool:
+            whole[:] = np.nan
+        whole[place] = values
+        result[name] = (("strategy", "seed", *dims), whole)
+    for name in ("influence", "influence_total", "arriving_importance", "removed"):
+        sizes = {dim: 1 for dim in ("strategy", "seed", "epoch") if dim in result[name].dims}
+        result[name] = result[name].chunk(sizes)
+    return result
+
+
+def _example_removals(tau: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Return single removals drawn at random, subsets of 95 %, and the most important samples."""
+    samples = len(tau)
+    removed = np.zeros((3, count, samples), bool)
+    removed[0, np.arange(count), generator.permutation(samples)[:count]] = True
+    for row in removed[1]:
+        row[generator.choice(samples, max(1, samples // 20), replace=False)] = True
+    removed[2, np.arange(count), np.argsort(-tau)[:count]] = True
+    return removed.reshape(-1, samples)
 
 
 def _mask_trials(cube: xr.Dataset, first_epochs: dict[tuple[str, int], int]) -> None:

@@ -14,10 +14,11 @@ for each target, averaged over targets.
 A NaN (a training that diverged) makes the score of its target, and with it the mean, NaN: a score
 over the other removals is no score of all. Leave such removals out beforehand, and say so.
 
-Map: `predicted_effects`; `rank_agreement` (by target), `tsloo`, `lds`; `ceiling` and
-`ceiling_against_mean`; `score_interval` (bootstrap over removals).
+Map: `predicted_effects`, `renormalised_influence`; `rank_agreement` (by target), `tsloo`, `lds`;
+`ceiling` and `ceiling_against_mean`; `score_interval` (bootstrap over removals);
+`resample_counts` and `resampled_spearman` (the same for many scores at once).
 
-Shapes: R removals or subsets, T targets, N samples, K repeats.
+Shapes: R removals or subsets, T targets, N samples, K repeats, B resamples.
 
 References
 ----------
@@ -29,7 +30,11 @@ from itertools import combinations
 
 import numpy as np
 
-from sampimp.analysis.kernels import BOOTSTRAP_SEED, spearman
+from sampimp.analysis.kernels import BOOTSTRAP_SEED, spearman, sum_by_group
+
+PERCENTILE_RESAMPLES = 1000
+"""Bootstrap resamples behind a percentile interval (1000 suffice: Efron & Tibshirani 1993, sec.
+13.3)."""
 
 Score = Callable[..., float]
 """From arrays [R, ...] to a score of their rows."""
@@ -57,6 +62,40 @@ def predicted_effects(influence: np.ndarray, removed: np.ndarray) -> np.ndarray:
     array([[-5.]])
     """
     return -(removed.astype(np.float64) @ influence.T.astype(np.float64))
+
+
+def renormalised_influence(influence: np.ndarray, batch: np.ndarray) -> np.ndarray:
+    """Return influence under a mean over the samples that remain: minus the mean of the batch.
+
+    The mean sum(v_j l_j) / sum(v_j) of a batch of B samples has the derivative (l_i - mean(l)) / B
+    by v_i at v = 1, and l_i / B if its denominator is kept.
+
+    Parameters
+    ----------
+    influence : array [..., N]
+        Of one epoch and layer, with the denominator kept; NaN for a sample that no batch used.
+    batch : array [N]
+        Number of the batch that used each sample; NaN for none.
+
+    Returns
+    -------
+    array [..., N] of float64
+        NaN where either argument is NaN.
+
+    Examples
+    --------
+    >>> renormalised_influence(np.array([1.0, 5.0, 7.0]), np.array([0, 1, 0]))
+    array([-3.,  0.,  3.])
+    """
+    used = np.isfinite(batch)
+    groups = batch[used].astype(np.int64)
+    count = int(groups.max(initial=-1)) + 1
+    size = np.bincount(groups, minlength=count)
+    values = influence[..., used].astype(np.float64)
+    means = sum_by_group(values, groups, count) / np.maximum(size, 1)
+    result = np.full(influence.shape, np.nan)
+    result[..., used] = values - means[..., groups]
+    return result
 
 
 def rank_agreement(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
@@ -176,7 +215,7 @@ def ceiling_against_mean(effect: np.ndarray) -> float:
 def score_interval(
     score: Score,
     *arrays: np.ndarray,
-    resamples: int = 1000,
+    resamples: int = PERCENTILE_RESAMPLES,
     level: float = 0.95,
     seed: int = BOOTSTRAP_SEED,
 ) -> tuple[float, float, float]:
@@ -217,3 +256,87 @@ def score_interval(
         replicates.append(score(*(array[rows] for array in arrays)))
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
     return value, float(low), float(high)
+
+
+def resample_counts(
+    count: int, *, resamples: int = PERCENTILE_RESAMPLES, seed: int = BOOTSTRAP_SEED
+) -> np.ndarray:
+    """Return how often each removal is drawn: all once in row 0, then in bootstrap resamples.
+
+    Examples
+    --------
+    >>> counts = resample_counts(4, resamples=2)
+    >>> counts[0], counts.sum(1)
+    (array([1., 1., 1., 1.]), array([4., 4., 4.]))
+    """
+    generator = np.random.default_rng(seed)
+    rows = [
+        np.bincount(generator.integers(count, size=count), minlength=count)
+        for _ in range(resamples)
+    ]
+    return np.stack([np.ones(count), *rows]).astype(np.float64)
+
+
+def resampled_spearman(first: np.ndarray, second: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return Spearman's correlation in resamples, of many pairs of rows at once.
+
+    Nothing is sorted again: a resample is a vector of counts, and its ranks are cumulative counts
+    in the order of the full data (1.1 ms instead of 16 ms for 30 x 12 rows of 60 removals).
+
+    Parameters
+    ----------
+    first, second : array [..., R]
+        Leading axes broadcast.
+    counts : array [B, R]
+        How often each resample draws each removal; 0 leaves a removal out.
+
+    Returns
+    -------
+    array [B, ...] of float64
+        NaN where a row has a NaN, or its values in the resample are all equal.
+
+    Examples
+    --------
+    >>> first, second = np.array([1.0, 2.0, 3.0, 9.0]), np.array([1.0, 3.0, 2.0, -5.0])
+    >>> resampled_spearman(first, second, np.array([[1, 1, 1, 0], [2, 1, 0, 0]]))
+    array([0.5, 1. ])
+    """
+    sides = [_tie_bounds(np.asarray(values, np.float64)) for values in (first, second)]
+    replicates = []
+    for count_R in counts.astype(np.float64):
+        ranks = [_middle_ranks(count_R, *bounds) for bounds in sides]
+        dot = (count_R * ranks[0] * ranks[1]).sum(-1)
+        square = [(count_R * np.square(values)).sum(-1) for values in ranks]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            replicates.append(dot / np.sqrt(square[0] * square[1]))
+    result = np.clip(np.stack(replicates), -1.0, 1.0)
+    unknown = np.isnan(first).any(-1) | np.isnan(second).any(-1)
+    return np.where(unknown, np.nan, result)
+
+
+def _tie_bounds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the order of rows [..., R], and where each value's ties begin and end in it."""
+    order = np.argsort(values, axis=-1, kind="stable")
+    ordered = np.take_along_axis(values, order, -1)
+    place = np.broadcast_to(np.arange(values.shape[-1]), values.shape)
+    differs = np.diff(ordered, axis=-1) != 0
+    edge = np.ones((*values.shape[:-1], 1), bool)
+    is_first = np.concatenate([edge, differs], -1)
+    is_last = np.concatenate([differs, edge], -1)
+    first = np.maximum.accumulate(np.where(is_first, place, 0), -1)
+    last = np.where(is_last, place, values.shape[-1])
+    end = np.minimum.accumulate(last[..., ::-1], -1)[..., ::-1] + 1
+    start, stop = np.empty_like(order), np.empty_like(order)
+    np.put_along_axis(start, order, first, -1)
+    np.put_along_axis(stop, order, end, -1)
+    return order, start, stop
+
+
+def _middle_ranks(
+    count_R: np.ndarray, order: np.ndarray, start: np.ndarray, stop: np.ndarray
+) -> np.ndarray:
+    """Return ranks in a resample, minus their mean; ties share their average rank."""
+    below = np.zeros((*order.shape[:-1], order.shape[-1] + 1))
+    np.cumsum(count_R[order], axis=-1, out=below[..., 1:])
+    middle = np.take_along_axis(below, start, -1) + np.take_along_axis(below, stop, -1)
+    return (middle - count_R.sum()) / 2

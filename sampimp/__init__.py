@@ -31,6 +31,7 @@ from sampimp._lazy import import_on_use
 from sampimp.schema import __version__
 
 if TYPE_CHECKING:
+    from sampimp.analysis.removal_prediction import predicted_removal
     from sampimp.data import Dataset, load_dataset
     from sampimp.importance.optimizers import derivative_rule
     from sampimp.importance.recorder import ImportanceRecorder
@@ -50,6 +51,7 @@ __all__ = [
     "layer_rule",
     "load_dataset",
     "open_cube",
+    "predicted_removal",
     "snapshot_importance",
 ]
 
@@ -62,6 +64,7 @@ _HOMES = {
     "layer_rule": "sampimp.importance.rules.registry",
     "load_dataset": "sampimp.data.loading",
     "open_cube": "sampimp.store.cube",
+    "predicted_removal": "sampimp.analysis.removal_prediction",
     "snapshot_importance": "sampimp.importance.snapshot",
 }
 

@@ -5,8 +5,9 @@ cube (an `xarray.Dataset`) and returns a lazy Dataset whose attributes state the
 and the section of the paper; `clusters` and `paths` compute at once.
 
 Map: `stability` (Fig. 1), `decomposition` (Figs. 2, 3, 10), `difficulty` (Fig. 4), `clusters`
-(Figs. 5, 6), `curves` (Figs. 7, 9), `paths` (Fig. 8); `analyse` has the table `RESULTS` and
-computes all of them together.
+(Figs. 5, 6), `curves` (Figs. 7, 9), `paths` (Fig. 8). Of section 4, with figures of our own:
+`influence_by_layer` (12, 15), `removal_effects` (13), `method_scores` (14), `removal_sizes` (16),
+`influential_samples` (17). `analyse` has the table `RESULTS` and computes all of them together.
 
 Variables of each result, by its key (dimensions in brackets):
 
@@ -40,6 +41,25 @@ Variables of each result, by its key (dimensions in brackets):
     other_strategy), travelled(strategy), fitted(strategy)
 `importance_histogram` (module `decomposition`)
     count(bin), bin_edge(edge) in log10, zeros(), quantile(q), gini(), mean()
+`influence_by_layer`
+    mean_importance(epoch, layer), mean_influence(epoch, layer), adjoint_norm(epoch),
+    mean_arriving(epoch, layer), share_left(epoch, layer), left_mean_epoch(sample),
+    left_when_rank_correlation(), left_when_rank_correlation_interval(bound)
+`removal_effects`
+    predicted(removal, target), actual(removal, target, repeat), kind_of(removal),
+    agreement(kind, target), agreement_of_repeats(kind, target), share_kept(kind), count(kind),
+    left_out(kind)
+`method_scores`
+    score(predictor, kind), score_against_mean(predictor, kind), ceiling(kind),
+    ceiling_against_mean(kind), unrolled_minus_fixed_point(kind), with `*_interval(..., bound)` of
+    the first, the third and the last; score_by_damping(curvature, damping, kind), share_kept(kind),
+    count(kind), left_out(kind), target_count(kind)
+`removal_sizes`
+    size(score, removal), actual_size(removal, repeat), kind_of(removal), count(kind);
+    rank_correlation(score, kind), ceiling(kind) and above_ceiling_share(score, kind), each with
+    `*_interval(..., bound)`
+`influential_samples`
+    position(target, end, rank), value(target, end, rank)
 `claims` (package `sampimp.analysis.claims`)
     section, sentence, scope, number, value, low, high, side, threshold, rule, verdict (claim)
 """

@@ -16,6 +16,7 @@ import dask
 import xarray as xr
 
 from sampimp.analysis.claims.judge import judge_claims
+from sampimp.analysis.influence_runs import has_influence
 from sampimp.analysis.results.clusters import clusters
 from sampimp.analysis.results.curves import strategy_curves
 from sampimp.analysis.results.decomposition import (
@@ -24,7 +25,12 @@ from sampimp.analysis.results.decomposition import (
     importance_histogram,
 )
 from sampimp.analysis.results.difficulty import importance_against_nll
+from sampimp.analysis.results.influence_by_layer import influence_by_layer
+from sampimp.analysis.results.influential_samples import influential_samples
+from sampimp.analysis.results.method_scores import method_scores
 from sampimp.analysis.results.paths import parameter_paths
+from sampimp.analysis.results.removal_effects import removal_effects
+from sampimp.analysis.results.removal_sizes import removal_sizes
 from sampimp.analysis.results.stability import stability
 from sampimp.errors import ConfigError, MissingDataError
 
@@ -85,8 +91,38 @@ RESULTS: Mapping[str, Result] = {
         "3.3 and appendix",
         "sampimp.analysis.results.decomposition.importance_histogram",
     ),
+    "influence_by_layer": Result(
+        "Influence by epoch and layer",
+        "12 and 15",
+        "4",
+        "sampimp.analysis.results.influence_by_layer.influence_by_layer",
+    ),
+    "removal_effects": Result(
+        "Predicted and actual effects of removals",
+        "13",
+        "4",
+        "sampimp.analysis.results.removal_effects.removal_effects",
+    ),
+    "method_scores": Result(
+        "All methods on one run",
+        "14",
+        "4",
+        "sampimp.analysis.results.method_scores.method_scores",
+    ),
+    "removal_sizes": Result(
+        "Importance against the size of the effect of a removal",
+        "16",
+        "4",
+        "sampimp.analysis.results.removal_sizes.removal_sizes",
+    ),
+    "influential_samples": Result(
+        "Most helpful and most harmful samples",
+        "17",
+        "4",
+        "sampimp.analysis.results.influential_samples.influential_samples",
+    ),
     "claims": Result(
-        "The paper's claims", "none", "3.2 to 3.6", "sampimp.analysis.claims.judge.judge_claims"
+        "The paper's claims", "none", "3.2 to 4", "sampimp.analysis.claims.judge.judge_claims"
     ),
 }
 """Every result that `analyse` can return, in the order of the report."""
@@ -105,7 +141,7 @@ def analyse(cube: xr.Dataset) -> dict[str, xr.Dataset]:
     dict of Dataset, in memory
         Keys of `RESULTS`, in that order. A result whose input is missing is left out, and the
         attribute `left_out` of `claims` gives the reason, one line per result (none for snapshot
-        importance, which is optional).
+        importance, and none for section 4 in a cube without influence: both are optional).
 
     Raises
     ------
@@ -116,7 +152,7 @@ def analyse(cube: xr.Dataset) -> dict[str, xr.Dataset]:
     --------
     >>> from sampimp.analysis.example_cube import example_cube
     >>> results = analyse(example_cube().drop_vars("parameters"))
-    >>> sorted(set(RESULTS) - set(results))
+    >>> sorted(name for name in set(RESULTS) - set(results) if RESULTS[name].section != "4")
     ['parameter_paths', 'snapshot_stability']
     """
     results: dict[str, xr.Dataset] = {}
@@ -135,12 +171,19 @@ def analyse(cube: xr.Dataset) -> dict[str, xr.Dataset]:
     attempt("importance_against_nll", lambda: importance_against_nll(cube))
     attempt("strategy_curves", lambda: strategy_curves(cube))
     attempt("importance_histogram", lambda: importance_histogram(cube))
+    if has_influence(cube):
+        attempt("influence_by_layer", lambda: influence_by_layer(cube))
     results = compute_together(results)
     against = results.get("importance_against_nll")
     tau = None if against is None else against["overall_importance"]
     attempt("importance_groups", lambda: importance_groups(cube, tau).compute())
     attempt("clusters", lambda: clusters(cube))
     attempt("parameter_paths", lambda: parameter_paths(cube))
+    if has_influence(cube):
+        attempt("removal_effects", lambda: removal_effects(cube))
+        attempt("method_scores", lambda: method_scores(cube))
+        attempt("removal_sizes", lambda: removal_sizes(cube))
+        attempt("influential_samples", lambda: influential_samples(cube))
     results["claims"] = judge_claims(cube, results)
     results["claims"].attrs["left_out"] = "\n".join(reasons.values())
     return {key: results[key] for key in RESULTS if key in results}

@@ -7,7 +7,7 @@ output, hard samples late and near the input. That is measured here for every sa
 importance-weighted mean epoch and by each layer's share of its importance, and for three groups of
 samples.
 
-Map: `importance_against_nll`.
+Map: `importance_against_nll`, `correlate_samples`.
 """
 
 import dask.array as da
@@ -103,7 +103,7 @@ def importance_against_nll(cube: xr.Dataset, *, resamples: int = kernels.RESAMPL
         ("when", final, mean_epoch),
         ("where", final, share),
     ):
-        correlation, interval = _correlate(first, second, resamples)
+        correlation, interval = correlate_samples(first, second, resamples)
         result[f"{name}_rank_correlation"] = correlation
         result[f"{name}_rank_correlation_interval"] = interval
     result = result.assign_coords(bound=["low", "high"])
@@ -148,10 +148,21 @@ def importance_against_nll(cube: xr.Dataset, *, resamples: int = kernels.RESAMPL
     )
 
 
-def _correlate(
+def correlate_samples(
     first: xr.DataArray, second: xr.DataArray, resamples: int
 ) -> tuple[xr.DataArray, xr.DataArray]:
-    """Return the rank correlation over samples and its interval, for every index of the others."""
+    """Return the rank correlation over samples and its interval, for every index of the others.
+
+    Parameters
+    ----------
+    first, second : DataArray (..., sample)
+    resamples
+        Bootstrap resamples for each interval.
+
+    Returns
+    -------
+    DataArray (...) and DataArray (..., bound), lazy
+    """
     correlation, interval = xr.apply_ufunc(
         _correlate_rows,
         whole_samples(first),
@@ -170,7 +181,7 @@ def _correlate(
 def _correlate_rows(
     first: np.ndarray, second: np.ndarray, resamples: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return `_correlate` of the arrays of a block."""
+    """Return `correlate_samples` of the arrays of a block."""
     first, second = np.broadcast_arrays(first, second)
     interval = np.empty((*first.shape[:-1], 2))
     for index in np.ndindex(first.shape[:-1]):

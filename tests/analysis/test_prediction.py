@@ -133,3 +133,67 @@ def test_the_seed_is_that_of_the_other_intervals():
     effect = np.random.default_rng(3).normal(size=(2, 12, 2))
     first = prediction.score_interval(prediction.lds, *effect)
     assert first == prediction.score_interval(prediction.lds, *effect, seed=kernels.BOOTSTRAP_SEED)
+
+
+@given(pairs, st.integers(0, 2**32 - 1))
+def test_resampled_correlations_are_those_of_the_drawn_rows(pair, seed):
+    first, second = (values.T for values in pair)
+    count = first.shape[1]
+    rows = np.random.default_rng(seed).integers(count, size=(4, count))
+    counts = np.stack([np.bincount(drawn, minlength=count) for drawn in rows])
+    expected = [
+        [
+            naive_correlation(a[drawn].tolist(), b[drawn].tolist())
+            for a, b in zip(first, second, strict=True)
+        ]
+        for drawn in rows
+    ]
+    np.testing.assert_allclose(
+        prediction.resampled_spearman(first, second, counts), expected, atol=1e-12
+    )
+
+
+def test_resampled_correlations_broadcast_and_leave_out_what_is_counted_zero_times():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(3, 2, 9)), rng.normal(size=(2, 9))
+    half = np.arange(9) % 2
+    both = prediction.resampled_spearman(first, second, np.stack([half == 0, half == 1]))
+    for number in range(2):
+        for m in range(3):
+            for t in range(2):
+                rows = half == number
+                expected = stats.spearmanr(first[m, t, rows], second[t, rows]).statistic
+                assert both[number, m, t] == pytest.approx(expected, abs=1e-12)
+    first[0, 0, 0] = np.nan
+    assert np.isnan(prediction.resampled_spearman(first, second, np.ones((1, 9)))[0, 0, 0])
+
+
+def test_counts_are_those_of_the_bootstrap_of_single_scores():
+    effect = np.random.default_rng(1).normal(size=(12, 3, 2))
+    counts = prediction.resample_counts(12, resamples=200)
+    scores = prediction.resampled_spearman(effect[..., 0].T, effect[..., 1].T, counts).mean(1)
+    value, low, high = prediction.score_interval(
+        prediction.lds, effect[..., 0], effect[..., 1], resamples=200
+    )
+    assert scores[0] == pytest.approx(value)
+    np.testing.assert_allclose(np.quantile(scores[1:], [0.025, 0.975]), [low, high])
+
+
+@given(
+    hnp.arrays(np.float64, (2, 8), elements=st.floats(-5, 5)),
+    hnp.arrays(np.int64, 8, elements=st.integers(0, 3)),
+)
+def test_renormalised_influence_is_the_derivative_of_a_mean_over_the_rest(losses, batch):
+    """sum(v l) / sum(v) of each batch, differentiated by each weight, on a linear target."""
+    step = 1e-6
+    for row in losses:
+        kept = np.array([row[i] / (batch == batch[i]).sum() for i in range(8)])
+        actual = prediction.renormalised_influence(kept, batch)
+        for i in range(8):
+            mine = batch == batch[i]
+            weights = np.ones(8)
+            values = []
+            for sign in (1, -1):
+                weights[i] = 1 + sign * step
+                values.append((weights[mine] @ row[mine]) / weights[mine].sum())
+            assert actual[i] == pytest.approx((values[0] - values[1]) / (2 * step), abs=1e-6)
