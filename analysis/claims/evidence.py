@@ -115,6 +115,11 @@ class Claim:
     point
         True if there is one run per strategy, so that no interval exists and the number itself
         decides.
+    activation
+        `relu`, or `smooth` for any other, if the sentence is about such networks.
+    command
+        The command that computes what `estimate` reads, where that is no part of a study: the
+        sentence is then judged only where influence was computed for some run.
     """
 
     section: str
@@ -127,6 +132,8 @@ class Claim:
     only: str = ""
     never: str = ""
     point: bool = False
+    activation: Literal["", "relu", "smooth"] = ""
+    command: str = ""
 
 
 def third(epochs: int) -> int:

@@ -15,6 +15,7 @@ import xarray as xr
 
 from sampimp.analysis.claims.evidence import NO_ESTIMATE, Claim, Estimate, Evidence, Side
 from sampimp.analysis.claims.table import CLAIMS
+from sampimp.analysis.influence_runs import has_influence
 from sampimp.analysis.runs import PAPER, codes_of_labels, short_name
 
 VERDICTS = ("holds", "does not hold", "not enough data")
@@ -75,8 +76,8 @@ def judge_claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Data
     Returns
     -------
     Dataset, in memory, on dim claim
-        section, sentence, scope (data set, or "all"), number (value and interval as text), value,
-        low, high, rule, side, threshold, verdict.
+        section, sentence, scope (data set, or "all"), number (value and interval as text, or the
+        command that computes it), value, low, high, rule, side, threshold, verdict.
 
     Examples
     --------
@@ -88,16 +89,10 @@ def judge_claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Data
 
     References
     ----------
-    Gao & Jojic (2017), sections 3.2 to 3.6.
+    Gao & Jojic (2017), sections 3.2 to 4.
     """
     evidence = Evidence(results, len(codes_of_labels(cube)[0]))
-    name = short_name(cube)
-    applicable = [
-        claim
-        for claim in CLAIMS
-        if (not claim.only or name.startswith(claim.only))
-        and (not claim.never or not name.startswith(claim.never))
-    ]
+    applicable = [claim for claim in CLAIMS if _applies(claim, cube)]
     estimates = [
         claim.estimate(evidence) if all(key in results for key in claim.needs) else NO_ESTIMATE
         for claim in applicable
@@ -106,7 +101,10 @@ def judge_claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Data
         "section": [claim.section for claim in applicable],
         "sentence": [claim.sentence for claim in applicable],
         "scope": [claim.only or "all" for claim in applicable],
-        "number": [_format_estimate(estimate) for estimate in estimates],
+        "number": [
+            _format_number(claim, estimate)
+            for claim, estimate in zip(applicable, estimates, strict=True)
+        ],
         "rule": [_format_rule(claim) for claim in applicable],
         "side": [claim.side for claim in applicable],
         "verdict": [
@@ -129,7 +127,7 @@ def judge_claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Data
             "wholly on the claimed side, does not hold if wholly on the other, "
             "not enough data otherwise",
             "figure": "none",
-            "source": f"{PAPER}, sections 3.2 to 3.6",
+            "source": f"{PAPER}, sections 3.2 to {applicable[-1].section}",
             "dataset": str(cube.attrs.get("dataset", "")),
         },
     )
@@ -149,6 +147,26 @@ def judge_claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Data
     for key, long_name in long_names.items():
         result[key].attrs = {"units": "1", "long_name": long_name}
     return result
+
+
+def _applies(claim: Claim, cube: xr.Dataset) -> bool:
+    """Return whether a claim is about this data set and network, and judged in this cube."""
+    name = short_name(cube)
+    if claim.only and not name.startswith(claim.only):
+        return False
+    if claim.never and name.startswith(claim.never):
+        return False
+    if claim.command and not has_influence(cube):
+        return False
+    activation = cube["importance"].attrs.get("activation") if "importance" in cube else None
+    return not claim.activation or (claim.activation == "relu") == (activation == "relu")
+
+
+def _format_number(claim: Claim, estimate: Estimate) -> str:
+    """Return an estimate as text, or how to compute it."""
+    if claim.command and np.isnan(estimate[0]):
+        return f"not computed: {claim.command}"
+    return _format_estimate(estimate)
 
 
 def _format_estimate(estimate: Estimate) -> str:

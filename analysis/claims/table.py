@@ -6,7 +6,9 @@ the rule states the value that was chosen. The verdict follows from the estimate
 side and the threshold (`sampimp.analysis.claims.judge`). Nothing is corrected for the number of
 claims.
 
-Map: `CLAIMS`. The functions in the column `estimate` are in `section_3_2` to `section_3_6`;
+The claims of section 4 are judged where influence was computed for a run of the data set.
+
+Map: `CLAIMS`. The functions in the column `estimate` are in `section_3_2` to `section_4`;
 `stored_correlation`, for sections 3.4 and 3.5, is in `evidence`.
 """
 
@@ -18,9 +20,11 @@ from sampimp.analysis.claims import (
     section_3_4,
     section_3_5,
     section_3_6,
+    section_4,
 )
 from sampimp.analysis.claims.evidence import Claim, stored_correlation
 from sampimp.analysis.claims.section_3_6 import MIXED, SORTED
+from sampimp.analysis.influence_runs import INFLUENCE, RETRAIN
 
 MARGIN = 0.1
 """Test errors within a tenth of Rand's count as equal, beyond it as drastically different
@@ -30,6 +34,8 @@ _EARLY = "Early is the first third of the epochs, late the last (the paper gives
 _OVER_SAMPLES = "Interval: bootstrap over samples."
 _OVER_SEEDS = "Interval: t over seeds, paired. A diverged run counts with the error of guessing, a collapsed one with its own."
 _ONE_RUN = "One run per strategy (seed 1): no interval, decided by the number itself. A run that diverged counts as infinitely far."
+_OVER_REMOVALS = "Interval: bootstrap over removals."
+_RANDOM_REMOVALS = "over training samples drawn at random, each removed by a retraining"
 
 _STABILITY = ("stability",)
 _TOTALS = ("decomposition",)
@@ -371,6 +377,49 @@ CLAIMS: tuple[Claim, ...] = (
         estimate=section_3_6.distance_over_travelled,
         only="mnist",
         point=True,
+    ),
+    Claim(
+        section="4",
+        sentence="Importance predicts how much the removal of a sample changes (smooth activation).",
+        rule=f"Rank correlation of overall importance with the mean absolute effect on single test samples, {_RANDOM_REMOVALS}. {_OVER_REMOVALS}",
+        side="above",
+        threshold=0.9,
+        needs=("removal_sizes",),
+        estimate=section_4.size_of_effect,
+        activation="smooth",
+        command=RETRAIN,
+    ),
+    Claim(
+        section="4",
+        sentence="Importance predicts how much the removal of a sample changes (ReLU), as far as one retraining predicts another.",
+        rule=f"The same rank correlation minus 0.9 times the ceiling, the correlation of one retraining with another from a jittered start: gates of ReLUs flip, and limit every score of single removals. {_OVER_REMOVALS}",
+        side="above",
+        threshold=0.0,
+        needs=("removal_sizes",),
+        estimate=section_4.size_of_effect_below_ceiling,
+        activation="relu",
+        command=RETRAIN,
+    ),
+    Claim(
+        section="4",
+        sentence="Influence at a fixed point, -H^-1 g, might not be accurate where training stops early (smooth activation).",
+        rule=f"TSLOO of unrolled influence minus that of -C^-1 g at its best curvature and damping, which are chosen on the other half of the removals, {_RANDOM_REMOVALS}. {_OVER_REMOVALS}",
+        side="above",
+        threshold=0.5,
+        needs=("method_scores",),
+        estimate=section_4.unrolled_minus_fixed_point,
+        activation="smooth",
+        command=f"{INFLUENCE}, {RETRAIN}",
+    ),
+    Claim(
+        section="4",
+        sentence="Easy samples act early, hard samples late, also in what is left of it at the end.",
+        rule=f"Rank correlation, over all samples, of final NLL with the sample's mean epoch, weighted by arriving importance. {_OVER_SAMPLES}",
+        side="above",
+        threshold=0.0,
+        needs=("influence_by_layer",),
+        estimate=section_4.arriving_when_correlation,
+        command=f"{INFLUENCE} --targets probe:16",
     ),
 )
 """The claims, in the order of the paper. A sentence about one data set is judged on it alone."""

@@ -7,7 +7,7 @@ import xarray as xr
 from sampimp.analysis.claims.evidence import Evidence
 from sampimp.analysis.claims.judge import VERDICTS, judge, judge_claims
 from sampimp.analysis.claims.table import CLAIMS
-from sampimp.analysis.example_cube import FINAL_TEST_ERROR, example_cube
+from sampimp.analysis.example_cube import FINAL_TEST_ERROR, example_cube, with_influence
 from sampimp.analysis.results.analyse import analyse
 from sampimp.analysis.results.curves import strategy_curves
 
@@ -151,7 +151,7 @@ def test_a_diverged_path_is_infinitely_far(results):
 def test_each_claim_has_its_rule_interval_and_threshold(results):
     table = judge_claims(example_cube(), results)
     assert isinstance(table, xr.Dataset)
-    assert {claim.section for claim in CLAIMS} == {"3.2", "3.3", "3.4", "3.5", "3.6"}
+    assert {claim.section for claim in CLAIMS} == {"3.2", "3.3", "3.4", "3.5", "3.6", "4"}
     assert len({claim.sentence for claim in CLAIMS}) == len(CLAIMS)
     for rule in table["rule"].values:
         assert "Interval" in rule or "no interval" in rule
@@ -159,3 +159,83 @@ def test_each_claim_has_its_rule_interval_and_threshold(results):
     finite = np.isfinite(table["low"])
     assert (table["low"] <= table["value"])[finite].all()
     assert (table["value"] <= table["high"])[finite].all()
+
+
+SMALL = {"samples": 60, "strategies": ("shuffle",), "seeds": 1, "states": ()}
+
+
+@pytest.fixture(scope="module")
+def influence():
+    cube = with_influence(example_cube(**SMALL), removals=40)
+    return cube, analyse(cube)
+
+
+def section_4(cube, results):
+    table = judge_claims(cube, results)
+    rows = table.isel(claim=table["section"].values == "4")
+    return {
+        sentence: (number, verdict)
+        for sentence, number, verdict in zip(
+            rows["sentence"].values.tolist(),
+            rows["number"].values.tolist(),
+            rows["verdict"].values.tolist(),
+            strict=True,
+        )
+    }
+
+
+def with_activation(cube, activation):
+    cube = cube.copy()
+    cube["importance"] = cube["importance"].assign_attrs(activation=activation)
+    return cube
+
+
+def test_section_4_is_judged_where_influence_was_computed(influence):
+    cube, results = influence
+    assert section_4(example_cube(**SMALL), results) == {}
+    for activation, words in (("gelu", "smooth"), ("relu", "(ReLU)")):
+        claims = section_4(with_activation(cube, activation), results)
+        assert next(words in sentence for sentence in claims)
+        assert len(claims) == (3 if activation == "gelu" else 2)
+        assert {verdict for _, verdict in claims.values()} <= set(VERDICTS)
+    claims = section_4(cube, results)
+    late = next(v for sentence, v in claims.items() if "left of it at the end" in sentence)
+    assert late[1] == "holds"
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [((0.92, 0.97), "holds"), ((0.88, 0.97), "not enough data"), ((0.2, 0.6), "does not hold")],
+)
+def test_the_correlation_of_tau_with_the_size_of_effects_decides(influence, interval, expected):
+    cube, results = influence
+    sizes = results["removal_sizes"].copy(deep=True)
+    at = {"score": "overall importance", "kind": "random"}
+    sizes["rank_correlation_interval"].loc[at] = list(interval)
+    sizes["rank_correlation"].loc[at] = sum(interval) / 2
+    claims = section_4(cube, {**results, "removal_sizes": sizes})
+    (verdict,) = [v for sentence, (_, v) in claims.items() if "Importance predicts" in sentence]
+    assert verdict == expected
+
+
+def test_the_fixed_point_is_judged_by_the_paired_difference(influence):
+    cube, results = influence
+    scores = results["method_scores"].copy(deep=True)
+    scores["unrolled_minus_fixed_point"].loc[{"kind": "random"}] = 0.7
+    scores["unrolled_minus_fixed_point_interval"].loc[{"kind": "random"}] = [0.6, 0.8]
+    claims = section_4(cube, {**results, "method_scores": scores})
+    (found,) = [found for sentence, found in claims.items() if "fixed point" in sentence]
+    assert found == ("0.7 (0.6 to 0.8)", "holds")
+
+
+def test_a_claim_that_was_not_computed_names_its_command(influence):
+    cube, results = influence
+    part = cube.drop_vars(["effect", "removed", "arriving_importance", "fixed_point_influence"])
+    claims = section_4(part, analyse(part))
+    assert len(claims) == 3
+    for number, verdict in claims.values():
+        assert verdict == "not enough data"
+        assert number.startswith("not computed: sampimp ")
+    few = results["removal_sizes"].drop_sel(kind="random")
+    claims = section_4(cube, {**results, "removal_sizes": few})
+    assert ("not computed: sampimp retrain OUT", "not enough data") in claims.values()
