@@ -59,6 +59,7 @@ class BackwardHooks:
     def begin_step(self, elementwise: bool) -> None:
         """Begin a step; under an `elementwise` derivative, factors are kept until the update."""
         self._elementwise = elementwise
+        self._is_recording = True
 
     def begin_pass(self, calls: ForwardPass) -> None:
         """Begin a pass, whose forward calls are in `calls`."""
@@ -77,8 +78,9 @@ class BackwardHooks:
         with torch._C.DisableTorchFunction(), torch.no_grad():
             return {row: self._summed(row) for row in list(self._factors)}, self._values
 
-    def abandon(self) -> None:
-        """Drop the references to the graph of a pass that was not completed."""
+    def end_step(self) -> None:
+        """End a step, and drop the references to the graph of a pass that was not completed."""
+        self._is_recording = False
         for _, nodes in self._waiting:
             nodes.close()
 
@@ -137,6 +139,8 @@ class BackwardHooks:
         )
 
     def _on_gradient(self, use: Use, delta: Any) -> None:
+        if use.done and not self._is_recording:
+            return  # of a second derivative, whose graph contains the use's node
         if use.done:
             raise UnsupportedError(
                 expected="one backward pass for each forward pass",

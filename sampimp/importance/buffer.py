@@ -106,6 +106,12 @@ class StepNorms:
         """Keep a pass's factors, by row of the parameter, until the update."""
         self._kept.append((samples, factors))
 
+    def take_factors(self) -> list[dict[int, Factor]]:
+        """Return the kept factors of each pass, by row of the parameter, and forget them."""
+        factors = [factors for _, factors in self._kept]
+        self._kept, self._sources = [], []
+        return factors
+
     def keep_sources(self, tensors: Iterable[Tensor]) -> None:
         """Note tensors that kept factors use, and their versions."""
         self._sources += [(tensor, tensor._version) for tensor in tensors]

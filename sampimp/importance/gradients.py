@@ -229,7 +229,7 @@ class Outer:
             left, right, matrices = right, left, matrices.transpose(2, 3)
 
         def product(matrix: Tensor) -> Tensor:
-            return torch.einsum("ntgo,goi->ntgi", left, matrix).mul_(right).flatten(1).sum(1)
+            return torch.einsum("ntgo,goi->ntgi", left, matrix).mul_(right).sum((1, 2, 3))
 
         return by_direction(matrices, product)
 

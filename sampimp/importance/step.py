@@ -23,6 +23,7 @@ from sampimp.importance.backward import BackwardHooks
 from sampimp.importance.buffer import StepNorms
 from sampimp.importance.forward_pass import ForwardPass
 from sampimp.importance.gradient_checks import GradientChecks
+from sampimp.importance.gradients import Factor
 from sampimp.importance.known_layouts import KnownLayouts
 from sampimp.importance.model_tensors import ModelTensors, require_recordable
 from sampimp.importance.ownership.data_rows import DataRows
@@ -141,7 +142,7 @@ class Capture:
                 handle.remove()
                 self.checks.forget_gradients()
                 self._calls.clear()
-                self._backward.abandon()
+                self._backward.end_step()
                 self.watch.resume()
 
     def add_pass(self, index: Tensor) -> None:
@@ -208,6 +209,10 @@ class Capture:
         UnsupportedError
             Backward passes are missing, or gradients are not those that the passes have made.
         """
+        self._require_all_passes()
+        self.checks.require_unchanged()
+
+    def _require_all_passes(self) -> None:
         if self._done != len(self._sizes):
             raise UnsupportedError(
                 expected=f"{len(self._sizes)} backward passes before the update",
@@ -216,7 +221,20 @@ class Capture:
                 todo="put forward, backward and update into the block, and pass one index per "
                 "backward pass: step([index_1, index_2], ...)",
             )
-        self.checks.require_unchanged()
+
+    def take_factors(self) -> list[dict[int, Factor]]:
+        """Return the factors of each pass by row of the parameter, in place of `finish`.
+
+        To be called after an `elementwise` step without an update. Graphs that its passes have
+        created (`create_graph`) may be differentiated again after the block.
+
+        Raises
+        ------
+        UnsupportedError
+            Backward passes are missing.
+        """
+        self._require_all_passes()
+        return self.norms.take_factors()
 
     def finish(self, derivatives: Mapping[int, Derivative]) -> None:
         """Complete the step's norms after its update.
