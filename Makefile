@@ -19,7 +19,7 @@ define install
 @touch $@
 endef
 
-.PHONY: help study test check docs bench chaos cluster-test gpu gpu-wheels clean
+.PHONY: help study test check docs bench influence chaos cluster-test gpu gpu-wheels clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # With make -j, two concurrent installs would break the environment.
@@ -33,6 +33,7 @@ help:
 	@echo "make chaos   a study with injected deaths and faults, against an undisturbed one (minutes)"
 	@echo "make cluster-test   ray up on hosts in namespaces: one loses its network, one dies (root; 4 minutes)"
 	@echo "make bench   training steps with and without recording, against BackPACK and Opacus"
+	@echo "make influence   influence on the final model against retrainings, other packages, cost (3 hours)"
 	@echo "make gpu-wheels   fetch wheels and MNIST for a GPU machine without a package index, into gpu-wheels/"
 	@echo "make gpu     on a GPU: exactness, the cost of recording, CUDA graphs, the paper's run (8 minutes)"
 	@echo "make clean   remove the environment and the caches; results/ stays"
@@ -65,6 +66,9 @@ bench: $(VENV)/.installed-bench
 		$(BIN)/python benchmarks/step.py --threads $$threads --out benchmarks/step-$$threads.md && \
 		$(BIN)/python benchmarks/models.py --threads $$threads --out benchmarks/models-$$threads.md \
 		|| exit 1; done
+
+influence: $(VENV)/.installed-bench
+	@$(BIN)/python benchmarks/influence.py $(INFLUENCE_OPTIONS)
 
 gpu-wheels: $(VENV)/.installed-test
 	@$(BIN)/python benchmarks/gpu_wheels.py
@@ -105,5 +109,5 @@ $(VENV)/.installed-docs: $(PINS) | $(VENV)/.created
 # BackPACK requires torchvision without needing it. Beside a CPU build of PyTorch torchvision fails to
 # import, and then Lightning and transformers do too.
 $(VENV)/.installed-bench: $(PINS) | $(VENV)/.created
-	$(call install,[bench],sampimp with BackPACK and Opacus,$(FIRST))
+	$(call install,[bench],sampimp with the tools it is compared with,$(FIRST))
 	@$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/python -m pip uninstall -qq -y torchvision

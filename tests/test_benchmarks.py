@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -99,3 +100,29 @@ def test_recording_needs_hardly_more_memory(models, monkeypatch, name):
     case = next(case for case in models.CASES if case.startswith(name))
     plain, recorded = (models.allocated(case, records, threads=1) for records in (False, True))
     assert recorded < (1.1 if name == "transformer" else 1.02) * plain
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_influence_benchmark_scores_and_continues(monkeypatch, tmp_path):
+    """Tiny runs of every kind of section; TSLOO of 200 digits after 2 epochs is nearly perfect."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    influence = importlib.import_module("influence")
+    sections = ("exactness", "adamw", "lasting", "methods", "paper", "cost")
+    config = influence.Config(
+        scratch=tmp_path, sections=sections, out=tmp_path / "page.md", workers=0, smoke=True
+    )
+    influence.main(config)
+    page = config.out.read_text()
+    assert page.count("Not measured.") == len(influence.SECTIONS) - len(sections)
+    rows = json.loads((tmp_path / "rows-exactness.json").read_text())["rows"]
+    assert rows[0]["value"] < rows[0]["asked"] == 1e-12
+    (smoothed, *_) = (
+        row
+        for row in json.loads((tmp_path / "rows-adamw.json").read_text())["rows"]
+        if "in the pullback" in row["check"]
+    )
+    assert smoothed["value"] > 0.9
+    stored = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.npz")}
+    influence.main(replace(config, sections=("adamw", "paper")))
+    assert config.out.read_text().count("Not measured.") == page.count("Not measured.")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.npz")} == stored

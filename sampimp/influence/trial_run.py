@@ -60,10 +60,12 @@ class TrialRun:
         self._run = _replayable(config, data, schedule)
         self._stored_parameters, self._states = parameters, states
         self.model, self.optimizer = self._run.model, self._run.optimizer
-        self.parameters = list(self.model.parameters())
+        self.parameters: Sequence[torch.Tensor] = list(self.model.parameters())
         self.epochs, self.sample_count = config.training.epochs, len(data.train_labels)
-        self.epoch_labels = range(1, self.epochs + 1)
-        self.layers = forward_layers(self.model, self._run.batch_data(np.arange(2))[0])
+        self.epoch_labels: Sequence[int] = range(1, self.epochs + 1)
+        self.layers: Sequence[str] = forward_layers(
+            self.model, self._run.batch_data(np.arange(2))[0]
+        )
         if not isinstance(self._run.step, FusedStep):
             raise UnsupportedError(
                 expected="a stack of linear layers",
