@@ -60,7 +60,10 @@ HOMES = {
     ),
     "sklearn": ("sampimp/analysis/", "sampimp/data/"),
     "scipy": ("sampimp/analysis/",),
-    "matplotlib": ("sampimp/analysis/figures/", "sampimp/analysis/report/drawing.py"),
+    "matplotlib": (
+        "sampimp/analysis/figures/",
+        *(f"sampimp/analysis/report/{name}.py" for name in ("figure_plan", "influence_figures")),
+    ),
     "jinja2": ("sampimp/analysis/report/",),
     "lightning": ("sampimp/integrations/lightning.py",),
     "transformers": ("sampimp/integrations/huggingface.py",),

@@ -1,4 +1,4 @@
-"""The ten figures of the paper, drawn from result datasets; drawing computes nothing.
+"""The ten figures of the paper, and five of section 4; drawing computes nothing.
 
 Each function takes the Dataset that the function of the same subject in `sampimp.analysis.results`
 returns, and returns a `matplotlib.figure.Figure`. `pyplot`, which holds global state, is not used.
@@ -10,8 +10,11 @@ Source: Gao & Jojic, "Sample Importance in Training Deep Neural Networks" (2017)
 Map: `draw_stability` (Fig. 1), `draw_decomposition` (2), `draw_groups` (3),
 `draw_importance_against_nll` (4) and `draw_histogram` (10), of the reference runs, are in
 `reference_runs`; `draw_clusters` (5 and 6) is in `class_clusters`; `draw_curves` (7), `draw_paths`
-(8) and `draw_class_nll` (9) are in `strategy_runs`. `style` has colours, line styles and `encode`
-(PNG, PDF), `axes` the parts that figures share.
+(8) and `draw_class_nll` (9) are in `strategy_runs`. Of section 4, `draw_influence_by_layer` (12)
+and `draw_share_left` (15) are in `influence_by_epoch`, `draw_removal_effects` (13),
+`draw_method_scores` (14) and `draw_removal_sizes` (16) in `removals`, and
+`draw_influential_samples` (17) in `influential_images`. `style` has colours, line styles and
+`encode` (PNG, PDF), `axes` the parts that figures share.
 """
 
 from sampimp._renamed import moved
@@ -20,12 +23,23 @@ from sampimp.errors import require_package
 require_package("matplotlib", "report")
 
 from sampimp.analysis.figures.class_clusters import draw_clusters  # noqa: E402
+from sampimp.analysis.figures.influence_by_epoch import (  # noqa: E402
+    draw_influence_by_layer,
+    draw_share_left,
+)
+from sampimp.analysis.figures.influential_images import draw_influential_samples  # noqa: E402
 from sampimp.analysis.figures.reference_runs import (  # noqa: E402
     draw_decomposition,
     draw_groups,
     draw_histogram,
     draw_importance_against_nll,
     draw_stability,
+)
+from sampimp.analysis.figures.removals import (  # noqa: E402
+    draw_method_scores,
+    draw_removal_effects,
+    draw_removal_sizes,
+    name_kind,
 )
 from sampimp.analysis.figures.strategy_runs import (  # noqa: E402
     draw_class_nll,
@@ -42,9 +56,16 @@ __all__ = [
     "draw_groups",
     "draw_histogram",
     "draw_importance_against_nll",
+    "draw_influence_by_layer",
+    "draw_influential_samples",
+    "draw_method_scores",
     "draw_paths",
+    "draw_removal_effects",
+    "draw_removal_sizes",
+    "draw_share_left",
     "draw_stability",
     "encode",
+    "name_kind",
     "strategy_name",
     "strategy_style",
 ]

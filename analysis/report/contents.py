@@ -1,8 +1,8 @@
 """The contents of a report, before they are laid out as a page or a terminal summary.
 
 Map: `Report`, `Section` (one node of the cube), `Drawn` (a figure), `StrategyRow`; `strategy_rows`,
-`claim_rows` and `describe_runs` read a section's tables from its results; `VERDICT_MARKS` (symbols
-and colours), `join_values` (a list in words).
+`claim_rows` and `describe_runs` read a section's tables from its results (of section 4, the module
+`method_table`); `VERDICT_MARKS` (symbols and colours), `join_values` (a list in words).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,13 +47,16 @@ class Section:
     results
         Results of `analyse`, in memory.
     drawn
-        The figures.
+        The figures of the paper.
+    drawn_influence
+        The figures of section 4; none if no influence was computed.
     """
 
     name: str
     facts: Sequence[tuple[str, str]]
     results: Mapping[str, xr.Dataset]
     drawn: Sequence[Drawn] = ()
+    drawn_influence: Sequence[Drawn] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,57 +1,18 @@
 """The figures of the report: which figure is drawn from which result, with its caption.
 
-Map: `FigurePlan` and `FIGURES` (the table), `draw_figures`, `read_images` (images of the samples
-nearest to the clusters' centres).
+Map: `FIGURES` (the table; those of section 4 are in `influence_figures`), `draw_figures`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
-from matplotlib.figure import Figure
 
 from sampimp.analysis import figures
 from sampimp.analysis.report.contents import Drawn
+from sampimp.analysis.report.figure_plan import FigurePlan
+from sampimp.analysis.report.sample_images import read_images
 from sampimp.analysis.runs import short_name
-
-
-@dataclass(frozen=True, kw_only=True)
-class FigurePlan:
-    """How one figure is made from one result.
-
-    Attributes
-    ----------
-    number
-        The figure's number in the paper.
-    name
-        Stem of its files.
-    title
-        The question that it answers.
-    result
-        Key of the result in `sampimp.analysis.results.analyse.RESULTS`.
-    needs
-        Variables without which there is nothing to draw.
-    draw
-        Function of the result and the cube that returns the figure.
-    caption
-        What is shown; method and source are added from the result's attributes.
-    missing
-        What the study lacks if there is nothing to draw.
-    optional
-        True for a figure that is left out without a message if there is nothing to draw.
-    """
-
-    number: str
-    name: str
-    title: str
-    result: str
-    needs: tuple[str, ...]
-    draw: Callable[[xr.Dataset, xr.Dataset], Figure]
-    caption: str
-    missing: str
-    optional: bool = False
-
 
 FIGURES: tuple[FigurePlan, ...] = (
     FigurePlan(
@@ -119,7 +80,9 @@ FIGURES: tuple[FigurePlan, ...] = (
         title="Which kinds of samples are there within one class?",
         result="clusters",
         needs=("profile", "size", "nll_quantile"),
-        draw=lambda result, cube: figures.draw_clusters(result, read_images(cube, result)),
+        draw=lambda result, cube: figures.draw_clusters(
+            result, read_images(cube, result.get("representative"))
+        ),
         caption="Samples of one class clustered by the epochs and layers in which they were "
         "important, one cluster per row: samples nearest to its centre, its importance by epoch "
         "(across) and layer (down), and the NLL of its samples after the last epoch.",
@@ -172,11 +135,15 @@ FIGURES: tuple[FigurePlan, ...] = (
 )
 """Every figure of the paper. Figures 5 and 6 are of one kind: a class of MNIST, and of CIFAR-10."""
 
+CONVENTION_NAMES = ("sign", "denominator", "smoothing", "damping", "ceiling")
+"""Attributes of the results of section 4 that a caption states."""
+
 
 def draw_figures(
     cube: xr.Dataset,
     results: Mapping[str, xr.Dataset],
     report_progress: Callable[[str], None] = lambda _: None,
+    plans: Sequence[FigurePlan] = FIGURES,
 ) -> list[Drawn]:
     """Draw every figure for which the results have the data; for the others, state what they need.
 
@@ -188,15 +155,17 @@ def draw_figures(
         Results of `analyse`.
     report_progress
         Called with a few words before each figure.
+    plans
+        The figures to draw: `FIGURES`, or those of section 4 (`INFLUENCE_FIGURES`).
 
     Returns
     -------
     list of Drawn
-        In the order of `FIGURES`.
+        In the order of `plans`.
     """
     drawn = []
     reasons = _reasons(results)
-    for plan in FIGURES:
+    for plan in plans:
         result = results.get(plan.result)
         number, name = plan.number, plan.name
         if number == "5" and short_name(cube).startswith("cifar"):
@@ -250,37 +219,7 @@ def _caption(plan: FigurePlan, result: xr.Dataset) -> str:
     parts = [plan.caption]
     if "class_name" in result.attrs:
         parts.append(f"Class: {result.attrs['class_name']}.")
-    for title, key in (("Method", "method"), ("Source", "source")):
+    for key in ("method", *CONVENTION_NAMES, "source"):
         if key in result.attrs:
-            parts.append(f"{title}: {str(result.attrs[key]).rstrip('.')}.")
+            parts.append(f"{key.capitalize()}: {str(result.attrs[key]).rstrip('.')}.")
     return " ".join(parts)
-
-
-def read_images(cube: xr.Dataset, clusters: xr.Dataset) -> xr.DataArray | None:
-    """Return the images of the clusters' representatives; white where a cluster has too few.
-
-    Parameters
-    ----------
-    cube
-        One node of the cube.
-    clusters
-        The result `clusters`.
-
-    Returns
-    -------
-    DataArray of uint8 (cluster, rank, row, column, channel), or None
-        None if the data set has no images.
-    """
-    if "image" not in cube or "representative" not in clusters:
-        return None
-    chosen = clusters["representative"].transpose("cluster", "rank").values
-    valid = np.isfinite(chosen) & (chosen >= 0)
-    samples = np.unique(chosen[valid]).astype(int)
-    if not samples.size:
-        return None
-    image = cube["image"].transpose("sample", "row", "column", "channel")
-    # Sorted, and each sample once: a lazy image array then reads each chunk once.
-    read = (image.sel if "sample" in image.coords else image.isel)(sample=samples).values
-    pictures = np.full((*chosen.shape, *read.shape[1:]), 255, np.uint8)
-    pictures[valid] = read[np.searchsorted(samples, chosen[valid].astype(int))]
-    return xr.DataArray(pictures, dims=("cluster", "rank", "row", "column", "channel"))

@@ -11,13 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sampimp.analysis.figures import strategy_name
+from sampimp.analysis.influence_runs import INFLUENCE, RETRAIN
 from sampimp.analysis.report.contents import (
     VERDICT_MARKS,
+    Drawn,
     Section,
     claim_rows,
     join_values,
     strategy_rows,
 )
+from sampimp.analysis.report.method_table import method_table
 from sampimp.analysis.report.trial_facts import flatten
 from sampimp.analysis.runs import PAPER
 from sampimp.errors import require_package
@@ -83,11 +86,19 @@ def _section_values(section: Section) -> dict[str, Any]:
             for row in strategy_rows(section.results)
         ],
         "claims": claims,
-        "figures": [
-            {"figure": figure, "data": base64.b64encode(figure.png).decode("ascii")}
-            for figure in section.drawn
-        ],
+        "figures": _figure_values(section.drawn),
+        "influence_figures": _figure_values(section.drawn_influence),
+        "methods": method_table(section.results),
+        "influence_command": INFLUENCE,
+        "retrain_command": RETRAIN,
     }
+
+
+def _figure_values(drawn: Sequence[Drawn]) -> list[dict[str, Any]]:
+    """Return figures with their images as text."""
+    return [
+        {"figure": figure, "data": base64.b64encode(figure.png).decode("ascii")} for figure in drawn
+    ]
 
 
 def _anchor(name: str) -> str:

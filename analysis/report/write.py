@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from sampimp.analysis.influence_runs import has_influence
 from sampimp.analysis.report.contents import Report, Section, describe_runs
 from sampimp.analysis.report.drawing import draw_figures
+from sampimp.analysis.report.influence_figures import INFLUENCE_FIGURES
 from sampimp.analysis.report.page import render_page
 from sampimp.analysis.report.trial_facts import count_planned, describe_trials
 from sampimp.analysis.results.analyse import analyse
@@ -85,13 +87,26 @@ def _write_section(
         results = {key: result.compute() for key, result in analyse(cube).items()}
     for key, result in results.items():
         folder.write_dataset(f"{name}/{key}.zarr", result)
-    drawn = draw_figures(cube, results, lambda words: report_progress(f"{name}: {words}"))
-    for figure in drawn:
+
+    def report_drawing(words: str) -> None:
+        report_progress(f"{name}: {words}")
+
+    drawn = draw_figures(cube, results, report_drawing)
+    drawn_influence = (
+        draw_figures(cube, results, report_drawing, INFLUENCE_FIGURES)
+        if has_influence(cube)
+        else []
+    )
+    for figure in (*drawn, *drawn_influence):
         if figure.png:
             folder.write_bytes(f"{name}/{figure.name}.png", figure.png)
             folder.write_bytes(f"{name}/{figure.name}.pdf", figure.pdf)
     return Section(
-        name=name, facts=describe_runs(cube, results, planned), results=results, drawn=drawn
+        name=name,
+        facts=describe_runs(cube, results, planned),
+        results=results,
+        drawn=drawn,
+        drawn_influence=drawn_influence,
     )
 
 

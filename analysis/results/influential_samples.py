@@ -41,7 +41,8 @@ def influential_samples(cube: xr.Dataset, count: int = SHOWN) -> xr.Dataset:
     Dataset, in memory
         position(target, end, rank), places in the training set, for `end` helpful (influence
         below 0, lowest first) and harmful (above 0, highest first), -1 where there are fewer;
-        value(target, end, rank), their influence in nat per unit of weight.
+        value(target, end, rank), their influence in nat per unit of weight; and
+        training_label(target, end, rank), their labels.
 
     Raises
     ------
@@ -80,6 +81,7 @@ def influential_samples(cube: xr.Dataset, count: int = SHOWN) -> xr.Dataset:
         {
             "position": (("target", "end", "rank"), np.where(is_right, ends, -1)),
             "value": (("target", "end", "rank"), np.where(is_right, value, np.nan)),
+            "training_label": (("target", "end", "rank"), run["label"].values[ends]),
         },
         {"target": targets, "end": ["helpful", "harmful"], "rank": np.arange(count)},
     )
@@ -92,6 +94,7 @@ def influential_samples(cube: xr.Dataset, count: int = SHOWN) -> xr.Dataset:
         section="4",
         variables={
             "position": ("1", "place in the training set; -1 for none"),
+            "training_label": ("1", "label of the training sample"),
             "value": ("nat per unit of weight", "influence of the sample on the target"),
         },
     )

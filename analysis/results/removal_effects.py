@@ -40,7 +40,8 @@ def removal_effects(cube: xr.Dataset) -> xr.Dataset:
         kind_of(removal), a position on `kind`; agreement(kind, target), the rank correlation over
         the kind's removals of predicted with actual effects of repeat 0, and
         agreement_of_repeats(kind, target), that of two repeats, mean over their pairs;
-        share_kept(kind), count(kind), left_out(kind). NaN where a kind lacks a target.
+        share_kept(kind), count(kind), left_out(kind). NaN where a kind lacks a target. The
+        attribute `shown_target` is the target of the figure.
 
     Raises
     ------
@@ -129,6 +130,7 @@ def removal_effects(cube: xr.Dataset) -> xr.Dataset:
     )
     result.attrs |= {
         **CONVENTIONS,
+        "shown_target": "mean" if "mean" in targets else targets[0],
         "smoothing": smoothing or "none",
         "ceiling": _describe_ceiling(run),
     }

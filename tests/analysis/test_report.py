@@ -218,7 +218,7 @@ def test_json_inside_attributes_is_decoded(written, page_text):
 
 def test_images_of_representatives_are_in_their_place(cube):
     chosen = xr.DataArray([[7, 3], [59, -1]], dims=("cluster", "rank"))
-    images = drawing.read_images(cube, xr.Dataset({"representative": chosen}))
+    images = drawing.read_images(cube, chosen)
     np.testing.assert_array_equal(images[0, 0], cube["image"][7])
     np.testing.assert_array_equal(images[0, 1], cube["image"][3])
     np.testing.assert_array_equal(images[1, 0], cube["image"][59])
