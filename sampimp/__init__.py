@@ -3,6 +3,9 @@
 Record a training loop
     `ImportanceRecorder` (any PyTorch loop), `LightningImportance`, `HuggingFaceImportance`,
     `snapshot_importance` (all samples at fixed parameters)
+Go backward through a recorded run
+    `ReversePass` (the influence of every sample on the final model), `RecordedLoop` (your loop),
+    `Smoothing`
 Read a study
     `open_cube` (all runs as one lazy, labelled cube), `load_dataset` and `Dataset` (the arrays
     that training reads)
@@ -19,6 +22,7 @@ Packages, from the lowest level to the highest:
 `data`          data sets, from their source to arrays
 `store`         the store of a study: records, commits, digests, and the cube over them
 `training`      training runs: loop, networks, batch strategies
+`influence`     what each sample did to the final model: the reverse pass through a run
 `integrations`  PyTorch Lightning and Hugging Face Trainer
 `sweeps`        studies on Ray Tune, and the command `sampimp` (extra `study`)
 `analysis`      results, claims, figures and the report (extra `report`)
@@ -37,6 +41,9 @@ if TYPE_CHECKING:
     from sampimp.importance.recorder import ImportanceRecorder
     from sampimp.importance.rules.registry import layer_rule
     from sampimp.importance.snapshot import snapshot_importance
+    from sampimp.influence.recorded_loop import RecordedLoop
+    from sampimp.influence.replay import Smoothing
+    from sampimp.influence.reverse_pass import ReversePass
     from sampimp.integrations.huggingface import HuggingFaceImportance
     from sampimp.integrations.lightning import LightningImportance
     from sampimp.store.cube import open_cube
@@ -46,6 +53,9 @@ __all__ = [
     "HuggingFaceImportance",
     "ImportanceRecorder",
     "LightningImportance",
+    "RecordedLoop",
+    "ReversePass",
+    "Smoothing",
     "__version__",
     "derivative_rule",
     "layer_rule",
@@ -60,6 +70,9 @@ _HOMES = {
     "HuggingFaceImportance": "sampimp.integrations.huggingface",
     "ImportanceRecorder": "sampimp.importance.recorder",
     "LightningImportance": "sampimp.integrations.lightning",
+    "RecordedLoop": "sampimp.influence.recorded_loop",
+    "ReversePass": "sampimp.influence.reverse_pass",
+    "Smoothing": "sampimp.influence.replay",
     "derivative_rule": "sampimp.importance.optimizers",
     "layer_rule": "sampimp.importance.rules.registry",
     "load_dataset": "sampimp.data.loading",

@@ -56,6 +56,17 @@ def test_plain_loop(tmp_path):
     assert tenth > 50  # few samples shape the network, as in the paper
 
 
+def test_harmful_digits(tmp_path):
+    text = run("harmful_digits.py", tmp_path)
+    rows = table(text.partition("(mean size, nat / 1e6)")[2])
+    assert [*rows] == [str(epoch) for epoch in range(1, 9)]
+    assert min(rows["8"]) > max(rows["2"][:2])  # what came last acts most on the final network
+    assert int(re.search(r"most harmful digits, (\d+)% have a wrong label", text)[1]) >= 90
+    predicted, actual = map(float, re.search(r"predicted (\S+), actual (\S+)\.", text).groups())
+    assert actual < 0
+    assert predicted == pytest.approx(actual, rel=0.25)  # a derivative, of ten removals at once
+
+
 def test_with_lightning(tmp_path):
     text = run("with_lightning.py", tmp_path)
     rows = table(text)

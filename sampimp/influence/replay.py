@@ -1,6 +1,7 @@
 """What the reverse pass and the recursion ask of a recorded run: train it again, differentiate it.
 
-Map: `ReplayableRun`, `StepDerivatives` (of one step's loss), `Smoothing` (of the derivative).
+Map: `ReplayableRun`, `StepDerivatives` (of one step's loss), `Smoothing` (of the derivative),
+`gates_cannot_be_smoothed`.
 """
 
 from collections.abc import Sequence
@@ -63,16 +64,22 @@ class ReplayableRun(Protocol):
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    parameters: Sequence[Tensor]
-    """The model's parameters that the optimizer updates, in the model's order."""
-    layers: Sequence[str]
-    """Names of the layers, in forward order."""
     epochs: int
-    epoch_labels: Sequence[int]
-    """Number of each epoch in the recording; everything else counts epochs from 1."""
     sample_count: int
     clip_norm: float | None
     """Largest norm of a step's gradient, to which it is clipped; None for no clipping."""
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """The model's parameters that the optimizer updates, in the model's order."""
+
+    @property
+    def layers(self) -> Sequence[str]:
+        """Names of the layers, in forward order."""
+
+    @property
+    def epoch_labels(self) -> Sequence[int]:
+        """Number of each epoch in the recording; everything else counts epochs from 1."""
 
     def load_start(self, epoch: int) -> None:
         """Set model and optimizer to their state before `epoch`; `epochs + 1` is the final one."""
@@ -91,3 +98,13 @@ class ReplayableRun(Protocol):
 
     def samples(self, step: Any) -> np.ndarray:
         """Return the index of each sample of a step, (N,)."""
+
+
+def gates_cannot_be_smoothed(gate_width: float) -> ConfigError:
+    """Return the error for a smoothing that a network of another kind does not have."""
+    return ConfigError(
+        expected="gate_width = 0 for a network that is no stack of linear layers",
+        got=f"{gate_width}",
+        where="smoothing",
+        todo="leave it out, or train with a smooth activation (--activation gelu)",
+    )

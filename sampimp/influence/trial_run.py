@@ -11,13 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from sampimp.config import TrialConfig
 from sampimp.data import Dataset
-from sampimp.errors import ConfigError, RecordError, UnsupportedError
+from sampimp.errors import ConfigError, RecordError
+from sampimp.importance.evaluation import evaluation_mode
 from sampimp.importance.snapshot import forward_layers
-from sampimp.influence.linear_stack import LinearStackStep
-from sampimp.influence.replay import Smoothing, StepDerivatives
+from sampimp.influence.any_network import NetworkDerivatives
+from sampimp.influence.fixed_point import LossPart
+from sampimp.influence.gauss_newton import gauss_newton_products
+from sampimp.influence.linear_stack import Curvature, LinearStackStep
+from sampimp.influence.replay import Smoothing, StepDerivatives, gates_cannot_be_smoothed
+from sampimp.influence.twice_differentiable import twice_differentiable
 from sampimp.training.fused import FusedStep
 from sampimp.training.loop import TrainingRun
 from sampimp.training.models import flatten_parameters, load_parameters
@@ -25,6 +32,10 @@ from sampimp.training.strategies import Schedule
 
 StoredParameters = Callable[[int], np.ndarray | None]
 """From a state (0: the start, t: after epoch t) to its parameters (P,); None if not stored."""
+
+
+PART_SIZE = 1000
+"""Samples of a part of the mean training loss (arbitrary; it bounds the memory)."""
 
 
 class TrialRun:
@@ -60,20 +71,22 @@ class TrialRun:
         self._run = _replayable(config, data, schedule)
         self._stored_parameters, self._states = parameters, states
         self.model, self.optimizer = self._run.model, self._run.optimizer
-        self.parameters: Sequence[torch.Tensor] = list(self.model.parameters())
+        self.parameters = list(self.model.parameters())
         self.epochs, self.sample_count = config.training.epochs, len(data.train_labels)
-        self.epoch_labels: Sequence[int] = range(1, self.epochs + 1)
-        self.layers: Sequence[str] = forward_layers(
-            self.model, self._run.batch_data(np.arange(2))[0]
+        self.epoch_labels = range(1, self.epochs + 1)
+        self.layers = forward_layers(self.model, self._run.batch_data(np.arange(2))[0])
+        step = self._run.step
+        self._stack = step if isinstance(step, FusedStep) else None
+        self.network = NetworkDerivatives(
+            self.model, lambda batch: self.losses(batch)[1], self.parameters
         )
-        if not isinstance(self._run.step, FusedStep):
-            raise UnsupportedError(
-                expected="a stack of linear layers",
-                got=config.training.model,
-                where=f"{config.dataset}, {config.strategy}, seed {config.seed}",
-                todo="use the in-step importance",
-            )
-        self._stack = self._run.step
+        self._is_first_of_epoch = True
+
+    def losses(self, batch: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the logits (N, classes) and the NLL (N,) of a batch, with their graph."""
+        inputs, labels = self._run.batch_data(batch)
+        logits = self.model(inputs).double()
+        return logits, functional.cross_entropy(logits, labels, reduction="none")
 
     def load_start(self, epoch: int) -> None:
         """See `ReplayableRun`."""
@@ -87,6 +100,7 @@ class TrialRun:
 
     def begin(self, epoch: int) -> Sequence[np.ndarray]:
         """See `ReplayableRun`."""
+        self._is_first_of_epoch = True
         return self._run.begin_epoch(epoch)
 
     def train(self, step: np.ndarray) -> None:
@@ -99,17 +113,69 @@ class TrialRun:
 
     def derivatives(self, step: np.ndarray, smoothing: Smoothing) -> StepDerivatives:
         """See `ReplayableRun`."""
-        return LinearStackStep(
-            self._stack.layers,
-            self._stack.activations,
-            *self._run.batch_data(step),
-            len(step),
-            smoothing.gate_width,
-        )
+        if self._stack is not None:
+            return LinearStackStep(
+                self._stack.layers,
+                self._stack.activations,
+                *self._run.batch_data(step),
+                len(step),
+                smoothing.gate_width,
+            )
+        if smoothing.gate_width:
+            raise gates_cannot_be_smoothed(smoothing.gate_width)
+        is_first, self._is_first_of_epoch = self._is_first_of_epoch, False
+        weights = torch.full((len(step),), 1 / len(step), dtype=torch.float64)
+        return self.network.at([step], [weights], first_of_epoch=is_first)
 
     def samples(self, step: np.ndarray) -> np.ndarray:
         """See `ReplayableRun`."""
         return step
+
+    def loss_parts(self) -> Iterator[LossPart]:
+        """Yield derivatives of parts of the mean training loss, for `fixed_point_influence`.
+
+        They are at the model's present parameters, in evaluation mode, in the order of the samples.
+        """
+        with evaluation_mode(self.model):
+            for start in range(0, self.sample_count, PART_SIZE):
+                index = np.arange(start, min(start + PART_SIZE, self.sample_count))
+                if self._stack is not None:
+                    yield LinearStackStep(
+                        self._stack.layers,
+                        self._stack.activations,
+                        *self._run.batch_data(index),
+                        self.sample_count,
+                    )
+                else:
+                    yield _NetworkPart(self, index)
+
+
+class _NetworkPart:
+    """A part of the mean training loss of a network of any kind; see `LossPart`."""
+
+    def __init__(self, run: TrialRun, index: np.ndarray) -> None:
+        self._run, self._index = run, index
+        self._weights = torch.full((len(index),), 1 / run.sample_count, dtype=torch.float64)
+        self._step = run.network.at([index], [self._weights])
+
+    def inner(self, directions: Sequence[Tensor]) -> Tensor:
+        """See `LossPart`."""
+        return self._step.inner(directions)
+
+    def products(
+        self, directions: Sequence[Tensor], out: Sequence[Tensor], *, curvature: Curvature
+    ) -> Tensor:
+        """See `LossPart`."""
+        if curvature == "hessian":
+            return self._step.products(directions, out)
+        run = self._run
+        with torch.enable_grad(), twice_differentiable(run.model):
+            logits, losses = run.losses(self._index)
+        weights = self._weights.to(losses)
+        products = gauss_newton_products(logits, losses, weights, run.parameters, directions)
+        for total, values in zip(out, products, strict=True):
+            total += values
+        return self._step.inner(directions)
 
 
 def needs_states(config: TrialConfig) -> bool:

@@ -32,7 +32,8 @@ class HuggingFaceImportance(RecordedSteps, TrainerCallback):
     index
         The key under which a batch contains the permanent index of its samples, shape (N,).
     **options
-        `loss_reduction`, `batch_dim`, `batch_norm` and `coupled_loss` of `ImportanceRecorder`.
+        `loss_reduction`, `batch_dim`, `batch_norm`, `coupled_loss` and `keep_steps` of
+        `ImportanceRecorder`.
 
     Attributes
     ----------

@@ -27,7 +27,8 @@ class LightningImportance(RecordedSteps, Callback):
         Where a batch contains the permanent index of its samples, shape (N,): the key of a dict,
         the position in a tuple, or a function of the batch.
     **options
-        `loss_reduction`, `batch_dim`, `batch_norm` and `coupled_loss` of `ImportanceRecorder`.
+        `loss_reduction`, `batch_dim`, `batch_norm`, `coupled_loss` and `keep_steps` of
+        `ImportanceRecorder`.
 
     Attributes
     ----------

@@ -5,13 +5,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from replayed_runs import SAMPLES, TinyRun, differences_by_weight, tiny_targets
 
 from sampimp.errors import RecordError, UnsupportedError
 from sampimp.influence.recursion import final_tangents
 from sampimp.influence.replay import Smoothing
 from sampimp.influence.reverse_pass import ReversePass
 from sampimp.influence.targets import FunctionTarget
-from tests.helpers.replayed_runs import SAMPLES, TinyRun, differences_by_weight, tiny_targets
 
 RUNS = {
     "sgd": (torch.optim.SGD, {"lr": 0.3}, None),

@@ -9,6 +9,7 @@ import torch
 from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import Dataset
 from sampimp.errors import ConfigError, RecordError
+from sampimp.influence.fixed_point import fixed_point_influence
 from sampimp.influence.reverse_pass import ReversePass
 from sampimp.influence.targets import make_targets
 from sampimp.influence.trial_run import TrialRun, forward_states, needs_states
@@ -131,3 +132,66 @@ def test_random_state_of_the_caller_does_not_matter(data):
     torch.manual_seed(99)
     second = [result.influence for result in reverse_of(run, data)]
     np.testing.assert_array_equal(first, second)
+
+
+NETWORK = """
+from torch import nn
+
+def build(input_shape, class_count):
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 2), nn.GELU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(9, class_count)
+    )
+"""
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """Return the training of a convolutional network with dropout."""
+    (tmp_path / "replayed_network.py").write_text(NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    return TrainingConfig(
+        model="replayed_network:build", epochs=2, batch_size=10, learning_rate=0.1
+    )
+
+
+def test_another_network_is_replayed_with_its_dropout(data, network):
+    run = replayable(network, data)
+    assert list(run.layers) == ["0", "4"]
+    influence = sum(result.influence.sum(1) for result in reverse_of(run, data))
+    size = 0.02
+    for sample in (3, 11):
+        values = []
+        for sign in (1, -1):
+            weights = np.ones(SAMPLES)
+            weights[sample] += sign * size
+            model = TrainingRun(
+                trial(network), data, schedule_of(network), record=False, weights=weights
+            )
+            list(model.records())
+            target = make_targets(["mean"], data, run.layers)[0]
+            values.append(target.value(model.model))
+        expected = (values[0] - values[1]) / (2 * size)
+        assert influence[0, sample] == pytest.approx(
+            expected, abs=0.02 * float(np.abs(influence).max())
+        )
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
+def test_parts_of_the_loss_are_the_same_in_both_ways(data, curvature):
+    stack = replayable(TRAINING, data)
+    stack.load_start(4)
+    other = TrialRun(
+        trial(TRAINING),
+        data,
+        schedule_of(TRAINING),
+        parameters=stored_parameters(TRAINING, data).get,
+    )
+    other.load_start(4)
+    other._stack = None  # as for a network that is no stack of linear layers
+    gradient = make_targets(["mean"], data, stack.layers)[0].gradient(stack.model)
+    results = [
+        fixed_point_influence(run.loss_parts, gradient, [0.1, 1.0], curvature=curvature)
+        for run in (stack, other)
+    ]
+    assert results[0].shape == (2, SAMPLES)
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-3, atol=1e-4 * results[0].max())
