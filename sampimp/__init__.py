@@ -6,6 +6,8 @@ Record a training loop
 Go backward through a recorded run
     `ReversePass` (the influence of every sample on the final model), `RecordedLoop` (your loop),
     `Smoothing`
+Influence on the final model of a study's runs
+    `compute_influence` (of targets, by epoch and layer), `final_importance` (of all parameters)
 Read a study
     `open_cube` (all runs as one lazy, labelled cube), `load_dataset` and `Dataset` (the arrays
     that training reads)
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from sampimp.integrations.huggingface import HuggingFaceImportance
     from sampimp.integrations.lightning import LightningImportance
     from sampimp.store.cube import open_cube
+    from sampimp.sweeps.influence_study import compute_influence, final_importance
 
 __all__ = [
     "Dataset",
@@ -57,7 +60,9 @@ __all__ = [
     "ReversePass",
     "Smoothing",
     "__version__",
+    "compute_influence",
     "derivative_rule",
+    "final_importance",
     "layer_rule",
     "load_dataset",
     "open_cube",
@@ -73,7 +78,9 @@ _HOMES = {
     "RecordedLoop": "sampimp.influence.recorded_loop",
     "ReversePass": "sampimp.influence.reverse_pass",
     "Smoothing": "sampimp.influence.replay",
+    "compute_influence": "sampimp.sweeps.influence_study",
     "derivative_rule": "sampimp.importance.optimizers",
+    "final_importance": "sampimp.sweeps.influence_study",
     "layer_rule": "sampimp.importance.rules.registry",
     "load_dataset": "sampimp.data.loading",
     "open_cube": "sampimp.store.cube",

@@ -142,8 +142,8 @@ INFLUENCE_VARIABLES: Mapping[str, Variable] = {
     "removed": Variable(
         ("removal", "sample"), "bool", "1", "whether the removal removes the sample"
     ),
-    "start": Variable(
-        ("epoch",), "bytes", "1", "parameters and optimizer state before the epoch, by torch.save"
+    "training_state": Variable(
+        ("state",), "bytes", "1", "parameters and optimizer state, by torch.save"
     ),
     # Made by the cube from `final_value`:
     "effect": Variable(

@@ -3,10 +3,11 @@
 Commands (`python sweeps/NAME.py`, or `sampimp`)
 
 ===================== ====================================================================
-`command`             `sampimp study`, `status`, `report`, `score`, `consolidate`
+`command`             `sampimp study`, `status`, `report`, `score`, `influence`, `consolidate`
 `full_study`          train the paper's study, the digits, or one of your own
 `status`              how far a study is; damage found and withdrawn
 `score_snapshots`     snapshot importance of a study that is done
+`influence`           what each sample did to the final model of a run
 `consolidate`         a finished study as one sharded store per data set
 ===================== ====================================================================
 
@@ -28,6 +29,19 @@ A study, from its options to its exit code
 `ingest`              folders of images, through Ray Data
 `inspection`          the state of each trial, from the store alone
 `verification`        damage in the store, found and withdrawn
+===================== ====================================================================
+
+What is computed from committed runs
+
+===================== ====================================================================
+`stored_study`        checks of the study
+`run_choice`          which runs, and whether they can be replayed
+`influence_study`     from a request to units of work; `compute_influence`
+`influence_units`     blocks of targets as units of work
+`influence_work`      the reverse pass and the forward replay, step by step
+`derived_units`       what units on runs have in common
+`derived_study`       perform units in this process
+`derived_run`         perform units on a cluster, or describe them
 ===================== ====================================================================
 
 Machines and terminals

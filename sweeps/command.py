@@ -37,6 +37,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
     "score": Subcommand(
         "sampimp.sweeps.score_snapshots", "study", ("rich", "tyro", "ray", "pyarrow")
     ),
+    "influence": Subcommand("sampimp.sweeps.influence", "study", ("rich", "tyro")),
     "consolidate": Subcommand("sampimp.sweeps.consolidate", "study", ("rich", "tyro")),
     "report": Subcommand(
         "sampimp.analysis.report.cli",
@@ -52,6 +53,7 @@ Which training samples shaped a network, in which layer, and when.
 Run a study:
   study         train the paper's study, or one of your own, and write its report
   score         add the importance of every sample at the parameters of stored epochs
+  influence     add what every sample did to the final model, by epoch and layer
 
 Look at a study:
   status        the state of each run; damage in the store

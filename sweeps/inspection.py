@@ -4,7 +4,10 @@ A committed trial is done, or has diverged. Of any other trial, the newest of it
 checkpoints and errors says whether it runs, has stopped or has failed. A trial that sorts by a
 reference run is blocked until that run is committed.
 
-Map: `Status`, `STATES`, `inspect`.
+Records of influence and retraining have no plan: those that were begun are listed. One whose run
+was trained again, with other values, is outdated.
+
+Map: `Status`, `STATES`, `inspect`; `RecordStatus`, `inspect_records`.
 """
 
 import time
@@ -12,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from sampimp.store.attempts import LastSign, last_sign
+from sampimp.store.influence_layouts import INFLUENCE_FOLDER, layout_of
+from sampimp.store.influence_records import read_records
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits
 
@@ -65,12 +70,56 @@ def _judge(trial: PlannedTrial, sign: LastSign | None, epochs: int) -> Status:
         return Status(trial, "diverged", f"in epoch {diverged}")
     if sign is None:
         return Status(trial, "waiting")
-    where = f"epoch {sign.epoch} of {epochs}, attempt {sign.attempt} on {sign.host}"
+    return Status(trial, *_judge_sign(sign, "epoch", epochs))
+
+
+def _judge_sign(sign: LastSign, noun: str, steps: int) -> tuple[str, str]:
+    """Return state and details of what was begun and is not committed."""
+    where = f"{noun} {sign.epoch} of {steps}, attempt {sign.attempt} on {sign.host}"
     if sign.error is not None:
-        return Status(trial, "failed", f"{where}: {sign.error}")
+        return "failed", f"{where}: {sign.error}"
     ago = max(0.0, time.time() - sign.time)  # clocks differ from machine to machine
     state = "running" if ago < QUIET_TIME + 3 * sign.epoch_seconds else "stopped"
-    return Status(trial, state, f"{where}, last sign {format_clock(ago)} ago")
+    return state, f"{where}, last sign {format_clock(ago)} ago"
+
+
+class RecordStatus(NamedTuple):
+    """The state of a record of influence or retraining."""
+
+    name: str
+    """The name of its folder."""
+    kind: str
+    """One of `sampimp.store.influence_layouts.KINDS`."""
+    state: str
+    """done, running, stopped, failed or outdated."""
+    detail: str = ""
+
+
+def inspect_records(folder: Folder, plan: Plan) -> list[RecordStatus]:
+    """Return the state of each record of influence or retraining that was begun."""
+    place = folder / INFLUENCE_FOLDER
+    names = place.folders()
+    if not names:
+        return []
+    trials = plan.resolve(read_commits(folder))
+    records = {
+        record.name for each in read_records(folder, plan, trials).values() for record in each
+    }
+    commits = read_commits(folder, INFLUENCE_FOLDER)
+    statuses = []
+    for name in names:
+        if name in commits:
+            kind, state = commits[name]["kind"], "done" if name in records else "outdated"
+            detail = "" if name in records else "its run was trained again, with other values"
+            statuses.append(RecordStatus(name, kind, state, detail))
+            continue
+        sign, begun = last_sign(place / name), (place / name).read_json("trial.json")
+        if sign is None or begun is None:  # it is being made, or a remnant of it is deleted
+            continue
+        steps = layout_of(begun, plan.layout(begun["dataset"])).steps
+        noun = "retraining" if begun["kind"] == "retrain" else "step"
+        statuses.append(RecordStatus(name, begun["kind"], *_judge_sign(sign, noun, steps)))
+    return statuses
 
 
 def format_clock(seconds: float) -> str:

@@ -13,7 +13,7 @@ from sampimp.errors import ResourceError, StoreError
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, read_plan
 from sampimp.sweeps.machines import Cluster
-from sampimp.sweeps.options import StudyConfig
+from sampimp.sweeps.options import MachineOptions
 
 
 def check_out(folder: Folder) -> Plan | None:
@@ -45,7 +45,7 @@ def check_out(folder: Folder) -> Plan | None:
     return plan
 
 
-def check_cluster(config: StudyConfig, cluster: Cluster) -> None:
+def check_cluster(config: MachineOptions, cluster: Cluster) -> None:
     """Raise ResourceError if the cluster has no room for a trial, now or after it has grown."""
     cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
     workers = config.workers_per_trial

@@ -6,8 +6,9 @@ Map: `describe_machine`, `git_commit`.
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import torch
 def describe_machine() -> dict[str, Any]:
     """Return library versions, git commit and hardware of this process."""
     libraries = ("sampimp", "torch", "ray", "zarr", "xarray", "numpy")
+    versions = {"python": platform.python_version()}
+    for library in libraries:
+        with suppress(PackageNotFoundError):  # of an extra that is not installed, such as Ray
+            versions[library] = version(library)
     return {
-        "versions": {
-            "python": platform.python_version(),
-            **{library: version(library) for library in libraries},
-        },
+        "versions": versions,
         "commit": git_commit(),
         "hardware": {
             "cpu": _cpu_model(),

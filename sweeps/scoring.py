@@ -5,8 +5,8 @@ A Ray Data job over the stored parameters. Each of its rows names one epoch of o
 The job reads the store alone, so that it can run long after the study is done. Epochs that have
 snapshot importance are skipped.
 
-Map: `score_snapshots`; `check_model` and `check_epochs`, before it begins; `score_rows`, the
-function of a Ray worker.
+Map: `score_snapshots`; `check_epochs`, before it begins; `score_rows`, the function of a Ray
+worker.
 """
 
 import io
@@ -23,15 +23,15 @@ from torch import nn
 
 from sampimp.config import OPTIMIZERS
 from sampimp.data import Dataset, Scaling, Source, scale_inputs
-from sampimp.errors import ConfigError, StoreError
+from sampimp.errors import ConfigError
 from sampimp.importance.snapshot import snapshot_importance
 from sampimp.store.attempts import CHECKPOINTS
-from sampimp.store.datasets import read_source
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, read_commits, require_plan
 from sampimp.store.snapshots import SNAPSHOTS, write_snapshot
 from sampimp.store.variables import StoredVariable
 from sampimp.sweeps.ingest import quiet_ray_data
+from sampimp.sweeps.stored_study import check_model, require_source
 from sampimp.training.identity import require_network
 from sampimp.training.loop import use_deterministic_algorithms
 from sampimp.training.models import build_model, load_parameters
@@ -88,7 +88,7 @@ def score_snapshots(
     ]
     if not rows:
         return 0
-    sources = {key: ray.put(_require_source(folder, key)) for key in plan.datasets}
+    sources = {key: ray.put(require_source(folder, key)) for key in plan.datasets}
     columns = (TextColumn("Scoring snapshots"), BarColumn(), MofNCompleteColumn())
     with (
         quiet_ray_data(),
@@ -105,29 +105,6 @@ def score_snapshots(
             progress.advance(task)
     folder.write_json(SNAPSHOTS, scored)
     return len(rows)
-
-
-def check_model(plan: Plan, model: str | None) -> None:
-    """Raise ConfigError unless the named network is the study's, and the study has its identity.
-
-    A store may come from another person, and its `package.module:function` may be any function,
-    which would be imported and called. So the user has to name the function as well.
-    """
-    name = plan.training.model
-    if model != name and (model is not None or ":" in name):
-        raise ConfigError(
-            expected=f"option --model {name}",
-            got="none" if model is None else f"--model {model}",
-            where="study.json, which names the network",
-            todo="name it if you know that function and trust it: it is imported and called",
-        )
-    if ":" in name and any(info.network is None for info in plan.datasets.values()):
-        raise ConfigError(
-            expected=f"a study that records the identity of its network {name}",
-            got="a study of an earlier version, which recorded the name only",
-            where="study.json",
-            todo="use the in-step importance: the network cannot be shown to be the same",
-        )
 
 
 def check_epochs(plan: Plan, every: int) -> list[int]:
@@ -150,18 +127,6 @@ def check_epochs(plan: Plan, every: int) -> list[int]:
             "multiple of that",
         )
     return epochs
-
-
-def _require_source(folder: Folder, key: str) -> Source:
-    source = read_source(folder / "datasets" / f"{key}.zarr")
-    if source is None:
-        raise StoreError(
-            expected="the study's data set",
-            got="none, or one that is not complete",
-            where=f"{folder}/datasets/{key}.zarr",
-            todo="run `sampimp study` again with the same options, which stores it again",
-        )
-    return source
 
 
 def score_rows(

@@ -43,11 +43,18 @@ class UnitSearcher(Searcher):
         The store of the study.
     resolve
         Returns all units as the store has them now, always in the same order.
+    say_waiting
+        Called whenever the store is asked about runs that units wait for.
     """
 
-    def __init__(self, folder: Folder, resolve: Callable[[], Sequence[Unit]]) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        resolve: Callable[[], Sequence[Unit]],
+        say_waiting: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(metric=None, mode=None)
-        self._folder, self._resolve = folder, resolve
+        self._folder, self._resolve, self._say_waiting = folder, resolve, say_waiting
         self._units = list(resolve())
         self._waiting = [i for i, unit in enumerate(self._units) if unit.commit is None]
         self._polled = time.monotonic()
@@ -59,6 +66,10 @@ class UnitSearcher(Searcher):
         """Labels of the units that are not tried again."""
         self.superseded_by: str | None = None
         """Label of a unit that another command has begun as well."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the functions: Tune pickles its searcher."""
+        return {**vars(self), "_resolve": None, "_say_waiting": None}
 
     def suggest(self, trial_id: str) -> Any:
         """Return a unit's configuration, None to be asked again, or FINISHED."""
@@ -81,6 +92,8 @@ class UnitSearcher(Searcher):
         if self._awaits_others() and time.monotonic() - self._polled > POLL_EVERY:
             self._polled = time.monotonic()
             self._units = list(self._resolve())
+            if self._awaits_others():
+                self._say_waiting()
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

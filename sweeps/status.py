@@ -8,8 +8,9 @@ python sweeps/status.py OUT --withdraw    and take damaged trials out, to be tra
 damaged, 2 for a mistake that the user can correct, 3 if trials failed and nothing is damaged. A
 study that is unfinished and has no failed trial has exit code 0.
 
-Map: `main`, `show_status`; `describe` and `print_grid`, the parts of its output. The states come
-from `sampimp.sweeps.inspection`, and damage from `sampimp.sweeps.verification`.
+Map: `main`, `show_status`; `describe`, `print_grid` and `describe_records`, the parts of its
+output. The states come from `sampimp.sweeps.inspection`, and damage from
+`sampimp.sweeps.verification`.
 """
 
 from collections import Counter
@@ -25,8 +26,8 @@ from sampimp.errors import UserError
 from sampimp.store.location import Folder
 from sampimp.store.plan import require_plan
 from sampimp.sweeps.door import run_door
-from sampimp.sweeps.inspection import STATES, Status, inspect
-from sampimp.sweeps.verification import verify, verify_datasets, withdraw_all
+from sampimp.sweeps.inspection import STATES, RecordStatus, Status, inspect, inspect_records
+from sampimp.sweeps.verification import verify, verify_datasets, verify_records, withdraw_all
 
 SYMBOLS: Mapping[str, tuple[str, str, str]] = {
     "done": ("✓", "+", "green"),
@@ -84,6 +85,27 @@ def describe(folder: Folder, statuses: Sequence[Status], console: Console) -> No
             console.print(f"  {state:<9} {words}", markup=False, highlight=False)
     if counts["failed"]:
         console.print("The traceback of a failure is in trials/ID/errors/ATTEMPT.json.")
+
+
+def describe_records(records: Sequence[RecordStatus], console: Console) -> None:
+    """Print how many records of influence and retraining there are; a line for each unfinished."""
+    if not records:
+        return
+    kinds = Counter(record.kind for record in records)
+    states = Counter(record.state for record in records)
+    console.print()
+    console.print(
+        f"{len(records)} records of influence and retraining "
+        f"({', '.join(f'{count} {kind}' for kind, count in kinds.items())}): "
+        f"{', '.join(f'{count} {state}' for state, count in states.items())}",
+        highlight=False,
+    )
+    for record in records:
+        if record.detail:
+            words = f"  {record.state:<9} {record.name} {record.detail}"
+            console.print(words, markup=False, highlight=False)
+    if states["failed"]:
+        console.print("The traceback of a failure is in influence/ID/errors/ATTEMPT.json.")
 
 
 def print_grid(dataset: str, statuses: Sequence[Status], console: Console) -> None:
@@ -146,19 +168,25 @@ def show_status(
     folder = Folder.of(out)
     plan = require_plan(folder)
     statuses = inspect(folder, plan)
+    records = inspect_records(folder, plan)
     describe(folder, statuses, console)
-    damaged, sound = {}, True
+    describe_records(records, console)
+    damaged: dict[str, list[str]] = {}
+    damaged_records: dict[str, list[str]] = {}
+    sound = True
     if verify_chunks or withdraw_damaged:
         damaged = verify(folder, plan, statuses, console)
+        damaged_records = verify_records(folder, plan, statuses, console)
         committed = any(status.trial.commit is not None for status in statuses)
         sound = verify_datasets(folder, plan, committed, console)
-    if damaged and withdraw_damaged:
-        withdraw_all(folder, list(damaged), console)
-    elif damaged:
+    if (damaged or damaged_records) and withdraw_damaged:
+        withdraw_all(folder, list(damaged), console, list(damaged_records))
+    elif damaged or damaged_records:
         console.print("--withdraw takes them out of the study, to be trained again.")
-    if damaged or not sound:
+    if damaged or damaged_records or not sound:
         return 1
-    return FAILED if any(status.state == "failed" for status in statuses) else 0
+    states = {status.state for status in statuses} | {record.state for record in records}
+    return FAILED if "failed" in states else 0
 
 
 def main(arguments: list[str], prog: str = "status.py") -> int:

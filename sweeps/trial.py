@@ -10,12 +10,15 @@ Map: `Trial`; `TrainingWork`, a training run as a unit of work.
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray import tune
 
 from sampimp.schema import EpochRecord
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan
+from sampimp.sweeps.derived_units import make_work
 from sampimp.sweeps.team import Sources, Team
+from sampimp.sweeps.trial_inputs import TrialInputs
 from sampimp.sweeps.work import Attempt, Work
 
 
@@ -87,6 +90,7 @@ class Trial(tune.Trainable):
         """Prepare the process; `sampimp.sweeps.work.Unit.config` says what the unit is."""
         self._folder, self._plan = Folder.of(out), Plan.from_json(plan)
         self._team = Team(out, self._plan, sources) if config["kind"] == "train" else None
+        self._inputs = TrialInputs(self._folder, self._plan, lambda key: ray.get(sources[key]))
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -113,5 +117,6 @@ class Trial(tune.Trainable):
             return attempt.advance()
 
     def _make_work(self, config: Mapping[str, Any]) -> Work:
-        assert self._team is not None
-        return TrainingWork(self._team, self._plan, config)
+        if self._team is not None:
+            return TrainingWork(self._team, self._plan, config)
+        return make_work(self._folder, self._plan, self._inputs, config)

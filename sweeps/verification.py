@@ -3,16 +3,18 @@
 A trial that is withdrawn counts as missing, so that the command that trained the study trains it
 again.
 
-Map: `verify`, `verify_datasets`, `withdraw_all`.
+Map: `verify`, `verify_records` (influence and retraining), `verify_datasets`, `withdraw_all`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import track
 
 from sampimp.errors import RecordError
 from sampimp.store.datasets import StoredSource, open_source, read_source
+from sampimp.store.influence_layouts import INFLUENCE_FOLDER
+from sampimp.store.influence_records import read_records
 from sampimp.store.integrity import find_damage, withdraw
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan
@@ -34,13 +36,33 @@ def verify(
         damage = [*find_damage(where, trial.commit or {}, layout), *scored.damage()]
         if damage:
             damaged[trial_id] = damage
-    for trial_id, damage in damaged.items():
-        console.print(f"[bold]{trial_id} is damaged[/]: {damage[0]}", highlight=False)
+    _print_damage(damaged, f"{len(committed)} committed trials", console)
+    return damaged
+
+
+def verify_records(
+    folder: Folder, plan: Plan, statuses: Sequence[Status], console: Console
+) -> dict[str, list[str]]:
+    """Do the same for records of influence and retraining; return the damage by name."""
+    trials = [status.trial for status in statuses]
+    records = [record for each in read_records(folder, plan, trials).values() for record in each]
+    if not records:
+        return {}
+    damaged: dict[str, list[str]] = {}
+    for record in track(records, "Verifying", console=console, transient=True):
+        if damage := list(find_damage(record.folder, record.commit, record.layout)):
+            damaged[record.name] = damage
+    _print_damage(damaged, f"{len(records)} records of influence and retraining", console)
+    return damaged
+
+
+def _print_damage(damaged: Mapping[str, list[str]], what: str, console: Console) -> None:
+    for name, damage in damaged.items():
+        console.print(f"[bold]{name} is damaged[/]: {damage[0]}", highlight=False)
         if damage[1:]:
             console.print(f"  and {len(damage) - 1} more places, to {damage[-1]}", highlight=False)
     result = f"{len(damaged)} are damaged." if damaged else "every chunk is as it was written."
-    console.print(f"{len(committed)} committed trials verified: {result}", highlight=False)
-    return damaged
+    console.print(f"{what} verified: {result}", highlight=False)
 
 
 def verify_datasets(folder: Folder, plan: Plan, committed: bool, console: Console) -> bool:
@@ -89,15 +111,25 @@ def _soundness(stored: StoredSource) -> str:
     )
 
 
-def withdraw_all(folder: Folder, trial_ids: Sequence[str], console: Console) -> None:
-    """Take damaged trials, and their snapshots, out of a study."""
+def withdraw_all(
+    folder: Folder, trial_ids: Sequence[str], console: Console, records: Sequence[str] = ()
+) -> None:
+    """Take damaged trials and their snapshots, and damaged influence records, out of a study."""
     snapshots = folder.read_json(SNAPSHOTS)
     if snapshots:
         left = {name: entry for name, entry in snapshots.items() if name not in trial_ids}
         folder.write_json(SNAPSHOTS, left)
     for trial_id in trial_ids:
         withdraw(folder / "trials" / trial_id)
-    console.print(
-        f"{len(trial_ids)} withdrawn: the command that trained the study trains them again.",
-        highlight=False,
-    )
+    for name in records:
+        withdraw(folder / INFLUENCE_FOLDER / name)
+    if trial_ids:
+        console.print(
+            f"{len(trial_ids)} withdrawn: the command that trained the study trains them again.",
+            highlight=False,
+        )
+    if records:
+        console.print(
+            f"{len(records)} withdrawn: the command that computed them computes them again.",
+            highlight=False,
+        )

@@ -2,14 +2,14 @@
 
     OUT/influence/mnist-shuffle-seed1-influence-5e0f11aa/    targets of one run
     OUT/influence/mnist-shuffle-seed1-probes-0c77d3e1/       squares of random probes
-    OUT/influence/mnist-shuffle-seed1-starts-90ab12cd/       optimizer states, for momentum and Adam
+    OUT/influence/mnist-shuffle-seed1-states-90ab12cd/       optimizer states, for momentum and Adam
     OUT/influence/mnist-shuffle-seed1-retrain-1f0c9a2b/      retrainings of one run
 
 They have the machinery of a trial's record (`sampimp.store.record`). The identity of a record is
 in its commit: kind, run, fingerprint and the digest of the record that it was computed from. A
 record of influence is written from the last epoch to the first.
 
-Map: `KINDS`; `INFLUENCE_FOLDER`; `InfluenceLayout`, `StartsLayout`, `RetrainingLayout`;
+Map: `KINDS`; `INFLUENCE_FOLDER`; `InfluenceLayout`, `StatesLayout`, `RetrainingLayout`;
 `layout_of` (from a commit), `record_id` (the name of the folder), `probe_layer`, `labelled_target`
 and `smoothing_label`.
 """
@@ -24,7 +24,7 @@ from sampimp.schema import Layout, RecordLayout
 INFLUENCE_FOLDER = "influence"
 """Folder of a study with these records."""
 
-KINDS = ("starts", "influence", "probes", "retrain")
+KINDS = ("states", "influence", "probes", "retrain")
 """Kinds of records, as their folders are named."""
 
 UNTOUCHED = "none"
@@ -144,25 +144,33 @@ class InfluenceLayout(RecordLayout):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartsLayout(RecordLayout):
-    """The record of a forward replay: one file for the start of each epoch."""
+class StatesLayout(RecordLayout):
+    """The record of a forward replay: one file for each state, from the start on."""
 
     epoch: int
 
     @property
     def sizes(self) -> dict[str, int]:
         """The size of each dimension."""
-        return {"epoch": self.epoch}
+        return {"state": self.epoch + 1}
 
     @property
     def variables(self) -> list[str]:
-        """The starts alone."""
-        return ["start"]
+        """The states alone."""
+        return ["training_state"]
 
     @property
     def steps(self) -> int:
-        """The number of epochs."""
+        """The number of epochs; step 0 is the start."""
         return self.epoch
+
+    def positions(self, name: str) -> Sequence[int]:
+        """Return the step that writes each state."""
+        return range(self.epoch + 1)
+
+    def describe(self, name: str, position: int) -> str:
+        """Return a position in words."""
+        return f"{name}, state {position}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,8 +217,8 @@ def layout_of(commit: Mapping[str, Any], run: Layout) -> RecordLayout:
     run
         The shape of its run's record.
     """
-    if commit["kind"] == "starts":
-        return StartsLayout(epoch=run.epoch)
+    if commit["kind"] == "states":
+        return StatesLayout(epoch=run.epoch)
     if commit["kind"] == "retrain":
         return RetrainingLayout(
             removal=len(commit["removals"]),

@@ -21,7 +21,7 @@ from sampimp.store.variables import StoredFiles, StoredVariable, stored_variable
 
 @dataclass(frozen=True)
 class CommittedRecord:
-    """A committed record of influence, starts or retrainings."""
+    """A committed record of influence, states or retrainings."""
 
     folder: Folder
     """OUT/influence/ID."""

@@ -136,14 +136,14 @@ class StoredFiles:
     digests: Sequence[Sequence[str]]
 
     def read(self, position: int) -> bytes:
-        """Return the file of step `position + 1`.
+        """Return the file at a position, which one step wrote.
 
         Raises
         ------
         RecordError
             It differs from the one that was written.
         """
-        step, (expected,) = position + 1, self.digests[position]
+        step, (expected,) = self.layout.positions(self.name)[position], self.digests[position]
         path = file_path(part_of(self.parts, step), self.name, step)
         content = self.folder.read_bytes(path)
         if content is None or hashlib.sha256(content).hexdigest() != expected:

@@ -5,7 +5,8 @@ The identity is the source of the modules that define it, its parameters' names 
 statistics of its initial values and outputs. The first two are exact and enter fingerprints; the
 last two are compared within a tolerance, since processors differ in their rounding.
 
-Map: `identify_network`, `require_network` (refuses any other network).
+Map: `identify_network`, `require_network` (refuses any other network), `source_digest` (of a
+function by its name).
 """
 
 import hashlib
@@ -45,7 +46,7 @@ def identify_network(name: str, network: nn.Module, inputs: Tensor) -> NetworkId
     with evaluation_mode(network), torch.no_grad():
         outputs = network(inputs).double().flatten(1)
     return NetworkIdentity(
-        source=_source_digest(name),
+        source=source_digest(name),
         parameters=_parameter_shapes(network),
         initial=tuple(
             (
@@ -80,7 +81,7 @@ def require_network(name: str, network: nn.Module, identity: NetworkIdentity | N
     """
     if identity is None:
         return
-    local = replace(identity, source=_source_digest(name), parameters=_parameter_shapes(network))
+    local = replace(identity, source=source_digest(name), parameters=_parameter_shapes(network))
     differences = identity.differences(local)
     if differences:
         raise ConfigError(
@@ -96,11 +97,16 @@ def _parameter_shapes(network: nn.Module) -> tuple[tuple[str, tuple[int, ...]], 
     return tuple((name, tuple(p.shape)) for name, p in network.named_parameters())
 
 
-def _source_digest(name: str) -> str:
+def source_digest(name: str) -> str:
     """Return the SHA-256 of the source of the modules that a function comes from.
 
     These are the module in the name and the module that defines the function. The two differ if a
     package re-exports the function, or if the function is a partial or decorated one.
+
+    Raises
+    ------
+    ConfigError
+        The source cannot be read.
     """
     function: Any = import_builder(name)
     while isinstance(function, partial) or hasattr(function, "__wrapped__"):

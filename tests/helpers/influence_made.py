@@ -39,7 +39,7 @@ def steps_of(layout, seed=0):
     """Return random steps; what is written as a whole comes with the last one."""
     rng = np.random.default_rng(seed)
     steps = []
-    for step in range(1, layout.steps + 1):
+    for step in range("training_state" not in layout.variables, layout.steps + 1):
         arrays = {}
         for name in layout.variables:
             if layout.is_stepwise(name):
@@ -48,7 +48,7 @@ def steps_of(layout, seed=0):
                 shape = layout.shape(name)
             else:
                 continue
-            if name == "start":
+            if name == "training_state":
                 arrays[name] = rng.bytes(step + 10)
             elif name == "removed":
                 arrays[name] = rng.random(shape) < 0.3

@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from sampimp.sweeps import full_study
+from sampimp.sweeps import full_study, influence
 
 DOOR = full_study.__file__
 TRAIN = str(Path(__file__).with_name("train.py"))
 """The same command without the report, which takes as long as the rest."""
+
+INFLUENCE = influence.__file__
 
 
 class Family:
@@ -41,7 +43,7 @@ class Family:
 
 
 class Driver:
-    """`full_study.py` in a process that may be killed; it starts Ray unless an address is named."""
+    """A command in a process that may be killed; it starts Ray unless an address is named."""
 
     def __init__(
         self,
@@ -52,8 +54,9 @@ class Driver:
     ) -> None:
         if "--address" not in arguments:
             arguments = (*arguments, "--address", "local")
+        place = ["--out", str(out)] if door in (DOOR, TRAIN) else [str(out)]
         self.process = subprocess.Popen(
-            [sys.executable, door, *arguments, "--out", str(out)],
+            [sys.executable, door, *place, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -17,7 +17,7 @@ RUN = Layout(epoch=4, layer=2, sample=10, parameter=7, states=(0, 1, 2, 3, 4))
 KINDS = {
     "influence": {"targets": ["mean", "class:1"]},
     "probes": {"targets": ["probe:0", "probe:1", "probe:0@L1"]},
-    "starts": {"targets": []},
+    "states": {"targets": []},
     "retrain": {"targets": ["mean"], "removals": ["none", "random:3"], "repeats": 2},
 }
 
@@ -43,26 +43,26 @@ def read_all(folder, layout):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_record_resumed_twice_has_the_values_of_one_that_was_not(tmp_path, kind):
     record, layout = make(tmp_path / "whole", kind)
-    steps = steps_of(layout)
-    assert len(steps) == 4
-    for step in steps:
+    steps = {step.step: step for step in steps_of(layout)}
+    assert set(steps) - {0} == {1, 2, 3, 4}
+    for step in steps.values():
         record.write(step)
     record.commit(None)
 
     record, _ = make(tmp_path / "parts", kind)
-    for step in steps[:2]:
-        record.write(step)
-        record.checkpoint(step.step, b"state %d" % step.step)
-    record.write(steps[2])  # written, and not checkpointed
+    for number in sorted(steps)[:-2]:
+        record.write(steps[number])
+        record.checkpoint(number, b"state %d" % number)
+    record.write(steps[3])  # written, and not checkpointed
     second, _ = make(tmp_path / "parts", kind)
     assert second.newest_checkpoint() == (2, b"state 2")
-    second.write(steps[2])
+    second.write(steps[3])
     second.checkpoint(3, b"state 3")
     with pytest.raises(SupersededError):
-        record.write(steps[3])
+        record.write(steps[4])
     third, _ = make(tmp_path / "parts", kind)
     assert third.newest_checkpoint() == (3, b"state 3")
-    third.write(steps[3])
+    third.write(steps[4])
     third.commit(None)
 
     whole, parts = (read_all(tmp_path / name, layout) for name in ("whole", "parts"))
@@ -88,8 +88,8 @@ def test_damage_is_found_in_every_variable(tmp_path, kind):
             digests[rank][0] = "0" * 64
             (damage,) = find_damage(trial, {**commit, "digests": {name: digests}}, layout)
             position = layout.order(name)[rank]
-            place = f", epoch {position + 1}" if layout.is_stepwise(name) else ""
-            assert damage.startswith(f"{name}{place}: ")
+            place = {"states": f", state {position}"}.get(kind, f", epoch {position + 1}")
+            assert damage.startswith(f"{name}{place if layout.is_stepwise(name) else ''}: ")
 
 
 def test_a_backward_record_that_was_not_finished_is_nan_in_its_first_epochs(tmp_path):
@@ -111,14 +111,14 @@ def test_a_backward_record_that_was_not_finished_is_nan_in_its_first_epochs(tmp_
 
 
 def test_a_changed_or_lost_file_is_named(tmp_path):
-    record, layout = make(tmp_path, "starts")
+    record, layout = make(tmp_path, "states")
     for step in steps_of(layout):
         record.write(step)
     record.commit(None)
-    (tmp_path / "record.zarr/start/000002.pt").write_bytes(b"another")
-    (tmp_path / "record.zarr/start/000004.pt").unlink()
+    (tmp_path / "record.zarr/training_state/000002.pt").write_bytes(b"another")
+    (tmp_path / "record.zarr/training_state/000004.pt").unlink()
     trial = Folder.of(tmp_path)
     assert list(find_damage(trial, trial.read_json("COMMIT.json"), layout)) == [
-        "start, epoch 2: another one, of 7 bytes",
-        "start, epoch 4: no file",
+        "training_state, state 2: another one, of 7 bytes",
+        "training_state, state 4: no file",
     ]

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from sampimp.sweeps import command, consolidate, full_study, score_snapshots, status
+from sampimp.sweeps import command, consolidate, full_study, influence, score_snapshots, status
 from sampimp.sweeps.command import SUBCOMMANDS, run_command
 
 COMMAND = "from sampimp.sweeps.command import main; main()"
@@ -67,6 +67,7 @@ def test_an_unknown_subcommand_is_refused(capsys):
         ("study", full_study),
         ("status", status),
         ("score", score_snapshots),
+        ("influence", influence),
         ("consolidate", consolidate),
     ],
 )

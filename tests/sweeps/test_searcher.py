@@ -1,19 +1,24 @@
 """Every missing trial is suggested once, and none before the reference that it sorts by."""
 
+import pickle
 import random
+import threading
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray import cloudpickle
 
 from sampimp.config import TrainingConfig
 from sampimp.errors import StoreError
 from sampimp.schema import SORTED_STRATEGIES
 from sampimp.store.location import Folder
 from sampimp.store.plan import DatasetInfo, Plan, read_commits
-from sampimp.sweeps.searcher import RESTARTS, RETRIES, UnitSearcher
-from sampimp.sweeps.work import training_units
+from sampimp.sweeps import searcher as module
+from sampimp.sweeps.searcher import POLL_EVERY, RESTARTS, RETRIES, UnitSearcher
+from sampimp.sweeps.work import Unit, training_units
 
 FINISHED = UnitSearcher.FINISHED
 
@@ -268,3 +273,74 @@ def test_any_schedule_suggests_every_trial_until_it_has_ended(
     assert sorted(handed) == sorted(ended | given_up) == expected
     labels = [trial.label for trial in plan.resolve({})]
     assert searcher.failed == {labels[position] for position in given_up}
+
+
+# Runs that another command trains.
+
+
+def made_units(states):
+    """Return units by label: "done", "ready", "blocked" by another unit, or "awaiting" a run."""
+    return [
+        Unit(
+            label=label,
+            folder=f"influence/{label}" if state in ("done", "ready") else None,
+            steps=2,
+            commit={"diverged_epoch": None} if state == "done" else None,
+            config={"label": label},
+            unblocks=label == "states",
+            awaits="a-rand-seed1" if state == "awaiting" else None,
+        )
+        for label, state in states.items()
+    ]
+
+
+def test_the_store_is_asked_about_a_run_until_it_is_committed(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(module, "time", clock)
+    states, asked, said = {"one": "awaiting", "two": "done"}, [], []
+
+    def resolve():
+        asked.append(clock.now)
+        return made_units(states)
+
+    searcher = UnitSearcher(Folder.of(tmp_path), resolve, lambda: said.append(clock.now))
+    assert searcher.suggest("tune-0") is None
+    assert asked == [0.0]
+    clock.now = POLL_EVERY + 1
+    assert searcher.suggest("tune-0") is None
+    assert searcher.suggest("tune-0") is None
+    assert asked == [0.0, clock.now]
+    assert said == [clock.now]
+    clock.now *= 2
+    states["one"] = "ready"
+    assert searcher.suggest("tune-0") == {"label": "one"}
+    assert searcher.suggest("tune-1") is None
+    searcher.on_trial_complete("tune-0", {"done": True})
+    assert searcher.suggest("tune-1") == FINISHED
+    assert len(said) == 1
+
+
+def test_a_run_that_diverges_while_it_is_waited_for_ends_the_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "POLL_EVERY", -1.0)
+    states = {"one": "awaiting"}
+    searcher = UnitSearcher(Folder.of(tmp_path), lambda: made_units(states))
+    assert searcher.suggest("tune-0") is None
+    states["one"] = "blocked"
+    assert searcher.suggest("tune-0") == FINISHED
+
+
+def test_units_wait_for_the_states_of_their_run(tmp_path):
+    states = {"states": "ready", "one": "blocked", "two": "blocked"}
+    searcher = UnitSearcher(Folder.of(tmp_path), lambda: made_units(states))
+    assert searcher.suggest("tune-0") == {"label": "states"}
+    assert searcher.suggest("tune-1") is None
+    states.update(states="done", one="ready", two="ready")
+    searcher.on_trial_complete("tune-0", {"done": True})
+    assert [searcher.suggest(f"tune-{i}")["label"] for i in (1, 2)] == ["one", "two"]
+
+
+def test_tune_can_pickle_a_searcher(tmp_path):
+    lock = threading.Lock()  # as a console has
+    units = made_units({"one": "ready"})
+    searcher = UnitSearcher(Folder.of(tmp_path), lambda: units, lambda: lock.acquire())
+    assert pickle.loads(cloudpickle.dumps(searcher)).failed == set()
