@@ -3,11 +3,13 @@
 Commands (`python sweeps/NAME.py`, or `sampimp`)
 
 ===================== ====================================================================
-`command`             `sampimp study`, `status`, `report`, `score`, `influence`, `consolidate`
+`command`             `sampimp study`, `status`, `report`, `score`, `influence`, `retrain`,
+                      `consolidate`
 `full_study`          train the paper's study, the digits, or one of your own
 `status`              how far a study is; damage found and withdrawn
 `score_snapshots`     snapshot importance of a study that is done
 `influence`           what each sample did to the final model of a run
+`retrain`             what happens to the final model without samples
 `consolidate`         a finished study as one sharded store per data set
 ===================== ====================================================================
 
@@ -39,6 +41,8 @@ What is computed from committed runs
 `influence_study`     from a request to units of work; `compute_influence`
 `influence_units`     blocks of targets as units of work
 `influence_work`      the reverse pass and the forward replay, step by step
+`retrain_study`       from a request to units of work
+`retrain_work`        retrainings, one by one
 `derived_units`       what units on runs have in common
 `derived_study`       perform units in this process
 `derived_run`         perform units on a cluster, or describe them

@@ -38,6 +38,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "sampimp.sweeps.score_snapshots", "study", ("rich", "tyro", "ray", "pyarrow")
     ),
     "influence": Subcommand("sampimp.sweeps.influence", "study", ("rich", "tyro")),
+    "retrain": Subcommand("sampimp.sweeps.retrain", "study", ("rich", "tyro")),
     "consolidate": Subcommand("sampimp.sweeps.consolidate", "study", ("rich", "tyro")),
     "report": Subcommand(
         "sampimp.analysis.report.cli",
@@ -54,6 +55,7 @@ Run a study:
   study         train the paper's study, or one of your own, and write its report
   score         add the importance of every sample at the parameters of stored epochs
   influence     add what every sample did to the final model, by epoch and layer
+  retrain       add what happens without samples, by training runs again
 
 Look at a study:
   status        the state of each run; damage in the store

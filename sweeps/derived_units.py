@@ -19,14 +19,16 @@ from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits
 from sampimp.store.record import KEPT_CHECKPOINTS
-from sampimp.sweeps.influence_work import InfluenceWork, StatesWork
+from sampimp.sweeps.influence_work import InfluenceWork, RunWork, StatesWork
+from sampimp.sweeps.retrain_work import RetrainWork
 from sampimp.sweeps.trial_inputs import TrialInputs
 from sampimp.sweeps.work import Unit, Work
 
-WORKS: Mapping[str, type[InfluenceWork] | type[StatesWork]] = {
+WORKS: Mapping[str, type[RunWork]] = {
     "states": StatesWork,
     "influence": InfluenceWork,
     "probes": InfluenceWork,
+    "retrain": RetrainWork,
 }
 """The computation of each kind of unit."""
 

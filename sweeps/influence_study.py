@@ -109,11 +109,12 @@ def prepare_influence(folder: Folder, request: InfluenceRequest) -> DerivedStudy
 def measure_reverse_epoch(plan: Plan, key: str, data: Dataset, names: Sequence[str]) -> float:
     """Return the seconds of one epoch of the reverse pass, or of the forward replay for no target.
 
-    A short run on the first samples stands for the epoch, as in `measure_epoch`.
+    A short run on the first samples stands for the epoch, as in `measure_epoch`: its second epoch,
+    since libraries load in the first.
     """
     from sampimp.sweeps.estimate import MEASURED_STEPS  # here, since it needs rich
 
-    training = replace(plan.training, epochs=1, parameters_every=1)
+    training = replace(plan.training, epochs=2, parameters_every=1)
     count = min(len(data.train_labels), MEASURED_STEPS * training.batch_size)
     part = data._replace(
         train_inputs=data.train_inputs[:count], train_labels=data.train_labels[:count]
@@ -122,18 +123,19 @@ def measure_reverse_epoch(plan: Plan, key: str, data: Dataset, names: Sequence[s
     schedule = make_schedule("shuffle", count, training.batch_size, 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(training.threads)
-    begun = time.perf_counter()
-    states = dict(forward_states(trial, part, schedule, parameters=lambda state: None))
+    states, times = {}, []
+    for epoch, state in forward_states(trial, part, schedule, parameters=lambda state: None):
+        states[epoch] = state
+        times.append(time.perf_counter())
     if names:
         run = TrialRun(
             trial, part, schedule, parameters=lambda state: None, states=states.__getitem__
         )
-        reverse_pass = ReversePass(run, named_targets(names, data, run.layers))
-        begun = time.perf_counter()
-        next(reverse_pass.epochs())
-    seconds = time.perf_counter() - begun
+        times = [time.perf_counter()]
+        for _ in ReversePass(run, named_targets(names, data, run.layers)).epochs():
+            times.append(time.perf_counter())
     torch.set_num_threads(threads)
-    return seconds * len(data.train_labels) / count
+    return (times[-1] - times[-2]) * len(data.train_labels) / count
 
 
 def compute_influence(

@@ -4,7 +4,8 @@
     influence   the reverse pass for a block of targets, one epoch a step, the last epoch first
     probes      the same for random probes, of which only squares are kept
 
-Map: `ReplayedRun` (what a worker needs of the run), `StatesWork`, `InfluenceWork`; `named_targets`.
+Map: `ReplayedRun` (what a worker needs of the run), `RunWork`, `StatesWork`,
+`InfluenceWork`; `named_targets`.
 """
 
 import io
@@ -92,7 +93,7 @@ class ReplayedRun:
         require_network(self.plan.training.model, model, info.network)
 
 
-class _RunWork(Work):
+class RunWork(Work):
     """A unit of work on a committed run."""
 
     def __init__(
@@ -104,7 +105,7 @@ class _RunWork(Work):
         self.description = {"plan": plan.to_json()["training"]}
 
 
-class StatesWork(_RunWork):
+class StatesWork(RunWork):
     """The forward replay of a run: step t yields the state after epoch t."""
 
     def start(self, checkpoint: tuple[int, bytes] | None) -> None:
@@ -131,7 +132,7 @@ class StatesWork(_RunWork):
         del self._states, self._state
 
 
-class InfluenceWork(_RunWork):
+class InfluenceWork(RunWork):
     """The reverse pass of a run for a block of targets, all probes or none."""
 
     layout: InfluenceLayout

@@ -33,7 +33,15 @@ from torch.utils.data import DataLoader, TensorDataset
 import sampimp
 from sampimp.analysis import report
 from sampimp.data import load_source
-from sampimp.sweeps import command, consolidate, influence, options, score_snapshots, status
+from sampimp.sweeps import (
+    command,
+    consolidate,
+    influence,
+    options,
+    retrain,
+    score_snapshots,
+    status,
+)
 
 ROOT = Path(__file__).parents[2]
 GENERATED = ("docs/_build", "docs/gallery", "docs/api")
@@ -254,6 +262,7 @@ PROGRAMS = {
     "sampimp status": status.main,
     "sampimp score": score_snapshots.main,
     "sampimp influence": influence.main,
+    "sampimp retrain": retrain.main,
     "sampimp consolidate": consolidate.main,
     "sampimp report": report.main,
     "benchmarks/study_overhead.py": functools.partial(call_script, "benchmarks/study_overhead.py"),
@@ -265,6 +274,7 @@ SCRIPTS = {
     "sweeps/status.py": "sampimp status",
     "sweeps/score_snapshots.py": "sampimp score",
     "sweeps/influence.py": "sampimp influence",
+    "sweeps/retrain.py": "sampimp retrain",
     "sweeps/consolidate.py": "sampimp consolidate",
     "analysis.report": "sampimp report",
 }

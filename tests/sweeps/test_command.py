@@ -7,7 +7,15 @@ import time
 
 import pytest
 
-from sampimp.sweeps import command, consolidate, full_study, influence, score_snapshots, status
+from sampimp.sweeps import (
+    command,
+    consolidate,
+    full_study,
+    influence,
+    retrain,
+    score_snapshots,
+    status,
+)
 from sampimp.sweeps.command import SUBCOMMANDS, run_command
 
 COMMAND = "from sampimp.sweeps.command import main; main()"
@@ -68,6 +76,7 @@ def test_an_unknown_subcommand_is_refused(capsys):
         ("status", status),
         ("score", score_snapshots),
         ("influence", influence),
+        ("retrain", retrain),
         ("consolidate", consolidate),
     ],
 )
