@@ -133,6 +133,13 @@ INFLUENCE_VARIABLES: Mapping[str, Variable] = {
         "parameter^2",
         "the same of all final parameters: mean over the probes of (total influence)^2",
     ),
+    "fixed_point_influence": Variable(
+        ("solution", "damping", "sample"),
+        "float32",
+        "unit of the target per unit of sample weight",
+        "-<(C + damping)^-1 dT/dtheta, g_i> at the final parameters (eq. 4), with C the Hessian of "
+        "the training objective or its Gauss-Newton matrix",
+    ),
     "final_value": Variable(
         ("retraining", "target"),
         "float64",
@@ -169,7 +176,7 @@ def variable(name: str) -> Variable:
     return VARIABLES[name] if name in VARIABLES else INFLUENCE_VARIABLES[name]
 
 
-STEP_DIMS = ("epoch", "state", "retraining")
+STEP_DIMS = ("epoch", "state", "solution", "retraining")
 """Dimensions along which a record is written, step by step."""
 
 CURVES = ("train_error", "test_error", "train_nll", "test_nll")

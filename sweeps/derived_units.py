@@ -19,6 +19,7 @@ from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits
 from sampimp.store.record import KEPT_CHECKPOINTS
+from sampimp.sweeps.fixed_point_work import FixedPointWork
 from sampimp.sweeps.influence_work import InfluenceWork, RunWork, StatesWork
 from sampimp.sweeps.retrain_work import RetrainWork
 from sampimp.sweeps.trial_inputs import TrialInputs
@@ -29,6 +30,7 @@ WORKS: Mapping[str, type[RunWork]] = {
     "influence": InfluenceWork,
     "probes": InfluenceWork,
     "retrain": RetrainWork,
+    "fixed-point": FixedPointWork,
 }
 """The computation of each kind of unit."""
 

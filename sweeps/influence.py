@@ -45,6 +45,7 @@ def influence(
     runs: tuple[str, ...] = ("shuffle:1",),
     smoothing_eps: float = 0.0,
     gate_width: float = 0.0,
+    fixed_point: bool = False,
     model: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
     memory: float = 1.0,
     address: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = None,
@@ -67,6 +68,8 @@ def influence(
         Least eps of Adam in the derivative; 0 for the exact derivative.
     gate_width
         Half-width of the bump that replaces a ReLU's second derivative; 0 for the exact one.
+    fixed_point
+        Also compute -H^-1 g (eq. 4 of the paper) for targets other than probes, at six dampings.
     model
         The study's network, if it is package.module:function: it is imported only if named here.
     memory
@@ -90,6 +93,7 @@ def influence(
         smoothing=Smoothing(eps=smoothing_eps, gate_width=gate_width),
         model=model,
         memory=int(memory * 2**30),
+        fixed_point=fixed_point,
     )
     study = prepare_influence(Folder.of(out), request)
     console = Console(soft_wrap=True)

@@ -17,6 +17,7 @@ import xarray as xr
 from sampimp.config import TrialConfig
 from sampimp.data import Dataset, scale_inputs
 from sampimp.errors import ConfigError
+from sampimp.influence.fixed_point import KRYLOV_STEPS
 from sampimp.influence.replay import Smoothing
 from sampimp.influence.reverse_pass import ReversePass
 from sampimp.influence.trial_run import TrialRun, forward_states
@@ -36,6 +37,10 @@ MEMORY = 2**30
 of it, and 140 steps 500 MB."""
 
 
+PRODUCT_EPOCHS = 1.7
+"""Time of a product with the Hessian of all samples, in epochs of training (counted)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class InfluenceRequest:
     """What to compute."""
@@ -48,6 +53,8 @@ class InfluenceRequest:
     model: str | None = None
     """The study's network, if it is a user's own."""
     memory: int = MEMORY
+    fixed_point: bool = False
+    """Also compute -H^-1 g (eq. 4), for all targets but probes."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a memory that is not positive."""
@@ -86,6 +93,7 @@ def prepare_influence(folder: Folder, request: InfluenceRequest) -> DerivedStudy
         targets=targets,
         smoothing=request.smoothing,
         memory=request.memory,
+        fixed_point=request.fixed_point,
     )
 
     @cache
@@ -94,6 +102,8 @@ def prepare_influence(folder: Folder, request: InfluenceRequest) -> DerivedStudy
 
     def step_seconds(unit: Unit) -> float:
         key = plan.trials()[unit.config["position"]].dataset
+        if unit.config["kind"] == "fixed-point":
+            return KRYLOV_STEPS * PRODUCT_EPOCHS * measure(key, ())
         return measure(key, tuple(unit.config["identity"].get("targets", ())))
 
     return DerivedStudy(
@@ -148,6 +158,7 @@ def compute_influence(
     smoothing: Smoothing | None = None,
     model: str | None = None,
     memory: int = MEMORY,
+    fixed_point: bool = False,
 ) -> xr.Dataset:
     """Compute, in this process, what each training sample did to targets of a run's final model.
 
@@ -171,12 +182,15 @@ def compute_influence(
         The study's network, if it is package.module:function, which is code to run.
     memory
         Bytes for adjoints and the steps that are kept.
+    fixed_point
+        Also compute -H^-1 g (the paper's eq. 4) for the named targets, at several dampings.
 
     Returns
     -------
     xarray.Dataset
         The run's `influence` (target, epoch, layer, sample), `influence_total` and `adjoint_norm`
-        for named targets, and the squares of probes, as far as the store has them, lazily.
+        for named targets, `fixed_point_influence` (target, curvature, damping, sample), and the
+        squares of probes, as far as the store has them, lazily.
 
     Raises
     ------
@@ -196,10 +210,11 @@ def compute_influence(
         smoothing=smoothing or Smoothing(),
         model=model,
         memory=memory,
+        fixed_point=fixed_point,
     )
     run_here(prepare_influence(folder, request))
     names = (
-        *("influence", "influence_total", "adjoint_norm"),
+        *("influence", "influence_total", "adjoint_norm", "fixed_point_influence"),
         *("final_importance", "final_importance_total", "arriving_importance"),
     )
     cube = open_cube(folder)[plan.node(key)].to_dataset()

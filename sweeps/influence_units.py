@@ -20,6 +20,7 @@ from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits
 from sampimp.sweeps.derived_units import DerivedUnits
+from sampimp.sweeps.fixed_point_work import CURVATURES, fixed_point_parts
 from sampimp.sweeps.work import Unit
 from sampimp.training.identity import source_digest
 
@@ -73,6 +74,8 @@ class InfluenceUnits(DerivedUnits):
     memory
         Bytes that a unit may take for adjoints and for the steps that it keeps; the fewer, the
         smaller are the blocks.
+    fixed_point
+        Whether -H^-1 g is computed as well, for all targets but probes.
     """
 
     def __init__(
@@ -84,8 +87,10 @@ class InfluenceUnits(DerivedUnits):
         targets: Mapping[str, TargetList],
         smoothing: Smoothing,
         memory: int,
+        fixed_point: bool = False,
     ) -> None:
         super().__init__(folder, plan, positions)
+        self._fixed_point = fixed_point
         self._targets, self._smoothing, self._memory = targets, asdict(smoothing), memory
         trials = plan.resolve(read_commits(folder))
         commits = read_commits(folder, INFLUENCE_FOLDER)
@@ -142,7 +147,7 @@ class InfluenceUnits(DerivedUnits):
         self, position: int, run: PlannedTrial, commits: Mapping[str, Mapping[str, Any]]
     ) -> Iterator[Unit]:
         """Yield the states, if the optimizer has any, then a unit for each block."""
-        states = None
+        states, wanted = None, self._targets[run.config.dataset]
         blocks = self._blocks[position]
         if needs_states(run.config) and blocks:
             states = self.unit(
@@ -166,11 +171,27 @@ class InfluenceUnits(DerivedUnits):
                 position,
                 kind,
                 numbers[kind],
-                {**self._targets[run.config.dataset].parts(targets), "smoothing": self._smoothing},
+                {**wanted.parts(targets), "smoothing": self._smoothing},
                 commits,
                 steps=self.plan.training.epochs,
                 config={"states": name, "memory": self._memory // 2},
                 ready=states is None or states.commit is not None,
+            )
+
+        named = [name for name in wanted.units if probe_layer(name) is None]
+        if self._fixed_point and named:
+            how = fixed_point_parts(
+                self.plan.training, self.plan.datasets[run.config.dataset].sample_count
+            )
+            yield self.unit(
+                run,
+                position,
+                "fixed-point",
+                1,
+                wanted.parts(named) | how,
+                commits,
+                steps=len(named) * len(CURVATURES),
+                config={},
             )
 
     def checkpoint_bytes(self, unit: Unit) -> int:
@@ -179,6 +200,8 @@ class InfluenceUnits(DerivedUnits):
         state = 4 * info.parameter_count * STATES_OF[self.plan.training.optimizer]
         if unit.config["kind"] == "states":
             return state
+        if unit.config["kind"] == "fixed-point":
+            return 0
         return len(unit.config["identity"]["targets"]) * (state + 8 * info.sample_count)
 
 

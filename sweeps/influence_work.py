@@ -4,7 +4,7 @@
     influence   the reverse pass for a block of targets, one epoch a step, the last epoch first
     probes      the same for random probes, of which only squares are kept
 
-Map: `ReplayedRun` (what a worker needs of the run), `RunWork`, `StatesWork`,
+Map: `ReplayedRun` (what a worker needs of the run); `RunWork` (base class), `StatesWork`,
 `InfluenceWork`; `named_targets`.
 """
 

@@ -4,6 +4,7 @@
     train        a training run                                  an epoch
     states       the forward replay of a run                     an epoch
     influence    the reverse pass of a run, a block of targets   an epoch, the last one first
+    fixed-point  -H^-1 g of a run                                a target and a curvature
     probes       the same for random probes                      an epoch, the last one first
     retrain      retrainings of a run, a block of removals       a retraining
 

@@ -167,7 +167,7 @@ class FunctionTarget:
 
     def value(self, model: nn.Module) -> float:
         """See `Target`."""
-        return float(self._call(model))
+        return float(self._call(model).detach())
 
     def gradient(self, model: nn.Module) -> list[Tensor]:
         """See `Target`."""

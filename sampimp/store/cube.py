@@ -50,6 +50,8 @@ COORDINATE_ATTRS: Mapping[str, Mapping[str, str]] = {
     "layer_of_parameter": {"long_name": "layer that the parameter belongs to"},
     "target": {"long_name": "function of the final parameters whose influence is computed"},
     "target_units": {"long_name": "unit of the target"},
+    "curvature": {"long_name": "matrix C in (C + damping)^-1"},
+    "damping": {"units": "nat / parameter^2", "long_name": "damping in (C + damping)^-1"},
     "removal": {"long_name": "samples that a retraining leaves out"},
     "repeat": {
         "units": "1",

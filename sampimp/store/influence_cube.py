@@ -19,6 +19,7 @@ import numpy as np
 
 from sampimp.schema import INFLUENCE_VARIABLES
 from sampimp.store.effect_cube import effect_variables
+from sampimp.store.fixed_point_cube import fixed_point_variables
 from sampimp.store.influence_layouts import (
     OVERALL,
     InfluenceLayout,
@@ -48,13 +49,15 @@ def influence_variables(
     layers
         Names of the layers.
     """
-    named, probes, retrainings = (_of_kind(table, k) for k in ("influence", "probes", "retrain"))
+    named, probes, fixed, retrainings = (
+        _of_kind(table, kind) for kind in ("influence", "probes", "fixed-point", "retrain")
+    )
     units = {
         labelled_target(target, record.commit["smoothing"]): unit
         for record in _all(named)
         for target, unit in zip(record.commit["targets"], record.commit["units"], strict=True)
     }
-    for record in _all(retrainings):
+    for record in (*_all(fixed), *_all(retrainings)):
         units |= dict(zip(record.commit["targets"], record.commit["units"], strict=True))
     targets = sorted(units, key=_place)
     variables: dict[str, Any] = {}
@@ -66,6 +69,10 @@ def influence_variables(
         variables |= _target_variables(named, targets)
     if any(_all(probes)):
         variables |= _probe_variables(probes, layers)
+    if any(_all(fixed)):
+        solutions, curvatures = fixed_point_variables(fixed, targets)
+        variables |= solutions
+        coords |= curvatures
     if any(_all(retrainings)):
         effects, removals = effect_variables(retrainings, targets)
         variables |= effects

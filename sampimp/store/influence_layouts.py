@@ -2,6 +2,7 @@
 
     OUT/influence/mnist-shuffle-seed1-influence-5e0f11aa/    targets of one run
     OUT/influence/mnist-shuffle-seed1-probes-0c77d3e1/       squares of random probes
+    OUT/influence/mnist-shuffle-seed1-fixed-point-77ab01e9/  -H^-1 g for targets of one run
     OUT/influence/mnist-shuffle-seed1-states-90ab12cd/       optimizer states, for momentum and Adam
     OUT/influence/mnist-shuffle-seed1-retrain-1f0c9a2b/      retrainings of one run
 
@@ -9,7 +10,8 @@ They have the machinery of a trial's record (`sampimp.store.record`). The identi
 in its commit: kind, run, fingerprint and the digest of the record that it was computed from. A
 record of influence is written from the last epoch to the first.
 
-Map: `KINDS`; `INFLUENCE_FOLDER`; `InfluenceLayout`, `StatesLayout`, `RetrainingLayout`;
+Map: `KINDS`; `INFLUENCE_FOLDER`; `InfluenceLayout`, `StatesLayout`, `FixedPointLayout`,
+`RetrainingLayout`;
 `layout_of` (from a commit), `record_id` (the name of the folder), `probe_layer`, `labelled_target`
 and `smoothing_label`.
 """
@@ -24,7 +26,7 @@ from sampimp.schema import Layout, RecordLayout
 INFLUENCE_FOLDER = "influence"
 """Folder of a study with these records."""
 
-KINDS = ("states", "influence", "probes", "retrain")
+KINDS = ("states", "influence", "probes", "fixed-point", "retrain")
 """Kinds of records, as their folders are named."""
 
 UNTOUCHED = "none"
@@ -174,6 +176,34 @@ class StatesLayout(RecordLayout):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FixedPointLayout(RecordLayout):
+    """The record of influence at the fixed point; each step is one target and one curvature.
+
+    Solution number `target * curvature + c` (from 0) is that of a target with curvature c.
+    """
+
+    target: int
+    curvature: int
+    damping: int
+    sample: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each dimension."""
+        return {"solution": self.steps, "damping": self.damping, "sample": self.sample}
+
+    @property
+    def variables(self) -> list[str]:
+        """The solutions alone."""
+        return ["fixed_point_influence"]
+
+    @property
+    def steps(self) -> int:
+        """The number of solutions."""
+        return self.target * self.curvature
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetrainingLayout(RecordLayout):
     """The record of a block of removals; each step is one retraining.
 
@@ -219,6 +249,13 @@ def layout_of(commit: Mapping[str, Any], run: Layout) -> RecordLayout:
     """
     if commit["kind"] == "states":
         return StatesLayout(epoch=run.epoch)
+    if commit["kind"] == "fixed-point":
+        return FixedPointLayout(
+            target=len(commit["targets"]),
+            curvature=len(commit["curvatures"]),
+            damping=len(commit["dampings"]),
+            sample=run.sample,
+        )
     if commit["kind"] == "retrain":
         return RetrainingLayout(
             removal=len(commit["removals"]),

@@ -11,19 +11,17 @@ from functools import partial
 from io import StringIO
 
 import numpy as np
-import oracles
 import pytest
 import torch
+from influence_study import make_study, reverse_pass
 from rich.console import Console
 
 import sampimp
 from sampimp.config import TrainingConfig
-from sampimp.data import scale_inputs
 from sampimp.errors import ConfigError, RecordError, StoreError
 from sampimp.influence.replay import Smoothing
-from sampimp.influence.reverse_pass import ReversePass
 from sampimp.influence.targets import make_targets
-from sampimp.influence.trial_run import TrialRun, forward_states
+from sampimp.influence.trial_run import TrialRun
 from sampimp.store.integrity import find_damage
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
@@ -33,19 +31,9 @@ from sampimp.sweeps.influence_study import InfluenceRequest, compute_influence, 
 from sampimp.sweeps.influence_units import _blocks
 from sampimp.sweeps.influence_work import InfluenceWork, named_targets
 from sampimp.training.loop import evaluate
-from sampimp.training.strategies import make_schedule
 
 EPOCHS = 3
 LAYERS = ("L1", "L2", "Out")
-
-
-def make_study(out, commit=lambda trial: True, grid=None, **changes):
-    """Train a tiny study without Ray."""
-    sources = {"one": oracles.make_source(name="one")}
-    plan = oracles.make_plan(sources, grid or {"shuffle": (1,)}, **changes)
-    folder = oracles.start_study(out, plan, sources)
-    oracles.run_trials(folder, plan, sources, commit=commit)
-    return folder, plan, scale_inputs(sources["one"], plan.training.input_scaling)
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +48,6 @@ def study(trained, tmp_path):
     folder, plan, data = trained
     shutil.copytree(str(folder), tmp_path / "study")
     return Folder.of(tmp_path / "study"), plan, data
-
-
-def reverse_pass(plan, data, specs, **options):
-    """Return a pass in memory, whose states come from a forward replay."""
-    (config, *_) = plan.trials()
-    count, size = len(data.train_labels), plan.training.batch_size
-    schedule = make_schedule("shuffle", count, size, 0)
-    unknown = lambda state: None  # noqa: E731
-    states = dict(forward_states(config, data, schedule, parameters=unknown))
-    run = TrialRun(config, data, schedule, parameters=unknown, states=states.__getitem__)
-    return ReversePass(run, make_targets(specs, data, run.layers), **options)
 
 
 def epochs_of(plan, data, specs, **options):
