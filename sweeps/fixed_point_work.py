@@ -14,7 +14,7 @@ from sampimp.schema import StepRecord
 from sampimp.store.influence_layouts import FixedPointLayout
 from sampimp.sweeps.influence_work import RunWork, named_targets
 
-CURVATURES: tuple[Curvature, ...] = get_args(Curvature)
+SOLVED_CURVATURES: tuple[Curvature, ...] = get_args(Curvature)
 """The matrices in the place of the Hessian of the formula."""
 
 MULTIPLES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -40,7 +40,7 @@ class FixedPointWork(RunWork):
         if self._next == self.layout.steps:
             return None
         begun = time.perf_counter()
-        target, curvature = divmod(self._next, len(CURVATURES))
+        target, curvature = divmod(self._next, len(SOLVED_CURVATURES))
         influence = fixed_point_influence(
             self._replayed.loss_parts,
             self._targets[target].gradient(self._replayed.model),
@@ -82,7 +82,7 @@ def fixed_point_parts(training: TrainingConfig, sample_count: int) -> dict[str, 
     batches = -(-sample_count // training.batch_size)
     rates = sum(training.rate(epoch) for epoch in range(1, training.epochs + 1)) * batches
     return {
-        "curvatures": list(CURVATURES),
+        "curvatures": list(SOLVED_CURVATURES),
         "dampings": [float(f"{multiple / rates:.6g}") for multiple in MULTIPLES],
         "default_damping": float(f"{1 / rates:.6g}"),
         "krylov_steps": KRYLOV_STEPS,

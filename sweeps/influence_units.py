@@ -20,7 +20,7 @@ from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits
 from sampimp.sweeps.derived_units import DerivedUnits
-from sampimp.sweeps.fixed_point_work import CURVATURES, fixed_point_parts
+from sampimp.sweeps.fixed_point_work import SOLVED_CURVATURES, fixed_point_parts
 from sampimp.sweeps.work import Unit
 from sampimp.training.identity import source_digest
 
@@ -190,7 +190,7 @@ class InfluenceUnits(DerivedUnits):
                 1,
                 wanted.parts(named) | how,
                 commits,
-                steps=len(named) * len(CURVATURES),
+                steps=len(named) * len(SOLVED_CURVATURES),
                 config={},
             )
 
