@@ -36,10 +36,10 @@ from sampimp.sweeps.retrain_work import SUBSET_SEED
 from sampimp.sweeps.run_choice import check_replayable, choose_runs
 from sampimp.sweeps.work import Unit
 
-BLOCK = 8
+REMOVALS_PER_UNIT = 8
 """Removals of a unit (arbitrary: more units than machines, and fewer records than retrainings)."""
 
-SPECS = "random:30, top:30, subset-0.95:100, sample:17, sample:0..3, class:3"
+REMOVAL_SPECS = "random:30, top:30, subset-0.95:100, sample:17, sample:0..3, class:3"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ def _check_removals(specs: Sequence[str], labels: np.ndarray) -> _Removals:
         match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", rest)
         known = re.fullmatch(r"random|top|sample|class|subset-0?\.\d+", kind)
         if match is None or not known or (match[2] is not None and kind != "sample"):
-            raise _unknown_removal(spec, f"one of {SPECS}")
+            raise _unknown_removal(spec, f"one of {REMOVAL_SPECS}")
         number = int(match[1])
         numbers = range(number, int(match[2] or number) + 1)
         valid: Sequence[int] = range(len(labels))
@@ -264,8 +264,8 @@ class RetrainUnits(DerivedUnits):
     ) -> Iterator[Unit]:
         """Yield a unit for each block of removals."""
         missing = self._missing(position, run)
-        for number, first in enumerate(range(0, len(missing), BLOCK), start=1):
-            block = missing[first : first + BLOCK]
+        for number, first in enumerate(range(0, len(missing), REMOVALS_PER_UNIT), start=1):
+            block = missing[first : first + REMOVALS_PER_UNIT]
             yield self.unit(
                 run,
                 position,

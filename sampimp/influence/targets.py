@@ -34,7 +34,7 @@ from sampimp.training.models import import_function, parameter_layers
 GRAPH_CHUNK = 1000
 """Samples whose graph is held at once (arbitrary)."""
 
-SPECS = (
+TARGET_SPECS = (
     "mean, class, class:3, sample:0..31, margin:17, train:5, mean-error, probe:64, probe:64@layer, "
     "package.module:function"
 )
@@ -257,7 +257,7 @@ def _targets_of(spec: str, data: Dataset, layers: Sequence[str], seed: int) -> I
     elif rest and kind.replace(".", "").isidentifier() and rest.isidentifier():
         yield FunctionTarget(spec, import_function(spec, f"target {spec}"))
     else:
-        raise _unknown(spec, f"one of {SPECS}")
+        raise _unknown(spec, f"one of {TARGET_SPECS}")
 
 
 def _mean_target(
