@@ -23,9 +23,8 @@ INFLUENCE, RETRAIN = "sampimp influence OUT", "sampimp retrain OUT"
 """The commands that compute influence, and the truth about removals."""
 
 CONVENTIONS = {
-    "sign": "effect of a removal = -influence, to first order; for a negative log-likelihood, "
-    "influence below 0 is helpful",
-    "denominator": "a batch's mean loss keeps its denominator when a sample is removed",
+    "sign": "effect of a removal = -influence, to first order; of an NLL, influence below 0 helps",
+    "denominator": "that of a batch's mean loss stays when a sample is removed",
 }
 """Conventions of every number of section 4, for attributes and captions."""
 

@@ -402,8 +402,8 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         section="4",
-        sentence="Influence at a fixed point, -H^-1 g, might not be accurate where training stops early (smooth activation).",
-        rule=f"TSLOO of unrolled influence minus that of -C^-1 g at its best curvature and damping, which are chosen on the other half of the removals, {_RANDOM_REMOVALS}. {_OVER_REMOVALS}",
+        sentence="Influence at a fixed point, -H⁻¹ g, might not be accurate where training stops early (smooth activation).",
+        rule=f"TSLOO of unrolled influence minus that of -C⁻¹ g at its best curvature and damping, which are chosen on the other half of the removals, {_RANDOM_REMOVALS}. {_OVER_REMOVALS}",
         side="above",
         threshold=0.5,
         needs=("method_scores",),

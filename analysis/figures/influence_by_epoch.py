@@ -44,7 +44,7 @@ def draw_influence_by_layer(result: xr.Dataset) -> Figure:
     _draw_layers(figure, left, result["mean_importance"], f"mean importance ({IMPORTANCE_UNIT})")
     right.set_title("influence: what that changed at the end")
     unit = f"{result.attrs['target_units']} per unit of weight"
-    label = f"mean |influence| on {result.attrs['target']}\n({unit})"
+    label = f"mean |influence| on target {result.attrs['target']}\n({unit})"
     _draw_layers(figure, right, result["mean_influence"], label)
     if result.sizes["layer"] <= MOST_LINES:
         add_legend_below(figure, left, "layer")

@@ -99,7 +99,7 @@ def draw_removal_effects(result: xr.Dataset) -> Figure:
     for ax in axes[len(shown) :]:
         ax.set_visible(False)
     unit = str(here["target_units"].item())
-    figure.supxlabel(f"effect on {target} by one retraining ({unit})", fontsize=10)
+    figure.supxlabel(f"effect on target {target} by one retraining ({unit})", fontsize=10)
     figure.supylabel(f"the same effect, predicted or repeated ({unit})", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2)
@@ -135,7 +135,7 @@ def draw_method_scores(result: xr.Dataset) -> Figure:
         One panel per kind of removals, one row per method; shaded, the interval of the ceiling.
     """
     predictors = [str(name) for name in result["predictor"].values]
-    figure = Figure(figsize=(WIDTH, 1.7 + 0.3 * len(predictors)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.9 + 0.3 * len(predictors)), layout="constrained")
     axes = figure.subplots(1, result.sizes["kind"], squeeze=False, sharey=True, sharex=True)[0]
     _draw_scores(figure, axes, result, "score", predictors)
     figure.supxlabel(
@@ -168,7 +168,8 @@ def _draw_scores(
             if np.isnan(value):
                 ax.text(0.02, place, "not computed", fontsize=7.5, va="center", color="#777777")
         ax.axvline(0, color="#999999", linewidth=0.8)
-        ax.set_title("\n".join(title.split(", ")) if len(axes) > 2 else title, fontsize=9.5)
+        words = title.replace(", ", "\n").replace(" (", "\n(") if len(axes) > 2 else title
+        ax.set_title(words, fontsize=9.5)
         ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.set_yticks(places, [shorten_name(row.replace("^-1", "⁻¹"), 42) for row in rows])
         ax.xaxis.set_major_locator(MaxNLocator(nbins=4))

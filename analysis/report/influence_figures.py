@@ -63,7 +63,7 @@ INFLUENCE_FIGURES: tuple[FigurePlan, ...] = (
         needs=("score",),
         draw=lambda result, cube: figures.draw_method_scores(result),
         caption="Scores of all methods on one run: unrolled influence, its last and its first "
-        "epoch alone, and influence at a fixed point, -C^-1 g (eq. 4). The dashed line is the "
+        "epoch alone, and influence at a fixed point, -C⁻¹ g (eq. 4). The dashed line is the "
         "ceiling, the score to expect of a prediction that is as good as one retraining. Methods "
         "without a sign, such as importance, are in Fig. 16.",
         missing=f"influence and retrainings of the same targets: {INFLUENCE}, {RETRAIN}",

@@ -82,7 +82,7 @@ def _against_mean(kinds: list[xr.Dataset], predictors: list[str]) -> list[tuple[
 
 
 def _number(value: float) -> str:
-    return "—" if np.isnan(value) else f"{value:.3f}"
+    return "—" if np.isnan(value) else f"{round(value, 3) + 0.0:.3f}"  # no -0.000
 
 
 def _written(predictor: str) -> str:

@@ -194,7 +194,7 @@ def test_every_caption_states_sign_unit_denominator_and_ceiling(written):
     captions = {figure.number: figure.caption for figure in written[1].sections[0].drawn_influence}
     for number, caption in captions.items():
         assert "effect of a removal = -influence" in caption, number
-        assert "keeps its denominator" in caption, number
+        assert "mean loss stays when a sample is removed" in caption, number
         assert "run shuffle, seed 1" in caption, number
     for number in ("12", "13", "14", "15", "17"):
         assert "Smoothing:" in captions[number]
