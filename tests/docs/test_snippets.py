@@ -189,6 +189,32 @@ def check_importance(names):
     assert names["share"] > 0.9  # of the first batch in Adam's first epoch
 
 
+def influence_names(finished):
+    names = loop_names(finished)
+    return names | {"test_inputs": torch.rand(9, 4), "test_labels": torch.arange(9) % 3}
+
+
+def check_influence(names):
+    """The predicted change, against the loop trained again with less weight on the samples."""
+    assert dict(names["influence"].sizes) == {"epoch": 5, "layer": 1, "sample": SAMPLES}
+
+    def target(weights):
+        model, start = nn.Linear(4, 3).double(), names["starts"][1]["model"]
+        model.load_state_dict({name: values.double() for name, values in start.items()})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in names["recorder"].steps:
+            losses = names["losses"](lambda x: model(x.double()), step.index)
+            optimizer.zero_grad()
+            (weights[step.index] * losses).mean().backward()
+            optimizer.step()
+        return float(names["test_loss"](lambda x: model(x.double())).detach())
+
+    less = torch.ones(SAMPLES, dtype=torch.float64)
+    less[[3, 7]] -= 1e-4
+    slope = (target(less) - target(torch.ones(SAMPLES, dtype=torch.float64))) / 1e-4
+    assert float(names["change"]) == pytest.approx(slope, rel=1e-3)
+
+
 PYTHON = {
     "README.md": Page(loop_names, check_loop),
     "docs/start.md": Page(no_names, check_start),
@@ -198,6 +224,7 @@ PYTHON = {
     "docs/cube.md": Page(cube_names, check_cube),
     "docs/data.md": Page(data_names, check_data),
     "docs/importance.md": Page(no_names, check_importance),
+    "docs/influence.md": Page(influence_names, check_influence),
 }
 
 
