@@ -28,6 +28,7 @@ from typing import Any
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch starts its threads
     os.environ.setdefault(_variable, "1")
 
+import influence_importance as importance  # noqa: E402
 import influence_scores as scores  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
@@ -35,7 +36,7 @@ from influence_cost import cost  # noqa: E402
 from influence_exact import exactness  # noqa: E402
 from influence_jobs import Setting  # noqa: E402
 from influence_methods import methods  # noqa: E402
-from influence_table import Bench, Page  # noqa: E402
+from influence_table import Bench, NotStoredError, Page  # noqa: E402
 from step import describe_machine, note  # noqa: E402
 
 Section = Callable[[Bench, scores.Sizes], Any]
@@ -50,8 +51,8 @@ SECTIONS: dict[str, tuple[str, Section]] = {
         partial(scores.smoothed, is_long=True),
     ),
     "finite": ("Why TSLOO is below 1", scores.finite),
-    "absolute": ("Sizes: mean |influence|, tau", scores.absolute),
-    "lasting": ("What is left in the parameters: final_importance", scores.lasting),
+    "absolute": ("Sizes: mean |influence|, tau", importance.absolute),
+    "lasting": ("What is left in the parameters: final_importance", importance.lasting),
     "repeats": ("ReLU: the mean of many retrainings", scores.repeated),
     "methods": ("All methods on one run", methods),
     "paper": ("Groups: LDS of the paper's network", scores.paper_network),
@@ -84,6 +85,8 @@ class Config:
     """The page."""
     workers: int = 2
     """Processes, of one thread each; 0 runs all in this process."""
+    only_stored: bool = False
+    """Train nothing: write the page from what is stored."""
     smoke: bool = False
     """Tiny runs on the digits: a test of the script."""
 
@@ -95,7 +98,6 @@ def smoke_sizes() -> scores.Sizes:
         removals=6,
         subsets=6,
         method_subsets=6,
-        repeated_subsets=None,
         targets=3,
         many_targets=4,
         probes=2,
@@ -103,12 +105,11 @@ def smoke_sizes() -> scores.Sizes:
         epochs=(2, 3),
         smooth_runs=(tiny,),
         paper=Setting(dataset="digits", samples=200, activation="relu", width=10, epochs=2),
-        relu=Setting(dataset="digits", samples=200, activation="relu", width=8, epochs=2),
-        smooth=tiny,
         methods=Setting(dataset="digits", samples=200, width=8, epochs=3),
         exact_samples=1,
         resamples=20,
         rounds=1,
+        network_steps=1,
         memory_samples=None,
     )
 
@@ -120,12 +121,16 @@ def main(config: Config) -> None:
     config.scratch.mkdir(parents=True, exist_ok=True)
     titles = {name: title for name, (title, _) in SECTIONS.items()}
     head = f"{HEAD}\n\n{note(describe_machine())}"
-    bench = Bench(config.scratch, config.workers)
+    bench = Bench(config.scratch, config.workers, only_stored=config.only_stored)
     page = Page(config.scratch, config.out, titles, head)
     for name in config.sections:
         start = time.monotonic()
         print(f"{name}: {titles[name]}", flush=True)
-        result = SECTIONS[name][1](bench, sizes)
+        try:
+            result = SECTIONS[name][1](bench, sizes)
+        except NotStoredError:
+            print("  not stored")
+            continue
         page.add(name, *(result if isinstance(result, tuple) else (result,)))
         print(f"  {time.monotonic() - start:.0f} s", flush=True)
     bench.close()

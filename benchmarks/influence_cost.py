@@ -21,17 +21,20 @@ from functools import partial
 import numpy as np
 import torch
 from influence_jobs import Setting, StoredRun, load_data, named_targets
-from influence_scores import Sizes
+from influence_scores import PAPER, Sizes
 from influence_table import Bench, Row
+from torch import Tensor
 from torch.nn import functional
 
+from sampimp.influence.any_network import NetworkDerivatives
 from sampimp.influence.reverse_pass import ReversePass
 from sampimp.training.loop import TrainingRun
-from sampimp.training.models import build_mlp
+from sampimp.training.models import build_mlp, build_model
 from sampimp.training.steps import make_optimizer
 
 TARGETS = (1, 8, 16)
 ASKED = {1: 3.2, 8: 1.8, 16: 1.8}
+NETWORKS = ("cnn", "gru", "lstm", "transformer")
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -111,6 +114,50 @@ def cost_rows(setting: Setting, rounds: int) -> list[Row]:
     return rows
 
 
+def network_row(name: str, rounds: int, steps: int) -> Row:
+    """Return the row of one of the study's networks, whose step is differentiated by autograd."""
+    torch.set_num_threads(1)
+    data, _ = load_data(Setting(samples=100 * steps))
+    inputs, labels = torch.from_numpy(data.train_inputs), torch.from_numpy(data.train_labels)
+    model = build_model(name, inputs[0].shape, (), 10, 1, "relu")
+    optimizer = make_optimizer(model, replace(PAPER.config.training, model=name))
+
+    def losses(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    derivatives = NetworkDerivatives(model, losses)
+    batches = list(zip(inputs.split(100), labels.split(100), strict=True))
+    directions = [torch.randn(1, *parameter.shape) for parameter in model.parameters()]
+    weights = torch.full((100,), 0.01)
+
+    def plain() -> None:
+        for batch in batches:
+            optimizer.zero_grad()
+            losses(batch).mean().backward()
+            optimizer.step()
+
+    def back() -> None:
+        for batch in batches:
+            step = derivatives.at([batch], [weights])
+            step.gradients()
+            step.products(directions, [torch.zeros_like(value) for value in directions])
+
+    back()  # the first step has checks of its own
+    pairs = [(seconds(plain), seconds(back)) for _ in range(rounds)]
+    ratios = [1 + derivative / step for step, derivative in pairs]  # 1: the replay
+    return Row(
+        check=f"{name}: a step of the reverse pass, one target, in plain steps",
+        setting="mnist, batches of 100, sgd; replay and derivatives",
+        value=statistics.median(ratios),
+        low=min(ratios),
+        high=max(ratios),
+        asked=3.5,
+        at_most=True,
+        note=f"a plain step takes {1e3 * statistics.median(p for p, _ in pairs) / steps:.1f} ms; "
+        f"least and most of {rounds} rounds",
+    )
+
+
 def peak_of(samples: int, targets: int) -> float:
     """Return the peak resident memory in GB of a process that trains and goes backward."""
     command = [sys.executable, __file__, str(samples), str(targets)]
@@ -139,6 +186,7 @@ def cost(bench: Bench, sizes: Sizes) -> list[Row]:
     rows = []
     for activation in ("relu", "gelu"):
         rows += cost_rows(replace(setting, activation=activation), sizes.rounds)
+    rows += [network_row(name, sizes.rounds, sizes.network_steps) for name in NETWORKS]
     return [*rows, memory_row(sizes)] if sizes.memory_samples else rows
 
 

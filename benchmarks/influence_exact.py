@@ -199,7 +199,7 @@ def exactness(bench: Bench, sizes: Sizes) -> list[Row]:
                 note=f"ReLU {float(chosen['relu']['differences']):.1e}",
             )
         )
-    real = [sizes.smooth, sizes.relu, sizes.paper]
+    real = [*sizes.gelu_runs, sizes.relu, sizes.paper]
     bench.runs(real)
     files = {setting: bench.scratch / setting.key / "layer-sum.npz" for setting in real}
     bench.run_jobs((layer_sum_job, path, (setting,)) for setting, path in files.items())

@@ -30,7 +30,7 @@ from influence_jobs import (
 )
 from influence_others import other_methods
 from influence_scores import WIDTHS, Sizes
-from influence_table import EXACT, Bench, Effects, Row, markdown, number
+from influence_table import EXACT, Bench, Effects, NotStoredError, Row, markdown, number
 
 from sampimp.analysis.prediction import ceiling, predicted_effects, tsloo
 from sampimp.influence.fixed_point import fixed_point_influence
@@ -43,7 +43,7 @@ FACTORS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 OTHERS_FACTORS = (0.1, 1.0, 10.0)
 """Those that other packages are given: each damping is a computation of its own there."""
 
-SELECTION_SUBSETS = 30
+SELECTION_SUBSETS = 16
 """Subsets of each size that dampings and widths are chosen on."""
 
 
@@ -203,24 +203,27 @@ def methods_of(bench: Bench, sizes: Sizes, setting: Setting) -> dict[str, dict[s
 
 def methods(bench: Bench, sizes: Sizes) -> tuple[list[Row], str]:
     """All methods on one run with GELU, and on one with ReLU."""
-    texts, rows = [], []
+    rows: list[Row] = []
+    texts: list[str] = []
     for activation in ("gelu", "relu"):
         setting = replace(sizes.methods, activation=activation)
-        truths = truths_of(bench, sizes, setting)
-        candidates = methods_of(bench, sizes, setting)
+        try:
+            truths = truths_of(bench, sizes, setting)
+            candidates = methods_of(bench, sizes, setting)
+        except NotStoredError:
+            texts.append(f"{setting.words}: not measured.")
+            continue
         dampings = {f"{f:g}": f * natural_damping(setting) for f in OTHERS_FACTORS}
         others, missing = other_methods(bench, sizes, setting, dampings)
         scores = {
             name: scores_of(values, truths, sizes) for name, values in (candidates | others).items()
         }
-        texts.append(method_table(setting, truths, scores, sizes))
-        texts += missing
-        if activation == "gelu":
-            rows = [
-                difference_row(setting, name, truth, candidates, sizes)
-                for name, truth in truths.items()
-                if name.startswith("TSLOO")
-            ]
+        texts += [method_table(setting, truths, scores, sizes), *missing]
+        rows += [
+            difference_row(setting, name, truth, candidates, sizes)
+            for name, truth in truths.items()
+            if activation == "gelu" and name.startswith("TSLOO")
+        ]
     return rows, "\n\n".join(texts)
 
 

@@ -11,6 +11,7 @@ sign: dT/dv_i, so that the effect of a removal is minus the score.
 Map: `other_methods`; the jobs are in `METHODS`.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import time
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from influence_jobs import RATES, Setting, StoredRun, load_data, load_run, write_arrays
 from influence_scores import Sizes
-from influence_table import Bench
+from influence_table import Bench, NotStoredError
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -255,16 +256,17 @@ def other_methods(
     """Return the candidates of the installed packages, and lines about the others."""
     folder = bench.scratch / setting.key
     paths = {name: folder / f"other-{name.replace(' ', '-')}.npz" for name in METHODS}
-    bench.run_jobs(
-        (other_job, paths[name], (setting, name, sizes.targets, dict(dampings)))
-        for name, (package, _) in METHODS.items()
-        if is_installed(package)
-    )
+    with contextlib.suppress(NotStoredError):
+        bench.run_jobs(
+            (other_job, paths[name], (setting, name, sizes.targets, dict(dampings)))
+            for name, (package, _) in METHODS.items()
+            if is_installed(package)
+        )
     candidates: dict[str, dict[str, np.ndarray]] = {}
     lines = []
     for name, (package, _) in METHODS.items():
         if not paths[name].exists():
-            lines.append(f"{name}: left out, {package} is not installed.")
+            lines.append(f"{name}: not measured (is {package} installed?).")
             continue
         values = bench.read(paths[name])
         version = str(values.pop("version"))

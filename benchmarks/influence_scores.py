@@ -5,17 +5,18 @@ samples that were drawn at random and the most important ones are judged apart. 
 interval by bootstrap over removals, and the score of one retraining against another from a jittered
 start as its ceiling. Widths of smoothing are chosen on removals that no score uses.
 
-Map: `removals` (TSLOO under SGD), `smoothed` (AdamW), `paper_network` (LDS), `repeated` (the mean
-of 12 retrainings), `lasting` (`final_importance`), `finite` (why a score is below 1).
+Map: `Sizes`; `removals` (TSLOO under SGD), `smoothed` (AdamW), `finite` (why a score is below 1),
+`paper_network` (LDS), `repeated` (the mean of many retrainings). `influence_importance` has the
+scores of importance.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 from influence_jobs import Removals, Setting
-from influence_table import EXACT, Bench, Effects, Row
+from influence_table import EXACT, Bench, Effects, NotStoredError, Row
 
 from sampimp.analysis.kernels import spearman
 from sampimp.analysis.prediction import (
@@ -26,7 +27,6 @@ from sampimp.analysis.prediction import (
     tsloo,
 )
 from sampimp.influence.replay import Smoothing
-from sampimp.training.models import parameter_layers
 
 EPS = (1e-6, 1e-5, 1e-4, 1e-3)
 """Least eps of AdamW in the pullback, from which the selection removals choose."""
@@ -39,7 +39,6 @@ RETRAININGS = 12
 
 
 PAPER = Setting(activation="relu", width=512)
-RELU, SMOOTH = Setting(activation="relu"), Setting(activation="gelu")
 METHODS_RUN = Setting(samples=2000, epochs=10)
 
 
@@ -53,9 +52,7 @@ class Sizes:
     many_targets: int = 96
     probes: int = 64
     retrainings: int = RETRAININGS
-    method_subsets: int = 50
-    repeated_subsets: int | None = None
-    """Subsets of the paper's network that are trained twice, for the ceiling; None for all."""
+    method_subsets: int = 32
     shares: tuple[float, ...] = (0.99, 0.95, 0.5)
     epochs: tuple[int, int] = (5, 30)
     smooth_runs: tuple[Setting, ...] = tuple(
@@ -64,13 +61,12 @@ class Sizes:
         for dataset, samples in (("digits", 1500), ("mnist", 10_000))
     )
     paper: Setting = PAPER
-    relu: Setting = RELU
-    smooth: Setting = SMOOTH
     methods: Setting = METHODS_RUN
 
     exact_samples: int = 12
     resamples: int = 1000
     rounds: int = 3
+    network_steps: int = 10
     memory_samples: int | None = 50_000
 
     def runs(self) -> list[Setting]:
@@ -82,7 +78,17 @@ class Sizes:
             for optimizer in ("sgd", "adamw")
         ]
         methods = [replace(self.methods, activation=name) for name in ("gelu", "relu")]
-        return [*smooth, *methods, self.paper, self.relu]
+        return [*smooth, *methods, self.paper]
+
+    @property
+    def relu(self) -> Setting:
+        """The run of all methods, with ReLUs."""
+        return replace(self.methods, activation="relu")
+
+    @property
+    def gelu_runs(self) -> list[Setting]:
+        """The smooth runs with GELU."""
+        return [setting for setting in self.smooth_runs if setting.activation == "gelu"]
 
     def interval(
         self, score: Callable[..., float], *arrays: np.ndarray
@@ -131,31 +137,46 @@ def score_row(
     )
 
 
+def each_setting(settings: Iterable[Setting], rows_of: Callable[[Setting], list[Row]]) -> list[Row]:
+    """Return the rows of several settings; one that is not stored yet has a row that says so."""
+    rows = []
+    for setting in settings:
+        try:
+            rows += rows_of(setting)
+        except NotStoredError:
+            rows.append(Row(check="not measured", setting=setting.words, value=np.nan))
+    return rows
+
+
 def removals(bench: Bench, sizes: Sizes, *, is_long: bool = False) -> list[Row]:
     """TSLOO under SGD on smooth activations."""
+    settings = [replace(setting, epochs=sizes.epochs[is_long]) for setting in sizes.smooth_runs]
+    asked = 0.90 if is_long else 0.99
+    return each_setting(settings, partial(_removal_rows, bench, sizes, asked))
+
+
+def _removal_rows(bench: Bench, sizes: Sizes, asked: float, setting: Setting) -> list[Row]:
+    bench.retrain([(setting, kind, 2) for kind in sizes.single().values()])
+    bench.reverse([(setting, specs, EXACT) for specs in (sizes.specs, ("mean",))])
     rows = []
-    for smooth in sizes.smooth_runs:
-        setting = replace(smooth, epochs=sizes.epochs[is_long])
-        bench.retrain([(setting, kind, 2) for kind in sizes.single().values()])
-        bench.reverse([(setting, specs, EXACT) for specs in (sizes.specs, ("mean",))])
-        for name, kind in sizes.single().items():
-            bench.seconds = 0.0
-            effects = bench.effects(setting, kind, 2)
-            influence = bench.influence(setting, sizes.specs)
-            row = partial(score_row, sizes, setting=f"{setting.words}; {name}")
-            rows.append(
-                row(
-                    f"TSLOO, {setting.epochs} epochs",
-                    predicted_effects(influence["total"], effects.removed),
-                    effects.nll[:, : sizes.targets],
-                    asked=0.90 if is_long else 0.99,
-                    note=f"adjoint grew {growth_words(influence['growth'])}",
-                    seconds=bench.seconds,
-                )
+    for name, kind in sizes.single().items():
+        bench.seconds = 0.0
+        effects = bench.effects(setting, kind, 2)
+        influence = bench.influence(setting, sizes.specs)
+        row = partial(score_row, sizes, setting=f"{setting.words}; {name}")
+        rows.append(
+            row(
+                f"TSLOO, {setting.epochs} epochs",
+                predicted_effects(influence["total"], effects.removed),
+                effects.nll[:, : sizes.targets],
+                asked=asked,
+                note=f"adjoint grew {growth_words(influence['growth'])}",
+                seconds=bench.seconds,
             )
-            mean = bench.influence(setting, ("mean",))
-            predicted = predicted_effects(mean["total"], effects.removed)
-            rows.append(row("the same, mean NLL as target", predicted, effects.mean))
+        )
+        mean = bench.influence(setting, ("mean",))
+        predicted = predicted_effects(mean["total"], effects.removed)
+        rows.append(row("the same, mean NLL as target", predicted, effects.mean))
     return rows
 
 
@@ -164,70 +185,41 @@ def growth_words(growth: np.ndarray) -> str:
     return f"{np.median(growth):.1f} times (median; at most {growth.max():.1f})"
 
 
-def absolute(bench: Bench, sizes: Sizes) -> list[Row]:
-    """Mean |influence| against mean |effect|, over removals; and tau against mean |effect|."""
-    specs = (f"sample:0..{sizes.many_targets - 1}",)
-    settings = [sizes.smooth, sizes.relu]
-    kinds = sizes.single()
-    bench.retrain([(setting, kind, 2) for setting in settings for kind in kinds.values()])
-    bench.reverse([(setting, specs, EXACT) for setting in settings])
+def smoothed(bench: Bench, sizes: Sizes, *, is_long: bool = False) -> list[Row]:
+    """TSLOO under AdamW: the exact derivative, and with a larger eps in the pullback alone."""
+    settings = [
+        replace(setting, optimizer="adamw", epochs=sizes.epochs[is_long])
+        for setting in sizes.gelu_runs
+    ]
+    return each_setting(settings, partial(_smoothed_rows, bench, sizes))
+
+
+def _smoothed_rows(bench: Bench, sizes: Sizes, setting: Setting) -> list[Row]:
+    judged, others = sizes.single().items(), sizes.single(part=1).values()
+    bench.retrain([(setting, kind, 2) for _, kind in judged])
+    bench.retrain([(setting, kind, 1) for kind in others])
+    smoothings = [Smoothing(eps=eps) for eps in EPS]
+    bench.reverse([(setting, sizes.specs, s) for s in (EXACT, *smoothings)])
+    best = choose(bench, sizes, setting, smoothings)
     rows = []
-    for setting in settings:
+    for name, kind in judged:
         bench.seconds = 0.0
-        every = [bench.effects(setting, kind, 2) for kind in kinds.values()]
-        groups = {"both": every[0].join(every[1])} | dict(zip(kinds, every, strict=True))
-        tau_N, nll_N = bench.runs([setting])[0].tau, bench.runs([setting])[0].nll
-        for name, effects in groups.items():
-            row = partial(score_row, sizes, setting=f"{setting.words}; {name}")
-            size_K = np.abs(effects.nll).mean(1, keepdims=True)
-            few_K = np.abs(effects.nll[:, : sizes.many_targets]).mean(1, keepdims=True)
-            total = np.abs(bench.influence(setting, specs)["total"])
-            is_asked = setting == sizes.smooth and name == "both"
+        effects = bench.effects(setting, kind, 2)
+        for smoothing, asked in ((EXACT, np.nan), (best, 0.95)):
+            influence = bench.influence(setting, sizes.specs, smoothing)
+            word = f"eps {smoothing.eps:g} in the pullback" if smoothing.eps else "exact"
             rows.append(
-                row(
-                    f"mean abs influence against mean abs effect, {sizes.many_targets} targets",
-                    effects.removed.astype(float) @ total.mean(0)[:, None],
-                    few_K,
-                    asked=0.99 if is_asked else np.nan,
+                score_row(
+                    sizes,
+                    f"TSLOO, {setting.epochs} epochs, {word}",
+                    predicted_effects(influence["total"], effects.removed),
+                    effects.nll[:, : sizes.targets],
+                    asked=asked,
+                    setting=f"{setting.words}; {name}",
+                    note=f"adjoint grew {growth_words(influence['growth'])}",
                     seconds=bench.seconds,
                 )
             )
-            for word, values_N in (("tau", tau_N), ("final NLL", nll_N)):
-                predicted = effects.removed.astype(float) @ values_N[:, None].astype(np.float64)
-                check = f"{word} against mean abs effect, {effects.nll.shape[1]:,} targets"
-                rows.append(row(check, predicted, size_K))
-    return rows
-
-
-def smoothed(bench: Bench, sizes: Sizes, *, is_long: bool = False) -> list[Row]:
-    """TSLOO under AdamW: the exact derivative, and with a larger eps in the pullback alone."""
-    rows = []
-    for sgd in sizes.smooth_runs:
-        setting = replace(sgd, optimizer="adamw", epochs=sizes.epochs[is_long])
-        judged, others = sizes.single().items(), sizes.single(part=1).values()
-        bench.retrain([(setting, kind, 2) for _, kind in judged])
-        bench.retrain([(setting, kind, 1) for kind in others])
-        smoothings = [Smoothing(eps=eps) for eps in EPS]
-        bench.reverse([(setting, sizes.specs, s) for s in (EXACT, *smoothings)])
-        best = choose(bench, sizes, setting, smoothings)
-        for name, kind in judged:
-            bench.seconds = 0.0
-            effects = bench.effects(setting, kind, 2)
-            for smoothing, asked in ((EXACT, np.nan), (best, 0.95)):
-                influence = bench.influence(setting, sizes.specs, smoothing)
-                rows.append(
-                    score_row(
-                        sizes,
-                        f"TSLOO, {setting.epochs} epochs, "
-                        + (f"eps {smoothing.eps:g} in the pullback" if smoothing.eps else "exact"),
-                        predicted_effects(influence["total"], effects.removed),
-                        effects.nll[:, : sizes.targets],
-                        asked=asked,
-                        setting=f"{setting.words}; {name}",
-                        note=f"adjoint grew {growth_words(influence['growth'])}",
-                        seconds=bench.seconds,
-                    )
-                )
     return rows
 
 
@@ -248,32 +240,30 @@ def choose(
 
 
 def paper_network(bench: Bench, sizes: Sizes) -> list[Row]:
-    """LDS of the paper's network: the exact derivative, and with smoothed gates."""
+    """LDS of the paper's network: the exact derivative, and its last epoch alone."""
     setting = sizes.paper
-    subsets = {
-        share: Removals(kind="subset", count=sizes.subsets, share=share) for share in sizes.shares
-    }
-    first = sizes.repeated_subsets
-    bench.retrain([(setting, kind, 1) for kind in subsets.values()])
-    bench.retrain([(setting, kind, 2) for kind in subsets.values()], first)
     asked = dict(zip((0.99, 0.95, 0.5), (0.75, 0.85, 0.78), strict=True))
     rows = []
-    for share, kind in subsets.items():
+    for share in sizes.shares:
+        kind = Removals(kind="subset", count=sizes.subsets, share=share)
         bench.seconds = 0.0
-        effects, pairs = bench.effects(setting, kind, 1), bench.effects(setting, kind, 2, first)
+        effects, pairs = (
+            bench.effects(setting, kind, repeats, bench.count(setting, kind, repeats))
+            for repeats in (1, 2)
+        )
         influence = bench.influence(setting, sizes.specs)
         actual = effects.nll[:, : sizes.targets]
         row = partial(
             score_row,
             sizes,
-            setting=f"{setting.words}; {sizes.subsets} subsets",
-            pairs=pairs.nll[:, : sizes.targets],
+            setting=f"{setting.words}; {len(actual)} subsets, {len(pairs.nll)} for the ceiling",
         )
+        nll = partial(row, pairs=pairs.nll[:, : sizes.targets])
         predicted = predicted_effects(influence["total"], effects.removed)
         check = f"LDS, share {share:g} kept"
-        rows.append(row(check, predicted, actual, asked=asked[share], seconds=bench.seconds))
+        rows.append(nll(check, predicted, actual, asked=asked[share], seconds=bench.seconds))
         predicted = predicted_effects(influence["last"], effects.removed)
-        rows.append(row(f"{check}, last epoch alone", predicted, actual))
+        rows.append(nll(f"{check}, last epoch alone", predicted, actual))
         mean = bench.influence(setting, ("mean",))["total"]
         predicted = predicted_effects(mean, effects.removed)
         rows.append(row(f"{check}, mean NLL as target", predicted, effects.mean, pairs=pairs.mean))
@@ -344,73 +334,37 @@ def over_one_retraining(predicted: np.ndarray, actual: np.ndarray) -> float:
     return tsloo(predicted, actual.mean(-1)) / ceiling_against_mean(actual)
 
 
-def lasting(bench: Bench, sizes: Sizes) -> list[Row]:
-    """`final_importance` by random probes, against the squared change of the parameters."""
-    setting = sizes.smooth
-    run = bench.runs([setting])[0]
-    model = run.model()
-    layers = list(dict.fromkeys(name for name, _ in parameter_layers(model)))
-    kinds = sizes.single()
-    bench.retrain([(setting, kind, 2) for kind in kinds.values()])
-    specs = {layer: (f"probe:{sizes.probes}@{layer}",) for layer in layers}
-    bench.reverse([(setting, spec, EXACT) for spec in specs.values()])
-    every = [bench.effects(setting, kind, 2) for kind in kinds.values()]
-    groups = {"both": every[0].join(every[1])} | dict(zip(kinds, every, strict=True))
-    squares = []
+def finite(bench: Bench, sizes: Sizes) -> list[Row]:
+    """Why TSLOO is below 1: the finite size of a removal, and float32."""
+    doubles = [replace(s, precision="float64") for s in sizes.gelu_runs if s.dataset == "digits"]
+    return each_setting([*sizes.gelu_runs, *doubles], partial(_finite_rows, bench, sizes))
+
+
+def _finite_rows(bench: Bench, sizes: Sizes, setting: Setting) -> list[Row]:
+    bench.reverse([(setting, sizes.specs, EXACT)])
     rows = []
-    for place, layer in enumerate(layers):
-        bench.seconds = 0.0
-        squares.append(np.square(bench.influence(setting, specs[layer])["total"]).mean(0))
-        for name, effects in groups.items():
+    for weight in (0.0, 0.9):
+        kinds = sizes.single(weight=weight)
+        bench.retrain([(setting, kind, 1) for kind in kinds.values()])
+        for name, kind in kinds.items():
+            bench.seconds = 0.0
+            effects = bench.effects(setting, kind, 1)
+            total = bench.influence(setting, sizes.specs)["total"]
+            actual = effects.nll[:, : sizes.targets, 0]
+            predicted = (1 - weight) * predicted_effects(total, effects.removed)
+            value, low, high = sizes.interval(tsloo, predicted, actual)
+            error = np.linalg.norm(actual - predicted) / np.linalg.norm(actual)
+            by_target = spearman(predicted.T, actual.T)
             rows.append(
-                score_row(
-                    sizes,
-                    f"final_importance of {layer}, {sizes.probes} probes",
-                    effects.removed.astype(float) @ squares[-1][:, None],
-                    effects.change[:, place : place + 1],
-                    asked=0.96 if name == "both" else np.nan,
+                Row(
+                    check=f"TSLOO, weight 1 to {weight:g}",
                     setting=f"{setting.words}; {name}",
+                    value=value,
+                    low=low,
+                    high=high,
+                    note=f"relative error {error:.3f}; median target "
+                    f"{np.median(by_target):.4f}, least {by_target.min():.3f}",
                     seconds=bench.seconds,
                 )
             )
-    for name, effects in groups.items():
-        actual = effects.change.sum(1, keepdims=True)
-        for word, values_N in (("final_importance", sum(squares)), ("tau", run.tau)):
-            predicted = effects.removed.astype(float) @ np.asarray(values_N, float)[:, None]
-            where = f"{setting.words}; {name}"
-            rows.append(score_row(sizes, f"{word}, all layers", predicted, actual, setting=where))
-    return rows
-
-
-def finite(bench: Bench, sizes: Sizes) -> list[Row]:
-    """Why TSLOO is below 1: the finite size of a removal, and float32."""
-    rows = []
-    for smooth in sizes.smooth_runs[:2]:
-        for precision in ("float32", "float64"):
-            setting = replace(smooth, precision=precision)
-            for weight in (0.0, 0.9):
-                kinds = sizes.single(weight=weight)
-                bench.retrain([(setting, kind, 1) for kind in kinds.values()])
-                bench.reverse([(setting, sizes.specs, EXACT)])
-                for name, kind in kinds.items():
-                    bench.seconds = 0.0
-                    effects = bench.effects(setting, kind, 1)
-                    total = bench.influence(setting, sizes.specs)["total"]
-                    actual = effects.nll[:, : sizes.targets, 0]
-                    predicted = (1 - weight) * predicted_effects(total, effects.removed)
-                    value, low, high = sizes.interval(tsloo, predicted, actual)
-                    error = np.linalg.norm(actual - predicted) / np.linalg.norm(actual)
-                    by_target = spearman(predicted.T, actual.T)
-                    rows.append(
-                        Row(
-                            check=f"TSLOO, weight 1 to {weight:g}",
-                            setting=f"{setting.words}; {name}",
-                            value=value,
-                            low=low,
-                            high=high,
-                            note=f"relative error {error:.3f}; least target "
-                            f"{by_target.min():.3f}, median {np.median(by_target):.4f}",
-                            seconds=bench.seconds,
-                        )
-                    )
     return rows

@@ -86,6 +86,8 @@ def number(value: float) -> str:
     >>> number(0.98712), number(0.99964), number(3e-13), number(1.0), number(120.0)
     ('0.987', '0.9996', '3.0e-13', '1.0', '120')
     """
+    if np.isnan(value):
+        return ""
     if value and abs(value) < 1e-3:
         return f"{value:.1e}"
     if value == round(value):
@@ -120,6 +122,10 @@ class Effects:
         return Effects(**{n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in names})
 
 
+class NotStoredError(Exception):
+    """A job has not been done, and only what is stored was asked for."""
+
+
 Job = tuple[Callable[..., None], Path, tuple[Any, ...]]
 
 
@@ -132,10 +138,12 @@ class Bench:
         The folder.
     workers
         Processes of one thread each; 0 runs the jobs in this process.
+    only_stored
+        Run no jobs; raise NotStoredError where one is missing.
     """
 
-    def __init__(self, scratch: Path, workers: int) -> None:
-        self.scratch, self.seconds = scratch, 0.0
+    def __init__(self, scratch: Path, workers: int, *, only_stored: bool = False) -> None:
+        self.scratch, self.seconds, self._only_stored = scratch, 0.0, only_stored
         self._pool = None
         if workers:
             spawn = multiprocessing.get_context("spawn")
@@ -144,6 +152,8 @@ class Bench:
     def run_jobs(self, jobs: Iterable[Job]) -> None:
         """Run the jobs whose files are missing, and wait for them."""
         missing = [job for job in jobs if not job[1].exists()]
+        if missing and self._only_stored:
+            raise NotStoredError
         if self._pool is None:
             for function, path, arguments in missing:
                 function(path, self.scratch, *arguments)
@@ -206,6 +216,17 @@ class Bench:
             (start, folder / f"{removals.key}-r{repeat}-{start:03}.npz")
             for start in range(0, count, BLOCK)
         ]
+
+    def count(self, setting: Setting, removals: Removals, repeats: int) -> int:
+        """Return the number of removals to score: all, or if only stored ones, those stored."""
+        if not self._only_stored:
+            return removals.count
+        missing = [
+            start
+            for start, path in self._blocks(setting, removals, repeats - 1, None)
+            if not path.exists()
+        ]
+        return min([*missing, removals.count])
 
     def effects(
         self, setting: Setting, removals: Removals, repeats: int, first: int | None = None
