@@ -109,6 +109,7 @@ def smoke_sizes() -> scores.Sizes:
         exact_samples=1,
         resamples=20,
         rounds=1,
+        networks=("gru",),
         network_steps=1,
         memory_samples=None,
     )

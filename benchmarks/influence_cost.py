@@ -34,7 +34,6 @@ from sampimp.training.steps import make_optimizer
 
 TARGETS = (1, 8, 16)
 ASKED = {1: 3.2, 8: 1.8, 16: 1.8}
-NETWORKS = ("cnn", "gru", "lstm", "transformer")
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -114,10 +113,10 @@ def cost_rows(setting: Setting, rounds: int) -> list[Row]:
     return rows
 
 
-def network_row(name: str, rounds: int, steps: int) -> Row:
+def network_row(name: str, dataset: str, rounds: int, steps: int) -> Row:
     """Return the row of one of the study's networks, whose step is differentiated by autograd."""
     torch.set_num_threads(1)
-    data, _ = load_data(Setting(samples=100 * steps))
+    data, _ = load_data(Setting(dataset=dataset, samples=100 * steps))
     inputs, labels = torch.from_numpy(data.train_inputs), torch.from_numpy(data.train_labels)
     model = build_model(name, inputs[0].shape, (), 10, 1, "relu")
     optimizer = make_optimizer(model, replace(PAPER.config.training, model=name))
@@ -147,7 +146,7 @@ def network_row(name: str, rounds: int, steps: int) -> Row:
     ratios = [1 + derivative / step for step, derivative in pairs]  # 1: the replay
     return Row(
         check=f"{name}: a step of the reverse pass, one target, in plain steps",
-        setting="mnist, batches of 100, sgd; replay and derivatives",
+        setting=f"{dataset}, batches of 100, sgd; replay and derivatives",
         value=statistics.median(ratios),
         low=min(ratios),
         high=max(ratios),
@@ -186,7 +185,10 @@ def cost(bench: Bench, sizes: Sizes) -> list[Row]:
     rows = []
     for activation in ("relu", "gelu"):
         rows += cost_rows(replace(setting, activation=activation), sizes.rounds)
-    rows += [network_row(name, sizes.rounds, sizes.network_steps) for name in NETWORKS]
+    rows += [
+        network_row(name, setting.dataset, sizes.rounds, sizes.network_steps)
+        for name in sizes.networks
+    ]
     return [*rows, memory_row(sizes)] if sizes.memory_samples else rows
 
 

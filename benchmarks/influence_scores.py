@@ -66,6 +66,7 @@ class Sizes:
     exact_samples: int = 12
     resamples: int = 1000
     rounds: int = 3
+    networks: tuple[str, ...] = ("cnn", "gru", "lstm", "transformer")
     network_steps: int = 10
     memory_samples: int | None = 50_000
 
