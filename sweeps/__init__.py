@@ -41,6 +41,7 @@ What is computed from committed runs
 `influence_study`     from a request to units of work; `compute_influence`
 `influence_units`     blocks of targets as units of work
 `influence_work`      the reverse pass and the forward replay, step by step
+`fixed_point_work`    -H^-1 g, one target and curvature after another
 `retrain_study`       from a request to units of work
 `retrain_work`        retrainings, one by one
 `derived_units`       what units on runs have in common

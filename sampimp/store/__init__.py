@@ -28,6 +28,7 @@ Map, from the lowest level to the highest:
 `influence_records` committed influence records, matched with their runs
 `lazy_arrays`       variables of many runs as one dask array
 `influence_cube`    influence and the squares of probes in the cube
+`fixed_point_cube`  influence at the fixed point (-H^-1 g) in the cube
 `effect_cube`       effects of removals in the cube
 `cube`              `open_cube`: a study as one lazy, labelled cube
 `sharded`           `consolidate`: a finished study as one sharded store per data set
