@@ -131,20 +131,20 @@ class NetworkDerivatives:
             The step cannot be recorded, or an operation has no second derivative.
         """
         model = self._capture.tensors.model
+        checks, self._has_begun = first_of_epoch or not self._has_begun, True
         with torch.enable_grad(), twice_differentiable(model), second_derivatives():
             with self._capture.step(
                 [len(weights_N) for weights_N in weights],
                 elementwise=True,  # keeps the factors
                 accumulates=False,
-                first_of_epoch=first_of_epoch,
+                first_of_epoch=checks,
                 indices=indices,
             ):
                 pairs = zip(batches, weights, strict=True)
                 graphs = [self._differentiate(batch, weights_N) for batch, weights_N in pairs]
             factors = self._capture.take_factors()
-        checks = first_of_epoch or not self._has_begun
-        self._has_begun = True
         if checks:
+            _require_single_precision(self._capture.checks.precision)
             for graph in graphs:
                 require_no_functions(graph.losses)
         return NetworkStep(self._capture, self._parameters, graphs, factors, checks=checks)
@@ -413,6 +413,17 @@ class NetworkStep:
             )
             for place, values in zip(self._trained, products, strict=True):
                 out[place].add_(values)
+
+
+def _require_single_precision(rounding: float) -> None:
+    """Raise UnsupportedError if the rounding unit of an operation's output is that of a half."""
+    if rounding > torch.finfo(torch.float32).eps:
+        raise UnsupportedError(
+            expected="a step in float32 or float64",
+            got="an operation with outputs in half precision",
+            where="the reverse pass, whose checks need more digits",
+            todo="train in float32; a run in half precision cannot be gone through",
+        )
 
 
 def _require_losses(losses: Tensor, count: int) -> None:

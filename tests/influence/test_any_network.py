@@ -400,6 +400,11 @@ def with_hook(register):
     return model
 
 
+def autocast(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model.first(x).double()
+
+
 REFUSED = {
     "a Function": (
         lambda: Calls(squared, first=nn.Linear(4, 3), second=parameter(3, 2)),
@@ -414,6 +419,7 @@ REFUSED = {
         lambda: with_hook(lambda m: m[2].weight.register_hook(lambda g: g)),
         "parameter 2.weight",
     ),
+    "autocast": (lambda: Calls(autocast, first=nn.Linear(4, 3)).float(), "half precision"),
     "batch norm": (lambda: stack(nn.BatchNorm1d(6)), "BatchNorm"),
 }
 
@@ -423,7 +429,7 @@ def test_what_has_no_exact_derivative_is_refused(name):
     torch.manual_seed(1)
     make, message = REFUSED[name]
     model = make()
-    inputs = torch.randn(3, 4)
+    inputs = torch.randn(3, 4, dtype=next(model.parameters()).dtype)
     directions = random_directions(model, 1)
     with pytest.raises(UnsupportedError, match=message):
         NetworkDerivatives(model, lambda x: networks.losses(model(x))).at(
