@@ -51,7 +51,12 @@ def machines_for(plan: Plan, address: str | None, max_concurrent: int | None) ->
     )
 
 
-def run_on_cluster(study: DerivedStudy, machines: MachineOptions, console: Console) -> int:
+def run_on_cluster(
+    study: DerivedStudy,
+    machines: MachineOptions,
+    console: Console,
+    connected: Cluster | None = None,
+) -> int:
     """Perform the units that the store lacks on a Ray cluster; return 0 if none is missing, else 1.
 
     Parameters
@@ -62,6 +67,8 @@ def run_on_cluster(study: DerivedStudy, machines: MachineOptions, console: Conso
         Which cluster, and what a unit takes of it.
     console
         Where progress is shown.
+    connected
+        The cluster, if this process is connected to it.
 
     Raises
     ------
@@ -73,8 +80,9 @@ def run_on_cluster(study: DerivedStudy, machines: MachineOptions, console: Conso
     units = study.units.resolve()
     missing = [unit for unit in units if unit.commit is None]
     if missing:
-        cluster = connect(machines.address)
-        console.print(f"{cluster}.", markup=False, highlight=False)
+        cluster = connected or connect(machines.address)
+        if connected is None:
+            console.print(f"{cluster}.", markup=False, highlight=False)
         check_cluster(machines, cluster)
         study.folder.check_writable()
         check_disk(study.folder, sum(map(study.units.bytes_of, missing)))

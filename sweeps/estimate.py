@@ -14,6 +14,7 @@ from rich.console import Console
 
 from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import Source, load_source, scale_inputs
+from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY
 from sampimp.store.plan import Plan
 from sampimp.sweeps.machines import Cluster, named_address, noted_address, this_machine
 from sampimp.sweeps.options import StudyConfig
@@ -81,6 +82,14 @@ def _print_plan(study: Study, console: Console) -> None:
         console.print(f"Epoch     {key}: about {seconds:.2g} s{alone}", highlight=False)
     duration = format_duration(total_seconds(study, epochs) / study.slots)
     console.print(f"Time      about {duration}, {study.slots} trials at a time", highlight=False)
+    if study.config.influence:
+        targets = ", ".join(study.config.influence)
+        console.print(
+            f"Influence {targets} of {REFERENCE_STRATEGY}, seed {REFERENCE_SEED}, in addition "
+            "(its time: sampimp influence OUT --dry-run, after the study)",
+            markup=False,
+            highlight=False,
+        )
     console.print(f"Storage   at most {study.bytes_needed / 1e9:.2f} GB", highlight=False)
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from sampimp.errors import MissingPackageError, UserError, require_package
 from sampimp.schema import __version__, digest_json
+from sampimp.store.influence_layouts import INFLUENCE_FOLDER
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
 from sampimp.store.snapshots import SNAPSHOTS
@@ -76,7 +77,8 @@ def write_study_report(out: str, console: Console) -> None:
     from sampimp.analysis.report import print_summary, write_report
 
     folder = Folder.of(out)
-    records = digest_json([sorted(read_commits(folder)), folder.read_json(SNAPSHOTS), __version__])
+    commits = [sorted(read_commits(folder, records)) for records in ("trials", INFLUENCE_FOLDER)]
+    records = digest_json([*commits, folder.read_json(SNAPSHOTS), __version__])
     summary = folder.read_json("analysis/summary.json")
     if summary is None or summary["records"] != records:
         with console.status("Analysing") as status:

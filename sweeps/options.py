@@ -62,6 +62,8 @@ class StorageOptions:
     """Folder with MNIST and CIFAR-10. Default: $SAMPIMP_DATA, else they are downloaded."""
     snapshot_every: int = 0
     """Also compute importance at the fixed parameters of every N-th epoch; 0 for never."""
+    influence: tuple[str, ...] = ()
+    """Also compute the influence on these targets of shuffle, seed 1 (sampimp influence)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +183,7 @@ PRESETS = {
         hidden=(128, 128, 128),
         batch_size=50,
         out="results/digits",
+        influence=("mean", "probe:16"),
     ),
 }
 

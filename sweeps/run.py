@@ -1,19 +1,24 @@
-"""The run of a study: train the missing trials, score snapshots, print the committed trials.
+"""The run of a study: train the missing trials, score snapshots, add influence, conclude.
 
 One call of Ray Tune's `fit` trains everything (`sampimp.sweeps.tuning`).
 
-Map: `run_study`, `train`, `conclude`.
+Map: `run_study`, `train`, `add_influence`, `conclude`.
 """
 
 from collections.abc import Sequence
 
 from rich.console import Console
 
+from sampimp.data import scale_inputs
+from sampimp.errors import UserError
 from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY
 from sampimp.store.datasets import read_source, write_source
 from sampimp.store.plan import PlannedTrial, read_commits
 from sampimp.sweeps.cluster import connect
+from sampimp.sweeps.derived_run import run_on_cluster
 from sampimp.sweeps.estimate import suggest_cluster
+from sampimp.sweeps.influence_study import InfluenceRequest, prepare_influence
+from sampimp.sweeps.influence_units import list_targets
 from sampimp.sweeps.ingest import ingest
 from sampimp.sweeps.machines import Cluster
 from sampimp.sweeps.options import StudyConfig
@@ -43,6 +48,7 @@ def run_study(config: StudyConfig, console: Console) -> int:
         return cluster
 
     study = prepare_study(config, connect_to_cluster, ingest, console)
+    check_influence(study)
     _write_plan(study)
     trials = study.trials
     if study.missing:
@@ -58,7 +64,45 @@ def run_study(config: StudyConfig, console: Console) -> int:
             cpus=config.cpus_per_trial,
             gpus=config.gpus_per_trial,
         )
+    if config.influence:
+        add_influence(study, trials, console)
     return conclude(trials, console)
+
+
+def add_influence(study: Study, trials: Sequence[PlannedTrial], console: Console) -> None:
+    """Compute influence on the targets of `--influence`, of the run that strategies sort by.
+
+    A run that cannot be replayed, such as one of several workers, is no error of the study.
+    """
+    runs = tuple(
+        f"{trial.config.dataset}:{REFERENCE_STRATEGY}:{REFERENCE_SEED}"
+        for trial in trials
+        if study.plan.is_reference(trial.config)
+        and trial.config.dataset in study.sources
+        and trial.commit is not None
+        and trial.commit["diverged_epoch"] is None
+    )
+    if not runs:
+        return
+    request = InfluenceRequest(targets=study.config.influence, runs=runs, model=study.config.model)
+    try:
+        derived = prepare_influence(study.folder, request)
+    except UserError as error:
+        console.print(
+            f"Influence is left out: {error.summary} ({error.where}).",
+            markup=False,
+            highlight=False,
+        )
+        return
+    if any(unit.commit is None for unit in derived.units.resolve()):
+        run_on_cluster(derived, study.config, console, connected=study.cluster)
+
+
+def check_influence(study: Study) -> None:
+    """Raise ConfigError if a target of `--influence` does not exist, before anything is trained."""
+    for key, source in study.sources.items() if study.config.influence else ():
+        data = scale_inputs(source, study.plan.training.input_scaling)
+        list_targets(study.config.influence, data, study.plan.datasets[key].layer_names)
 
 
 def _write_plan(study: Study) -> None:

@@ -23,8 +23,9 @@ from sampimp.sweeps.options import parse
 TINY = (
     *("--preset", "digits", "--hidden", "16", "--epochs", "3", "--batch-size", "25"),
     *("--reference-seeds", "1"),
+    "--influence",
 )
-"""Options of every study of these tests: digits, 16 units, three epochs of 60 batches."""
+"""Options of every study of these tests: digits, 16 units, three epochs, without influence."""
 
 FIVE_TRIALS = (*TINY, "--strategies", "nlo", "rand", "--seeds", "1", "2")
 """The reference run, two trials that wait for it, and two that do not."""

@@ -11,6 +11,7 @@ from rich.console import Console
 
 import sampimp
 from sampimp.data import load_source
+from sampimp.errors import ConfigError
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits, require_plan
 from sampimp.sweeps import cluster as cluster_module
@@ -85,6 +86,35 @@ def test_a_run_that_is_still_training_is_waited_for(study, command, monkeypatch)
         run = cube["influence_total"].sel(strategy=strategy, seed=seed, target="mean")
         assert run.notnull().all()
     assert cube["influence_total"].sel(strategy="rand", seed=1).isnull().all()
+
+
+def test_a_study_ends_with_the_influence_that_it_names(run_study, study, finished):
+    commits = {p: p.read_bytes() for p in study.glob("trials/*/COMMIT.json")}
+    options = [name for name in finished.arguments if name != "--influence"]
+    with pytest.raises(ConfigError, match="from 0 to 9"):
+        run_study(study, *options, "--influence", "class:12")
+    code, text = run_study(study, *options, "--influence", "mean", "probe:2")
+    assert code == 0, text
+    assert text.splitlines()[-2:] == [
+        "2 of 2 units are committed.",
+        "5 of 5 trials are committed.",
+    ]
+    cube = sampimp.open_cube(study)["digits"]
+    assert cube["influence_total"].sel(strategy="shuffle", seed=1).notnull().all()
+    assert cube["influence_total"].sel(strategy="nlo").isnull().all()
+    assert cube["final_importance_total"].attrs["probes"] == 2
+    assert commits == {p: p.read_bytes() for p in study.glob("trials/*/COMMIT.json")}
+    _, text = run_study(study, *options, "--influence", "mean", "probe:2")
+    assert "units" not in text
+
+
+def test_influence_that_cannot_be_computed_is_left_out_of_a_study(run_study, tmp_path, tiny):
+    options = [name for name in tiny if name != "--influence"]
+    arguments = ["--strategies", "shuffle", "--parameters-every", "0", "--influence", "mean"]
+    code, text = run_study(tmp_path / "study", *options, *arguments)
+    assert code == 0, text
+    assert "Influence is left out: expected stored parameters" in text
+    assert text.splitlines()[-1] == "1 of 1 trials are committed."
 
 
 LONG = (
