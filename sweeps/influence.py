@@ -6,12 +6,13 @@ python sweeps/influence.py OUT --targets probe:64 --runs all --dry-run
 `sampimp influence` is the same command; `sampimp.sweeps.influence_study` prepares it.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from sampimp.errors import UserError
+from sampimp.errors import UserError, require_package
 from sampimp.sweeps.door import INTERRUPTED, run_door
 
 _HELP = """Compute what each training sample did to the final model, by epoch and layer.
@@ -49,12 +50,13 @@ def influence(
     model: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
     memory: float = 1.0,
     address: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = None,
+    cluster: Annotated[str | None, tyro.conf.arg(metavar="YAML", help_behavior_hint="")] = None,
     max_concurrent: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = (
         None
     ),
     dry_run: bool = False,
-) -> int:
-    """Compute influence; return the exit code.
+) -> Callable[[Sequence[str]], int]:
+    """Compute influence; return a function from the command line to the exit code.
 
     Parameters
     ----------
@@ -76,28 +78,39 @@ def influence(
         GB for the adjoints and steps of a unit; with less, fewer targets share a pass.
     address
         Ray cluster, or local. Default: $RAY_ADDRESS, else one running here, else one is started.
+    cluster
+        Run as a job on the cluster that `ray up YAML` started, or attach to that job.
     max_concurrent
         Largest number of units at a time. Default: as many as the cluster has room for.
     dry_run
         Print the time and storage, and compute nothing.
     """
-    # Here, since `--help` needs neither Ray nor PyTorch.
-    from sampimp.influence.replay import Smoothing
-    from sampimp.store.location import Folder
-    from sampimp.sweeps.derived_run import perform_or_describe
-    from sampimp.sweeps.influence_study import InfluenceRequest, prepare_influence
-
-    request = InfluenceRequest(
-        targets=targets,
-        runs=runs,
-        smoothing=Smoothing(eps=smoothing_eps, gate_width=gate_width),
-        model=model,
-        memory=int(memory * 2**30),
-        fixed_point=fixed_point,
-    )
-    study = prepare_influence(Folder.of(out), request)
     console = Console(soft_wrap=True)
-    return perform_or_describe(study, address, max_concurrent, console, dry_run=dry_run)
+
+    def run(arguments: Sequence[str]) -> int:
+        # Here, since `--help` needs neither Ray nor PyTorch.
+        if cluster is not None:
+            require_package("ray", "cluster")
+            from sampimp.sweeps.jobs import send_derived
+
+            return send_derived("influence", cluster, address, out, arguments, console)
+        from sampimp.influence.replay import Smoothing
+        from sampimp.store.location import Folder
+        from sampimp.sweeps.derived_run import perform_or_describe
+        from sampimp.sweeps.influence_study import InfluenceRequest, prepare_influence
+
+        request = InfluenceRequest(
+            targets=targets,
+            runs=runs,
+            smoothing=Smoothing(eps=smoothing_eps, gate_width=gate_width),
+            model=model,
+            memory=int(memory * 2**30),
+            fixed_point=fixed_point,
+        )
+        study = prepare_influence(Folder.of(out), request)
+        return perform_or_describe(study, address, max_concurrent, console, dry_run=dry_run)
+
+    return run
 
 
 def main(arguments: list[str], prog: str = "influence.py") -> int:
@@ -105,7 +118,8 @@ def main(arguments: list[str], prog: str = "influence.py") -> int:
     errors = Console(stderr=True, soft_wrap=True)
     command = tyro.conf.configure(tyro.conf.FlagCreatePairsOff)(influence)
     try:
-        return tyro.cli(command, args=arguments, prog=prog, description=_HELP.format(prog=prog))
+        run = tyro.cli(command, args=arguments, prog=prog, description=_HELP.format(prog=prog))
+        return run(arguments)
     except UserError as error:
         errors.print(str(error), style="red", markup=False, highlight=False)
         return 2

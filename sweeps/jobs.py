@@ -8,7 +8,10 @@ prints its log. The job does not depend on the connection.
              ray exec YAML "python -m sampimp.sweeps.jobs ..."
     head     `main` submits the job full_study.py ... through JobSubmissionClient
 
-Map: `send`, `check_sendable` (laptop); `main`, `choose` (head).
+`sampimp influence` and `sampimp retrain` are sent in the same way, as jobs beside that of the
+study, whose runs they wait for.
+
+Map: `send`, `send_derived`, `check_sendable` (laptop); `main`, `choose` (head).
 """
 
 import asyncio
@@ -18,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails
 
     from sampimp.sweeps.options import StudyConfig
+
+DERIVED = ("influence", "retrain")
+"""The other commands that are sent; on the head, their name and their OUT precede the options."""
 
 MARK = "sampimp-job"
 """First word of the lines from `main` to `send`, among the lines of ssh and of the job."""
@@ -55,9 +61,46 @@ def send(config: "StudyConfig", arguments: Sequence[str], console: Console) -> i
     ResourceError
         The cluster does not take the job.
     """
-    check_sendable(config)
-    cluster = str(config.cluster)
-    remote = shlex.join(["python", "-m", "sampimp.sweeps.jobs", *without_cluster(arguments)])
+    paths = {"--out": config.out, "--data-dir": config.data_dir}
+    paths |= {
+        f"--datasets {name}": name.partition(":")[2] for name in config.datasets if ":" in name
+    }
+    check_sendable(str(config.cluster), config.address, paths)
+    return _send(str(config.cluster), without_cluster(arguments), console)
+
+
+def send_derived(
+    command: str,
+    cluster: str,
+    address: str | None,
+    out: str,
+    arguments: Sequence[str],
+    console: Console,
+) -> int:
+    """Run a command of `DERIVED` on a cluster, as `send` runs a study.
+
+    Parameters
+    ----------
+    command
+        Its name.
+    cluster, address, out
+        Its options of these names.
+    arguments
+        Its whole command line.
+    console
+        Where the job's log is printed.
+
+    Raises
+    ------
+    ConfigError, ResourceError
+        As for `send`.
+    """
+    check_sendable(cluster, address, {"OUT": out})
+    return _send(cluster, [command, out, *without_cluster(arguments)], console)
+
+
+def _send(cluster: str, arguments: Sequence[str], console: Console) -> int:
+    remote = shlex.join(["python", "-m", "sampimp.sweeps.jobs", *arguments])
     ray_exec = [_ray_program(), "exec", cluster]
     job = code = None
     output = []
@@ -106,26 +149,30 @@ def send(config: "StudyConfig", arguments: Sequence[str], console: Console) -> i
     return code
 
 
-def check_sendable(config: "StudyConfig") -> None:
-    """Raise ConfigError for an option that has no meaning, or a different meaning, on a cluster."""
-    if not Path(str(config.cluster)).is_file():
+def check_sendable(cluster: str, address: str | None, paths: Mapping[str, str | None]) -> None:
+    """Raise ConfigError for an option that has no meaning, or a different meaning, on a cluster.
+
+    Parameters
+    ----------
+    cluster, address
+        The options of these names.
+    paths
+        By option, the paths that the cluster has to see.
+    """
+    if not Path(cluster).is_file():
         raise ConfigError(
             expected="the YAML file of a cluster",
             got="none",
-            where=f"option --cluster {config.cluster}",
+            where=f"option --cluster {cluster}",
             todo="name cluster.yaml or cluster-local.yaml, with your values in it",
         )
-    if config.address is not None:
+    if address is not None:
         raise ConfigError(
             expected="one cluster",
-            got=f"--cluster {config.cluster} and --address {config.address}",
+            got=f"--cluster {cluster} and --address {address}",
             where="the command line",
             todo="leave one of them out",
         )
-    paths = {"--out": config.out, "--data-dir": config.data_dir}
-    paths |= {
-        f"--datasets {name}": name.partition(":")[2] for name in config.datasets if ":" in name
-    }
     for option, path in paths.items():
         if path is not None and not path.startswith(("/", "s3://")):
             raise ConfigError(
@@ -190,8 +237,13 @@ def main(arguments: Sequence[str]) -> int:
     from sampimp.sweeps.options import parse
 
     client = JobSubmissionClient()
-    study = parse(list(arguments)).out.rstrip("/")
-    entrypoint = shlex.join([sys.executable, "-u", "-m", "sampimp.sweeps.full_study", *arguments])
+    module, study, options = "full_study", "", list(arguments)
+    if options[:1] and options[0] in DERIVED:
+        module, out, *options = options
+        study = f"{module} of {out.rstrip('/')}"
+    else:
+        study = parse(options).out.rstrip("/")
+    entrypoint = shlex.join([sys.executable, "-u", "-m", f"sampimp.sweeps.{module}", *options])
     job, running, next_id = choose(client.list_jobs(), study)
     if job is None:
         # A second laptop at the same moment uses the same id, and Ray refuses it.

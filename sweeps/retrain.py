@@ -6,12 +6,13 @@ python sweeps/retrain.py OUT --removals subset-0.95:100 --runs shuffle:1 --dry-r
 `sampimp retrain` is the same command; `sampimp.sweeps.retrain_study` prepares it.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from sampimp.errors import UserError
+from sampimp.errors import UserError, require_package
 from sampimp.sweeps.door import INTERRUPTED, run_door
 
 _HELP = """Train runs again without some of their samples, and store what that does to targets.
@@ -45,12 +46,13 @@ def retrain_runs(
     renormalised: bool = False,
     model: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
     address: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = None,
+    cluster: Annotated[str | None, tyro.conf.arg(metavar="YAML", help_behavior_hint="")] = None,
     max_concurrent: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = (
         None
     ),
     dry_run: bool = False,
-) -> int:
-    """Retrain runs; return the exit code.
+) -> Callable[[Sequence[str]], int]:
+    """Retrain runs; return a function from the command line to the exit code.
 
     Parameters
     ----------
@@ -72,28 +74,39 @@ def retrain_runs(
         The study's network, if it is package.module:function: it is imported only if named here.
     address
         Ray cluster, or local. Default: $RAY_ADDRESS, else one running here, else one is started.
+    cluster
+        Run as a job on the cluster that `ray up YAML` started, or attach to that job.
     max_concurrent
         Largest number of units at a time. Default: as many as the cluster has room for.
     dry_run
         Print the time and storage, and train nothing.
     """
-    # Here, since `--help` needs neither Ray nor PyTorch.
-    from sampimp.store.location import Folder
-    from sampimp.sweeps.derived_run import perform_or_describe
-    from sampimp.sweeps.retrain_study import RetrainRequest, prepare_retrain
-
-    request = RetrainRequest(
-        removals=removals,
-        targets=targets,
-        runs=runs,
-        repeats=repeats,
-        jitter=jitter,
-        renormalised=renormalised,
-        model=model,
-    )
-    study = prepare_retrain(Folder.of(out), request)
     console = Console(soft_wrap=True)
-    return perform_or_describe(study, address, max_concurrent, console, dry_run=dry_run)
+
+    def run(arguments: Sequence[str]) -> int:
+        # Here, since `--help` needs neither Ray nor PyTorch.
+        if cluster is not None:
+            require_package("ray", "cluster")
+            from sampimp.sweeps.jobs import send_derived
+
+            return send_derived("retrain", cluster, address, out, arguments, console)
+        from sampimp.store.location import Folder
+        from sampimp.sweeps.derived_run import perform_or_describe
+        from sampimp.sweeps.retrain_study import RetrainRequest, prepare_retrain
+
+        request = RetrainRequest(
+            removals=removals,
+            targets=targets,
+            runs=runs,
+            repeats=repeats,
+            jitter=jitter,
+            renormalised=renormalised,
+            model=model,
+        )
+        study = prepare_retrain(Folder.of(out), request)
+        return perform_or_describe(study, address, max_concurrent, console, dry_run=dry_run)
+
+    return run
 
 
 def main(arguments: list[str], prog: str = "retrain.py") -> int:
@@ -101,7 +114,8 @@ def main(arguments: list[str], prog: str = "retrain.py") -> int:
     errors = Console(stderr=True, soft_wrap=True)
     command = tyro.conf.configure(tyro.conf.FlagCreatePairsOff)(retrain_runs)
     try:
-        return tyro.cli(command, args=arguments, prog=prog, description=_HELP.format(prog=prog))
+        run = tyro.cli(command, args=arguments, prog=prog, description=_HELP.format(prog=prog))
+        return run(arguments)
     except UserError as error:
         errors.print(str(error), style="red", markup=False, highlight=False)
         return 2

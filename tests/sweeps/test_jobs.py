@@ -12,7 +12,7 @@ from ray.job_submission import JobStatus
 from rich.console import Console
 
 from sampimp.errors import ConfigError, ResourceError
-from sampimp.sweeps import full_study, jobs
+from sampimp.sweeps import full_study, influence, jobs, retrain
 from sampimp.sweeps.options import parse
 
 SENT = ["--preset", "digits", "--out", "s3://bucket/study"]
@@ -70,12 +70,62 @@ def test_a_path_that_the_cluster_cannot_see_is_refused(cluster, capsys, argument
 
 def test_a_missing_yaml_file_is_refused():
     with pytest.raises(ConfigError, match=r"option --cluster nowhere\.yaml"):
-        jobs.check_sendable(parse([*SENT, "--cluster", "nowhere.yaml"]))
+        jobs.send(parse([*SENT, "--cluster", "nowhere.yaml"]), SENT, Console(quiet=True))
 
 
-def test_absolute_paths_and_buckets_are_accepted(cluster):
-    options = "--out /srv/study --data-dir /srv/data --datasets npz:/srv/a.npz digits"
-    jobs.check_sendable(parse([*options.split(), "--cluster", cluster]))
+def test_absolute_paths_and_buckets_are_accepted(cluster, monkeypatch):
+    monkeypatch.setattr(jobs, "_send", lambda cluster, arguments, console: 7)
+    options = [
+        "--out",
+        "/srv/study",
+        "--data-dir",
+        "/srv/data",
+        "--datasets",
+        "npz:/srv/a.npz",
+        "digits",
+    ]
+    assert jobs.send(parse([*options, "--cluster", cluster]), options, Console(quiet=True)) == 7
+
+
+@pytest.mark.parametrize("door", [influence, retrain], ids=["influence", "retrain"])
+def test_what_is_computed_from_runs_is_sent_beside_the_study(door, cluster, monkeypatch, capsys):
+    sent = []
+    monkeypatch.setattr(jobs, "_send", lambda *arguments: sent.append(arguments) or 5)
+    name = door.__name__.rpartition(".")[2]
+    options = ["--targets", "mean", "class"]
+    assert door.main(["s3://b/study", *options, "--cluster", cluster]) == 5
+    ((where, command, _),) = sent
+    assert (where, command) == (cluster, [name, "s3://b/study", "s3://b/study", *options])
+    assert door.main(["study", "--cluster", cluster]) == 2
+    assert "option OUT, with --cluster" in capsys.readouterr().err
+    # On the head the command begins with its name and its study.
+    submitted = []
+
+    class Client:
+        def list_jobs(self):
+            return []
+
+        def submit_job(self, **job):
+            submitted.append(job)
+            return job["submission_id"]
+
+        async def tail_job_logs(self, job):
+            yield "log"
+
+        def get_job_info(self, job):
+            return SimpleNamespace(status=JobStatus.SUCCEEDED)
+
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Client)
+    assert jobs.main(command) == 0
+    assert jobs.main(["--preset", "digits", "--out", "s3://b/study"]) == 0
+    derived, study = submitted
+    assert derived["entrypoint"].endswith(
+        f"-m sampimp.sweeps.{name} s3://b/study {' '.join(options)}"
+    )
+    assert study["entrypoint"].endswith(
+        "sampimp.sweeps.full_study --preset digits --out s3://b/study"
+    )
+    assert derived["submission_id"] != study["submission_id"]
 
 
 def test_the_log_is_shown_and_the_exit_code_is_the_studys(send, cluster):
