@@ -189,7 +189,10 @@ def with_influence(
         "arriving_importance": (("epoch", "layer", "sample"), arriving.astype(np.float32)),
         "final_importance": (("layer", "sample"), arriving.sum(0).astype(np.float32)),
         "final_importance_total": (("sample",), arriving.sum((0, 1)).astype(np.float32)),
-        "fixed_point_influence": (("target", "damping", "sample"), damped.astype(np.float32)),
+        "fixed_point_influence": (
+            ("target", "curvature", "damping", "sample"),
+            damped[:, None].astype(np.float32),
+        ),
         "effect": (("removal", "target", "repeat"), effect),
         "removed": (("removal", "sample"), removed),
     }
@@ -199,6 +202,7 @@ def with_influence(
         target_units=("target", ["nat"] * len(targets)),
         removal=names,
         repeat=np.arange(repeats),
+        curvature=["gauss-newton"],
         damping=[1e-3, 0.1, 1.0],
     )
     shape = (cube.sizes["strategy"], cube.sizes["seed"])

@@ -5,8 +5,9 @@ section 4 are of one run, the reference run if it has what they need. Removals a
 their names (`random:3`, `top:0`, `subset-0.95:17`), and each kind is judged by itself.
 
 Map: `has_influence`, `influence_run`; `split_smoothing`, `targets_of`, `single_test_samples`
-(targets); `RemovalKind` and `removal_kinds` (the truth); `natural_damping`; `CONVENTIONS`
-(attributes of the results), `RETRAIN` and `INFLUENCE` (the commands).
+(targets); `influence_of` (the numbers of a run, in the convention of its effects); `RemovalKind`
+and `removal_kinds` (the truth); `natural_damping`; `conventions` (attributes of the results),
+`RETRAIN` and `INFLUENCE` (the commands).
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from sampimp.analysis.removal_prediction import summed_influence
 from sampimp.analysis.runs import place_of, require
 from sampimp.errors import MissingDataError
 from sampimp.schema import INFLUENCE_VARIABLES, REFERENCE_SEED, REFERENCE_STRATEGY
@@ -22,11 +24,14 @@ from sampimp.schema import INFLUENCE_VARIABLES, REFERENCE_SEED, REFERENCE_STRATE
 INFLUENCE, RETRAIN = "sampimp influence OUT", "sampimp retrain OUT"
 """The commands that compute influence, and the truth about removals."""
 
-CONVENTIONS = {
-    "sign": "effect of a removal = -influence, to first order; of an NLL, influence below 0 helps",
-    "denominator": "that of a batch's mean loss stays when a sample is removed",
+DENOMINATORS = {
+    False: "that of a batch's mean loss stays when a sample is removed",
+    True: "the mean of a batch's loss is one over the samples that remain",
 }
-"""Conventions of every number of section 4, for attributes and captions."""
+"""In words, by whether effects are renormalised."""
+
+SINGLES = "sample:0..11"
+"""The fewest single test samples over which a score is averaged."""
 
 
 def has_influence(cube: xr.Dataset) -> bool:
@@ -38,7 +43,7 @@ def has_influence(cube: xr.Dataset) -> bool:
     >>> has_influence(example_cube())
     False
     """
-    return any(name in cube for name in (*INFLUENCE_VARIABLES, "fixed_point_influence"))
+    return any(name in cube for name in INFLUENCE_VARIABLES)
 
 
 def influence_run(cube: xr.Dataset, *names: str) -> xr.Dataset:
@@ -100,6 +105,34 @@ def _measured(cube: xr.Dataset, name: str) -> np.ndarray:
     return array.notnull().any(others).transpose("strategy", "seed").values
 
 
+def is_renormalised(run: xr.Dataset) -> bool:
+    """Return whether the effects of removals are those of means over the samples that remain.
+
+    Raises
+    ------
+    MissingDataError
+        Retrainings of both conventions are stored.
+    """
+    words = str(run["effect"].attrs.get("denominator", "")) if "effect" in run else ""
+    if "remain" in words and "," in words:
+        raise MissingDataError(
+            "retrainings with one convention of the mean",
+            words,
+            place_of(run),
+            f"retrain with either convention in a store of its own: {RETRAIN} --renormalised",
+        )
+    return "remain" in words
+
+
+def conventions(*, renormalised: bool = False) -> dict[str, str]:
+    """Return the conventions of the numbers of section 4, for attributes and captions."""
+    return {
+        "sign": "effect of a removal = -influence, to first order; of an NLL, influence below 0 "
+        "helps",
+        "denominator": DENOMINATORS[renormalised],
+    }
+
+
 # Targets.
 
 
@@ -141,6 +174,36 @@ def single_test_samples(targets: Iterable[str]) -> list[str]:
     """Return the targets that are single test samples; all of them if there are none."""
     targets = list(targets)
     return [name for name in targets if name.startswith("sample:")] or targets
+
+
+def influence_of(
+    run: xr.Dataset, targets: Sequence[str], smoothing: str, epoch: int | None = None
+) -> np.ndarray:
+    """Return influence [T, N] in the convention of the run's effects.
+
+    Parameters
+    ----------
+    run
+        A run of `influence_run`.
+    targets, smoothing
+        Names of the targets, and the smoothing of their derivatives.
+    epoch
+        Position of an epoch; None for the sum over all.
+    """
+    names = [labelled(target, smoothing) for target in targets]
+    renormalised = is_renormalised(run)
+    if epoch is None and not renormalised:
+        array = run["influence_total"].sel(target=names).astype(np.float64)
+    else:
+        chosen = slice(None) if epoch is None else [epoch]
+        array = summed_influence(
+            run["influence"].sel(target=names).isel(epoch=chosen),
+            run["batch"].isel(epoch=chosen) if renormalised else None,
+        )
+    if epoch is not None:
+        array = array.fillna(0)  # a sample that this epoch did not use
+    values: np.ndarray = array.transpose("target", "sample").values
+    return values
 
 
 # Removals.
@@ -210,6 +273,9 @@ def removal_kinds(run: xr.Dataset) -> list[RemovalKind]:
 
 def natural_damping(run: xr.Dataset) -> float:
     """Return 1 / (eta T), the damping that suits gradient descent of T steps at rate eta."""
+    stored = run["fixed_point_influence"].attrs if "fixed_point_influence" in run else {}
+    if "default_damping" in stored:
+        return float(stored["default_damping"])
     attrs = run["importance"].attrs
     steps = run.sizes["epoch"] * -(-run.sizes["sample"] // int(attrs["batch_size"]))
     return 1 / (float(attrs["learning_rate"]) * steps)

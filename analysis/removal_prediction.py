@@ -5,7 +5,7 @@ in the cube keeps the denominator of a batch's mean loss: a batch of B samples o
 removed still divides by B. Training on the other samples alone would divide by the number that
 remains; that convention follows from the same influence and the recorded batches.
 
-Map: `predicted_removal`.
+Map: `predicted_removal`, `summed_influence`.
 """
 
 import numpy as np
@@ -73,12 +73,34 @@ def predicted_removal(
         influence, removed, *rest = xr.align(*arrays, join="exact")
     except ValueError as error:
         raise _misuse("the same samples in all arguments", str(error)) from None
+    total = summed_influence(influence, *rest)
+    weights = lazy(removed).astype(np.float64)
+    unknown = xr.dot(weights, total.isnull().astype(np.float64), dim="sample")
+    effect = -xr.dot(weights, total.fillna(0).astype(np.float64), dim="sample")
+    return effect.where((unknown == 0) & total.notnull().any("sample"))
+
+
+def summed_influence(influence: xr.DataArray, batch: xr.DataArray | None = None) -> xr.DataArray:
+    """Return influence summed over epochs and layers, in either convention of the mean.
+
+    Parameters
+    ----------
+    influence : DataArray (..., sample)
+        By epoch and layer, or already summed.
+    batch : DataArray (..., epoch, sample), optional
+        As for `predicted_removal`.
+
+    Returns
+    -------
+    DataArray (..., sample) of float64, lazy
+        NaN for a sample that no epoch used.
+    """
     influence = lazy(influence)
-    for used in rest:
+    if batch is not None:
         influence = xr.apply_ufunc(
             _renormalised,
             whole_samples(influence),
-            whole_samples(used),
+            whole_samples(batch),
             input_core_dims=[["sample"], ["sample"]],
             output_core_dims=[["sample"]],
             dask="parallelized",
@@ -88,10 +110,7 @@ def predicted_removal(
         influence = influence.sum("epoch", min_count=1, dtype=np.float64)
     if "layer" in influence.dims:
         influence = influence.sum("layer", skipna=False, dtype=np.float64)
-    weights = lazy(removed).astype(np.float64)
-    unknown = xr.dot(weights, influence.isnull().astype(np.float64), dim="sample")
-    effect = -xr.dot(weights, influence.fillna(0).astype(np.float64), dim="sample")
-    return effect.where((unknown == 0) & influence.notnull().any("sample"))
+    return influence.astype(np.float64)
 
 
 def _renormalised(influence: np.ndarray, batch: np.ndarray) -> np.ndarray:

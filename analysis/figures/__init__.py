@@ -27,7 +27,10 @@ from sampimp.analysis.figures.influence_by_epoch import (  # noqa: E402
     draw_influence_by_layer,
     draw_share_left,
 )
-from sampimp.analysis.figures.influential_images import draw_influential_samples  # noqa: E402
+from sampimp.analysis.figures.influential_images import (  # noqa: E402
+    draw_influential_samples,
+    shown_targets,
+)
 from sampimp.analysis.figures.reference_runs import (  # noqa: E402
     draw_decomposition,
     draw_groups,
@@ -66,6 +69,7 @@ __all__ = [
     "draw_stability",
     "encode",
     "name_kind",
+    "shown_targets",
     "strategy_name",
     "strategy_style",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 import xarray as xr
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sampimp.analysis.figures.axes import draw_message, names_of_labels
@@ -23,6 +24,7 @@ def draw_influential_samples(
     images: xr.DataArray | None = None,
     names: Mapping[str, str] | None = None,
     class_names: Sequence[str] = (),
+    target_images: Mapping[str, np.ndarray] | None = None,
 ) -> Figure:
     """Draw Fig. 17: the training images with the lowest and the highest influence.
 
@@ -36,20 +38,25 @@ def draw_influential_samples(
         images (the data is a table) a message is drawn.
     names
         How targets are written; by default by their own names.
+    target_images
+        uint8, (row, column, channel): of targets that are single test samples, their image.
     class_names
         Names of the labels 0, 1, 2 ...; without them the labels are shown.
 
     Returns
     -------
     Figure
-        One row per target: left, helpful samples; right, harmful ones; below each image its
-        class, and its influence over the largest of the row, in per cent.
+        One row per target, with its own image, if it has one: left, helpful samples; right, harmful
+        ones; below each image its class, and its influence over the largest of the row, in per
+        cent.
     """
     if images is None:
         return draw_message("The samples are no images; their positions are in the stored result.")
     chosen = shown_targets([str(name) for name in result["target"].values])
     ranks = result.sizes["rank"]
     left, right, top, bottom, gap, middle = 1.25, 0.1, 0.45, 0.05, 0.24, 0.35
+    has_targets = bool(target_images)
+    left += 0.55 if has_targets else 0.0
     width = (WIDTH - left - right - middle) / (2 * ranks)
     height = width * images.sizes["row"] / images.sizes["column"]
     total = top + bottom + len(chosen) * (height + gap)
@@ -65,8 +72,12 @@ def draw_influential_samples(
         place = list(result["target"].values).index(target)
         pictures = images.isel(target=place).transpose("end", "rank", "row", "column", "channel")
         y = total - top - (row + 1) * (height + gap) + gap
+        if target_images and target in target_images:
+            shown = (left - width - 0.12) / WIDTH, y / total
+            frame = figure.add_axes((*shown, 0.9 * width / WIDTH, 0.9 * height / total))
+            _draw_image(frame, target_images[target], "black")
         figure.text(
-            (left - 0.12) / WIDTH,
+            (left - 0.12 - (width + 0.08 if has_targets else 0)) / WIDTH,
             (y + height / 2) / total,
             (names or {}).get(target, target),
             ha="right",
@@ -80,19 +91,7 @@ def draw_influential_samples(
                 x = left + end * (middle + ranks * width) + rank * width
                 box = (x / WIDTH, y / total, 0.9 * width / WIDTH, 0.9 * height / total)
                 ax = figure.add_axes(box)
-                picture = pictures.values[end, rank]
-                ax.imshow(
-                    picture[..., 0] if picture.shape[-1] == 1 else picture[..., :3],
-                    cmap="gray",
-                    vmin=0,
-                    vmax=255,
-                    aspect="auto",
-                    interpolation="nearest",
-                )
-                ax.set(xticks=[], yticks=[])
-                ax.grid(visible=False)
-                for spine in ax.spines.values():
-                    spine.set(visible=True, color=color, linewidth=1.6)
+                _draw_image(ax, pictures.values[end, rank], color)
                 words = f"{labels[end][rank]}: {100 * abs(values[end, rank]) / largest:.0f} %"
                 ax.set_xlabel(words, fontsize=7.5, labelpad=1.5)
     for end, words in enumerate(("most helpful: influence < 0", "most harmful: influence > 0")):
@@ -105,6 +104,22 @@ def draw_influential_samples(
             color=(BLUE, VERMILLION)[end],
         )
     return figure
+
+
+def _draw_image(ax: Axes, picture: np.ndarray, color: str) -> None:
+    """Draw a picture (row, column, channel) in a coloured frame."""
+    ax.imshow(
+        picture[..., 0] if picture.shape[-1] == 1 else picture[..., :3],
+        cmap="gray",
+        vmin=0,
+        vmax=255,
+        aspect="auto",
+        interpolation="nearest",
+    )
+    ax.set(xticks=[], yticks=[])
+    ax.grid(visible=False)
+    for spine in ax.spines.values():
+        spine.set(visible=True, color=color, linewidth=1.6)
 
 
 def shown_targets(targets: list[str]) -> list[str]:

@@ -10,21 +10,34 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from sampimp.analysis import figures
-from sampimp.analysis.influence_runs import INFLUENCE, RETRAIN
+from sampimp.analysis.influence_runs import INFLUENCE, RETRAIN, SINGLES
 from sampimp.analysis.report.figure_plan import FigurePlan
 from sampimp.analysis.report.sample_images import read_images
 from sampimp.analysis.runs import class_name
 
 
 def _draw_influential_samples(result: xr.Dataset, cube: xr.Dataset) -> Figure:
-    names = {
-        target: f"class {class_name(cube, int(target.partition(':')[2]))}"
-        if target.startswith("class:")
-        else target.replace("sample:", "test sample ")
-        for target in map(str, result["target"].values)
-    }
-    return figures.draw_influential_samples(result, read_images(cube, result["position"]), names)
+    names, target_images = {}, {}
+    for target in figures.shown_targets([str(name) for name in result["target"].values]):
+        kind, _, number = target.partition(":")
+        if kind == "class":
+            names[target] = f"class {class_name(cube, int(number))}"
+            continue
+        names[target] = f"test sample {number}"
+        if "test_image" in cube:
+            test_sample = cube.isel(test_sample=int(number))
+            target_images[target] = test_sample["test_image"].values
+            names[target] += f":\n{class_name(cube, int(test_sample['test_label']))}"
+    return figures.draw_influential_samples(
+        result,
+        read_images(cube, result["position"]),
+        names,
+        [str(name) for name in cube.attrs.get("class_names", ())],
+        target_images,
+    )
 
+
+_BOTH = f"{INFLUENCE} --targets {SINGLES}, {RETRAIN} --targets {SINGLES}"
 
 INFLUENCE_FIGURES: tuple[FigurePlan, ...] = (
     FigurePlan(
@@ -53,7 +66,7 @@ INFLUENCE_FIGURES: tuple[FigurePlan, ...] = (
         "effect; grey squares, the actual effect once more, by a retraining from a jittered start. "
         "Where the squares scatter, the truth does not agree with itself, and no prediction can "
         "agree with it. The line is equality.",
-        missing=f"influence and retrainings of the same targets: {INFLUENCE}, {RETRAIN}",
+        missing=f"influence and retrainings of the same targets: {_BOTH}",
     ),
     FigurePlan(
         number="14",
@@ -66,7 +79,7 @@ INFLUENCE_FIGURES: tuple[FigurePlan, ...] = (
         "epoch alone, and influence at a fixed point, -C⁻¹ g (eq. 4). The dashed line is the "
         "ceiling, the score to expect of a prediction that is as good as one retraining. Methods "
         "without a sign, such as importance, are in Fig. 16.",
-        missing=f"influence and retrainings of the same targets: {INFLUENCE}, {RETRAIN}",
+        missing=f"influence and retrainings of the same targets: {_BOTH}",
     ),
     FigurePlan(
         number="15",
@@ -90,7 +103,7 @@ INFLUENCE_FIGURES: tuple[FigurePlan, ...] = (
         caption="Above, a sample's overall importance against the mean absolute effect of its "
         "removal; the line ends at the effect by another retraining. Below, the rank correlation "
         "of importance and of other sizes with that effect, with its ceiling.",
-        missing=f"retrainings without single samples: {RETRAIN}",
+        missing=f"retrainings without single samples: {RETRAIN} --targets {SINGLES}",
     ),
     FigurePlan(
         number="17",
@@ -99,7 +112,7 @@ INFLUENCE_FIGURES: tuple[FigurePlan, ...] = (
         result="influential_samples",
         needs=("value",),
         draw=_draw_influential_samples,
-        caption="For the test samples of each class, and for single test samples, the training "
+        caption="For the test samples of each class, and for single ones (in black), the training "
         "images with the lowest influence on their negative log-likelihood (helpful) and with the "
         "highest (harmful). Below an image, its class, and the size of its influence as a share of "
         "the largest in the row.",

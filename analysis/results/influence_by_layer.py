@@ -14,7 +14,7 @@ import xarray as xr
 
 from sampimp.analysis import kernels
 from sampimp.analysis.influence_runs import (
-    CONVENTIONS,
+    conventions,
     influence_run,
     labelled,
     smoothings_of,
@@ -106,7 +106,7 @@ def influence_by_layer(cube: xr.Dataset, *, resamples: int = kernels.RESAMPLES) 
             "left_when_rank_correlation_interval": ("1", "95 % interval of the correlation"),
         },
     )
-    labelled_result.attrs |= {**CONVENTIONS, "smoothing": smoothing or "none"}
+    labelled_result.attrs |= {**conventions(), "smoothing": smoothing or "none"}
     if target:
         labelled_result.attrs |= {"target": target, "target_units": units}
     return labelled_result

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from sampimp.analysis.influence_runs import (
-    CONVENTIONS,
+    conventions,
     influence_run,
     labelled,
     smoothings_of,
@@ -98,5 +98,5 @@ def influential_samples(cube: xr.Dataset, count: int = SHOWN) -> xr.Dataset:
             "value": ("nat per unit of weight", "influence of the sample on the target"),
         },
     )
-    result.attrs |= {**CONVENTIONS, "smoothing": smoothing or "none"}
+    result.attrs |= {**conventions(), "smoothing": smoothing or "none"}
     return result

@@ -19,9 +19,11 @@ import numpy as np
 import xarray as xr
 
 from sampimp.analysis.influence_runs import (
-    CONVENTIONS,
     RemovalKind,
+    conventions,
+    influence_of,
     influence_run,
+    is_renormalised,
     labelled,
     natural_damping,
     removal_kinds,
@@ -120,7 +122,7 @@ def method_scores(cube: xr.Dataset, *, resamples: int = PERCENTILE_RESAMPLES) ->
         variables=_VARIABLES,
     )
     result.attrs |= {
-        **CONVENTIONS,
+        **conventions(renormalised=is_renormalised(run)),
         "smoothing": "named with the method; none is chosen",
         "damping": "best damping: chosen on the other half of the removals; without choice: "
         f"1/(eta T) = {natural_damping(run):.3g}",
@@ -163,13 +165,13 @@ def _score_kind(run: xr.Dataset, kind: RemovalKind, resamples: int) -> xr.Datase
     if not targets:
         return None
     methods = {
-        f"{UNROLLED} ({smoothing})" if smoothing else UNROLLED: _total(run, targets, smoothing)
+        labelled(UNROLLED, smoothing): influence_of(run, targets, smoothing)
         for smoothing, known in available.items()
         if set(targets) <= set(known)
     }
     smoothing = next(name for name, known in available.items() if set(targets) <= set(known))
     methods |= {
-        f"{name} epoch alone": _epoch(run, targets, smoothing, place)
+        f"{name} epoch alone": influence_of(run, targets, smoothing, place)
         for name, place in (("last", -1), ("first", 0))
     }
     fixed, dampings = _fixed_point(run, targets)
@@ -180,17 +182,6 @@ def _score_kind(run: xr.Dataset, kind: RemovalKind, resamples: int) -> xr.Datase
     return part
 
 
-def _total(run: xr.Dataset, targets: list[str], smoothing: str) -> np.ndarray:
-    names = [labelled(target, smoothing) for target in targets]
-    return run["influence_total"].sel(target=names).transpose("target", "sample").values
-
-
-def _epoch(run: xr.Dataset, targets: list[str], smoothing: str, place: int) -> np.ndarray:
-    names = [labelled(target, smoothing) for target in targets]
-    chosen = run["influence"].sel(target=names).isel(epoch=place)
-    return chosen.fillna(0).sum("layer").transpose("target", "sample").values
-
-
 def _fixed_point(
     run: xr.Dataset, targets: list[str]
 ) -> tuple[Mapping[str, np.ndarray], np.ndarray]:
@@ -198,9 +189,9 @@ def _fixed_point(
     if "fixed_point_influence" not in run:
         return {}, np.empty(0)
     array = run["fixed_point_influence"].sel(target=targets)
-    if "curvature" not in array.dims:
-        array = array.expand_dims(curvature=[str(array.attrs.get("curvature", "gauss-newton"))])
     values = array.transpose("curvature", "damping", "target", "sample").values
+    if is_renormalised(run):  # the mean over all training samples
+        values = values - values.mean(-1, keepdims=True)
     by_curvature = dict(zip(map(str, array["curvature"].values), values, strict=True))
     return (
         {name: value for name, value in by_curvature.items() if np.isfinite(value).all()},

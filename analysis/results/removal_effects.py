@@ -12,9 +12,11 @@ import numpy as np
 import xarray as xr
 
 from sampimp.analysis.influence_runs import (
-    CONVENTIONS,
     RemovalKind,
+    conventions,
+    influence_of,
     influence_run,
+    is_renormalised,
     labelled,
     removal_kinds,
     smoothings_of,
@@ -73,7 +75,7 @@ def removal_effects(cube: xr.Dataset) -> xr.Dataset:
             "compute the influence of these targets: sampimp influence OUT --targets",
         )
     names = [labelled(target, smoothing) for target in targets]
-    total = run["influence_total"].sel(target=names).transpose("target", "sample").values
+    total = influence_of(run, targets, smoothing)
     repeats = max(kind.effect.shape[-1] for kind in kinds)
     parts = [_of_kind(kind, targets, repeats) for kind in kinds]
     predicted = np.concatenate([predicted_effects(total, kind.removed) for kind in kinds])
@@ -129,7 +131,7 @@ def removal_effects(cube: xr.Dataset) -> xr.Dataset:
         },
     )
     result.attrs |= {
-        **CONVENTIONS,
+        **conventions(renormalised=is_renormalised(run)),
         "shown_target": "mean" if "mean" in targets else targets[0],
         "smoothing": smoothing or "none",
         "ceiling": _describe_ceiling(run),

@@ -13,10 +13,11 @@ import numpy as np
 import xarray as xr
 
 from sampimp.analysis.influence_runs import (
-    CONVENTIONS,
     RemovalKind,
+    conventions,
+    influence_of,
     influence_run,
-    labelled,
+    is_renormalised,
     removal_kinds,
     single_test_samples,
     smoothings_of,
@@ -132,7 +133,7 @@ def removal_sizes(cube: xr.Dataset, *, resamples: int = PERCENTILE_RESAMPLES) ->
         },
     )
     result.attrs |= {
-        **CONVENTIONS,
+        **conventions(renormalised=is_renormalised(run)),
         "target_units": str(run["target_units"].sel(target=targets[0]).item()),
         "ceiling": "the same size by one retraining against that by another from a jittered start",
     }
@@ -148,9 +149,7 @@ def _sizes(run: xr.Dataset, targets: list[str]) -> dict[str, np.ndarray]:
         sizes["final importance"] = run["final_importance_total"].values
     for smoothing in smoothings_of(run)[:1]:
         if set(targets) <= set(targets_of(run, smoothing)):
-            names = [labelled(target, smoothing) for target in targets]
-            total = run["influence_total"].sel(target=names).transpose("target", "sample")
-            sizes["mean |influence|"] = np.abs(total.values.astype(np.float64)).mean(0)
+            sizes["mean |influence|"] = np.abs(influence_of(run, targets, smoothing)).mean(0)
     return {name: values for name, values in sizes.items() if np.isfinite(values).any()}
 
 

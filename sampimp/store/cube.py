@@ -47,6 +47,7 @@ COORDINATE_ATTRS: Mapping[str, Mapping[str, str]] = {
     "state": {"units": "epoch", "long_name": "0: the start; t: after epoch t"},
     "order_seed": {"units": "1", "long_name": "seed of the order of the batches"},
     "label": {"units": "1", "long_name": "class of the sample"},
+    "test_label": {"units": "1", "long_name": "class of the test sample"},
     "layer_of_parameter": {"long_name": "layer that the parameter belongs to"},
     "target": {"long_name": "function of the final parameters whose influence is computed"},
     "target_units": {"long_name": "unit of the target"},
@@ -97,7 +98,8 @@ def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
         `diverged_epoch` (strategy, seed) is NaN if a run did not diverge; `trial` names the
         folder of each committed trial; `image` (sample, row, column, channel) shows the training
         samples if they are images. The variables of `sampimp.schema.INFLUENCE_VARIABLES` are there
-        where influence or retrainings were computed for any run. The attrs `flag_values` and
+        where influence or retrainings were computed for any run, with `test_image` and
+        `test_label` (test_sample), since targets can be test samples. The attrs `flag_values` and
         `flag_meanings` of `label` name the classes. The tree's attrs hold the study's
         configuration.
 
@@ -173,13 +175,12 @@ def _open_node(
     }
     if source is not None:
         coords["label"] = ("sample", source.read("train_labels"))
-        values = _StoredValues(source)
-        if values.ndim == 4 and values.dtype == np.uint8:
-            variables["image"] = (
-                ("sample", "row", "column", "channel"),
-                _images(values),
-                {"units": "1", "long_name": "training sample as an image, 0 to 255"},
-            )
+        if _is_image(values := _StoredValues(source, "train_values")):
+            variables["image"] = _images(values, "sample", "training sample")
+            if "target" in influence_coords:  # some targets are test samples
+                test_values = _StoredValues(source, "test_values")
+                variables["test_image"] = _images(test_values, "test_sample", "test sample")
+                coords["test_label"] = ("test_sample", source.read("test_labels"))
     if layout_states := plan.layout(key).states:
         coords["state"] = ("state", list(layout_states))
         layers, counts = zip(*info.layers, strict=True)
@@ -329,15 +330,15 @@ def _curves(cells: Cells, name: str, layout: Layout) -> da.Array:
 
 
 class _StoredValues:
-    """A data set's training values, in the interface that dask expects of an array.
+    """Values of a data set's samples, in the interface that dask expects of an array.
 
     It holds the path, and workers open the array there; a pickled Zarr array would contain its
     store, and the store a bucket's credentials.
     """
 
-    def __init__(self, source: StoredSource) -> None:
-        stored = source.table["arrays"]["train_values"]
-        self.source, self.rows = source, stored["rows"]
+    def __init__(self, source: StoredSource, name: str) -> None:
+        stored = source.table["arrays"][name]
+        self.source, self.name, self.rows = source, name, stored["rows"]
         self.shape, self.dtype = tuple(stored["shape"]), np.dtype(stored["dtype"])
         self.ndim = len(self.shape)
 
@@ -348,21 +349,28 @@ class _StoredValues:
         positions = range(self.shape[0])[region]
         if not positions:
             return np.empty((0, *self.shape[1:]), self.dtype)[(slice(None), *others)]
-        values = self.source.read("train_values", min(positions), max(positions) + 1)
+        values = self.source.read(self.name, min(positions), max(positions) + 1)
         inner = slice(None, None, rows.step) if isinstance(rows, slice) else 0
         return values[(inner, *others)]
 
 
-def _images(values: _StoredValues) -> da.Array:
-    """Return stored images [N, C, H, W] lazily as [N, H, W, C], 0 to 255."""
+def _is_image(values: _StoredValues) -> bool:
+    return values.ndim == 4 and values.dtype == np.uint8
+
+
+def _images(values: _StoredValues, dim: str, words: str) -> tuple[Any, da.Array, dict[str, str]]:
+    """Return stored images [N, C, H, W] lazily as a variable [N, H, W, C], 0 to 255."""
     stored = da.from_array(
         values,
         chunks=(values.rows, *values.shape[1:]),
-        name=f"image-{digest_json([str(values.source.folder), values.source.table])}",
+        name=f"{dim}-{digest_json([str(values.source.folder), values.source.table])}",
         asarray=False,
         fancy=False,
         meta=np.empty((0,) * values.ndim, values.dtype),
     )
     images = da.moveaxis(stored, 1, 3)
     full_scale = values.source.table["full_scale"]
-    return images if full_scale == 255 else (images * (255 / full_scale)).astype(np.uint8)
+    if full_scale != 255:
+        images = (images * (255 / full_scale)).astype(np.uint8)
+    attrs = {"units": "1", "long_name": f"{words} as an image, 0 to 255"}
+    return (dim, "row", "column", "channel"), images, attrs

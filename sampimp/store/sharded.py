@@ -112,7 +112,7 @@ def consolidate(
     return done
 
 
-_INFLUENCE_DIMS = ("target", "removal", "repeat")
+_INFLUENCE_DIMS = ("target", "removal", "repeat", "curvature", "damping", "test_sample")
 
 
 def _require_finished(trials: list[PlannedTrial], folder: Folder) -> None:

@@ -24,7 +24,11 @@ def cube():
     pixels = np.random.default_rng(0).integers(0, 256, (60, 5, 4, 1), dtype=np.uint8)
     plain = example_cube(**SHAPE, missing=(), diverged={})
     plain = plain.assign(image=(("sample", "row", "column", "channel"), pixels))
-    return with_influence(plain, noise=0.3)
+    cube = with_influence(plain, noise=0.3)
+    tests = np.random.default_rng(1).integers(0, 256, (12, 5, 4, 1), dtype=np.uint8)
+    return cube.assign(
+        test_image=(("test_sample", "row", "column", "channel"), tests)
+    ).assign_coords(test_label=("test_sample", np.arange(12) % 3))
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +173,12 @@ def test_images_stand_in_the_order_of_their_influence(results, cube):
         share = abs(float(first["value"].sel(end=end)[0])) / float(abs(first["value"]).max())
         assert ax.get_xlabel() == f"{label}: {100 * share:.0f} %"
     assert "class horse" in words_of(figure)
+    shown = figures.draw_influential_samples(
+        data, images, target_images={"sample:2": np.full((5, 4, 1), 7, np.uint8)}
+    )
+    assert len(shown.axes) == 9 * 16 + 1
+    (mine,) = [ax for ax in shown.axes if (ax.get_images()[0].get_array() == 7).all()]
+    assert mine.get_position().x1 < shown.axes[0].get_position().x0
     assert "no images" in words_of(draw_all(results)["17"])
 
 
@@ -226,7 +236,7 @@ def test_the_table_has_each_score_and_the_ceiling(written, results):
 
 
 def test_a_report_without_influence_gains_one_line(cube, written, tmp_path):
-    plain = cube.drop_dims(["target", "removal", "damping"]).drop_vars(
+    plain = cube.drop_dims(["target", "removal", "damping", "test_sample"]).drop_vars(
         [name for name in cube.data_vars if "arriving" in name or "final_" in name]
     )
     pages = {
@@ -247,7 +257,8 @@ def test_a_report_without_influence_gains_one_line(cube, written, tmp_path):
 def test_what_was_not_computed_is_named_with_its_command(cube, tmp_path):
     part = cube.drop_dims(["removal"]).drop_vars("arriving_importance")
     page = Path(write_page(part, tmp_path).path).read_text()
-    assert "It needs retrainings without single samples: sampimp retrain OUT." in page
+    retrain = "sampimp retrain OUT --targets sample:0..11"
+    assert f"It needs retrainings without single samples: {retrain}." in page
     assert "It needs probes: sampimp influence OUT --targets probe:16." in page
     assert "not computed: sampimp retrain OUT" in page
 

@@ -162,7 +162,7 @@ def test_scores_of_all_methods(results, run):
 
 def test_a_damping_is_judged_on_the_half_that_did_not_choose_it(results, run):
     result = results["method_scores"]
-    fixed = run["fixed_point_influence"]
+    fixed = run["fixed_point_influence"].isel(curvature=0)
     for kind in KINDS:
         halves = np.empty((2, 3))
         whole = []
@@ -200,7 +200,9 @@ def test_curvature_and_smoothing_are_methods_of_their_own(cube, run):
     for name in ("influence", "influence_total", "adjoint_norm"):
         values = -cube[name].values if name != "adjoint_norm" else cube[name].values
         wider[name].loc[{"target": smoothed}] = values
-    both = xr.concat([cube["fixed_point_influence"], -cube["fixed_point_influence"]], "curvature")
+    solution = cube["fixed_point_influence"].isel(curvature=0, drop=True)
+    both = xr.concat([solution, -solution], "curvature")
+    wider = wider.drop_dims("curvature")
     wider["fixed_point_influence"] = both.assign_coords(
         curvature=["gauss-newton", "hessian"]
     ).reindex(target=wider["target"])
@@ -411,3 +413,50 @@ def test_predicted_removal_refuses_other_samples_and_types(run):
         sampimp.predicted_removal(run["influence_total"], run["removed"], run["batch"])
     with pytest.raises(ConfigError, match="same samples"):
         sampimp.predicted_removal(run["influence"], run["removed"].isel(sample=slice(50)))
+
+
+def test_renormalised_effects_are_predicted_in_their_convention(cube, run):
+    changed = cube.copy()
+    words = "number of samples that remain in the batch"
+    changed["effect"] = cube["effect"].assign_attrs(denominator=words)
+    results = {
+        "effects": removal_effects(changed),
+        "scores": method_scores(changed, resamples=20),
+        "sizes": removal_sizes(changed, resamples=20),
+    }
+    for name, result in results.items():
+        assert "samples that remain" in result.attrs["denominator"], name
+    expected = sampimp.predicted_removal(run["influence"], run["removed"], run["batch"])
+    effects = results["effects"]
+    np.testing.assert_allclose(
+        effects["predicted"].transpose("removal", "target"),
+        expected.sel(removal=effects["removal"].values, target=effects["target"].values).transpose(
+            "removal", "target"
+        ),
+        rtol=1e-6,
+    )
+    last = sampimp.predicted_removal(
+        run["influence"].isel(epoch=[-1]), run["removed"], run["batch"].isel(epoch=[-1])
+    )
+    rows = rows_of(run, "random")
+    by_target = [
+        correlation(
+            last.sel(target=t).values[rows], run["effect"].sel(target=t, repeat=0).values[rows]
+        )
+        for t in SINGLES
+    ]
+    score = results["scores"]["score"].sel(kind="random", predictor="last epoch alone")
+    assert float(score) == pytest.approx(np.mean(by_target))
+    both = f"batch size, {words}"
+    changed["effect"] = cube["effect"].assign_attrs(denominator=both)
+    with pytest.raises(MissingDataError, match="one convention"):
+        removal_effects(changed)
+
+
+def test_the_damping_of_the_record_is_the_natural_one(cube):
+    changed = cube.copy()
+    stored = cube["fixed_point_influence"].assign_attrs(default_damping=0.9)
+    changed["fixed_point_influence"] = stored
+    scores = method_scores(changed, resamples=20)
+    assert "-GGN^-1 g, damping 1" in scores["predictor"].values
+    assert "= 0.9" in scores.attrs["damping"]

@@ -80,6 +80,17 @@ def test_epochs_that_were_written_backward_are_in_their_place(study, write):
         assert np.isnan(node[name].sel(strategy="rand")).all()
 
 
+def test_test_samples_are_shown_where_they_can_be_targets(study, write):
+    source = oracles.make_source(name="one")
+    assert "test_image" not in node_of(study)
+    write("shuffle-seed1", "influence", ["sample:1"])
+    node = node_of(study)
+    assert node["test_image"].dims == ("test_sample", "row", "column", "channel")
+    np.testing.assert_array_equal(node["test_image"], np.moveaxis(source.test_values, 1, 3))
+    np.testing.assert_array_equal(node["image"], np.moveaxis(source.train_values, 1, 3))
+    np.testing.assert_array_equal(node["test_label"], source.test_labels)
+
+
 def test_any_selection_equals_the_whole_there(study, write):
     write("shuffle-seed1", "influence", ["mean", "class:0", "sample:7"])
     write("rand-seed1", "influence", ["sample:7", "mean"], seed=1)
