@@ -54,7 +54,7 @@ class LinearStackStep:
         Denominator of the mean.
     gate_width
         Half-width h of the bump that replaces the second derivative of a ReLU, which is 0
-        elsewhere: f''(z) = max(0, 1 - |z|/h) / h. 0 for none. It smooths the derivative of the
+        elsewhere: ``max(0, 1 - |z|/h) / h``. 0 for none. It smooths the derivative of the
         run, and leaves the training as it is.
     """
 

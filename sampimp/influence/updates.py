@@ -362,9 +362,9 @@ def clip_adjoint(
 ) -> None:
     """Take adjoints of a clipped gradient to those of the gradient, in place.
 
-    `torch.nn.utils.clip_grad_norm_` multiplies all gradients by c = max_norm / (|G| + eps) if that
-    is below 1: gamma = c gamma' - c / (|G| + eps) <gamma', G> G / |G|. The map is symmetric, so it
-    takes tangents of the gradient to those of the clipped one as well.
+    `torch.nn.utils.clip_grad_norm_` multiplies all gradients by c = max_norm / (n + eps) if that is
+    below 1, with n the norm of G: gamma = c gamma' - c / (n + eps) <gamma', G> G / n. The map is
+    symmetric, so it takes tangents of the gradient to those of the clipped one as well.
 
     Parameters
     ----------
@@ -375,7 +375,7 @@ def clip_adjoint(
     factor
         c.
     norm
-        |G|, over all parameters.
+        n, over all parameters.
     eps
         1e-6 in PyTorch.
     """

@@ -67,7 +67,7 @@ class _Cells:
 def lazy_array(
     table: Table, name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str
 ) -> da.Array:
-    """Return a variable of all runs as a dask array, (strategy, seed, *shape).
+    """Return a variable of all runs as a dask array, ``(strategy, seed, *shape)``.
 
     The array's name is made from paths and digests: dask's own `tokenize` visits every object and
     took half of the time of opening 300 trials.
