@@ -16,7 +16,8 @@ over the other removals is no score of all. Leave such removals out beforehand, 
 
 Map: `predicted_effects`, `renormalised_influence`; `rank_agreement` (by target), `tsloo`, `lds`;
 `ceiling` and `ceiling_against_mean`; `score_interval` (bootstrap over removals);
-`resample_counts` and `resampled_spearman` (the same for many scores at once).
+`resample_counts`, `resampled_spearman` and `percentile_intervals` (the same for many scores at
+once).
 
 Shapes: R removals or subsets, T targets, N samples, K repeats, B resamples.
 
@@ -35,6 +36,10 @@ from sampimp.analysis.kernels import BOOTSTRAP_SEED, spearman, sum_by_group
 PERCENTILE_RESAMPLES = 1000
 """Bootstrap resamples behind a percentile interval (1000 suffice: Efron & Tibshirani 1993, sec.
 13.3)."""
+
+FEWEST_REMOVALS = 5
+"""With fewer removals, resamples have only a few distinct values, and no interval is given
+(arbitrary)."""
 
 Score = Callable[..., float]
 """From arrays [R, ...] to a score of their rows."""
@@ -247,7 +252,7 @@ def score_interval(
     Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
     count, value = len(arrays[0]), score(*arrays)
-    if count < 5:  # arbitrary: with fewer removals, resamples have only a few distinct values
+    if count < FEWEST_REMOVALS:
         return value, np.nan, np.nan
     generator = np.random.default_rng(seed)
     replicates = []
@@ -275,6 +280,25 @@ def resample_counts(
         for _ in range(resamples)
     ]
     return np.stack([np.ones(count), *rows]).astype(np.float64)
+
+
+def percentile_intervals(replicates: np.ndarray, count: int, level: float = 0.95) -> np.ndarray:
+    """Return percentile intervals of scores over resamples of removals.
+
+    Parameters
+    ----------
+    replicates : array [B, ...]
+        Scores in the rows of `resample_counts`; row 0, of all removals, is left out.
+    count
+        Number of removals.
+
+    Returns
+    -------
+    array [..., 2] of float64
+        NaN with fewer than 5 removals.
+    """
+    bounds = np.quantile(replicates[1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return np.moveaxis(bounds if count >= FEWEST_REMOVALS else np.full_like(bounds, np.nan), 0, -1)
 
 
 def resampled_spearman(first: np.ndarray, second: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -30,7 +30,12 @@ def name_kind(name: str, share_kept: float, count: int) -> str:
     """
     if name.startswith("subset"):
         return f"{100 * share_kept:.3g} % kept ({count})"
-    kinds = {"random": "one sample, random", "top": "one sample, most important"}
+    kinds = {
+        "random": "one sample, random",
+        "top": "one sample, most important",
+        "sample": "one sample, chosen",
+        "class": "one class",
+    }
     return f"{kinds.get(name, name)} ({count})"
 
 

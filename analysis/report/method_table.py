@@ -11,6 +11,9 @@ import xarray as xr
 
 from sampimp.analysis.figures import name_kind
 
+_SINGLE = dict.fromkeys(("random", "top", "sample"), "TSLOO")
+"""Scores of removals of single samples."""
+
 
 def method_table(results: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     """Return the scores of all methods as a table of text.
@@ -52,8 +55,9 @@ def _column(kind: xr.Dataset) -> tuple[str, str]:
     name = str(kind["kind"].item())
     words = name_kind(name, float(kind["share_kept"]), int(kind["count"]))
     left_out = int(kind["left_out"])
+    score = "LDS" if name.startswith("subset") else _SINGLE.get(name, "rank correlation")
     return (
-        "LDS" if name.startswith("subset") else "TSLOO",
+        score,
         words + (f", {left_out} left out" if left_out else ""),
     )
 
@@ -64,7 +68,8 @@ def _cell(kind: xr.Dataset, name: str, place: int | None = None) -> tuple[str, s
     if place is not None:
         value, interval = value.isel(predictor=place), interval.isel(predictor=place)
     low, high = interval.transpose(..., "bound").values
-    words = "" if np.isnan([low, high]).any() else f"{low:.2f} to {high:.2f}"
+    ends = [f"{round(bound, 2) + 0.0:.2f}" for bound in (low, high)]  # no -0.00
+    words = "" if np.isnan([low, high]).any() else " to ".join(ends)
     return _number(float(value)), words
 
 

@@ -34,6 +34,7 @@ from sampimp.analysis.influence_runs import (
 from sampimp.analysis.prediction import (
     PERCENTILE_RESAMPLES,
     ceiling_against_mean,
+    percentile_intervals,
     resample_counts,
     resampled_spearman,
 )
@@ -244,7 +245,7 @@ class _Scorer:
         replicates = np.concatenate(
             [*parts, _ceilings(effect, counts), parts[0][:, :1] - overall], axis=1
         )
-        values, interval = _intervals(replicates)
+        values, interval = replicates[0], percentile_intervals(replicates, len(effect))
         count, has_many = len(self._names), effect.shape[-1] >= 3
         against_mean = np.full(count, np.nan)
         if has_many:
@@ -309,11 +310,6 @@ def _ceilings(effect: np.ndarray, counts: np.ndarray) -> np.ndarray:
         return np.full((len(counts), 1), np.nan)
     scores = [_scores(effect[:, None, :, a], effect[..., b], counts) for a, b in pairs]
     return np.mean(scores, axis=0)
-
-
-def _intervals(replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return values (S), from row 0, and 95 % intervals (S, 2) from the other rows."""
-    return replicates[0], np.quantile(replicates[1:], [0.025, 0.975], axis=0).T
 
 
 def _best_of_other_half(by_half: np.ndarray) -> np.ndarray:

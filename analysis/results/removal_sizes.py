@@ -25,6 +25,7 @@ from sampimp.analysis.influence_runs import (
 )
 from sampimp.analysis.prediction import (
     PERCENTILE_RESAMPLES,
+    percentile_intervals,
     resample_counts,
     resampled_spearman,
 )
@@ -180,6 +181,6 @@ def _of_kind(
         ("above_ceiling_share", correlation - SHARE_OF_CEILING * ceiling, ("score",)),
     ):
         part[name] = (dims, replicates[0])
-        bounds = np.quantile(replicates[1:], [0.025, 0.975], axis=0)
-        part[f"{name}_interval"] = ((*dims, "bound"), np.moveaxis(bounds, 0, -1))
+        interval = percentile_intervals(replicates, len(kind.removals))
+        part[f"{name}_interval"] = ((*dims, "bound"), interval)
     return part

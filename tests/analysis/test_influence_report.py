@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from influence_study import make_study
 from matplotlib.collections import LineCollection, PathCollection, QuadMesh
 
+import sampimp
 from sampimp.analysis import figures
 from sampimp.analysis.example_cube import example_cube, with_influence
 from sampimp.analysis.figures import removals
@@ -15,6 +17,8 @@ from sampimp.analysis.report import write
 from sampimp.analysis.report.influence_figures import INFLUENCE_FIGURES
 from sampimp.analysis.report.method_table import method_table
 from sampimp.analysis.results.analyse import analyse
+from sampimp.sweeps.derived_study import run_here
+from sampimp.sweeps.retrain_study import RetrainRequest, prepare_retrain
 
 SHAPE = {"strategies": ("shuffle", "rand"), "seeds": 2, "epochs": 4, "samples": 60}
 
@@ -261,6 +265,28 @@ def test_what_was_not_computed_is_named_with_its_command(cube, tmp_path):
     assert f"It needs retrainings without single samples: {retrain}." in page
     assert "It needs probes: sampimp influence OUT --targets probe:16." in page
     assert "not computed: sampimp retrain OUT" in page
+
+
+def test_a_stored_study_with_influence_is_reported(tmp_path):
+    """From the store: influence, fixed point, probes and a few retrainings of a tiny run."""
+    folder, _, _ = make_study(tmp_path / "study")
+    targets = ["mean", "class", "sample:0..1"]
+    sampimp.compute_influence(folder, targets, fixed_point=True)
+    sampimp.compute_influence(folder, ["probe:2"])
+    removals = ("random:6", "subset-0.75:5", "class:1")
+    request = RetrainRequest(removals=removals, targets=(*targets,), runs=("shuffle:1",))
+    run_here(prepare_retrain(folder, request))
+    made = write.write_report(str(folder))
+    (section,) = made.sections
+    assert all(figure.png for figure in section.drawn_influence)
+    scores = section.results["method_scores"]
+    assert scores["kind"].values.tolist() == ["random", "subset-0.75", "class"]
+    assert np.isfinite(scores["score"].sel(kind="random")).all()
+    assert np.isnan(scores["score_interval"].sel(kind="class")).all()  # of one removal
+    text = Path(made.path).read_text()
+    for words in ("-Hessian⁻¹ g, best damping", "75 % kept (5)", "one class (1)"):
+        assert words in text
+    assert "not computed: " not in text
 
 
 def test_kinds_have_names():
