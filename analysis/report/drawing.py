@@ -143,7 +143,7 @@ def draw_figures(
     cube: xr.Dataset,
     results: Mapping[str, xr.Dataset],
     report_progress: Callable[[str], None] = lambda _: None,
-    plans: Sequence[FigurePlan] = FIGURES,
+    plans: Sequence[FigurePlan] | None = None,
 ) -> list[Drawn]:
     """Draw every figure for which the results have the data; for the others, state what they need.
 
@@ -156,7 +156,7 @@ def draw_figures(
     report_progress
         Called with a few words before each figure.
     plans
-        The figures to draw: `FIGURES`, or those of section 4 (`INFLUENCE_FIGURES`).
+        The figures to draw, such as those of section 4 (`INFLUENCE_FIGURES`). Default: `FIGURES`.
 
     Returns
     -------
@@ -165,7 +165,7 @@ def draw_figures(
     """
     drawn = []
     reasons = _reasons(results)
-    for plan in plans:
+    for plan in FIGURES if plans is None else plans:
         result = results.get(plan.result)
         number, name = plan.number, plan.name
         if number == "5" and short_name(cube).startswith("cifar"):
