@@ -104,6 +104,7 @@ def smoke_sizes() -> scores.Sizes:
         retrainings=3,
         epochs=(2, 3),
         smooth_runs=(tiny,),
+        wide_runs=(),
         paper=Setting(dataset="digits", samples=200, activation="relu", width=10, epochs=2),
         methods=Setting(dataset="digits", samples=200, width=8, epochs=3),
         exact_samples=1,

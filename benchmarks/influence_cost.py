@@ -181,10 +181,8 @@ def memory_row(sizes: Sizes) -> Row:
 
 def cost(bench: Bench, sizes: Sizes) -> list[Row]:
     """Time and memory; run it on a machine that does nothing else."""
-    setting = replace(sizes.paper, epochs=2)
-    rows = []
-    for activation in ("relu", "gelu"):
-        rows += cost_rows(replace(setting, activation=activation), sizes.rounds)
+    setting = replace(sizes.paper, epochs=1)
+    rows = cost_rows(setting, sizes.rounds)
     rows += [
         network_row(name, setting.dataset, sizes.rounds, sizes.network_steps)
         for name in sizes.networks

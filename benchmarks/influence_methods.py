@@ -263,7 +263,9 @@ def lead(first: np.ndarray, second: np.ndarray, actual: np.ndarray) -> float:
 
 
 def score_cell(score: tuple[float, float, float]) -> str:
-    """Return a score with its interval."""
+    """Return a score with its interval; NaN where a method's values are NaN."""
+    if np.isnan(score[0]):
+        return "NaN"
     return f"{number(score[0])} ({score[1]:.2f} to {score[2]:.2f})"
 
 

@@ -31,7 +31,7 @@ from sampimp.influence.replay import Smoothing
 EPS = (1e-6, 1e-5, 1e-4, 1e-3)
 """Least eps of AdamW in the pullback, from which the selection removals choose."""
 
-WIDTHS = (0.01, 0.02, 0.05)
+WIDTHS = (0.02, 0.05, 0.1, 0.2, 0.5)
 """Half-widths of a ReLU's bump, from which the selection removals choose."""
 
 RETRAININGS = 12
@@ -60,6 +60,7 @@ class Sizes:
         for activation in ("gelu", "softplus")
         for dataset, samples in (("digits", 1500), ("mnist", 10_000))
     )
+    wide_runs: tuple[Setting, ...] = (replace(PAPER, activation="gelu"),)
     paper: Setting = PAPER
     methods: Setting = METHODS_RUN
 
@@ -152,17 +153,19 @@ def each_setting(settings: Iterable[Setting], rows_of: Callable[[Setting], list[
 def removals(bench: Bench, sizes: Sizes, *, is_long: bool = False) -> list[Row]:
     """TSLOO under SGD on smooth activations."""
     settings = [replace(setting, epochs=sizes.epochs[is_long]) for setting in sizes.smooth_runs]
+    settings += [] if is_long else sizes.wide_runs
     asked = 0.90 if is_long else 0.99
     return each_setting(settings, partial(_removal_rows, bench, sizes, asked))
 
 
 def _removal_rows(bench: Bench, sizes: Sizes, asked: float, setting: Setting) -> list[Row]:
-    bench.retrain([(setting, kind, 2) for kind in sizes.single().values()])
+    repeats = bench.repeats(setting, sizes.single().values(), 2)
+    bench.retrain([(setting, kind, repeats) for kind in sizes.single().values()])
     bench.reverse([(setting, specs, EXACT) for specs in (sizes.specs, ("mean",))])
     rows = []
     for name, kind in sizes.single().items():
         bench.seconds = 0.0
-        effects = bench.effects(setting, kind, 2)
+        effects = bench.effects(setting, kind, repeats)
         influence = bench.influence(setting, sizes.specs)
         row = partial(score_row, sizes, setting=f"{setting.words}; {name}")
         rows.append(
@@ -273,8 +276,8 @@ def paper_network(bench: Bench, sizes: Sizes) -> list[Row]:
 
 def repeated(bench: Bench, sizes: Sizes) -> list[Row]:
     """One derivative, and one retraining, against the mean of many retrainings, with ReLUs."""
-    setting, count = sizes.relu, sizes.retrainings
-    kinds = sizes.single()
+    setting, kinds = sizes.relu, sizes.single()
+    count = bench.repeats(setting, kinds.values(), sizes.retrainings)
     bench.retrain([(setting, kind, count) for kind in kinds.values()])
     smoothings = [Smoothing(gate_width=width) for width in WIDTHS]
     bench.retrain([(setting, kind, 1) for kind in sizes.single(part=1).values()])

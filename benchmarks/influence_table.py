@@ -228,6 +228,16 @@ class Bench:
         ]
         return min([*missing, removals.count])
 
+    def repeats(self, setting: Setting, kinds: Iterable[Removals], wanted: int) -> int:
+        """Return the number of repeats to score: the wanted ones, or if only stored ones, those."""
+        complete = wanted
+        for kind in kinds:
+            while complete and self.count(setting, kind, complete) < kind.count:
+                complete -= 1
+        if not complete:
+            raise NotStoredError
+        return complete
+
     def effects(
         self, setting: Setting, removals: Removals, repeats: int, first: int | None = None
     ) -> Effects:
