@@ -97,6 +97,7 @@ class ComparedStep:
         self._run, self._step, self._derivatives = run, step, derivatives
         self.gradients = derivatives.gradients
         self.sample_gradients = derivatives.sample_gradients
+        self.precision = derivatives.precision
 
     def products(self, directions: Sequence[Tensor], out: Sequence[Tensor]) -> Tensor:
         """See `StepDerivatives`."""

@@ -3,7 +3,8 @@
 Per-sample quantities at fixed parameters (the NLL, snapshot importance) are measured as in
 inference: without dropout, and with the stored statistics of a BatchNorm.
 
-Map: `evaluation_mode`, `_FastPath` (PyTorch's fused encoder layer, off while any thread evaluates).
+Map: `evaluation_mode`, `restored_modes` (the second half of it), `_FastPath` (PyTorch's fused
+encoder layer, off while any thread evaluates).
 """
 
 import threading
@@ -31,12 +32,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     >>> [module.training for module in model.modules()]
     [True, False, True]
     """
+    with restored_modes(model), _FAST_PATH.off():
+        for module in model.modules():
+            module.training = False
+        yield
+
+
+@contextmanager
+def restored_modes(model: nn.Module) -> Iterator[None]:
+    """Restore each module's `training` flag after a block."""
     flags = [(module, module.training) for module in model.modules()]
     try:
-        with _FAST_PATH.off():
-            for module, _ in flags:
-                module.training = False
-            yield
+        yield
     finally:
         for module, training in flags:
             module.training = training

@@ -155,8 +155,9 @@ class GradientChecks:
                     got=got,
                     where=self._tensors.place(row),
                     todo="call optimizer.zero_grad() once in the block, before its backward "
-                    "passes; to accumulate, pass one index per backward pass: "
-                    "step([index_1, index_2], ...); " + HIDDEN_CAUSES,
+                    "passes (model.zero_grad() if the optimizer lacks the parameter); to "
+                    "accumulate, pass one index per backward pass: step([index_1, index_2], ...); "
+                    + HIDDEN_CAUSES,
                 )
 
     def require_unchanged(self) -> None:

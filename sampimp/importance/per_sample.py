@@ -1,10 +1,12 @@
 """Arithmetic on values of each sample (N, ...), of which per-sample gradients are made.
 
 Map: `samples_at_once` (how many samples to process at once), `gather_rows` (rows of the batch axis
-by sample), `gram_of_positions`, `at_least_float32`, `square_sum`, `as_matrix`.
+by sample), `gram_of_positions`, `at_least_float32`, `finest_dtype`, `square_sum`, `as_matrix`.
 
 Shape suffixes: N samples, T positions, G groups, K features.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -56,6 +58,12 @@ def gram_of_positions(values: Tensor) -> Tensor:
 def at_least_float32(values: Tensor) -> Tensor:
     """Return half precision as float32, whose range contains the squares; the rest unchanged."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def finest_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Return float64 if one of the tensors has it, else float32."""
+    has_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if has_double else torch.float32
 
 
 def square_sum(values: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""What a recorded step was made of: enough to take it again.
+"""What a recorded step was made of: enough to take it again, and to tell whether it is the same.
 
-Map: `RecordedStep` (one training step), `RandomState` (PyTorch's generators).
+Map: `RecordedStep` (one training step), `RandomState` (PyTorch's generators), `gradient_norms`
+(what tells two gradients apart).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from sampimp.importance.per_sample import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,36 @@ class RecordedStep:
     """Before the step; None if the step drew no random number."""
     is_scaled: bool
     """Whether gradients were multiplied by a factor, as clipping does."""
+    training: frozenset[str]
+    """Names of the modules in training mode."""
+    gradient_norms: Tensor
+    """Norm of each parameter's gradient at the update, (P,); NaN for a parameter without one."""
 
     @property
     def index(self) -> np.ndarray:
         """Index of all samples, (N,)."""
         return np.concatenate(self.passes)
+
+
+@torch.no_grad()
+def gradient_norms(gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return the norm of each parameter's gradient, (P,), in float32 or float64; NaN for None.
+
+    Examples
+    --------
+    >>> gradient_norms([torch.tensor([3.0, 4.0]), None])
+    tensor([5., nan])
+    """
+    used = {row: gradient for row, gradient in enumerate(gradients) if gradient is not None}
+    if not used:
+        return torch.full((len(gradients),), torch.nan)
+    values = [at_least_float32(_entries(gradient)) for gradient in used.values()]
+    found = torch.stack([norm.to(values[0].device) for norm in torch._foreach_norm(values)])
+    norms = found.new_full((len(gradients),), torch.nan)
+    norms[list(used)] = found
+    return norms
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    is_sparse = gradient.layout == torch.sparse_coo
+    return gradient.coalesce().values() if is_sparse else gradient

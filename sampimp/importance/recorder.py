@@ -57,8 +57,8 @@ class ImportanceRecorder:
         constant of the step, and states this in the result's attrs (`loss`).
     keep_steps
         Keep in `steps` what each step was made of, so that `sampimp.ReversePass` can take the steps
-        again: the samples, the optimizer's settings and, if the step drew random numbers (dropout),
-        PyTorch's random state of 5 KB.
+        again: the samples, the settings of optimizer and modules, the norm of each gradient and, if
+        the step drew random numbers (dropout), PyTorch's random state of 5 KB.
 
     Raises
     ------
@@ -181,7 +181,12 @@ class ImportanceRecorder:
             self._flush()
             self._epoch = epoch
         before = RandomState.now(self._device) if self._keeps_steps else None
-        hooks = UpdateHooks(self.optimizer, self._capture, self._derivative)
+        hooks = UpdateHooks(
+            self.optimizer,
+            self._capture,
+            self._derivative,
+            keeps_settings=self._keeps_steps,
+        )
         with (
             hooks,
             self._capture.step(
@@ -207,19 +212,19 @@ class ImportanceRecorder:
             self._leave_out(kind, moved)
         self._capture.norms.accept()
         if before is not None and hooks.updates:
-            self._keep_step(epoch, hooks.groups, before)
+            self._keep_step(epoch, hooks.settings, before)
         self._indices.append(index_N)
         self._largest_batch = max(self._largest_batch, len(index_N))
 
-    def _keep_step(
-        self, epoch: int, groups: Sequence[Mapping[str, Any]], before: RandomState
-    ) -> None:
+    def _keep_step(self, epoch: int, settings: Mapping[str, Any], before: RandomState) -> None:
         """Keep what the finished step was made of."""
+        if self.steps and self.steps[-1].training == settings["training"]:
+            settings = {**settings, "training": self.steps[-1].training}  # one set for all steps
         self.steps.append(
             RecordedStep(
                 epoch=epoch,
                 passes=[index.cpu().numpy() for index in self._capture.indices],
-                groups=groups,
+                **settings,
                 random_state=None if before.equals(RandomState.now(self._device)) else before,
                 is_scaled=any(float(factor) != 1 for _, _, factor in self._capture.checks.scales),
             )

@@ -8,6 +8,7 @@ Map: `UpdateHooks`.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sampimp.importance.forward_pass import argument
+from sampimp.importance.recorded_step import gradient_norms
 from sampimp.importance.step import Capture
 from sampimp.importance.update import UpdateDerivative
 
@@ -28,18 +30,26 @@ class UpdateHooks:
         The recorder's optimizer.
     capture, derivative
         Called before and after its update.
+    keeps_settings
+        Whether to note `settings`.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, capture: Capture, derivative: UpdateDerivative
+        self,
+        optimizer: torch.optim.Optimizer,
+        capture: Capture,
+        derivative: UpdateDerivative,
+        *,
+        keeps_settings: bool,
     ) -> None:
         self._optimizer, self._capture, self._derivative = optimizer, capture, derivative
+        self._keeps_settings = keeps_settings
         self.updates = 0
         """Updates made by the recorder's optimizer."""
         self.moved_by: dict[str, list[Tensor]] = {}
         """Parameters that other optimizers have moved, by the class of the optimizer."""
-        self.groups: list[dict[str, Any]] = []
-        """Settings of the optimizer's groups at the update, without the parameters."""
+        self.settings: dict[str, Any] = {}
+        """`groups`, `training` and `gradient_norms` of `RecordedStep`, at the update."""
 
     def __enter__(self) -> "UpdateHooks":
         """Register the hooks."""
@@ -78,13 +88,25 @@ class UpdateHooks:
         return recorded
 
     def _before_update(self) -> None:
-        self.groups = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in self._optimizer.param_groups
-        ]
         self._capture.watch.suspend()
         self._capture.check()
+        if self._keeps_settings:
+            self._note_settings()
         self._derivative.before()
+
+    def _note_settings(self) -> None:
+        tensors = self._capture.tensors
+        self.settings = {
+            "groups": [
+                # Copies: a scheduler changes a rate that is a tensor in place.
+                {name: deepcopy(value) for name, value in group.items() if name != "params"}
+                for group in self._optimizer.param_groups
+            ],
+            "training": frozenset(
+                name for name, module in tensors.model.named_modules() if module.training
+            ),
+            "gradient_norms": gradient_norms([p.grad for p in tensors.parameters]),
+        }
 
     def _after_update(self, *_: Any) -> None:
         self.updates += 1

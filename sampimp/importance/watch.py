@@ -5,8 +5,8 @@ are both among its arguments, the call is a *use*: a hook on its output receives
 (`sampimp.importance.backward`). Tensors are read and never written, so trained parameters are
 bit-identical with and without recording.
 
-Map: `ForwardWatch`, `_Suspension` (threads in which recording is suspended); at the end, tables of
-functions that are treated specially.
+Map: `ForwardWatch`, `_Suspension` (threads in which recording is suspended), `is_inside_function`;
+at the end, tables of functions that are treated specially.
 """
 
 import sys
@@ -207,7 +207,7 @@ class ForwardWatch(TorchFunctionMode):
         rows = self._tensors.rows
         ids = map(id, tensors_among(args, kwargs))
         hidden = [rows[key] for key in ids if key in rows]
-        if hidden and _is_inside_function():
+        if hidden and is_inside_function():
             self._checks.hidden.update(hidden)
         output = function(*args, **kwargs)
         if self.calls.data.must_follow(function):
@@ -353,7 +353,7 @@ class ForwardWatch(TorchFunctionMode):
                             calls.tape.outputs[id(output)] = output, layout
 
 
-def _is_inside_function() -> bool:
+def is_inside_function() -> bool:
     """Return whether the forward of an autograd.Function is on the call stack.
 
     Its backward computes the gradients, so that operations in its forward are not watched. From

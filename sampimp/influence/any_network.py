@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from sampimp.errors import UnsupportedError
 from sampimp.importance.gradient_checks import HIDDEN_CAUSES
 from sampimp.importance.gradients import Factor
-from sampimp.importance.per_sample import at_least_float32
+from sampimp.importance.per_sample import at_least_float32, finest_dtype
 from sampimp.importance.step import Capture
-from sampimp.influence.derivative_checks import find_mismatch, require_symmetric
+from sampimp.influence.derivative_checks import find_mismatch, require_losses, require_symmetric
 from sampimp.influence.gauss_newton import gauss_newton_products
+from sampimp.influence.hidden_paths import CutValues, constant_buffers
 from sampimp.influence.linear_stack import Curvature
 from sampimp.influence.twice_differentiable import (
     require_no_functions,
@@ -42,6 +43,8 @@ from sampimp.influence.twice_differentiable import (
     second_derivatives,
     twice_differentiable,
 )
+
+_LOSSES = "the losses of a step"
 
 
 class NetworkDerivatives:
@@ -93,6 +96,7 @@ class NetworkDerivatives:
         self._losses = losses
         self._parameters = list(model.parameters() if parameters is None else parameters)
         self._has_begun = False
+        self._precision = max(torch.finfo(p.dtype).eps for p in self._parameters)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -128,7 +132,8 @@ class NetworkDerivatives:
         Raises
         ------
         UnsupportedError
-            The step cannot be recorded, or an operation has no second derivative.
+            The step cannot be recorded, an operation has no second derivative, or the losses depend
+            on the parameters by paths that autograd does not follow.
         """
         model = self._capture.tensors.model
         checks, self._has_begun = first_of_epoch or not self._has_begun, True
@@ -141,25 +146,31 @@ class NetworkDerivatives:
                 indices=indices,
             ):
                 pairs = zip(batches, weights, strict=True)
-                graphs = [self._differentiate(batch, weights_N) for batch, weights_N in pairs]
+                graphs = [self._differentiate(*pair, checks=checks) for pair in pairs]
             factors = self._capture.take_factors()
         if checks:
             _require_single_precision(self._capture.checks.precision)
-            for graph in graphs:
-                require_no_functions(graph.losses)
-        return NetworkStep(self._capture, self._parameters, graphs, factors, checks=checks)
+            of_losses = (torch.finfo(graph.losses.dtype).eps for graph in graphs)
+            self._precision = max(self._precision, self._capture.checks.precision, *of_losses)
+        return NetworkStep(
+            self._capture, self._parameters, graphs, factors, self._precision, checks=checks
+        )
 
-    def _differentiate(self, batch: Any, weights_N: Tensor) -> "_BatchGraph":
+    def _differentiate(self, batch: Any, weights_N: Tensor, *, checks: bool) -> "_BatchGraph":
         """Run one forward and one backward pass, which is recorded."""
-        outputs: list[Any] = []
-        handle = self._capture.tensors.model.register_forward_hook(
+        model, outputs, cuts = self._capture.tensors.model, [], CutValues(_LOSSES)
+        handle = model.register_forward_hook(
             lambda _module, _inputs, output: outputs.append(output)
         )
         try:
-            losses_N = self._losses(batch)
+            with constant_buffers(model, _LOSSES), cuts:
+                losses_N = self._losses(batch)
         finally:
             handle.remove()
-        _require_losses(losses_N, len(weights_N))
+        require_losses(losses_N, len(weights_N))
+        if checks:
+            require_no_functions(losses_N)
+        cuts.require_none_in(losses_N)
         weights_N = weights_N.detach().to(losses_N, copy=True).requires_grad_()
         trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         gradients = iter(
@@ -200,6 +211,8 @@ class NetworkStep:
         Of each batch.
     factors
         Of each batch, by row of the parameter.
+    precision
+        Rounding unit of the coarsest values in the step.
     checks
         Whether to check that the products are those of a symmetric matrix, as a Hessian is.
     """
@@ -210,9 +223,11 @@ class NetworkStep:
         parameters: Sequence[Tensor],
         graphs: Sequence[_BatchGraph],
         factors: Sequence[Mapping[int, Factor]],
+        precision: float,
         *,
         checks: bool,
     ) -> None:
+        self.precision = precision
         self._tensors, self._parameters, self._graphs = capture.tensors, parameters, graphs
         self._trained = [place for place, p in enumerate(parameters) if p.requires_grad]
         rows = [self._tensors.rows[id(parameter)] for parameter in parameters]
@@ -233,7 +248,9 @@ class NetworkStep:
     @torch.no_grad()
     def sample_gradients(self, positions: Sequence[int]) -> list[Tensor]:
         """Return the parts (n, P...) of the gradient that belong to n samples of the step."""
-        gradients = [p.new_zeros(len(positions), *p.shape) for p in self._parameters]
+        gradients = [
+            at_least_float32(p).new_zeros(len(positions), *p.shape) for p in self._parameters
+        ]
         places = [
             (factors, row)
             for factors, graph in zip(self._factors, self._graphs, strict=True)
@@ -263,7 +280,9 @@ class NetworkStep:
         by_batch = []
         for graph, factors in zip(self._graphs, self._factors, strict=True):
             shape = len(directions[0]), len(self._tensors.layers), len(graph.weights)
-            inner_KLN = at_least_float32(directions[0]).new_zeros(shape)
+            inner_KLN = torch.zeros(
+                shape, dtype=finest_dtype(directions), device=graph.weights.device
+            )
             for layer, direction, factor in zip(self._layers, directions, factors, strict=True):
                 if factor is not None:
                     inner_KLN[:, layer] += factor.inner(direction)
@@ -362,11 +381,13 @@ class NetworkStep:
             pairs = zip(inputs, products, strict=True)
             return [torch.zeros_like(p) if values is None else values for p, values in pairs]
 
-        require_symmetric(product, [directions[place][0] for place in self._trained])
+        require_symmetric(
+            product, [directions[place][0] for place in self._trained], self.precision
+        )
 
     def _compare(self, inner_KLN: Tensor, total_KN: Tensor, directions: Sequence[Tensor]) -> None:
         """Raise UnsupportedError unless the inner products add up to those of autograd."""
-        mismatch = find_mismatch(inner_KLN, total_KN, directions, self.gradients())
+        mismatch = find_mismatch(inner_KLN, total_KN, directions, self.gradients(), self.precision)
         if mismatch is not None:
             k, sample = mismatch
             inner_L = inner_KLN[k, :, sample]
@@ -423,15 +444,4 @@ def _require_single_precision(rounding: float) -> None:
             got="an operation with outputs in half precision",
             where="the reverse pass, whose checks need more digits",
             todo="train in float32; a run in half precision cannot be gone through",
-        )
-
-
-def _require_losses(losses: Tensor, count: int) -> None:
-    """Raise UnsupportedError unless there is one loss for each sample."""
-    if losses.shape != (count,):
-        raise UnsupportedError(
-            expected=f"the losses of {count} samples, one for each weight",
-            got=f"a tensor of shape {tuple(losses.shape)}",
-            where="the function that returns the losses of a batch",
-            todo='return the loss of each sample: reduction="none"',
         )

@@ -80,6 +80,8 @@ class LinearStackStep:
         logits_NC = torch.addmm(layers[-1].bias, self._inputs[-1], layers[-1].weight.t())
         self._probabilities = torch.softmax(logits_NC.double(), 1).to(logits_NC.dtype)
         self._scale = 1 / batch_size
+        self.precision = torch.finfo(logits_NC.dtype).eps
+        """Rounding unit of the parameters."""
         self._deltas = [loss_gradient(logits_NC, labels, batch_size)]
         self._bent: list[Tensor | None] = []  # f''(z_d) s_d; None where f'' = 0
         for weight, slope, curvature in zip(

@@ -17,13 +17,13 @@ Gao & Jojic (2017), section 4, eq. 5.
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from sampimp.importance.recorded_step import RandomState
-from sampimp.influence.linearized_step import TakenStep, group_settings
+from sampimp.importance.evaluation import restored_modes
+from sampimp.importance.per_sample import at_least_float32
+from sampimp.influence.linearized_step import ModelState, TakenStep
 from sampimp.influence.replay import ReplayableRun, Smoothing
-from sampimp.influence.updates import PARAMETER, Block, linearized_update
+from sampimp.influence.updates import PARAMETER, Block
 
 
 def final_tangents(
@@ -47,29 +47,22 @@ def final_tangents(
         weight, the weight being that of all steps of all epochs.
     """
     run.load_start(1)
-    rule = linearized_update(run.optimizer)
     tangents: list[Block] = [
-        {
-            name: parameter.new_zeros((len(samples), *parameter.shape))
-            for name in (PARAMETER, *rule.states(group))
-        }
-        for parameter, group in zip(run.parameters, group_settings(run), strict=True)
+        {PARAMETER: at_least_float32(parameter).new_zeros((len(samples), *parameter.shape))}
+        for parameter in run.parameters
     ]
-    for epoch in range(1, run.epochs + 1):
-        for step in run.begin(epoch):
-            taken = TakenStep.take(run, step)
-            after = [parameter.detach().clone() for parameter in run.parameters]
-            random_state = RandomState.now(after[0].device)
-            places = {
-                number: np.flatnonzero(run.samples(step) == sample).tolist()
-                for number, sample in enumerate(samples)
-            }
-            taken.linearized(run, smoothing or Smoothing()).push(
-                tangents, {number: rows for number, rows in places.items() if rows}
-            )
-            with torch.no_grad():
-                for parameter, values in zip(run.parameters, after, strict=True):
-                    parameter.copy_(values)
-            random_state.restore()
-        run.check_end(epoch)
+    with restored_modes(run.model):
+        for epoch in range(1, run.epochs + 1):
+            for number, step in enumerate(run.begin(epoch)):
+                taken = TakenStep.take(run, step, keeps_gradients=number == 0)
+                after = ModelState.now(run)
+                places = {
+                    number: np.flatnonzero(run.samples(step) == sample).tolist()
+                    for number, sample in enumerate(samples)
+                }
+                taken.linearized(run, smoothing or Smoothing()).push(
+                    tangents, {number: rows for number, rows in places.items() if rows}
+                )
+                after.restore(run)
+            run.check_end(epoch)
     return [block[PARAMETER] for block in tangents]

@@ -43,6 +43,9 @@ class Smoothing:
 class StepDerivatives(Protocol):
     """Derivatives of one step's loss, for the run's `parameters` in their order."""
 
+    precision: float
+    """Rounding unit of the coarsest values in the step."""
+
     def gradients(self) -> Sequence[Tensor | None]:
         """Return the step's gradient of each parameter; None for one that the step did not use."""
 

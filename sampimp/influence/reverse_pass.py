@@ -38,11 +38,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sampimp.errors import RecordError
-from sampimp.importance.recorded_step import RandomState
-from sampimp.influence.linearized_step import TakenStep, group_settings
+from sampimp.errors import ConfigError, RecordError
+from sampimp.importance.evaluation import restored_modes
+from sampimp.importance.per_sample import as_matrix, at_least_float32, finest_dtype
+from sampimp.influence.derivative_checks import bound
+from sampimp.influence.linearized_step import ModelState, TakenStep, group_settings
 from sampimp.influence.replay import ReplayableRun, Smoothing
-from sampimp.influence.targets import FunctionTarget, Target
+from sampimp.influence.targets import Target, as_targets
 from sampimp.influence.updates import PARAMETER, Block, linearized_update
 from sampimp.schema import INFLUENCE_VARIABLES, SCHEMA_VERSION, __version__
 
@@ -62,7 +64,7 @@ class EpochInfluence:
 
     epoch: int
     influence: np.ndarray
-    """(target, layer, sample), in the model's precision; NaN where no step used the sample."""
+    """(target, layer, sample), float64 if a parameter is, else float32; NaN for unused samples."""
     adjoint_norm: np.ndarray
     """|lambda| at the start of the epoch, (target,); its growth bounds what the derivative says."""
 
@@ -87,7 +89,10 @@ class ReversePass:
     Raises
     ------
     UnsupportedError
-        The optimizer has no linearized update.
+        The optimizer has no linearized update, or a target depends on the parameters by paths that
+        autograd does not follow.
+    ConfigError
+        A target is no function of the model's parameters.
     RecordError
         A target is not finite at the final parameters.
     """
@@ -100,9 +105,7 @@ class ReversePass:
         smoothing: Smoothing | None = None,
         memory: int = SEGMENT_MEMORY,
     ) -> None:
-        if isinstance(targets, Mapping):
-            targets = [FunctionTarget(name, function) for name, function in targets.items()]
-        self.run, self.targets = run, tuple(targets)
+        self.run, self.targets = run, as_targets(targets)
         self.smoothing, self._memory = smoothing or Smoothing(), memory
         self._rule = linearized_update(run.optimizer)
         self.next_epoch = run.epochs
@@ -110,16 +113,16 @@ class ReversePass:
         run.load_start(run.epochs + 1)
         self._parameters = run.parameters
         self._adjoints = self._begin()
-        self.initial_norm = self._norms()
+        self.initial_norm = _norms(self._adjoints)
         """|lambda| at the end of training, (target,)."""
+        self._has_begun = False
 
     def _begin(self) -> list[Block]:
         """Return the adjoints at the end of training."""
         adjoints: list[Block] = []
-        for parameter, group in zip(self._parameters, group_settings(self.run), strict=True):
-            blocks = (PARAMETER, *self._rule.states(group))
+        for parameter in self._parameters:
             shape = (len(self.targets), *parameter.shape)
-            adjoints.append({name: parameter.new_zeros(shape) for name in blocks})
+            adjoints.append({PARAMETER: at_least_float32(parameter).new_zeros(shape)})
         places = {id(p): place for place, p in enumerate(self.run.model.parameters())}
         for number, target in enumerate(self.targets):
             gradients = target.gradient(self.run.model)
@@ -135,18 +138,14 @@ class ReversePass:
                 block[PARAMETER][number] = gradient
         return adjoints
 
-    def _norms(self) -> np.ndarray:
-        squares = [block[PARAMETER].flatten(1).double().square().sum(1) for block in self._adjoints]
-        return torch.stack(squares).sum(0).sqrt().cpu().numpy()
-
     @property
     def growth(self) -> np.ndarray:
         """|lambda| now, over its value at the end of training, (target,)."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            return self._norms() / self.initial_norm
+            return _norms(self._adjoints) / self.initial_norm
 
     def epochs(self) -> Iterator[EpochInfluence]:
-        """Go through the remaining epochs, the last one first.
+        """Go through the remaining epochs, the last one first; end at the final parameters.
 
         Yields
         ------
@@ -156,12 +155,17 @@ class ReversePass:
         Raises
         ------
         RecordError
-            A replayed epoch differs from the recorded one, or the derivatives are not finite.
+            A replayed epoch differs from the recorded one, the derivatives are not finite, or a
+            target is no function of the parameters.
         UnsupportedError
-            A step cannot be differentiated twice, or its layers do not add up.
+            A step cannot be differentiated twice, or its derivative would be a wrong one.
         """
         while self.next_epoch > 0:
-            result = self._reverse_epoch(self.next_epoch)
+            with restored_modes(self.run.model):
+                result = self._reverse_epoch(self.next_epoch)
+            if not self._has_begun:
+                self._require_same_targets()
+                self._has_begun = True
             if not np.isfinite(result.adjoint_norm).all():
                 raise RecordError(
                     expected="finite derivatives",
@@ -172,6 +176,24 @@ class ReversePass:
                 )
             self.next_epoch -= 1
             yield result
+        self.run.load_start(self.run.epochs + 1)
+
+    def _require_same_targets(self) -> None:
+        """Raise RecordError if a target has another derivative after steps were taken."""
+        self.run.load_start(self.run.epochs + 1)
+        norms = _norms(self._begin()).tolist()
+        largest = bound(max(torch.finfo(p.dtype).eps for p in self._parameters))
+        for target, norm, before in zip(
+            self.targets, norms, self.initial_norm.tolist(), strict=True
+        ):
+            if abs(norm - before) > largest * before:
+                raise RecordError(
+                    expected="a target that is a function of the model's parameters",
+                    got=f"a derivative of norm {norm:.6g} instead of {before:.6g} at the same ones",
+                    where=f"target {target.name}",
+                    todo="use no random numbers in it, nor values that the model keeps in "
+                    "attributes from one batch to the next (running statistics)",
+                )
 
     def to_dataset(self) -> "xr.Dataset":
         """Go through all remaining epochs; return their influence as a labelled Dataset.
@@ -186,12 +208,21 @@ class ReversePass:
 
         Raises
         ------
+        ConfigError
+            No epoch remains.
         RecordError, UnsupportedError
             As for `epochs`.
         """
         import xarray as xr  # here, so that a trial's worker does not import it
 
         results = sorted(self.epochs(), key=lambda result: result.epoch)
+        if not results:
+            raise ConfigError(
+                expected="a reverse pass with epochs to go through",
+                got="one that is at its end",
+                where="ReversePass.to_dataset",
+                todo="make another ReversePass of the run",
+            )
         labels = [self.run.epoch_labels[result.epoch - 1] for result in results]
         influence = np.stack([result.influence for result in results], 1)
         norms = np.stack([result.adjoint_norm for result in results], 1)
@@ -252,8 +283,8 @@ class ReversePass:
         values[:, :, torch.from_numpy(~used)] = torch.nan
         return EpochInfluence(
             epoch=epoch,
-            influence=values.to(self._parameters[0].dtype).numpy(),
-            adjoint_norm=self._norms(),
+            influence=values.to(finest_dtype(self._parameters)).numpy(),
+            adjoint_norm=_norms(self._adjoints),
         )
 
     def _replayed(self, epoch: int) -> Iterator[TakenStep]:
@@ -270,7 +301,10 @@ class ReversePass:
         for number in reversed(range(len(segments))):
             if number < len(starts):
                 self._load(starts[number])
-            kept = [TakenStep.take(run, step) for step in steps[segments[number]]]
+            kept = [
+                TakenStep.take(run, step, keeps_gradients=step is steps[-1])
+                for step in steps[segments[number]]
+            ]
             if number == len(segments) - 1:
                 run.check_end(epoch)
             while kept:
@@ -288,16 +322,15 @@ class ReversePass:
         return [slice(*bounds[place : place + 2]) for place in range(number)]
 
     def _save(self) -> Any:
-        return (
-            [parameter.detach().clone() for parameter in self.run.model.parameters()],
-            deepcopy(self.run.optimizer.state_dict()),
-            RandomState.now(self._parameters[0].device),
-        )
+        return ModelState.now(self.run), deepcopy(self.run.optimizer.state_dict())
 
     def _load(self, saved: Any) -> None:
-        parameters, optimizer, random_state = saved
-        with torch.no_grad():
-            for parameter, values in zip(self.run.model.parameters(), parameters, strict=True):
-                parameter.copy_(values)
+        state, optimizer = saved
+        state.restore(self.run)
         self.run.optimizer.load_state_dict(optimizer)
-        random_state.restore()
+
+
+def _norms(adjoints: Sequence[Block]) -> np.ndarray:
+    """Return |lambda| of each target, (target,)."""
+    squares = [as_matrix(block[PARAMETER]).double().square().sum(1) for block in adjoints]
+    return torch.stack(squares).sum(0).sqrt().cpu().numpy()

@@ -12,12 +12,12 @@
 
 A test or training sample is named by its position, from 0. All are evaluated in evaluation mode.
 
-Map: `Target` (a value and its gradient), `make_targets` (from their names), `MeanTarget`,
-`ProbeTarget`, `FunctionTarget`.
+Map: `Target` (a value and its gradient), `make_targets` (from their names), `as_targets` (from
+functions), `MeanTarget`, `ProbeTarget`, `FunctionTarget`.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +29,8 @@ from torch.nn import functional
 from sampimp.data import Dataset
 from sampimp.errors import ConfigError
 from sampimp.importance.evaluation import evaluation_mode
+from sampimp.influence.hidden_paths import CutValues
+from sampimp.influence.twice_differentiable import native_recurrence
 from sampimp.training.models import import_function, parameter_layers
 
 GRAPH_CHUNK = 1000
@@ -94,7 +96,7 @@ class MeanTarget:
         """Yield terms whose sum is the target."""
         reference = next(model.parameters())
         chunks = (values.split(GRAPH_CHUNK) for values in (self.inputs, self.labels))
-        with evaluation_mode(model):
+        with evaluation_mode(model), native_recurrence(model):
             for inputs_N, labels_N in zip(*chunks, strict=True):
                 logits = model(inputs_N.to(reference)).double()
                 labels = labels_N.to(logits.device)
@@ -153,7 +155,8 @@ class FunctionTarget:
     units: str = "1"
 
     def _call(self, model: nn.Module) -> Tensor:
-        with evaluation_mode(model):
+        cuts = CutValues(f"target {self.name}")
+        with evaluation_mode(model), native_recurrence(model), cuts:
             value = self.function(model)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
@@ -163,6 +166,8 @@ class FunctionTarget:
                 where=f"target {self.name}",
                 todo="return one number as a tensor, without detach() or item()",
             )
+        if value.requires_grad:
+            cuts.require_none_in(value)
         return value
 
     def value(self, model: nn.Module) -> float:
@@ -173,23 +178,65 @@ class FunctionTarget:
         """See `Target`."""
         value = self._call(model)
         if not value.requires_grad:
-            raise ConfigError(
-                expected="a value that depends on the model's parameters",
-                got="a constant",
-                where=f"target {self.name}",
-                todo="compute it from model(inputs), without detach(), item() or torch.no_grad()",
-            )
-        return _gradients(value, list(model.parameters()))
+            raise self._constant("a constant")
+        gradients = _used_gradients(value, list(model.parameters()))
+        if all(gradient is None for gradient in gradients):
+            raise self._constant("one that depends on other parameters, as those of a copy")
+        return _filled(gradients, list(model.parameters()))
+
+    def _constant(self, got: str) -> ConfigError:
+        return ConfigError(
+            expected="a value that depends on the model's parameters",
+            got=got,
+            where=f"target {self.name}",
+            todo="compute it from model(inputs), without detach(), item() or torch.no_grad()",
+        )
+
+
+def as_targets(
+    targets: Sequence[Target] | Mapping[str, Callable[[nn.Module], Tensor]],
+) -> tuple[Target, ...]:
+    """Return targets as they are, and functions by name as targets.
+
+    Raises
+    ------
+    ConfigError
+        There is none, or one is a function without a name.
+    """
+    if isinstance(targets, Mapping):
+        targets = [FunctionTarget(name, function) for name, function in targets.items()]
+    if not isinstance(targets, Sequence) or not targets or isinstance(targets, str):
+        got = "none" if isinstance(targets, Sequence) and not targets else repr(targets)
+    else:
+        wrong = [target for target in targets if not hasattr(target, "gradient")]
+        if not wrong:
+            return tuple(targets)
+        got = repr(wrong[0])
+    raise ConfigError(
+        expected='functions by name, {"test loss": test_loss}, or targets of make_targets',
+        got=got,
+        where="ReversePass, targets",
+        todo="pass a dict with one function of the model or more",
+    )
 
 
 def _gradients(value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradient for each parameter; zero for one that the value does not depend on."""
+    return _filled(_used_gradients(value, parameters), parameters)
+
+
+def _used_gradients(value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the gradient for each parameter; None for one that the value does not depend on."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     gradients = iter(torch.autograd.grad(value, trained, allow_unused=True))
-    found = [next(gradients) if p.requires_grad else None for p in parameters]
+    return [next(gradients) if p.requires_grad else None for p in parameters]
+
+
+def _filled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:
     return [
-        torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient in zip(parameters, found, strict=True)
+        # That of an embedding may be sparse.
+        torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
+        for parameter, gradient in zip(parameters, gradients, strict=True)
     ]
 
 

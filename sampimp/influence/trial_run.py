@@ -125,7 +125,8 @@ class TrialRun:
             raise gates_cannot_be_smoothed(smoothing.gate_width)
         is_first, self._is_first_of_epoch = self._is_first_of_epoch, False
         weights = torch.full((len(step),), 1 / len(step), dtype=torch.float64)
-        return self.network.at([step], [weights], first_of_epoch=is_first)
+        indices = [torch.from_numpy(step)]
+        return self.network.at([step], [weights], indices=indices, first_of_epoch=is_first)
 
     def samples(self, step: np.ndarray) -> np.ndarray:
         """See `ReplayableRun`."""
@@ -156,7 +157,7 @@ class _NetworkPart:
     def __init__(self, run: TrialRun, index: np.ndarray) -> None:
         self._run, self._index = run, index
         self._weights = torch.full((len(index),), 1 / run.sample_count, dtype=torch.float64)
-        self._step = run.network.at([index], [self._weights])
+        self._step = run.network.at([index], [self._weights], indices=[torch.from_numpy(index)])
 
     def inner(self, directions: Sequence[Tensor]) -> Tensor:
         """See `LossPart`."""

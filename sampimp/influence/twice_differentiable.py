@@ -5,14 +5,16 @@ Not every operation of PyTorch has a second derivative, and that of one is wrong
     attention          the fused kernels have none; the composed one has
     recurrent layers   those of oneDNN (CPU, float32) and cuDNN have none; the native ones have
     weight_norm        takes the norm for a constant; v * (g / |v|) is carried out instead
+    sparse embeddings  their gradients have none; they are dense here
 
 The others differ from these by rounding errors. Two things are refused, because nothing could tell
 whether the second derivative is right. A hook on gradients would be called again in the second
 derivative, whose gradients are others. The backward pass of an autograd.Function may be no
 derivative (straight-through estimators, reversed gradients), or take a variable for a constant.
 
-Map: `twice_differentiable` (for a forward pass), `require_no_hooks` (of a model),
-`require_no_functions` (in a graph), `second_derivatives` (names an operation that has none).
+Map: `twice_differentiable` (for a forward pass), `native_recurrence` (its part that first
+derivatives need as well), `require_no_hooks` (of a model), `require_no_functions` (in a graph),
+`second_derivatives` (names an operation that has none).
 """
 
 import re
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -37,12 +40,20 @@ _SWITCHES = {
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Carry a model's forward pass out by operations that can be differentiated twice."""
+    with sdpa_kernel(SDPBackend.MATH), native_recurrence(model), _Replacements():
+        yield
+
+
+@contextmanager
+def native_recurrence(model: nn.Module) -> Iterator[None]:
+    """Carry recurrent layers out by PyTorch's own operations; does nothing without such layers.
+
+    The gradient of a recurrent layer in evaluation mode needs it, which cuDNN refuses.
+    """
     with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             stack.enter_context(_without_mkldnn())
-        stack.enter_context(_Replacements())
         yield
 
 
@@ -69,13 +80,21 @@ class _Replacements(TorchFunctionMode):
     ) -> Any:
         if function is Tensor.register_hook:
             raise _hook_error("a tensor of the forward pass")
+        kwargs = kwargs or {}
         if function is torch._weight_norm:
-            return _weight_norm(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+            return _weight_norm(*args, **kwargs)
+        position = _SPARSE.get(function)
+        if position is not None:
+            args, kwargs = args[:position], {**kwargs, "sparse": False}
+        return function(*args, **kwargs)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+_SPARSE: dict[Callable[..., Any], int] = {functional.embedding: 6, torch.embedding: 4}
+"""Functions whose last argument asks for sparse gradients, and its position."""
 
 
 def require_no_hooks(model: nn.Module) -> None:
@@ -89,7 +108,10 @@ def require_no_hooks(model: nn.Module) -> None:
 
 
 def require_no_functions(loss: Tensor) -> None:
-    """Raise UnsupportedError for an autograd.Function of the user in a tensor's graph."""
+    """Raise UnsupportedError for an autograd.Function in a tensor's graph.
+
+    Custom operations (`torch.library`) are such functions as well, of classes that PyTorch makes.
+    """
     visited: set[Any] = set()
     waiting = [loss.grad_fn]
     while waiting:
@@ -98,10 +120,10 @@ def require_no_functions(loss: Tensor) -> None:
             visited.add(node)
             waiting += [child for child, _ in node.next_functions]
             function = getattr(node, "_forward_cls", None)
-            if function is not None and not function.__module__.startswith(("torch.", "sampimp.")):
+            if function is not None and not function.__module__.startswith("sampimp."):
                 raise UnsupportedError(
                     expected="operations of PyTorch, whose second derivatives are known",
-                    got=f"the autograd.Function {function.__qualname__}",
+                    got=f"the autograd.Function {node.name()}",
                     where="the network, in the product with the Hessian of a step's loss",
                     todo="write it by operations of PyTorch for the reverse pass",
                 )

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from sampimp.errors import UnsupportedError
+from sampimp.importance.per_sample import as_matrix
 
 PARAMETER = "parameter"
 """Key of the parameter's own adjoint or tangent, beside those of the optimizer's state."""
@@ -380,7 +381,7 @@ def clip_adjoint(
         1e-6 in PyTorch.
     """
     products_K = sum(
-        (adjoint.flatten(1) @ gradient.flatten())
+        as_matrix(adjoint) @ gradient.flatten()
         for adjoint, gradient in zip(adjoints, gradients, strict=True)
     )
     assert isinstance(products_K, Tensor)
