@@ -152,6 +152,28 @@ INFLUENCE_VARIABLES: Mapping[str, Variable] = {
     "training_state": Variable(
         ("state",), "bytes", "1", "parameters and optimizer state, by torch.save"
     ),
+    "subset_error": Variable(
+        ("training",),
+        "float64",
+        "1",
+        "fraction of samples misclassified after training on the subset alone; NaN if it diverged",
+    ),
+    "subset_nll": Variable(
+        ("training",),
+        "float64",
+        "nat",
+        "mean negative log-likelihood after training on the subset alone; NaN if it diverged",
+    ),
+    "selected": Variable(
+        ("training", "sample"), "bool", "1", "whether the training used the sample"
+    ),
+    "search_error": Variable(
+        ("round",),
+        "float64",
+        "1",
+        "mean of 1 - p(class) over the pool after training a surrogate on the round's subset",
+    ),
+    "found": Variable(("sample",), "bool", "1", "whether the search selected the sample"),
     # Made by the cube from `final_value`:
     "effect": Variable(
         ("removal", "target", "repeat"),
@@ -176,13 +198,19 @@ def variable(name: str) -> Variable:
     return VARIABLES[name] if name in VARIABLES else INFLUENCE_VARIABLES[name]
 
 
-STEP_DIMS = ("epoch", "state", "solution", "retraining")
+ALL_SAMPLES = "full"
+"""The selection rule that keeps every sample."""
+
+SUBSET_BUDGETS = ("steps", "epochs", "convergence")
+"""Budgets of a training on a subset; the last one is for all samples."""
+
+STEP_DIMS = ("epoch", "state", "solution", "retraining", "training", "round")
 """Dimensions along which a record is written, step by step."""
 
 CURVES = ("train_error", "test_error", "train_nll", "test_nll")
 """The variables with one value per epoch."""
 
-COMMITTED = (*CURVES, "adjoint_norm", "final_value")
+COMMITTED = (*CURVES, "adjoint_norm", "final_value", "subset_error", "subset_nll", "search_error")
 """The variables with a few values per step; the commit contains them."""
 
 CHUNK_VALUES = 2**20

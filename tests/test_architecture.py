@@ -24,11 +24,12 @@ MAY_IMPORT = {
     "store": ("schema", "errors", "config", "data"),
     "training": ("schema", "errors", "config", "importance", "data"),
     "influence": ("schema", "errors", "config", "importance", "data", "training"),
+    "subsets": ("schema", "errors", "config", "data", "training", "influence"),
     "integrations": ("errors", "importance"),
     "analysis": ("schema", "errors", "store"),
     "sweeps": (
         *("schema", "errors", "config", "importance", "data", "store", "training"),
-        "influence",
+        *("influence", "subsets"),
     ),
 }
 """Of each package or module of `sampimp`, the others that it may import, lowest level first."""
@@ -44,6 +45,7 @@ HOMES = {
         "sampimp/importance/",
         "sampimp/integrations/",
         "sampimp/influence/",
+        "sampimp/subsets/",
         "sampimp/training/",
         "sampimp/sweeps/",
     ),
@@ -56,7 +58,10 @@ HOMES = {
     "botocore": ("sampimp/store/aws_credentials.py",),
     "dask": (
         "sampimp/analysis/",
-        *(f"sampimp/store/{name}.py" for name in ("cube", "influence_cube", "lazy_arrays")),
+        *(
+            f"sampimp/store/{name}.py"
+            for name in ("cube", "influence_cube", "lazy_arrays", "subset_cube")
+        ),
     ),
     "sklearn": ("sampimp/analysis/", "sampimp/data/"),
     "scipy": ("sampimp/analysis/",),

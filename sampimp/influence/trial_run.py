@@ -140,23 +140,26 @@ class TrialRun:
         with evaluation_mode(self.model):
             for start in range(0, self.sample_count, PART_SIZE):
                 index = np.arange(start, min(start + PART_SIZE, self.sample_count))
-                if self._stack is not None:
-                    yield LinearStackStep(
-                        self._stack.layers,
-                        self._stack.activations,
-                        *self._run.batch_data(index),
-                        self.sample_count,
-                    )
-                else:
-                    yield _NetworkPart(self, index)
+                yield self.part_of_loss(index, self.sample_count)
+
+    def part_of_loss(self, index: np.ndarray, denominator: int) -> LossPart:
+        """Return the derivatives of some samples' losses, summed and divided by a number."""
+        if self._stack is not None:
+            return LinearStackStep(
+                self._stack.layers,
+                self._stack.activations,
+                *self._run.batch_data(index),
+                denominator,
+            )
+        return _NetworkPart(self, index, denominator)
 
 
 class _NetworkPart:
     """A part of the mean training loss of a network of any kind; see `LossPart`."""
 
-    def __init__(self, run: TrialRun, index: np.ndarray) -> None:
+    def __init__(self, run: TrialRun, index: np.ndarray, denominator: int) -> None:
         self._run, self._index = run, index
-        self._weights = torch.full((len(index),), 1 / run.sample_count, dtype=torch.float64)
+        self._weights = torch.full((len(index),), 1 / denominator, dtype=torch.float64)
         self._step = run.network.at([index], [self._weights], indices=[torch.from_numpy(index)])
 
     def inner(self, directions: Sequence[Tensor]) -> Tensor:
