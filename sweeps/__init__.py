@@ -4,12 +4,13 @@ Commands (`python sweeps/NAME.py`, or `sampimp`)
 
 ===================== ====================================================================
 `command`             `sampimp study`, `status`, `report`, `score`, `influence`, `retrain`,
-                      `consolidate`
+                      `subset`, `consolidate`
 `full_study`          train the paper's study, the digits, or one of your own
 `status`              how far a study is; damage found and withdrawn
 `score_snapshots`     snapshot importance of a study that is done
 `influence`           what each sample did to the final model of a run
 `retrain`             what happens to the final model without samples
+`subset`              which samples suffice
 `consolidate`         a finished study as one sharded store per data set
 ===================== ====================================================================
 
@@ -44,6 +45,9 @@ What is computed from committed runs
 `fixed_point_work`    -H^-1 g, one target and curvature after another
 `retrain_study`       from a request to units of work
 `retrain_work`        retrainings, one by one
+`subset_study`        from a request to units of work; the smallest size by bisection
+`subset_units`        rules and sizes as units of work
+`subset_work`         trainings on subsets, and searches for subsets
 `derived_units`       what units on runs have in common
 `derived_study`       perform units in this process
 `derived_run`         perform units on a cluster, or describe them

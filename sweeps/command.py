@@ -39,6 +39,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
     ),
     "influence": Subcommand("sampimp.sweeps.influence", "study", ("rich", "tyro")),
     "retrain": Subcommand("sampimp.sweeps.retrain", "study", ("rich", "tyro")),
+    "subset": Subcommand("sampimp.sweeps.subset", "study", ("rich", "tyro")),
     "consolidate": Subcommand("sampimp.sweeps.consolidate", "study", ("rich", "tyro")),
     "report": Subcommand(
         "sampimp.analysis.report.cli",
@@ -56,6 +57,7 @@ Run a study:
   score         add the importance of every sample at the parameters of stored epochs
   influence     add what every sample did to the final model, by epoch and layer
   retrain       add what happens without samples, by training runs again
+  subset        add trainings on subsets alone: which samples suffice
 
 Look at a study:
   status        the state of each run; damage in the store

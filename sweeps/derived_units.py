@@ -1,9 +1,9 @@
-"""Units of work on committed runs: the base of influence and of retraining.
+"""Units of work on committed runs: the base of influence, retraining and subsets.
 
 The units of a command are listed anew whenever the store has changed, always in the same order. A
 unit of a run that is not committed waits for it; the run may be trained by another command.
 
-Map: `DerivedUnits` (base class), `make_work` (from a unit's configuration to its computation).
+Map: `DerivedUnits` (base class), `numbered`, `make_work` (the computation of a unit).
 """
 
 import math
@@ -22,6 +22,7 @@ from sampimp.store.record import KEPT_CHECKPOINTS
 from sampimp.sweeps.fixed_point_work import FixedPointWork
 from sampimp.sweeps.influence_work import InfluenceWork, RunWork, StatesWork
 from sampimp.sweeps.retrain_work import RetrainWork
+from sampimp.sweeps.subset_work import SearchWork, SubsetWork
 from sampimp.sweeps.trial_inputs import TrialInputs
 from sampimp.sweeps.work import Unit, Work
 
@@ -31,6 +32,8 @@ WORKS: Mapping[str, type[RunWork]] = {
     "probes": InfluenceWork,
     "retrain": RetrainWork,
     "fixed-point": FixedPointWork,
+    "search": SearchWork,
+    "subset": SubsetWork,
 }
 """The computation of each kind of unit."""
 
@@ -46,6 +49,11 @@ def make_work(folder: Folder, plan: Plan, inputs: TrialInputs, config: Mapping[s
         `Unit.config`.
     """
     return WORKS[config["kind"]](folder, plan, inputs, config)
+
+
+def numbered(number: int) -> str:
+    """Return what names a unit by its number among those of its kind, from 1."""
+    return str(number) if number > 1 else ""
 
 
 class DerivedUnits(ABC):
@@ -83,7 +91,7 @@ class DerivedUnits(ABC):
         run: PlannedTrial,
         position: int,
         kind: str,
-        number: int,
+        part: str,
         parts: Mapping[str, Any],
         commits: Mapping[str, Mapping[str, Any]],
         *,
@@ -98,8 +106,8 @@ class DerivedUnits(ABC):
         ----------
         run, position
             The run, and its position in the plan.
-        kind, number
-            Kind of the unit, and its number (from 1) among those of the kind.
+        kind, part
+            Kind of the unit, and what names it among those of the kind; empty for the first.
         parts
             What the record is of, as entries of its identity: targets, smoothing, removals.
         commits
@@ -113,7 +121,7 @@ class DerivedUnits(ABC):
         unblocks
             Whether other units wait for this one.
         """
-        label = f"{run.label}-{kind}" + (f"-{number}" if number > 1 else "")
+        label = "-".join(filter(None, (run.label, kind, part)))
         if run.commit is None or run.commit["diverged_epoch"] is not None:
             # A run that was committed while this command waited may have diverged: nothing follows.
             awaits = run.label if run.commit is None else None

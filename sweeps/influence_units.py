@@ -19,7 +19,7 @@ from sampimp.store.influence_layouts import INFLUENCE_FOLDER, probe_layer
 from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits
-from sampimp.sweeps.derived_units import DerivedUnits
+from sampimp.sweeps.derived_units import DerivedUnits, numbered
 from sampimp.sweeps.fixed_point_work import SOLVED_CURVATURES, fixed_point_parts
 from sampimp.sweeps.work import Unit
 from sampimp.training.identity import source_digest
@@ -154,7 +154,7 @@ class InfluenceUnits(DerivedUnits):
                 run,
                 position,
                 "states",
-                1,
+                "",
                 {},
                 commits,
                 steps=self.plan.training.epochs,
@@ -170,7 +170,7 @@ class InfluenceUnits(DerivedUnits):
                 run,
                 position,
                 kind,
-                numbers[kind],
+                numbered(numbers[kind]),
                 {**wanted.parts(targets), "smoothing": self._smoothing},
                 commits,
                 steps=self.plan.training.epochs,
@@ -187,7 +187,7 @@ class InfluenceUnits(DerivedUnits):
                 run,
                 position,
                 "fixed-point",
-                1,
+                "",
                 wanted.parts(named) | how,
                 commits,
                 steps=len(named) * len(SOLVED_CURVATURES),

@@ -4,7 +4,7 @@ A committed trial is done, or has diverged. Of any other trial, the newest of it
 checkpoints and errors says whether it runs, has stopped or has failed. A trial that sorts by a
 reference run is blocked until that run is committed.
 
-Records of influence and retraining have no plan: those that were begun are listed. One whose run
+Records of influence, retraining and subsets have no plan: those that were begun are listed. One whose run
 was trained again, with other values, is outdated.
 
 Map: `Status`, `STATES`, `inspect`; `RecordStatus`, `inspect_records`.
@@ -84,7 +84,7 @@ def _judge_sign(sign: LastSign, noun: str, steps: int) -> tuple[str, str]:
 
 
 class RecordStatus(NamedTuple):
-    """The state of a record of influence or retraining."""
+    """The state of a record of influence, retraining or subsets."""
 
     name: str
     """The name of its folder."""
@@ -96,7 +96,7 @@ class RecordStatus(NamedTuple):
 
 
 def inspect_records(folder: Folder, plan: Plan) -> list[RecordStatus]:
-    """Return the state of each record of influence or retraining that was begun."""
+    """Return the state of each record of influence, retraining or subsets that was begun."""
     place = folder / INFLUENCE_FOLDER
     names = place.folders()
     if not names:

@@ -8,7 +8,7 @@ prints its log. The job does not depend on the connection.
              ray exec YAML "python -m sampimp.sweeps.jobs ..."
     head     `main` submits the job full_study.py ... through JobSubmissionClient
 
-`sampimp influence` and `sampimp retrain` are sent in the same way, as jobs beside that of the
+`sampimp influence`, `retrain` and `subset` are sent in the same way, as jobs beside that of the
 study, whose runs they wait for.
 
 Map: `send`, `send_derived`, `check_sendable` (laptop); `main`, `choose` (head).
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from sampimp.sweeps.options import StudyConfig
 
-DERIVED = ("influence", "retrain")
+DERIVED = ("influence", "retrain", "subset")
 """The other commands that are sent; on the head, their name and their OUT precede the options."""
 
 MARK = "sampimp-job"

@@ -29,7 +29,7 @@ from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits, require_plan
 from sampimp.store.variables import read_difficulty
 from sampimp.sweeps.derived_study import DerivedStudy
-from sampimp.sweeps.derived_units import DerivedUnits
+from sampimp.sweeps.derived_units import DerivedUnits, numbered
 from sampimp.sweeps.influence_study import measure_reverse_epoch
 from sampimp.sweeps.influence_units import TargetList, list_targets
 from sampimp.sweeps.retrain_work import SUBSET_SEED
@@ -270,7 +270,7 @@ class RetrainUnits(DerivedUnits):
                 run,
                 position,
                 "retrain",
-                number,
+                numbered(number),
                 {**self._parts(run), "removals": block},
                 commits,
                 steps=len(block) * self._request.repeats,

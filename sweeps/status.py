@@ -88,14 +88,14 @@ def describe(folder: Folder, statuses: Sequence[Status], console: Console) -> No
 
 
 def describe_records(records: Sequence[RecordStatus], console: Console) -> None:
-    """Print how many records of influence and retraining there are; a line for each unfinished."""
+    """Print how many records of influence, retraining and subsets there are, and the unfinished."""
     if not records:
         return
     kinds = Counter(record.kind for record in records)
     states = Counter(record.state for record in records)
     console.print()
     console.print(
-        f"{len(records)} records of influence and retraining "
+        f"{len(records)} records of influence, retraining and subsets "
         f"({', '.join(f'{count} {kind}' for kind, count in kinds.items())}): "
         f"{', '.join(f'{count} {state}' for state, count in states.items())}",
         highlight=False,

@@ -3,7 +3,7 @@
 A trial that is withdrawn counts as missing, so that the command that trained the study trains it
 again.
 
-Map: `verify`, `verify_records` (influence and retraining), `verify_datasets`, `withdraw_all`.
+Map: `verify`, `verify_records` (influence, retraining, subsets), `verify_datasets`, `withdraw_all`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ def verify(
 def verify_records(
     folder: Folder, plan: Plan, statuses: Sequence[Status], console: Console
 ) -> dict[str, list[str]]:
-    """Do the same for records of influence and retraining; return the damage by name."""
+    """Do the same for records of influence, retraining and subsets; return the damage by name."""
     trials = [status.trial for status in statuses]
     records = [record for each in read_records(folder, plan, trials).values() for record in each]
     if not records:
@@ -52,7 +52,7 @@ def verify_records(
     for record in track(records, "Verifying", console=console, transient=True):
         if damage := list(find_damage(record.folder, record.commit, record.layout)):
             damaged[record.name] = damage
-    _print_damage(damaged, f"{len(records)} records of influence and retraining", console)
+    _print_damage(damaged, f"{len(records)} records of influence, retraining and subsets", console)
     return damaged
 
 

@@ -54,6 +54,13 @@ COORDINATE_ATTRS: Mapping[str, Mapping[str, str]] = {
     "curvature": {"long_name": "matrix C in (C + damping)^-1"},
     "damping": {"units": "nat / parameter^2", "long_name": "damping in (C + damping)^-1"},
     "removal": {"long_name": "samples that a retraining leaves out"},
+    "rule": {"long_name": "how a subset was selected; full: all samples; chosen: by validation"},
+    "size": {"units": "1", "long_name": "share of the training samples that were selected"},
+    "budget": {
+        "long_name": "updates (steps) or passes (epochs) as of all samples in the study's epochs"
+    },
+    "training_seed": {"units": "1", "long_name": "seed of a training on a subset"},
+    "variant": {"long_name": "rule with its parameter"},
     "repeat": {
         "units": "1",
         "long_name": "0: from the run's own start; 1, ..: from a jittered one",

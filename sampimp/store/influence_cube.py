@@ -28,6 +28,7 @@ from sampimp.store.influence_layouts import (
 )
 from sampimp.store.influence_records import CommittedRecord
 from sampimp.store.lazy_arrays import lazy_array
+from sampimp.store.subset_cube import subset_variables
 from sampimp.store.variables import StoredVariable
 
 RecordTable = Sequence[Sequence[Sequence[CommittedRecord]]]
@@ -49,8 +50,9 @@ def influence_variables(
     layers
         Names of the layers.
     """
-    named, probes, fixed, retrainings = (
-        _of_kind(table, kind) for kind in ("influence", "probes", "fixed-point", "retrain")
+    named, probes, fixed, retrainings, subsets = (
+        _of_kind(table, kind)
+        for kind in ("influence", "probes", "fixed-point", "retrain", "subset")
     )
     units = {
         labelled_target(target, record.commit["smoothing"]): unit
@@ -77,6 +79,10 @@ def influence_variables(
         effects, removals = effect_variables(retrainings, targets)
         variables |= effects
         coords |= removals
+    if any(_all(subsets)):
+        trainings, places = subset_variables(subsets)
+        variables |= trainings
+        coords |= places
     return variables, coords
 
 

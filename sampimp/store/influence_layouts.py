@@ -5,13 +5,15 @@
     OUT/influence/mnist-shuffle-seed1-fixed-point-77ab01e9/  -H^-1 g for targets of one run
     OUT/influence/mnist-shuffle-seed1-states-90ab12cd/       optimizer states, for momentum and Adam
     OUT/influence/mnist-shuffle-seed1-retrain-1f0c9a2b/      retrainings of one run
+    OUT/influence/mnist-shuffle-seed1-search-5be01c44/       a subset, found by exchange
+    OUT/influence/mnist-shuffle-seed1-subset-e2107f90/       trainings on subsets alone
 
 They have the machinery of a trial's record (`sampimp.store.record`). The identity of a record is
 in its commit: kind, run, fingerprint and the digest of the record that it was computed from. A
 record of influence is written from the last epoch to the first.
 
 Map: `KINDS`; `INFLUENCE_FOLDER`; `InfluenceLayout`, `StatesLayout`, `FixedPointLayout`,
-`RetrainingLayout`;
+`RetrainingLayout`, `SearchLayout`, `SubsetLayout`;
 `layout_of` (from a commit), `record_id` (the name of the folder), `probe_layer`, `labelled_target`
 and `smoothing_label`.
 """
@@ -26,7 +28,7 @@ from sampimp.schema import Layout, RecordLayout
 INFLUENCE_FOLDER = "influence"
 """Folder of a study with these records."""
 
-KINDS = ("states", "influence", "probes", "fixed-point", "retrain")
+KINDS = ("states", "influence", "probes", "fixed-point", "retrain", "search", "subset")
 """Kinds of records, as their folders are named."""
 
 UNTOUCHED = "none"
@@ -237,6 +239,56 @@ class RetrainingLayout(RecordLayout):
         return self.removal * self.repeat
 
 
+@dataclass(frozen=True, kw_only=True)
+class SearchLayout(RecordLayout):
+    """The record of a search for a subset; each step is one round."""
+
+    round: int
+    sample: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each dimension."""
+        return {"round": self.round, "sample": self.sample}
+
+    @property
+    def variables(self) -> list[str]:
+        """The target of each round, and the subset."""
+        return ["search_error", "found"]
+
+    @property
+    def steps(self) -> int:
+        """The number of rounds."""
+        return self.round
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetLayout(RecordLayout):
+    """The record of trainings on subsets of one size, by one rule; each step is one training.
+
+    Training number `budget * seed + s` (from 0) is that of a budget with seed number s.
+    """
+
+    budget: int
+    seed: int
+    sample: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each dimension."""
+        return {"training": self.steps, "sample": self.sample}
+
+    @property
+    def variables(self) -> list[str]:
+        """The results of each training, and what it used."""
+        return ["subset_error", "subset_nll", "selected"]
+
+    @property
+    def steps(self) -> int:
+        """The number of trainings."""
+        return self.budget * self.seed
+
+
 def layout_of(commit: Mapping[str, Any], run: Layout) -> RecordLayout:
     """Return the shape of a record.
 
@@ -262,6 +314,12 @@ def layout_of(commit: Mapping[str, Any], run: Layout) -> RecordLayout:
             repeat=commit["repeats"],
             target=len(commit["targets"]),
             sample=run.sample,
+        )
+    if commit["kind"] == "search":
+        return SearchLayout(round=commit["rounds"], sample=run.sample)
+    if commit["kind"] == "subset":
+        return SubsetLayout(
+            budget=len(commit["budgets"]), seed=len(commit["seeds"]), sample=run.sample
         )
     return InfluenceLayout(
         epoch=run.epoch, layer=run.layer, sample=run.sample, targets=tuple(commit["targets"])

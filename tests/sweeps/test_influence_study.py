@@ -293,7 +293,7 @@ def test_a_replay_that_differs_fails_and_is_shown(tmp_path, capsys, monkeypatch)
     assert "epoch 2" in error.value.where
     assert status.main([str(folder)]) == status.FAILED
     out = capsys.readouterr().out
-    assert "1 records of influence and retraining (1 influence): 1 failed" in out
+    assert "1 records of influence, retraining and subsets (1 influence): 1 failed" in out
     assert "step 1 of 3, attempt 1 on" in out
     monkeypatch.undo()
     compute_influence(folder)

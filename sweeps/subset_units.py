@@ -1,0 +1,252 @@
+"""The units of work of subsets: trainings by rule and size, and the searches that they wait for.
+
+    search       metagradient, for a size; once for each split
+    validation   every rule, or each of its parameters, judged on the validation split
+    test         every rule, with the parameter that the validation split chose, and all samples
+
+Trainings of a rule and size are one unit: a step for each budget and seed. What is stored already
+is left out.
+
+Map: `SubsetUnits`; `Comparison` (what is compared), `trained_before`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sampimp.schema import ALL_SAMPLES, SUBSET_BUDGETS
+from sampimp.store.influence_layouts import INFLUENCE_FOLDER
+from sampimp.store.integrity import record_digest
+from sampimp.store.location import Folder
+from sampimp.store.plan import Plan, PlannedTrial, read_commits
+from sampimp.store.subset_choice import best_variant
+from sampimp.subsets.metagradient import ROUNDS
+from sampimp.subsets.rules import SelectionRule, parse_rule
+from sampimp.subsets.validation import VALIDATION_SEEDS
+from sampimp.sweeps.derived_units import DerivedUnits
+from sampimp.sweeps.work import Unit
+
+SPLITS = ("validation", "test")
+"""What trainings are judged on."""
+
+Done = set[tuple[Any, ...]]
+"""Split, rule, digest of scores, size, budget and seed of each training that is stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A rule at a size, with the budgets that it is trained with."""
+
+    rule: str
+    size: float
+    budgets: tuple[str, ...] = SUBSET_BUDGETS[:2]
+    is_validated: bool = True
+    """Whether the validation split judges it in any case, so that it can be chosen."""
+
+
+def trained_before(
+    commits: Mapping[str, Mapping[str, Any]], run: PlannedTrial
+) -> tuple[Done, dict[tuple[Any, ...], np.ndarray]]:
+    """Return the trainings of a run that are stored, and the validation errors among them.
+
+    The errors are by variant, digest of scores, size and budget: an array over seeds.
+    """
+    done: Done = set()
+    errors: dict[tuple[Any, ...], np.ndarray] = {}
+    for commit in commits.values():
+        if (
+            run.commit is None
+            or commit["kind"] != "subset"
+            or commit["trial"] != run.trial_id
+            or commit["record"] != record_digest(run.commit)
+        ):
+            continue
+        by_budget = np.reshape(commit["curves"]["subset_error"], (len(commit["budgets"]), -1))
+        for budget, values in zip(commit["budgets"], by_budget, strict=True):
+            key = commit["rule"], commit["scores"], commit["size"], budget
+            done |= {(commit["judged_on"], *key, seed) for seed in commit["seeds"]}
+            if commit["judged_on"] == "validation":
+                errors[key] = values.astype(float)
+    return done, errors
+
+
+class SubsetUnits(DerivedUnits):
+    """The units of work of one command on subsets.
+
+    Parameters
+    ----------
+    folder, plan, positions
+        As for `DerivedUnits`.
+    comparisons
+        What is compared, by data set.
+    seeds
+        Of the trainings that are judged on the test set.
+    scores
+        Digest of a rule's own scores, by data set and rule.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        plan: Plan,
+        positions: Sequence[int],
+        *,
+        comparisons: Sequence[Comparison],
+        seeds: Sequence[int],
+        scores: Mapping[tuple[str, str], str],
+    ) -> None:
+        super().__init__(folder, plan, positions)
+        self._comparisons, self._seeds, self._scores = comparisons, tuple(seeds), scores
+        commits = read_commits(folder, INFLUENCE_FOLDER)
+        trials = plan.resolve(read_commits(folder))
+        self._before = {
+            position: trained_before(commits, trials[position])[0] for position in positions
+        }
+
+    def units_of(
+        self, position: int, run: PlannedTrial, commits: Mapping[str, Mapping[str, Any]]
+    ) -> Iterator[Unit]:
+        """Yield the searches, then what the validation split judges, then what the test set does.
+
+        A unit waits for its search, or for the validation of its rule's parameters.
+        """
+        searches: dict[tuple[float, str], Unit] = {}
+        for comparison in self._comparisons:
+            if self._rule(comparison).kind.is_searched:
+                for split in SPLITS:
+                    unit = self._search(position, run, commits, comparison.size, split)
+                    searches.setdefault((comparison.size, split), unit)
+        yield from searches.values()
+        validated = trained_before(commits, run)[1]
+        for comparison in self._comparisons:
+            variants = self._rule(comparison).variants
+            for variant in variants if comparison.is_validated or len(variants) > 1 else ():
+                yield from self._trainings(
+                    position, run, commits, comparison, [variant], "validation", searches
+                )
+        for comparison in self._comparisons:
+            best = self._variants(run, comparison, validated)
+            yield from self._trainings(position, run, commits, comparison, best, "test", searches)
+        full = Comparison(rule=ALL_SAMPLES, size=1.0, budgets=("steps", "convergence"))
+        yield from self._trainings(position, run, commits, full, [ALL_SAMPLES], "test", searches)
+
+    @staticmethod
+    def _rule(comparison: Comparison) -> SelectionRule:
+        return parse_rule(comparison.rule)
+
+    def _variants(
+        self,
+        run: PlannedTrial,
+        comparison: Comparison,
+        validated: Mapping[tuple[Any, ...], np.ndarray],
+    ) -> list[str]:
+        """Return a rule's variant for each budget; empty while they are not validated."""
+        names = self._rule(comparison).variants
+        if len(names) == 1:
+            return [names[0]] * len(comparison.budgets)
+        scores = self._scores.get((run.config.dataset, comparison.rule))
+        chosen = []
+        for budget in comparison.budgets:
+            errors = {
+                name: validated[name, scores, comparison.size, budget]
+                for name in names
+                if (name, scores, comparison.size, budget) in validated
+            }
+            if len(errors) < len(names):
+                return []
+            chosen.append(best_variant(errors))
+        return chosen
+
+    def count(self, run: PlannedTrial, size: float) -> int:
+        """Return the number of samples of a size."""
+        return round(size * self.plan.datasets[run.config.dataset].sample_count)
+
+    def _search(
+        self,
+        position: int,
+        run: PlannedTrial,
+        commits: Mapping[str, Mapping[str, Any]],
+        size: float,
+        split: str,
+    ) -> Unit:
+        parts = {"judged_on": split, "count": self.count(run, size), "rounds": ROUNDS}
+        return self.unit(
+            run,
+            position,
+            "search",
+            f"{size:g}" + "-validation" * (split == "validation"),
+            parts,
+            commits,
+            steps=ROUNDS,
+            config={},
+            unblocks=True,
+        )
+
+    def _trainings(
+        self,
+        position: int,
+        run: PlannedTrial,
+        commits: Mapping[str, Mapping[str, Any]],
+        comparison: Comparison,
+        variants: Sequence[str],
+        split: str,
+        searches: Mapping[tuple[float, str], Unit],
+    ) -> Iterator[Unit]:
+        """Yield the unit of the trainings that are not stored yet, if there are any."""
+        validates = split == "validation"
+        name = variants[0] if validates else comparison.rule
+        scores = self._scores.get((run.config.dataset, comparison.rule))
+        wanted = VALIDATION_SEEDS if validates else self._seeds
+        before = self._before[position]
+        missing = {
+            budget: [
+                seed
+                for seed in wanted
+                if (split, name, scores, comparison.size, budget, seed) not in before
+            ]
+            for budget in comparison.budgets
+        }
+        budgets = [budget for budget, seeds in missing.items() if seeds]
+        seeds = [seed for seed in wanted if any(seed in each for each in missing.values())]
+        if not budgets:
+            return
+        if validates:
+            variants = [name] * len(budgets)
+        elif variants:
+            by_budget = dict(zip(comparison.budgets, variants, strict=False))
+            variants = [by_budget.get(budget, variants[0]) for budget in budgets]
+        search = searches.get((comparison.size, split)) if self._searches(name) else None
+        parts = {
+            "judged_on": split,
+            "rule": name,
+            "variants": list(variants),
+            "size": comparison.size,
+            "count": self.count(run, comparison.size),
+            "budgets": budgets,
+            "seeds": seeds,
+            "scores": scores,
+            "search": search.folder.rpartition("/")[2] if search and search.folder else None,
+        }
+        word = name if scores is None else f"{parse_rule(name).name}-{scores[:8]}"
+        yield self.unit(
+            run,
+            position,
+            "subset",
+            f"{word.replace(':', '')}-{comparison.size:g}" + "-validation" * validates,
+            parts,
+            commits,
+            steps=len(budgets) * len(seeds),
+            config={},
+            ready=bool(variants) and (search is None or search.commit is not None),
+            unblocks=validates,
+        )
+
+    @staticmethod
+    def _searches(name: str) -> bool:
+        return name != ALL_SAMPLES and parse_rule(name).kind.is_searched
+
+    def checkpoint_bytes(self, unit: Unit) -> int:
+        """Return 0: a checkpoint is the number of a training, or the indices of a subset."""
+        return 0

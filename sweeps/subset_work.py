@@ -1,0 +1,201 @@
+"""Trainings on subsets of the samples of a committed run, and searches for subsets, as work.
+
+    subset    trainings on the samples that a rule selects: one step for each budget and seed
+    search    the subset that `sampimp.subsets.metagradient` finds: one step for each round
+
+What is judged on the test set selects from all samples; what is judged on the validation split, by
+which rules and their parameters are chosen, selects from the others.
+
+Map: `SubsetWork`, `SearchWork`; `pool_of`, `write_scores` and `read_scores` (a person's own ones).
+"""
+
+import io
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from sampimp.data import Dataset
+from sampimp.errors import RecordError
+from sampimp.schema import ALL_SAMPLES, StepRecord, digest
+from sampimp.store.influence_layouts import INFLUENCE_FOLDER, SearchLayout, SubsetLayout, layout_of
+from sampimp.store.location import Folder
+from sampimp.store.variables import StoredVariable, read_difficulty
+from sampimp.subsets.metagradient import MetagradientSearch
+from sampimp.subsets.rules import Pool, parse_rule, select
+from sampimp.subsets.training import train_subset
+from sampimp.subsets.validation import validation_samples
+from sampimp.sweeps.influence_work import RunWork
+from sampimp.training.loop import evaluate
+
+SCORE_KINDS = {"tau": "overall_importance", "nll": "final_nll"}
+"""Of a rule's score, the name that `read_difficulty` gives it."""
+
+
+def pool_of(identity: Mapping[str, Any], labels: np.ndarray) -> np.ndarray:
+    """Return the positions of the samples to select from, sorted."""
+    every = np.arange(len(labels))
+    if identity["judged_on"] == "test":
+        return every
+    return np.setdiff1d(every, validation_samples(labels))
+
+
+def write_scores(folder: Folder, scores: np.ndarray) -> str:
+    """Store scores of the samples, (N,) float64, with the study; return their digest."""
+    name = digest(scores)
+    buffer = io.BytesIO()
+    np.save(buffer, scores)
+    (folder / INFLUENCE_FOLDER).write_bytes(f"scores-{name[:16]}.npy", buffer.getvalue())
+    return name
+
+
+def read_scores(folder: Folder, name: str) -> np.ndarray:
+    """Return stored scores by their digest.
+
+    Raises
+    ------
+    RecordError
+        They are missing, or others.
+    """
+    path = f"scores-{name[:16]}.npy"
+    content = (folder / INFLUENCE_FOLDER).read_bytes(path)
+    scores = None
+    if content is not None:
+        try:
+            scores = np.load(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            scores = None
+    if scores is None or digest(scores) != name:
+        raise RecordError(
+            expected=f"scores with digest {name[:16]}",
+            got="no file" if content is None else "other values",
+            where=f"{folder}/{INFLUENCE_FOLDER}/{path}",
+            todo="delete it, and run the same `sampimp subset` again, which stores it",
+        )
+    return scores
+
+
+class SubsetWork(RunWork):
+    """Trainings on the samples that a rule selects, for each budget and seed."""
+
+    layout: SubsetLayout
+
+    def start(self, checkpoint: tuple[int, bytes] | None) -> None:
+        """Begin with the first training, or after that of a checkpoint."""
+        config, data, _ = self.run.open()
+        self._trial, self._data = config, data
+        self._pool_P = pool_of(self.identity, data.train_labels)
+        self._scored = self._scores()
+        self._step = checkpoint[0] if checkpoint else 0
+
+    def _scores(self) -> Pool:
+        """Return the pool with the scores that the unit's rules read."""
+        run, scores = self.run, {}
+        for variant in self.identity["variants"]:
+            if variant == ALL_SAMPLES:
+                continue
+            name = parse_rule(variant).score
+            if name in SCORE_KINDS:
+                trial = run.folder / "trials" / self.config["trial_id"]
+                scores[name] = read_difficulty(trial, SCORE_KINDS[name], run.layout)
+            elif name is not None:
+                scores[name] = read_scores(run.folder, self.identity["scores"])
+        whole = Pool(labels=self._data.train_labels, scores=scores)
+        return whole.part(self._pool_P)
+
+    def _select(self, variant: str, seed: int) -> np.ndarray:
+        """Return the positions of the samples that a training uses."""
+        if variant == ALL_SAMPLES:
+            return self._pool_P
+        if parse_rule(variant).kind.is_searched:
+            return self._searched()
+        return self._pool_P[select(variant, self._scored, self.identity["count"], seed)]
+
+    def _searched(self) -> np.ndarray:
+        place = self.run.folder / INFLUENCE_FOLDER / self.identity["search"]
+        commit = place.read_json("COMMIT.json")
+        layout = layout_of(commit, self.run.layout)
+        found = StoredVariable.of(place, "found", layout, commit)
+        return np.flatnonzero(found.read(0))
+
+    def advance(self) -> StepRecord | None:
+        """Train once, and evaluate."""
+        if self._step == self.layout.steps:
+            return None
+        begun = time.perf_counter()
+        budget, place = divmod(self._step, self.layout.seed)
+        seed = self.identity["seeds"][place]
+        chosen = self._select(self.identity["variants"][budget], seed)
+        config = replace(self._trial, seed=seed, order_seed=seed)
+        model = train_subset(config, self._data, chosen, self.identity["budgets"][budget])
+        self.run.check_network(model)
+        nll_N, error = evaluate(model, *self._judges())
+        nll = float(nll_N.mean())
+        selected = np.zeros(self.layout.sample, bool)
+        selected[chosen] = True
+        self._step += 1
+        return StepRecord(
+            step=self._step,
+            arrays={
+                "subset_error": np.float64(error if np.isfinite(nll) else np.nan),
+                "subset_nll": np.float64(nll if np.isfinite(nll) else np.nan),
+                "selected": selected,
+            },
+            seconds=time.perf_counter() - begun,
+        )
+
+    def _judges(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs and labels of the samples that the network is judged on."""
+        inputs, labels = self._data[2:]
+        if self.identity["judged_on"] == "validation":
+            held_out = validation_samples(self._data.train_labels)
+            inputs, labels = (values[held_out] for values in self._data[:2])
+        device = self._trial.training.device
+        return torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device)
+
+    def state(self) -> bytes:
+        """Return the number of trainings; each begins anew."""
+        return str(self._step).encode()
+
+    def release(self) -> None:
+        """Drop the data."""
+        del self._data, self._scored
+
+
+class SearchWork(RunWork):
+    """A search for a subset by exchange, one round a step."""
+
+    layout: SearchLayout
+
+    def start(self, checkpoint: tuple[int, bytes] | None) -> None:
+        """Begin with the first round, or after that of a checkpoint."""
+        config, data, _ = self.run.open()
+        self._pool_P = pool_of(self.identity, data.train_labels)
+        part = Dataset(data.train_inputs[self._pool_P], data.train_labels[self._pool_P], *data[2:])
+        self._search = MetagradientSearch(config, part, self.identity["count"])
+        if checkpoint is not None:
+            self._search.restore(checkpoint[1])
+
+    def advance(self) -> StepRecord | None:
+        """Perform a round; the last one adds the subset."""
+        if self._search.round == self.layout.round:
+            return None
+        begun = time.perf_counter()
+        arrays: dict[str, np.ndarray] = {"search_error": np.array(self._search.advance())}
+        if self._search.round == self.layout.round:
+            found = np.zeros(self.layout.sample, bool)
+            found[self._pool_P[self._search.best]] = True
+            arrays["found"] = found
+        seconds = time.perf_counter() - begun
+        return StepRecord(step=self._search.round, arrays=arrays, seconds=seconds)
+
+    def state(self) -> bytes:
+        """Return the search's state."""
+        return self._search.state()
+
+    def release(self) -> None:
+        """Drop the data."""
+        del self._search
