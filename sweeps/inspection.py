@@ -4,8 +4,8 @@ A committed trial is done, or has diverged. Of any other trial, the newest of it
 checkpoints and errors says whether it runs, has stopped or has failed. A trial that sorts by a
 reference run is blocked until that run is committed.
 
-Records of influence, retraining and subsets have no plan: those that were begun are listed. One whose run
-was trained again, with other values, is outdated.
+Records of influence, retraining and subsets have no plan: those that were begun are listed. One
+whose run was trained again, with other values, is outdated.
 
 Map: `Status`, `STATES`, `inspect`; `RecordStatus`, `inspect_records`.
 """
