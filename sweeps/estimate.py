@@ -90,6 +90,14 @@ def _print_plan(study: Study, console: Console) -> None:
             markup=False,
             highlight=False,
         )
+    if study.config.subsets:
+        sizes = ", ".join(f"{size:g}" for size in study.config.subsets)
+        console.print(
+            f"Subsets   of {sizes} of the samples, in addition (their time: sampimp subset OUT "
+            "--dry-run, after the study)",
+            markup=False,
+            highlight=False,
+        )
     console.print(f"Storage   at most {study.bytes_needed / 1e9:.2f} GB", highlight=False)
 
 

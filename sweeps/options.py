@@ -64,6 +64,8 @@ class StorageOptions:
     """Also compute importance at the fixed parameters of every N-th epoch; 0 for never."""
     influence: tuple[str, ...] = ()
     """Also compute the influence on these targets of shuffle, seed 1 (sampimp influence)."""
+    subsets: tuple[float, ...] = ()
+    """Also train on subsets of these sizes, the most important samples (sampimp subset)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +186,7 @@ PRESETS = {
         batch_size=50,
         out="results/digits",
         influence=("mean", "probe:16"),
+        subsets=(0.1, 0.2, 0.3),
     ),
 }
 

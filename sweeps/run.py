@@ -1,11 +1,11 @@
-"""The run of a study: train the missing trials, score snapshots, add influence, conclude.
+"""The run of a study: train the missing trials, score snapshots, add what is derived, conclude.
 
 One call of Ray Tune's `fit` trains everything (`sampimp.sweeps.tuning`).
 
-Map: `run_study`, `train`, `add_influence`, `conclude`.
+Map: `run_study`, `train`, `add_influence`, `add_subsets`, `conclude`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
@@ -16,6 +16,7 @@ from sampimp.store.datasets import read_source, write_source
 from sampimp.store.plan import PlannedTrial, read_commits
 from sampimp.sweeps.cluster import connect
 from sampimp.sweeps.derived_run import run_on_cluster
+from sampimp.sweeps.derived_study import DerivedStudy
 from sampimp.sweeps.estimate import suggest_cluster
 from sampimp.sweeps.influence_study import InfluenceRequest, prepare_influence
 from sampimp.sweeps.influence_units import list_targets
@@ -27,6 +28,7 @@ from sampimp.sweeps.progress import Progress
 from sampimp.sweeps.scoring import score_snapshots
 from sampimp.sweeps.searcher import UnitSearcher
 from sampimp.sweeps.study import Study, prepare_study
+from sampimp.sweeps.subset_study import SubsetRequest, prepare_subsets
 from sampimp.sweeps.tuning import tune_units
 from sampimp.sweeps.work import Unit, training_units
 
@@ -64,17 +66,38 @@ def run_study(config: StudyConfig, console: Console) -> int:
             cpus=config.cpus_per_trial,
             gpus=config.gpus_per_trial,
         )
-    if config.influence:
-        add_influence(study, trials, console)
+    runs = reference_runs(study, trials)
+    if config.influence and runs:
+        add_influence(study, runs, console)
+    if config.subsets and runs:
+        add_subsets(study, runs, console)
     return conclude(trials, console)
 
 
-def add_influence(study: Study, trials: Sequence[PlannedTrial], console: Console) -> None:
-    """Compute influence on the targets of `--influence`, of the run that strategies sort by.
+def add_influence(study: Study, runs: tuple[str, ...], console: Console) -> None:
+    """Compute influence on the targets of `--influence`."""
+    request = InfluenceRequest(targets=study.config.influence, runs=runs, model=study.config.model)
+    _add(study, "Influence is", lambda: prepare_influence(study.folder, request), console)
 
-    A run that cannot be replayed, such as one of several workers, is no error of the study.
+
+def add_subsets(study: Study, runs: tuple[str, ...], console: Console) -> None:
+    """Train on subsets of the sizes of `--subsets`: the most important samples, and the baselines.
+
+    Seeds 1 to 3; `sampimp subset` compares other rules.
     """
-    runs = tuple(
+    request = SubsetRequest(
+        rules=("tau-high",),
+        sizes=study.config.subsets,
+        seeds=(1, 2, 3),
+        runs=runs,
+        model=study.config.model,
+    )
+    _add(study, "Subsets are", lambda: prepare_subsets(study.folder, request), console)
+
+
+def reference_runs(study: Study, trials: Sequence[PlannedTrial]) -> tuple[str, ...]:
+    """Return the runs that strategies sort by, of data sets that are at hand; not diverged ones."""
+    return tuple(
         f"{trial.config.dataset}:{REFERENCE_STRATEGY}:{REFERENCE_SEED}"
         for trial in trials
         if study.plan.is_reference(trial.config)
@@ -82,16 +105,18 @@ def add_influence(study: Study, trials: Sequence[PlannedTrial], console: Console
         and trial.commit is not None
         and trial.commit["diverged_epoch"] is None
     )
-    if not runs:
-        return
-    request = InfluenceRequest(targets=study.config.influence, runs=runs, model=study.config.model)
+
+
+def _add(study: Study, words: str, prepare: Callable[[], DerivedStudy], console: Console) -> None:
+    """Perform units on runs of the study.
+
+    A run that cannot be replayed, such as one of several workers, is no error of the study.
+    """
     try:
-        derived = prepare_influence(study.folder, request)
+        derived = prepare()
     except UserError as error:
         console.print(
-            f"Influence is left out: {error.summary} ({error.where}).",
-            markup=False,
-            highlight=False,
+            f"{words} left out: {error.summary} ({error.where}).", markup=False, highlight=False
         )
         return
     if any(unit.commit is None for unit in derived.units.resolve()):

@@ -29,7 +29,7 @@ BATCHES = 1500 // BATCH_SIZE
 
 ARGUMENTS = (
     *("--preset", "digits", "--hidden", "32", "24", "--epochs", str(EPOCHS)),
-    "--influence",  # none
+    *("--influence", "--subsets"),  # none
     *("--batch-size", str(BATCH_SIZE), "--weight-decay", "0.001"),  # large enough to matter
     *("--seeds", "1", "--reference-seeds", "1"),
 )

@@ -43,7 +43,7 @@ from processes import TRAIN, Driver, command_of, kill
 TRIALS, EPOCHS = 10, 24
 STUDY = (
     *("--preset", "digits", "--hidden", "64", "64", "--epochs", str(EPOCHS), "--batch-size", "25"),
-    "--influence",  # none
+    *("--influence", "--subsets"),  # none
     *("--strategies", "shuffle", "rand", "nlo", "sim", "--reference-seeds", "1"),
     *("--seeds", "1", "2", "3"),
 )

@@ -12,7 +12,18 @@ from sampimp.sweeps.options import parse
 from sampimp.sweeps.study import make_plan
 
 STUDY = (
-    *("--preset", "digits", "--hidden", "16", "--epochs", "8", "--batch-size", "5", "--influence"),
+    *(
+        "--preset",
+        "digits",
+        "--hidden",
+        "16",
+        "--epochs",
+        "8",
+        "--batch-size",
+        "5",
+        "--influence",
+        "--subsets",
+    ),
     *("--strategies", "shuffle", "rand", "nlo", "--reference-seeds", "1", "--seeds", "1"),
 )
 

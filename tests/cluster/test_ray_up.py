@@ -26,14 +26,14 @@ pytestmark = [
 
 STUDY = (
     *("--preset", "digits", "--hidden", "128", "--epochs", "30", "--batch-size", "25"),
-    "--influence",  # none
+    *("--influence", "--subsets"),  # none
     *("--reference-seeds", "1", "--strategies", "nlo", "rand", "--seeds", "1", "2"),
 )
 """The reference run, two trials that sort by it, and two that do not."""
 
 LONG_EPOCHS = (
     *("--preset", "digits", "--hidden", "2560", "2560", "--epochs", "3"),
-    "--influence",  # none
+    *("--influence", "--subsets"),  # none
     *("--batch-size", "1", "--learning-rate", "0.001"),
     *("--reference-seeds", "1", "--strategies", "shuffle"),
 )

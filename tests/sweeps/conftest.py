@@ -23,7 +23,7 @@ from sampimp.sweeps.options import parse
 TINY = (
     *("--preset", "digits", "--hidden", "16", "--epochs", "3", "--batch-size", "25"),
     *("--reference-seeds", "1"),
-    "--influence",
+    *("--influence", "--subsets"),
 )
 """Options of every study of these tests: digits, 16 units, three epochs, without influence."""
 

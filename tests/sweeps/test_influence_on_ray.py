@@ -108,6 +108,18 @@ def test_a_study_ends_with_the_influence_that_it_names(run_study, study, finishe
     assert "units" not in text
 
 
+def test_a_study_ends_with_the_subsets_that_it_names(run_study, study, finished):
+    options = [name for name in finished.arguments if name != "--subsets"]
+    code, text = run_study(study, *options, "--subsets", "0.2")
+    assert code == 0, text
+    cube = sampimp.open_cube(study)["digits"].sel(strategy="shuffle", seed=1)
+    errors = cube.subset_error.sel(size=0.2, budget="steps")
+    for rule in ("random", "balanced", "tau-high", "chosen"):
+        assert errors.sel(rule=rule).notnull().all(), rule
+    _, text = run_study(study, *options, "--subsets", "0.2")
+    assert "units" not in text
+
+
 def test_influence_that_cannot_be_computed_is_left_out_of_a_study(run_study, tmp_path, tiny):
     options = [name for name in tiny if name != "--influence"]
     arguments = ["--strategies", "shuffle", "--parameters-every", "0", "--influence", "mean"]

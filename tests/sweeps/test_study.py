@@ -34,7 +34,7 @@ from sampimp.sweeps.preflight import check_cluster
 from sampimp.sweeps.run import conclude
 from sampimp.sweeps.study import concurrent_trials, make_plan, trial_bytes
 
-DIGITS = ("--preset", "digits", "--hidden", "16", "--epochs", "3", "--influence")
+DIGITS = ("--preset", "digits", "--hidden", "16", "--epochs", "3", "--influence", "--subsets")
 
 
 def four_parts(error: UserError) -> str:
@@ -80,7 +80,9 @@ def test_the_preset_digits_is_smaller():
     config, paper = parse(["--preset", "digits"]), StudyConfig()
     assert config == parse(["--preset=digits"])
     different = {name for name in vars(paper) if getattr(paper, name) != getattr(config, name)}
-    assert different == {"preset", "datasets", "hidden", "batch_size", "out", "influence"}
+    assert different == {
+        *("preset", "datasets", "hidden", "batch_size", "out", "influence", "subsets")
+    }
     assert (config.influence, parse(["--preset", "digits", "--influence"]).influence) == (
         ("mean", "probe:16"),
         (),
