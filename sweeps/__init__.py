@@ -48,6 +48,7 @@ What is computed from committed runs
 `subset_study`        from a request to units of work; the smallest size by bisection
 `subset_units`        rules and sizes as units of work
 `subset_work`         trainings on subsets, and searches for subsets
+`derived_command`     the options that these commands have in common
 `derived_units`       what units on runs have in common
 `derived_study`       perform units in this process
 `derived_run`         perform units on a cluster, or describe them

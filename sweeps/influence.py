@@ -6,14 +6,15 @@ python sweeps/influence.py OUT --targets probe:64 --runs all --dry-run
 `sampimp influence` is the same command; `sampimp.sweeps.influence_study` prepares it.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import tyro
-from rich.console import Console
+from sampimp.sweeps.derived_command import EXIT_CODES, DerivedOptions, run_derived
+from sampimp.sweeps.door import run_door
 
-from sampimp.errors import UserError, require_package
-from sampimp.sweeps.door import INTERRUPTED, run_door
+if TYPE_CHECKING:
+    from sampimp.store.location import Folder
+    from sampimp.sweeps.derived_study import DerivedStudy
 
 _HELP = """Compute what each training sample did to the final model, by epoch and layer.
 
@@ -34,98 +35,48 @@ Examples:
   {prog} results/digits --targets probe:64 --runs all
   {prog} results/digits --targets sample:0..31 --dry-run
 
-Exit code:
-  0  all are committed            1  some are missing
-  2  a mistake that you can correct      130  interrupted by Ctrl-C"""
+"""
 
 
-def influence(
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
-    /,
-    targets: tuple[str, ...] = ("mean",),
-    runs: tuple[str, ...] = ("shuffle:1",),
-    smoothing_eps: float = 0.0,
-    gate_width: float = 0.0,
-    fixed_point: bool = False,
-    model: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
-    memory: float = 1.0,
-    address: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = None,
-    cluster: Annotated[str | None, tyro.conf.arg(metavar="YAML", help_behavior_hint="")] = None,
-    max_concurrent: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = (
-        None
-    ),
-    dry_run: bool = False,
-) -> Callable[[Sequence[str]], int]:
-    """Compute influence; return a function from the command line to the exit code.
+@dataclass(frozen=True, kw_only=True)
+class _Targets:
+    targets: tuple[str, ...] = ("mean",)
+    """Functions of the final network, as above."""
+    smoothing_eps: float = 0.0
+    """Least eps of Adam in the derivative; 0 for the exact derivative."""
+    gate_width: float = 0.0
+    """Half-width of the bump that replaces a ReLU's second derivative; 0 for the exact one."""
+    fixed_point: bool = False
+    """Also compute -H^-1 g (eq. 4 of the paper) for targets other than probes, at six dampings."""
+    memory: float = 1.0
+    """GB for the adjoints and steps of a unit; with less, fewer targets share a pass."""
 
-    Parameters
-    ----------
-    out
-        The study's folder or s3:// URL.
-    targets
-        Functions of the final network, as above.
-    runs
-        STRATEGY:SEED, DATASET:STRATEGY:SEED, or all.
-    smoothing_eps
-        Least eps of Adam in the derivative; 0 for the exact derivative.
-    gate_width
-        Half-width of the bump that replaces a ReLU's second derivative; 0 for the exact one.
-    fixed_point
-        Also compute -H^-1 g (eq. 4 of the paper) for targets other than probes, at six dampings.
-    model
-        The study's network, if it is package.module:function: it is imported only if named here.
-    memory
-        GB for the adjoints and steps of a unit; with less, fewer targets share a pass.
-    address
-        Ray cluster, or local. Default: $RAY_ADDRESS, else one running here, else one is started.
-    cluster
-        Run as a job on the cluster that `ray up YAML` started, or attach to that job.
-    max_concurrent
-        Largest number of units at a time. Default: as many as the cluster has room for.
-    dry_run
-        Print the time and storage, and compute nothing.
-    """
-    console = Console(soft_wrap=True)
 
-    def run(arguments: Sequence[str]) -> int:
+@dataclass(frozen=True, kw_only=True)
+class InfluenceOptions(DerivedOptions, _Targets):
+    """Options of `sampimp influence`."""
+
+    def prepare(self, folder: "Folder") -> "DerivedStudy":
+        """See `DerivedOptions`."""
         # Here, since `--help` needs neither Ray nor PyTorch.
-        if cluster is not None:
-            require_package("ray", "cluster")
-            from sampimp.sweeps.jobs import send_derived
-
-            return send_derived("influence", cluster, address, out, arguments, console)
         from sampimp.influence.replay import Smoothing
-        from sampimp.store.location import Folder
-        from sampimp.sweeps.derived_run import perform_or_describe
         from sampimp.sweeps.influence_study import InfluenceRequest, prepare_influence
 
         request = InfluenceRequest(
-            targets=targets,
-            runs=runs,
-            smoothing=Smoothing(eps=smoothing_eps, gate_width=gate_width),
-            model=model,
-            memory=int(memory * 2**30),
-            fixed_point=fixed_point,
+            targets=self.targets,
+            runs=self.runs,
+            smoothing=Smoothing(eps=self.smoothing_eps, gate_width=self.gate_width),
+            model=self.model,
+            memory=int(self.memory * 2**30),
+            fixed_point=self.fixed_point,
         )
-        study = prepare_influence(Folder.of(out), request)
-        return perform_or_describe(study, address, max_concurrent, console, dry_run=dry_run)
-
-    return run
+        return prepare_influence(folder, request)
 
 
 def main(arguments: list[str], prog: str = "influence.py") -> int:
     """Run the command line; return its exit code, which `--help` lists."""
-    errors = Console(stderr=True, soft_wrap=True)
-    command = tyro.conf.configure(tyro.conf.FlagCreatePairsOff)(influence)
-    try:
-        run = tyro.cli(command, args=arguments, prog=prog, description=_HELP.format(prog=prog))
-        return run(arguments)
-    except UserError as error:
-        errors.print(str(error), style="red", markup=False, highlight=False)
-        return 2
-    except KeyboardInterrupt:
-        errors.print(INTERRUPTED)
-        return 130
+    description = _HELP.format(prog=prog) + EXIT_CODES
+    return run_derived("influence", InfluenceOptions, description, arguments, prog)
 
 
 if __name__ == "__main__":

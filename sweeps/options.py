@@ -25,7 +25,7 @@ from sampimp.schema import (
 )
 
 
-def _unset(metavar: str) -> Any:
+def unset_option(metavar: str) -> Any:
     """Show an option that has no value by default as `--option METAVAR`."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
 
@@ -58,7 +58,7 @@ class StorageOptions:
 
     out: str = "results/paper"
     """Folder or s3:// URL of the study."""
-    data_dir: Annotated[str | None, _unset("PATH")] = None
+    data_dir: Annotated[str | None, unset_option("PATH")] = None
     """Folder with MNIST and CIFAR-10. Default: $SAMPIMP_DATA, else they are downloaded."""
     snapshot_every: int = 0
     """Also compute importance at the fixed parameters of every N-th epoch; 0 for never."""
@@ -72,9 +72,9 @@ class StorageOptions:
 class MachineOptions:
     """Which machines train, and what a trial takes of them."""
 
-    address: Annotated[str | None, _unset("ADDRESS")] = None
+    address: Annotated[str | None, unset_option("ADDRESS")] = None
     """Ray cluster, or local. Default: $RAY_ADDRESS, else one running here, else one is started."""
-    cluster: Annotated[str | None, _unset("YAML")] = None
+    cluster: Annotated[str | None, unset_option("YAML")] = None
     """Run as a job on the cluster that `ray up YAML` started, or attach to that job."""
     cpus_per_trial: int = 1
     """CPU threads of a trial, or of each of its workers."""
@@ -82,7 +82,7 @@ class MachineOptions:
     """GPUs of a trial, or of each of its workers. With a fraction, several trials share a GPU."""
     workers_per_trial: int = 1
     """Processes that share each batch of a trial; each takes the CPUs and GPUs given above."""
-    max_concurrent: Annotated[int | None, _unset("INT")] = None
+    max_concurrent: Annotated[int | None, unset_option("INT")] = None
     """Largest number of trials at a time. Default: as many as the cluster has room for."""
 
 

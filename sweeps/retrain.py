@@ -6,14 +6,15 @@ python sweeps/retrain.py OUT --removals subset-0.95:100 --runs shuffle:1 --dry-r
 `sampimp retrain` is the same command; `sampimp.sweeps.retrain_study` prepares it.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import tyro
-from rich.console import Console
+from sampimp.sweeps.derived_command import EXIT_CODES, DerivedOptions, run_derived
+from sampimp.sweeps.door import run_door
 
-from sampimp.errors import UserError, require_package
-from sampimp.sweeps.door import INTERRUPTED, run_door
+if TYPE_CHECKING:
+    from sampimp.store.location import Folder
+    from sampimp.sweeps.derived_study import DerivedStudy
 
 _HELP = """Train runs again without some of their samples, and store what that does to targets.
 
@@ -30,98 +31,48 @@ Examples:
   {prog} results/digits --removals random:30 top:30 --targets mean sample:0..11
   {prog} results/digits --removals subset-0.95:100 --dry-run
 
-Exit code:
-  0  all are committed            1  some are missing
-  2  a mistake that you can correct      130  interrupted by Ctrl-C"""
+"""
 
 
-def retrain_runs(
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
-    /,
-    removals: tuple[str, ...] = ("random:30", "top:30"),
-    targets: tuple[str, ...] = ("mean",),
-    runs: tuple[str, ...] = ("shuffle:1",),
-    repeats: int = 2,
-    jitter: float = 1e-3,
-    renormalised: bool = False,
-    model: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
-    address: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = None,
-    cluster: Annotated[str | None, tyro.conf.arg(metavar="YAML", help_behavior_hint="")] = None,
-    max_concurrent: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = (
-        None
-    ),
-    dry_run: bool = False,
-) -> Callable[[Sequence[str]], int]:
-    """Retrain runs; return a function from the command line to the exit code.
+@dataclass(frozen=True, kw_only=True)
+class _RetrainedRemovals:
+    removals: tuple[str, ...] = ("random:30", "top:30")
+    """Which samples to leave out, as above."""
+    targets: tuple[str, ...] = ("mean",)
+    """Functions of the final network, as of `sampimp influence`, without probes."""
+    repeats: int = 2
+    """Starts of each retraining; the first is the run's own."""
+    jitter: float = 1e-3
+    """Standard deviation of what is added to the parameters of the other starts."""
+    renormalised: bool = False
+    """Divide a batch's loss by the number of samples that remain, instead of the batch size."""
 
-    Parameters
-    ----------
-    out
-        The study's folder or s3:// URL.
-    removals
-        Which samples to leave out, as above.
-    targets
-        Functions of the final network, as of `sampimp influence`, without probes.
-    runs
-        STRATEGY:SEED, DATASET:STRATEGY:SEED, or all.
-    repeats
-        Starts of each retraining; the first is the run's own.
-    jitter
-        Standard deviation of what is added to the parameters of the other starts.
-    renormalised
-        Divide a batch's loss by the number of samples that remain, instead of the batch size.
-    model
-        The study's network, if it is package.module:function: it is imported only if named here.
-    address
-        Ray cluster, or local. Default: $RAY_ADDRESS, else one running here, else one is started.
-    cluster
-        Run as a job on the cluster that `ray up YAML` started, or attach to that job.
-    max_concurrent
-        Largest number of units at a time. Default: as many as the cluster has room for.
-    dry_run
-        Print the time and storage, and train nothing.
-    """
-    console = Console(soft_wrap=True)
 
-    def run(arguments: Sequence[str]) -> int:
+@dataclass(frozen=True, kw_only=True)
+class RetrainOptions(DerivedOptions, _RetrainedRemovals):
+    """Options of `sampimp retrain`."""
+
+    def prepare(self, folder: "Folder") -> "DerivedStudy":
+        """See `DerivedOptions`."""
         # Here, since `--help` needs neither Ray nor PyTorch.
-        if cluster is not None:
-            require_package("ray", "cluster")
-            from sampimp.sweeps.jobs import send_derived
-
-            return send_derived("retrain", cluster, address, out, arguments, console)
-        from sampimp.store.location import Folder
-        from sampimp.sweeps.derived_run import perform_or_describe
         from sampimp.sweeps.retrain_study import RetrainRequest, prepare_retrain
 
         request = RetrainRequest(
-            removals=removals,
-            targets=targets,
-            runs=runs,
-            repeats=repeats,
-            jitter=jitter,
-            renormalised=renormalised,
-            model=model,
+            removals=self.removals,
+            targets=self.targets,
+            runs=self.runs,
+            repeats=self.repeats,
+            jitter=self.jitter,
+            renormalised=self.renormalised,
+            model=self.model,
         )
-        study = prepare_retrain(Folder.of(out), request)
-        return perform_or_describe(study, address, max_concurrent, console, dry_run=dry_run)
-
-    return run
+        return prepare_retrain(folder, request)
 
 
 def main(arguments: list[str], prog: str = "retrain.py") -> int:
     """Run the command line; return its exit code, which `--help` lists."""
-    errors = Console(stderr=True, soft_wrap=True)
-    command = tyro.conf.configure(tyro.conf.FlagCreatePairsOff)(retrain_runs)
-    try:
-        run = tyro.cli(command, args=arguments, prog=prog, description=_HELP.format(prog=prog))
-        return run(arguments)
-    except UserError as error:
-        errors.print(str(error), style="red", markup=False, highlight=False)
-        return 2
-    except KeyboardInterrupt:
-        errors.print(INTERRUPTED)
-        return 130
+    description = _HELP.format(prog=prog) + EXIT_CODES
+    return run_derived("retrain", RetrainOptions, description, arguments, prog)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,20 @@ python sweeps/subset.py OUT --within 0.3 --dry-run
 `sampimp subset` is the same command; `sampimp.sweeps.subset_study` prepares it.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-import tyro
 from rich.console import Console
 
-from sampimp.errors import ConfigError, UserError, require_package
-from sampimp.sweeps.door import INTERRUPTED, run_door
+from sampimp.errors import ConfigError
+from sampimp.sweeps.derived_command import EXIT_CODES, DerivedOptions, run_derived
+from sampimp.sweeps.door import run_door
+from sampimp.sweeps.options import unset_option
+
+if TYPE_CHECKING:
+    from sampimp.store.location import Folder
+    from sampimp.sweeps.derived_study import DerivedStudy
+    from sampimp.sweeps.subset_study import SubsetRequest
 
 _HELP = """Select subsets of the training samples by several rules, and train on them alone.
 
@@ -38,127 +44,83 @@ Examples:
   {prog} results/mnist --rules tau-high metagradient --sizes 0.05 0.3 --seeds 1 2 3
   {prog} results/mnist --within 0.3
 
-Exit code:
-  0  all are committed            1  some are missing
-  2  a mistake that you can correct      130  interrupted by Ctrl-C"""
+"""
 
 BISECTION_ROUNDS = 12
 """Most rounds of a bisection: each halves the distance in log size."""
 
 
-def train_subsets(
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
-    /,
-    rules: tuple[str, ...] = ("tau-high", "nll-high", "strata", "power"),
-    sizes: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5),
-    within: Annotated[float | None, tyro.conf.arg(metavar="POINTS", help_behavior_hint="")] = None,
-    runs: tuple[str, ...] = ("shuffle:1",),
-    model: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
-    address: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = None,
-    cluster: Annotated[str | None, tyro.conf.arg(metavar="YAML", help_behavior_hint="")] = None,
-    max_concurrent: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = (
-        None
-    ),
-    dry_run: bool = False,
-) -> Callable[[Sequence[str]], int]:
-    """Train on subsets; return a function from the command line to the exit code.
+@dataclass(frozen=True, kw_only=True)
+class _Subsets:
+    rules: tuple[str, ...] = ("tau-high", "nll-high", "strata", "power")
+    """Who is kept, as above."""
+    sizes: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+    """Shares of the samples, between 0 and 1."""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Of initialisation, order and random draws."""
+    within: Annotated[float | None, unset_option("POINTS")] = None
+    """Also search, for each rule and budget, the smallest size whose test error is within so many
+    percentage points of that of all samples, by bisection."""
 
-    Parameters
-    ----------
-    out
-        The study's folder or s3:// URL.
-    rules
-        Who is kept, as above.
-    sizes
-        Shares of the samples, between 0 and 1.
-    seeds
-        Of initialisation, order and random draws.
-    within
-        Also search, for each rule and budget, the smallest size whose test error is within so many
-        percentage points of that of all samples, by bisection.
-    runs
-        STRATEGY:SEED, DATASET:STRATEGY:SEED, or all: the runs whose importance and NLL select.
-    model
-        The study's network, if it is package.module:function: it is imported only if named here.
-    address
-        Ray cluster, or local. Default: $RAY_ADDRESS, else one running here, else one is started.
-    cluster
-        Run as a job on the cluster that `ray up YAML` started, or attach to that job.
-    max_concurrent
-        Largest number of units at a time. Default: as many as the cluster has room for.
-    dry_run
-        Print the time and storage, and train nothing.
-    """
-    console = Console(soft_wrap=True)
 
-    def run(arguments: Sequence[str]) -> int:
+@dataclass(frozen=True, kw_only=True)
+class SubsetOptions(DerivedOptions, _Subsets):
+    """Options of `sampimp subset`; importance and NLL of the runs are what rules select by."""
+
+    def request(self) -> "SubsetRequest":
+        """Return what to compare."""
         # Here, since `--help` needs neither Ray nor PyTorch.
-        if cluster is not None:
-            require_package("ray", "cluster")
-            from sampimp.sweeps.jobs import send_derived
+        from sampimp.sweeps.subset_study import SubsetRequest
 
-            return send_derived("subset", cluster, address, out, arguments, console)
-        from sampimp.store.location import Folder
-        from sampimp.sweeps.derived_run import perform_or_describe
-        from sampimp.sweeps.subset_study import (
-            SubsetRequest,
-            export_subsets,
-            next_sizes,
-            prepare_subsets,
-        )
-
-        if within is not None and not 0 <= within < 100:
+        if self.within is not None and not 0 <= self.within < 100:
             raise ConfigError(
                 expected="percentage points of the test error, 0 or above and below 100",
-                got=f"{within:g}",
+                got=f"{self.within:g}",
                 where="option --within",
                 todo="change the value, such as 0.3",
             )
-        folder = Folder.of(out)
-        request = SubsetRequest(rules=rules, sizes=sizes, seeds=seeds, runs=runs, model=model)
-        study = prepare_subsets(folder, request)
-        code = perform_or_describe(study, address, max_concurrent, console, dry_run=dry_run)
-        if code or dry_run:
-            return code
-        for _ in range(BISECTION_ROUNDS if within is not None else 0):
-            sizes_left = next_sizes(folder, request, float(within or 0) / 100)
-            if not sizes_left:
-                break
-            study = prepare_subsets(folder, request, sizes_left)
-            code = perform_or_describe(study, address, max_concurrent, console, dry_run=False)
-            if code:
-                return code
-        paths = export_subsets(folder, request)
-        console.print(
-            f"The selected samples are in {len(paths)} files {out}/influence/selected/*.npy and "
-            ".csv:",
-            markup=False,
-            highlight=False,
+        return SubsetRequest(
+            rules=self.rules,
+            sizes=self.sizes,
+            seeds=self.seeds,
+            runs=self.runs,
+            model=self.model,
         )
-        console.print(
-            f'  torch.utils.data.Subset(train_set, numpy.load("{paths[0]}"))',
-            markup=False,
-            highlight=False,
-        )
-        return 0
 
-    return run
+    def prepare(self, folder: "Folder") -> "DerivedStudy":
+        """See `DerivedOptions`."""
+        from sampimp.sweeps.subset_study import prepare_subsets
+
+        return prepare_subsets(folder, self.request())
+
+    def perform(self, console: Console) -> int:
+        """Train every rule at every size, then those of the bisection; write the selections."""
+        from sampimp.store.location import Folder
+        from sampimp.sweeps.subset_study import export_subsets, next_sizes, prepare_subsets
+
+        code = super().perform(console)
+        folder, request = Folder.of(self.out), self.request()
+        for _ in range(0 if self.within is None or self.dry_run else BISECTION_ROUNDS):
+            left = [] if code else next_sizes(folder, request, (self.within or 0.0) / 100)
+            if not left:
+                break
+            code = self.perform_units(prepare_subsets(folder, request, left), console)
+        if code or self.dry_run:
+            return code
+        paths = export_subsets(folder, request)
+        for line in (
+            f"The selected samples are in {len(paths)} files "
+            f"{self.out}/influence/selected/*.npy and .csv:",
+            f'  torch.utils.data.Subset(train_set, numpy.load("{paths[0]}"))',
+        ):
+            console.print(line, markup=False, highlight=False)
+        return 0
 
 
 def main(arguments: list[str], prog: str = "subset.py") -> int:
     """Run the command line; return its exit code, which `--help` lists."""
-    errors = Console(stderr=True, soft_wrap=True)
-    command = tyro.conf.configure(tyro.conf.FlagCreatePairsOff)(train_subsets)
-    try:
-        run = tyro.cli(command, args=arguments, prog=prog, description=_HELP.format(prog=prog))
-        return run(arguments)
-    except UserError as error:
-        errors.print(str(error), style="red", markup=False, highlight=False)
-        return 2
-    except KeyboardInterrupt:
-        errors.print(INTERRUPTED)
-        return 130
+    description = _HELP.format(prog=prog) + EXIT_CODES
+    return run_derived("subset", SubsetOptions, description, arguments, prog)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from sampimp.errors import ConfigError
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits, require_plan
 from sampimp.sweeps import cluster as cluster_module
-from sampimp.sweeps import influence, searcher
+from sampimp.sweeps import derived_command, influence, searcher
 from sampimp.sweeps.influence_study import compute_influence
 from sampimp.sweeps.options import parse
 from sampimp.sweeps.study import make_plan
@@ -37,7 +37,7 @@ def command(cluster, monkeypatch):
 
     def run(*arguments):
         console = Console(file=StringIO(), width=200)
-        monkeypatch.setattr(influence, "Console", lambda **options: console)
+        monkeypatch.setattr(derived_command, "Console", lambda **options: console)
         code = influence.main([*map(str, arguments), "--max-concurrent", "1"])
         return code, console.file.getvalue()
 
