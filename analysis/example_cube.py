@@ -7,7 +7,10 @@ the strategies with batches of comparable difficulty end with a higher test erro
 `with_influence` adds influence on the final model, and retrainings whose effects follow from it but
 for noise: the larger a sample's importance, the larger the effect of its removal.
 
-Map: `example_cube`, `with_influence`.
+`with_subsets` adds trainings on subsets: the most important samples suffice from 30 % on, and are
+worse than random ones at 10 %.
+
+Map: `example_cube`, `with_influence`, `with_subsets`.
 """
 
 import numpy as np
@@ -205,18 +208,113 @@ def with_influence(
         curvature=["gauss-newton"],
         damping=[1e-3, 0.1, 1.0],
     )
-    shape = (cube.sizes["strategy"], cube.sizes["seed"])
-    place = cube["strategy"].values.tolist().index("shuffle"), 0
-    for name, (dims, values) in variables.items():
-        whole = np.zeros((*shape, *values.shape), values.dtype)
-        if values.dtype != bool:
-            whole[:] = np.nan
-        whole[place] = values
-        result[name] = (("strategy", "seed", *dims), whole)
+    result = _place_variables(result, variables)
     for name in ("influence", "influence_total", "arriving_importance", "removed"):
         sizes = {dim: 1 for dim in ("strategy", "seed", "epoch") if dim in result[name].dims}
         result[name] = result[name].chunk(sizes)
     return result
+
+
+SUBSET_ERROR = {
+    "full": (np.nan, np.nan, np.nan, 0.20),
+    "chosen": (0.30, 0.202, 0.20, np.nan),
+    "random": (0.32, 0.25, 0.225, np.nan),
+    "balanced": (0.30, 0.24, 0.22, np.nan),
+    "tau-high": (0.45, 0.202, 0.20, np.nan),
+}
+"""Test error of each rule with 10, 30, 50 and 100 % of the samples, at equal steps."""
+
+
+def with_subsets(
+    cube: xr.Dataset, *, seeds: int = 5, noise: float = 0.001, seed: int = 0
+) -> xr.Dataset:
+    """Return the cube with trainings on subsets of the run `shuffle`, seed 1.
+
+    At equal epochs, errors are 0.05 higher; all samples at convergence have 0.198.
+
+    Parameters
+    ----------
+    cube
+        A cube of `example_cube`.
+    seeds
+        Number of training seeds.
+    noise, seed
+        Standard deviation of the errors, and the seed of the generator.
+
+    Examples
+    --------
+    >>> dict(with_subsets(example_cube())["subset_error"].sel(strategy="shuffle", seed=1).sizes)
+    {'rule': 5, 'size': 4, 'budget': 3, 'training_seed': 5}
+    """
+    generator = np.random.default_rng(seed)
+    rules, sizes = list(SUBSET_ERROR), (0.1, 0.3, 0.5, 1.0)
+    tau = cube["importance"].sel(strategy="shuffle", seed=1).sum(("epoch", "layer")).values
+    labels, samples = cube["label"].values, cube.sizes["sample"]
+    error = np.full((len(rules), len(sizes), 3, seeds), np.nan)
+    variant = np.full(error.shape[:3], "", dtype="<U8")
+    selected = np.zeros((*error.shape, samples), bool)
+    random = generator.permuted(np.tile(np.arange(samples), (seeds, 1)), axis=1)
+    order = {
+        "random": random,
+        "balanced": np.stack([_alternate_classes(row, labels) for row in random]),
+        "tau-high": np.tile(np.argsort(-tau), (seeds, 1)),
+    }
+    for r, (rule, by_size) in enumerate(SUBSET_ERROR.items()):
+        for s, mean in enumerate(by_size):
+            if np.isnan(mean):
+                continue
+            own = rule
+            if rule == "chosen":
+                own = "balanced" if sizes[s] < 0.3 else "tau-high"
+            means = (0.20, 0.20, 0.198) if rule == "full" else (mean, mean + 0.05)
+            for b, value in enumerate(means):
+                error[r, s, b] = value + noise * generator.normal(size=seeds)
+                variant[r, s, b] = own
+                for t in range(seeds):
+                    kept = order.get(own, random)[t][: round(sizes[s] * samples)]
+                    selected[r, s, b, t, kept] = True
+    for s, own in enumerate(("balanced", "tau-high", "tau-high")):
+        error[1, s] = error[rules.index(own), s]
+    dims = ("rule", "size", "budget", "training_seed")
+    result = cube.assign_coords(
+        rule=rules,
+        size=list(sizes),
+        budget=["steps", "epochs", "convergence"],
+        training_seed=np.arange(1, seeds + 1),
+    )
+    return _place_variables(
+        result,
+        {
+            "subset_error": (dims, error),
+            "subset_nll": (dims, 3 * error),
+            "subset_variant": (dims[:3], variant),
+            "selected": ((*dims, "sample"), selected),
+        },
+    )
+
+
+def _alternate_classes(samples: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the samples with the first of every class first, then the second ones."""
+    places = np.zeros(len(samples), int)
+    for label in np.unique(labels):
+        mine = labels[samples] == label
+        places[mine] = np.arange(mine.sum())
+    return samples[np.argsort(places, kind="stable")]
+
+
+def _place_variables(
+    cube: xr.Dataset, variables: dict[str, tuple[tuple[str, ...], np.ndarray]]
+) -> xr.Dataset:
+    """Return the cube with variables of the run `shuffle`, seed 1; others lack them."""
+    shape = (cube.sizes["strategy"], cube.sizes["seed"])
+    place = cube["strategy"].values.tolist().index("shuffle"), 0
+    for name, (dims, values) in variables.items():
+        whole = np.zeros((*shape, *values.shape), values.dtype)
+        if values.dtype.kind == "f":
+            whole[:] = np.nan
+        whole[place] = values
+        cube[name] = (("strategy", "seed", *dims), whole)
+    return cube
 
 
 def _example_removals(tau: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:

@@ -43,10 +43,16 @@ def has_influence(cube: xr.Dataset) -> bool:
     >>> has_influence(example_cube())
     False
     """
-    return any(name in cube for name in INFLUENCE_VARIABLES)
+    return any(name in cube for name in INFLUENCE_VARIABLES if name not in _OF_SUBSETS)
 
 
-def influence_run(cube: xr.Dataset, *names: str) -> xr.Dataset:
+_OF_SUBSETS = ("subset_error", "subset_nll", "selected")
+"""Variables of section 5, which exist without influence."""
+
+
+def influence_run(
+    cube: xr.Dataset, *names: str, command: str = f"{INFLUENCE} and {RETRAIN}"
+) -> xr.Dataset:
     """Return a run for which all of some variables were computed; the reference run first.
 
     Parameters
@@ -55,6 +61,8 @@ def influence_run(cube: xr.Dataset, *names: str) -> xr.Dataset:
         One node of the cube.
     names
         Variables of `sampimp.schema.INFLUENCE_VARIABLES`.
+    command
+        What computes them, for the error.
 
     Returns
     -------
@@ -83,7 +91,7 @@ def influence_run(cube: xr.Dataset, *names: str) -> xr.Dataset:
             f"a run with {', '.join(names)}",
             "none that has all of them",
             place_of(cube),
-            f"compute them with {INFLUENCE} and {RETRAIN}",
+            f"compute them with {command}",
         )
     reference = (REFERENCE_STRATEGY, REFERENCE_SEED)
     strategy, seed = reference if reference in runs else runs[0]
@@ -99,6 +107,8 @@ def _measured(cube: xr.Dataset, name: str) -> np.ndarray:
     array = cube[name]
     if name == "removed":
         array = cube["effect"]
+    if name in ("selected", "subset_variant"):
+        array = cube["subset_error"]
     if "epoch" in array.dims:
         array = array.isel(epoch=-1)
     others = [dim for dim in array.dims if dim not in ("strategy", "seed")]

@@ -1,4 +1,4 @@
-"""The paper's claims and our verdicts on them (sections 3.2 to 4).
+"""The paper's claims and our verdicts on them (sections 3.2 to 5).
 
 Each claim is a sentence of the paper, turned into one number and one threshold. The number's 95 %
 interval decides (for claims with one run per strategy, the number itself): the claim *holds* if the
@@ -6,7 +6,7 @@ interval is wholly on the claimed side of the threshold, *does not hold* if it i
 other side, and there is *not enough data* if it contains the threshold or cannot be computed.
 
 Map: `table` (`CLAIMS`: every sentence with its rule, its threshold and the function that estimates
-the number), `section_3_2` to `section_4` (these functions, by section of the paper), `evidence`
+the number), `section_3_2` to `section_5` (these functions, by section of the paper), `evidence`
 (the results they read, and estimates that several of them use), `judge` (from an estimate to a
 verdict; `judge_claims` judges all).
 """

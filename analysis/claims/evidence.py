@@ -113,13 +113,12 @@ class Claim:
     only, never
         Data sets to which the sentence applies, or does not apply.
     point
-        True if there is one run per strategy, so that no interval exists and the number itself
-        decides.
+        True if the number itself decides: there is one run per strategy, or the number contains
+        an interval already.
     activation
         `relu`, or `smooth` for any other, if the sentence is about such networks.
     command
-        The command that computes what `estimate` reads, where that is no part of a study: the
-        sentence is then judged only where influence was computed for some run.
+        The command that computes what `estimate` reads, where that is no part of a study.
     """
 
     section: str

@@ -17,8 +17,12 @@ from sampimp.analysis.claims.evidence import NO_ESTIMATE, Claim, Estimate, Evide
 from sampimp.analysis.claims.table import CLAIMS
 from sampimp.analysis.influence_runs import has_influence
 from sampimp.analysis.runs import PAPER, codes_of_labels, short_name
+from sampimp.analysis.subset_runs import has_subsets
 
 VERDICTS = ("holds", "does not hold", "not enough data")
+
+_COMPUTED = {"4": has_influence, "5": has_subsets}
+"""Of sections whose claims need more than a study: whether it was computed."""
 
 
 def judge(
@@ -89,7 +93,7 @@ def judge_claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Data
 
     References
     ----------
-    Gao & Jojic (2017), sections 3.2 to 4.
+    Gao & Jojic (2017), sections 3.2 to 5.
     """
     evidence = Evidence(results, len(codes_of_labels(cube)[0]))
     applicable = [claim for claim in CLAIMS if _applies(claim, cube)]
@@ -156,7 +160,7 @@ def _applies(claim: Claim, cube: xr.Dataset) -> bool:
         return False
     if claim.never and name.startswith(claim.never):
         return False
-    if claim.command and not has_influence(cube):
+    if claim.section in _COMPUTED and not _COMPUTED[claim.section](cube):
         return False
     activation = cube["importance"].attrs.get("activation") if "importance" in cube else None
     return not claim.activation or (claim.activation == "relu") == (activation == "relu")

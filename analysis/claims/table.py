@@ -6,9 +6,10 @@ the rule states the value that was chosen. The verdict follows from the estimate
 side and the threshold (`sampimp.analysis.claims.judge`). Nothing is corrected for the number of
 claims.
 
-The claims of section 4 are judged where influence was computed for a run of the data set.
+The claims of section 4 are judged where influence was computed for a run of the data set, those of
+section 5 where subsets were trained on.
 
-Map: `CLAIMS`. The functions in the column `estimate` are in `section_3_2` to `section_4`;
+Map: `CLAIMS`. The functions in the column `estimate` are in `section_3_2` to `section_5`;
 `stored_correlation`, for sections 3.4 and 3.5, is in `evidence`.
 """
 
@@ -21,10 +22,12 @@ from sampimp.analysis.claims import (
     section_3_5,
     section_3_6,
     section_4,
+    section_5,
 )
 from sampimp.analysis.claims.evidence import Claim, stored_correlation
 from sampimp.analysis.claims.section_3_6 import MIXED, SORTED
 from sampimp.analysis.influence_runs import INFLUENCE, RETRAIN, SINGLES
+from sampimp.analysis.subset_runs import SUBSET
 
 MARGIN = 0.1
 """Test errors within a tenth of Rand's count as equal, beyond it as drastically different
@@ -36,12 +39,14 @@ _OVER_SEEDS = "Interval: t over seeds, paired. A diverged run counts with the er
 _ONE_RUN = "One run per strategy (seed 1): no interval, decided by the number itself. A run that diverged counts as infinitely far."
 _OVER_REMOVALS = "Interval: bootstrap over removals."
 _RANDOM_REMOVALS = "over training samples drawn at random, each removed by a retraining"
+_CANDIDATES = "Rules that select by importance (tau-high, tau-low, strata, power, final-importance, metagradient), at most half of the samples, equal steps"
 
 _STABILITY = ("stability",)
 _TOTALS = ("decomposition",)
 _SAMPLES = ("importance_against_nll",)
 _CURVES = ("strategy_curves",)
 _PATHS = ("parameter_paths",)
+_SUBSETS = ("subset_errors",)
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
@@ -420,6 +425,27 @@ CLAIMS: tuple[Claim, ...] = (
         needs=("influence_by_layer",),
         estimate=section_4.arriving_when_correlation,
         command=f"{INFLUENCE} --targets probe:16",
+    ),
+    Claim(
+        section="5",
+        sentence="A small subset, chosen by importance, trains as well as all samples.",
+        rule=f"{_CANDIDATES}: the lowest mean test error, minus the upper end of the 95 % interval (t over seeds) of that of all samples at convergence. The number itself decides, with at least 3 seeds. The lowest of many errors is in favour of the claim.",
+        side="below",
+        threshold=0.0,
+        needs=_SUBSETS,
+        estimate=section_5.excess_of_best_subset,
+        point=True,
+        command=f"{SUBSET} --rules tau-high strata power",
+    ),
+    Claim(
+        section="5",
+        sentence="The same rule is better than balanced random subsets at every size.",
+        rule="Mean test error of balanced random subsets minus that of the rule of the claim above, at equal steps: the smallest difference of all sizes. Interval: t over at least 3 seeds, paired. A diverged training counts with the error of guessing.",
+        side="above",
+        threshold=0.0,
+        needs=_SUBSETS,
+        estimate=section_5.gain_over_balanced,
+        command=f"{SUBSET} --rules tau-high strata power",
     ),
 )
 """The claims, in the order of the paper. A sentence about one data set is judged on it alone."""

@@ -1,4 +1,4 @@
-"""The ten figures of the paper, and five of section 4; drawing computes nothing.
+"""The ten figures of the paper, six of section 4 and two of section 5; drawing computes nothing.
 
 Each function takes the Dataset that the function of the same subject in `sampimp.analysis.results`
 returns, and returns a `matplotlib.figure.Figure`. `pyplot`, which holds global state, is not used.
@@ -13,7 +13,8 @@ Map: `draw_stability` (Fig. 1), `draw_decomposition` (2), `draw_groups` (3),
 (8) and `draw_class_nll` (9) are in `strategy_runs`. Of section 4, `draw_influence_by_layer` (12)
 and `draw_share_left` (15) are in `influence_by_epoch`, `draw_removal_effects` (13),
 `draw_method_scores` (14) and `draw_removal_sizes` (16) in `removals`, and
-`draw_influential_samples` (17) in `influential_images`. `style` has colours, line styles and
+`draw_influential_samples` (17) in `influential_images`; of section 5, `draw_subset_errors` (18) and
+`draw_selected_samples` (19) in `subsets`. `style` has colours, line styles and
 `encode` (PNG, PDF), `axes` the parts that figures share.
 """
 
@@ -50,8 +51,14 @@ from sampimp.analysis.figures.strategy_runs import (  # noqa: E402
     draw_paths,
 )
 from sampimp.analysis.figures.style import encode, strategy_name, strategy_style  # noqa: E402
+from sampimp.analysis.figures.subsets import (  # noqa: E402
+    BUDGET_NAMES,
+    draw_selected_samples,
+    draw_subset_errors,
+)
 
 __all__ = [
+    "BUDGET_NAMES",
     "draw_class_nll",
     "draw_clusters",
     "draw_curves",
@@ -65,8 +72,10 @@ __all__ = [
     "draw_paths",
     "draw_removal_effects",
     "draw_removal_sizes",
+    "draw_selected_samples",
     "draw_share_left",
     "draw_stability",
+    "draw_subset_errors",
     "encode",
     "name_kind",
     "shown_targets",

@@ -1,8 +1,9 @@
 """The contents of a report, before they are laid out as a page or a terminal summary.
 
 Map: `Report`, `Section` (one node of the cube), `Drawn` (a figure), `StrategyRow`; `strategy_rows`,
-`claim_rows` and `describe_runs` read a section's tables from its results (of section 4, the module
-`method_table`); `VERDICT_MARKS` (symbols and colours), `join_values` (a list in words).
+`claim_rows` and `describe_runs` read a section's tables from its results (of sections 4 and 5, the
+modules `method_table` and `subset_table`); `VERDICT_MARKS` (symbols and colours), `join_values` (a
+list in words).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,6 +51,8 @@ class Section:
         The figures of the paper.
     drawn_influence
         The figures of section 4; none if no influence was computed.
+    drawn_subsets
+        The figures of section 5; none if no subset was trained on.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Section:
     results: Mapping[str, xr.Dataset]
     drawn: Sequence[Drawn] = ()
     drawn_influence: Sequence[Drawn] = ()
+    drawn_subsets: Sequence[Drawn] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The figures of the report: which figure is drawn from which result, with its caption.
 
-Map: `FIGURES` (the table; those of section 4 are in `influence_figures`), `draw_figures`.
+Map: `FIGURES` (the table; those of sections 4 and 5 are in `influence_figures` and
+`subset_figures`), `draw_figures`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

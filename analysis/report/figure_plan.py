@@ -17,7 +17,8 @@ class FigurePlan:
     Attributes
     ----------
     number
-        The figure's number in the paper; of section 4, whose figures the paper lacks, from 12.
+        The figure's number in the paper; from 12, of sections 4 and 5, whose figures the paper
+        lacks.
     name
         Stem of its files.
     title

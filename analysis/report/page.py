@@ -21,8 +21,10 @@ from sampimp.analysis.report.contents import (
     strategy_rows,
 )
 from sampimp.analysis.report.method_table import method_table
+from sampimp.analysis.report.subset_table import subset_tables
 from sampimp.analysis.report.trial_facts import flatten
 from sampimp.analysis.runs import PAPER
+from sampimp.analysis.subset_runs import SUBSET
 from sampimp.errors import require_package
 
 LONGEST_OPEN_LIST = 30
@@ -91,6 +93,10 @@ def _section_values(section: Section) -> dict[str, Any]:
         "methods": method_table(section.results),
         "influence_command": INFLUENCE,
         "retrain_command": RETRAIN,
+        "subset_figures": _figure_values(section.drawn_subsets),
+        "subsets": subset_tables(section.results),
+        "claims_5": [claim for claim in claims if claim["section"] == "5"],
+        "subset_command": SUBSET,
     }
 
 

@@ -16,8 +16,10 @@ from sampimp.analysis.report.contents import Report, Section, describe_runs
 from sampimp.analysis.report.drawing import draw_figures
 from sampimp.analysis.report.influence_figures import INFLUENCE_FIGURES
 from sampimp.analysis.report.page import render_page
+from sampimp.analysis.report.subset_figures import SUBSET_FIGURES
 from sampimp.analysis.report.trial_facts import count_planned, describe_trials
 from sampimp.analysis.results.analyse import analyse
+from sampimp.analysis.subset_runs import has_subsets
 from sampimp.errors import RecordError, require_package
 from sampimp.store.cube import open_cube
 from sampimp.store.location import Folder
@@ -97,7 +99,10 @@ def _write_section(
         if has_influence(cube)
         else []
     )
-    for figure in (*drawn, *drawn_influence):
+    drawn_subsets = (
+        draw_figures(cube, results, report_drawing, SUBSET_FIGURES) if has_subsets(cube) else []
+    )
+    for figure in (*drawn, *drawn_influence, *drawn_subsets):
         if figure.png:
             folder.write_bytes(f"{name}/{figure.name}.png", figure.png)
             folder.write_bytes(f"{name}/{figure.name}.pdf", figure.pdf)
@@ -107,6 +112,7 @@ def _write_section(
         results=results,
         drawn=drawn,
         drawn_influence=drawn_influence,
+        drawn_subsets=drawn_subsets,
     )
 
 

@@ -7,7 +7,8 @@ and the section of the paper; `clusters` and `paths` compute at once.
 Map: `stability` (Fig. 1), `decomposition` (Figs. 2, 3, 10), `difficulty` (Fig. 4), `clusters`
 (Figs. 5, 6), `curves` (Figs. 7, 9), `paths` (Fig. 8). Of section 4, with figures of our own:
 `influence_by_layer` (12, 15), `removal_effects` (13), `method_scores` (14), `removal_sizes` (16),
-`influential_samples` (17). `analyse` has the table `RESULTS` and computes all of them together.
+`influential_samples` (17); of section 5, `subset_errors` (18) and `selected_samples` (19).
+`analyse` has the table `RESULTS` and computes all of them together.
 
 Variables of each result, by its key (dimensions in brackets):
 
@@ -60,6 +61,14 @@ Variables of each result, by its key (dimensions in brackets):
     `*_interval(..., bound)`
 `influential_samples`
     position(target, end, rank), value(target, end, rank)
+`subset_errors`
+    error, error_se, count, diverged, penalised_error, difference_from_balanced with
+    `*_interval(..., bound)`, variant and missing_classes (rule, size, budget); full_error(budget),
+    full_error_se(budget), converged_error(), converged_error_se(), converged_error_interval(bound);
+    smallest_size(rule, budget), smallest_size_interval(rule, budget, bound)
+`selected_samples`
+    kept(sample), overall_importance(sample), final_nll(sample), kept_count(label),
+    class_size(label), position(group, rank), training_label(group, rank)
 `claims` (package `sampimp.analysis.claims`)
     section, sentence, scope, number, value, low, high, side, threshold, rule, verdict (claim)
 """

@@ -31,7 +31,10 @@ from sampimp.analysis.results.method_scores import method_scores
 from sampimp.analysis.results.paths import parameter_paths
 from sampimp.analysis.results.removal_effects import removal_effects
 from sampimp.analysis.results.removal_sizes import removal_sizes
+from sampimp.analysis.results.selected_samples import selected_samples
 from sampimp.analysis.results.stability import stability
+from sampimp.analysis.results.subset_errors import subset_errors
+from sampimp.analysis.subset_runs import has_subsets
 from sampimp.errors import ConfigError, MissingDataError
 
 
@@ -121,8 +124,20 @@ RESULTS: Mapping[str, Result] = {
         "4",
         "sampimp.analysis.results.influential_samples.influential_samples",
     ),
+    "subset_errors": Result(
+        "Errors after training on subsets",
+        "18",
+        "5",
+        "sampimp.analysis.results.subset_errors.subset_errors",
+    ),
+    "selected_samples": Result(
+        "Samples that a rule selects",
+        "19",
+        "5",
+        "sampimp.analysis.results.selected_samples.selected_samples",
+    ),
     "claims": Result(
-        "The paper's claims", "none", "3.2 to 4", "sampimp.analysis.claims.judge.judge_claims"
+        "The paper's claims", "none", "3.2 to 5", "sampimp.analysis.claims.judge.judge_claims"
     ),
 }
 """Every result that `analyse` can return, in the order of the report."""
@@ -141,7 +156,8 @@ def analyse(cube: xr.Dataset) -> dict[str, xr.Dataset]:
     dict of Dataset, in memory
         Keys of `RESULTS`, in that order. A result whose input is missing is left out, and the
         attribute `left_out` of `claims` gives the reason, one line per result (none for snapshot
-        importance, and none for section 4 in a cube without influence: both are optional).
+        importance, for section 4 in a cube without influence, and for section 5 in one without
+        subsets: these are optional).
 
     Raises
     ------
@@ -152,7 +168,7 @@ def analyse(cube: xr.Dataset) -> dict[str, xr.Dataset]:
     --------
     >>> from sampimp.analysis.example_cube import example_cube
     >>> results = analyse(example_cube().drop_vars("parameters"))
-    >>> sorted(name for name in set(RESULTS) - set(results) if RESULTS[name].section != "4")
+    >>> sorted(name for name in set(RESULTS) - set(results) if RESULTS[name].section not in "45")
     ['parameter_paths', 'snapshot_stability']
     """
     results: dict[str, xr.Dataset] = {}
@@ -173,6 +189,8 @@ def analyse(cube: xr.Dataset) -> dict[str, xr.Dataset]:
     attempt("importance_histogram", lambda: importance_histogram(cube))
     if has_influence(cube):
         attempt("influence_by_layer", lambda: influence_by_layer(cube))
+    if has_subsets(cube):
+        attempt("selected_samples", lambda: selected_samples(cube))
     results = compute_together(results)
     against = results.get("importance_against_nll")
     tau = None if against is None else against["overall_importance"]
@@ -184,6 +202,8 @@ def analyse(cube: xr.Dataset) -> dict[str, xr.Dataset]:
         attempt("method_scores", lambda: method_scores(cube))
         attempt("removal_sizes", lambda: removal_sizes(cube))
         attempt("influential_samples", lambda: influential_samples(cube))
+    if has_subsets(cube):
+        attempt("subset_errors", lambda: subset_errors(cube))
     results["claims"] = judge_claims(cube, results)
     results["claims"].attrs["left_out"] = "\n".join(reasons.values())
     return {key: results[key] for key in RESULTS if key in results}

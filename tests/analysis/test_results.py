@@ -35,7 +35,7 @@ LAZY = {
 }
 
 
-WITHOUT_INFLUENCE = [key for key, result in RESULTS.items() if result.section != "4"]
+WITHOUT_INFLUENCE = [key for key, result in RESULTS.items() if result.section not in ("4", "5")]
 
 
 @pytest.fixture(scope="module")
