@@ -45,7 +45,9 @@ What is computed from committed runs
 `fixed_point_work`    -H^-1 g, one target and curvature after another
 `retrain_study`       from a request to units of work
 `retrain_work`        retrainings, one by one
-`subset_study`        from a request to units of work; the smallest size by bisection
+`subset_study`        from a request to units of work
+`subset_scores`       scores that rules read besides importance and NLL
+`subset_results`      the next sizes of the bisection; indices as files
 `subset_units`        rules and sizes as units of work
 `subset_work`         trainings on subsets, and searches for subsets
 `derived_command`     the options that these commands have in common

@@ -45,6 +45,10 @@ class DerivedOptions(ABC):
     dry_run: bool = False
     """Print the time and storage, and compute nothing."""
 
+    def files(self) -> dict[str, str]:
+        """Return, by option, the files that a cluster has to see."""
+        return {}
+
     @abstractmethod
     def prepare(self, folder: "Folder") -> "DerivedStudy":
         """Check the options against the study; return the units of work."""
@@ -101,7 +105,14 @@ def run_derived(
         require_package("ray", "cluster")
         from sampimp.sweeps.jobs import send_derived
 
-        return send_derived(command, chosen.cluster, chosen.address, chosen.out, arguments, console)
+        return send_derived(
+            command,
+            chosen.cluster,
+            chosen.address,
+            {"OUT": chosen.out, **chosen.files()},
+            arguments,
+            console,
+        )
     except UserError as error:
         errors.print(str(error), style="red", markup=False, highlight=False)
         return 2

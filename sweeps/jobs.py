@@ -73,7 +73,7 @@ def send_derived(
     command: str,
     cluster: str,
     address: str | None,
-    out: str,
+    paths: Mapping[str, str],
     arguments: Sequence[str],
     console: Console,
 ) -> int:
@@ -83,8 +83,10 @@ def send_derived(
     ----------
     command
         Its name.
-    cluster, address, out
+    cluster, address
         Its options of these names.
+    paths
+        By option, the paths that the cluster has to see: OUT, and the files that it reads.
     arguments
         Its whole command line.
     console
@@ -95,8 +97,8 @@ def send_derived(
     ConfigError, ResourceError
         As for `send`.
     """
-    check_sendable(cluster, address, {"OUT": out})
-    return _send(cluster, [command, out, *without_cluster(arguments)], console)
+    check_sendable(cluster, address, paths)
+    return _send(cluster, [command, paths["OUT"], *without_cluster(arguments)], console)
 
 
 def _send(cluster: str, arguments: Sequence[str], console: Console) -> int:

@@ -6,6 +6,7 @@ python sweeps/subset.py OUT --within 0.3 --dry-run
 `sampimp subset` is the same command; `sampimp.sweeps.subset_study` prepares it.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,6 +46,9 @@ Examples:
   {prog} results/mnist --within 0.3
 
 """
+
+LISTED = 6
+"""Diverged trainings that are named; the cube names all (arbitrary)."""
 
 BISECTION_ROUNDS = 12
 """Most rounds of a bisection: each halves the distance in log size."""
@@ -87,16 +91,22 @@ class SubsetOptions(DerivedOptions, _Subsets):
             model=self.model,
         )
 
+    def files(self) -> dict[str, str]:
+        """See `DerivedOptions`."""
+        named = (rule.partition(":") for rule in self.rules)
+        return {f"--rules scores:{path}": path for name, _, path in named if name == "scores"}
+
     def prepare(self, folder: "Folder") -> "DerivedStudy":
         """See `DerivedOptions`."""
         from sampimp.sweeps.subset_study import prepare_subsets
 
-        return prepare_subsets(folder, self.request())
+        return prepare_subsets(folder, self.request(), stores_scores=not self.dry_run)
 
     def perform(self, console: Console) -> int:
         """Train every rule at every size, then those of the bisection; write the selections."""
         from sampimp.store.location import Folder
-        from sampimp.sweeps.subset_study import export_subsets, next_sizes, prepare_subsets
+        from sampimp.sweeps.subset_results import diverged_trainings, export_subsets, next_sizes
+        from sampimp.sweeps.subset_study import prepare_subsets
 
         code = super().perform(console)
         folder, request = Folder.of(self.out), self.request()
@@ -107,14 +117,34 @@ class SubsetOptions(DerivedOptions, _Subsets):
             code = self.perform_units(prepare_subsets(folder, request, left), console)
         if code or self.dry_run:
             return code
-        paths = export_subsets(folder, request)
+        exported = export_subsets(folder, request)
         for line in (
-            f"The selected samples are in {len(paths)} files "
-            f"{self.out}/influence/selected/*.npy and .csv:",
-            f'  torch.utils.data.Subset(train_set, numpy.load("{paths[0]}"))',
+            *_describe_diverged(diverged_trainings(folder)),
+            *_describe_absent_classes(exported),
+            f"The selected samples are in {len(exported)} files "
+            f"{self.out}/influence/selected/*.npy, and in .csv with labels:",
+            f'  torch.utils.data.Subset(train_set, numpy.load("{next(iter(exported))}"))',
         ):
             console.print(line, markup=False, highlight=False)
         return 0
+
+
+def _describe_diverged(labels: Sequence[str]) -> list[str]:
+    if not labels:
+        return []
+    more = f"; and {len(labels) - LISTED} more" if labels[LISTED:] else ""
+    return [
+        f"{len(labels)} trainings diverged; their error is NaN in the cube, and counts as 1 where "
+        f"rules are chosen: {'; '.join(labels[:LISTED])}{more}."
+    ]
+
+
+def _describe_absent_classes(exported: Mapping[str, Sequence[str]]) -> list[str]:
+    return [
+        f"{path.rpartition('/')[2]} has no sample of class {', '.join(classes)}."
+        for path, classes in exported.items()
+        if classes
+    ]
 
 
 def main(arguments: list[str], prog: str = "subset.py") -> int:

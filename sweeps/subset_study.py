@@ -1,16 +1,15 @@
-"""Which samples suffice: from the request to the units of work, and the smallest size by bisection.
+"""Which samples suffice: from the request to the units of work.
 
     rules x sizes x budgets x seeds     trainings on subsets, judged on the test set
     rules x sizes x budgets             the same on the validation split, two seeds: it chooses the
                                         parameters of rules, and the rule `chosen`
     full                                all samples, for the study's epochs and to convergence
 
-Map: `SubsetRequest`; `prepare_subsets`; `next_sizes` (of the bisection); `export_subsets`.
+Map: `SubsetRequest`; `prepare_subsets`.
 """
 
-import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,13 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from sampimp.data import Dataset, scale_inputs
-from sampimp.errors import ConfigError, DataError, MissingDataError
-from sampimp.schema import ALL_SAMPLES, SUBSET_BUDGETS, digest
-from sampimp.store.cube import open_cube
-from sampimp.store.influence_layouts import INFLUENCE_FOLDER
+from sampimp.errors import ConfigError
+from sampimp.schema import digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits, require_plan
-from sampimp.store.subset_choice import crossing
 from sampimp.subsets.metagradient import SURROGATE_STEPS
 from sampimp.subsets.rules import BASELINES, SelectionRule, parse_rule
 from sampimp.subsets.training import CONVERGENCE
@@ -32,15 +28,13 @@ from sampimp.subsets.validation import validation_samples
 from sampimp.sweeps.derived_study import DerivedStudy
 from sampimp.sweeps.influence_study import measure_reverse_epoch
 from sampimp.sweeps.run_choice import check_replayable, choose_runs
+from sampimp.sweeps.subset_scores import own_scores, read_score_file, selectable_count
 from sampimp.sweeps.subset_units import Comparison, SubsetUnits
-from sampimp.sweeps.subset_work import SCORE_KINDS, write_scores
+from sampimp.sweeps.subset_work import pool_of, write_scores
 from sampimp.sweeps.work import Unit
 
 ROUND_EPOCHS = 4.5
 """Time of a round of a search, in trainings of its surrogate (measured)."""
-
-PRECISION = 1.1
-"""Ratio of two sizes at which a bisection ends (arbitrary)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +60,7 @@ class SubsetRequest:
         rules, files = [], {}
         for rule in map(parse_rule, dict.fromkeys((*BASELINES, *self.rules))):
             if rule.name == "scores":
-                values = _read_file(rule.argument)
+                values = read_score_file(rule.argument)
                 stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(rule.argument).stem)
                 rule = parse_rule(f"scores:{stem}-{digest(values)[:8]}")
                 files[rule.spec] = values
@@ -97,7 +91,11 @@ class SubsetRequest:
 
 
 def prepare_subsets(
-    folder: Folder, request: SubsetRequest, comparisons: Sequence[Comparison] | None = None
+    folder: Folder,
+    request: SubsetRequest,
+    comparisons: Sequence[Comparison] | None = None,
+    *,
+    stores_scores: bool = True,
 ) -> DerivedStudy:
     """Check a request against its study; return the units of work.
 
@@ -109,12 +107,14 @@ def prepare_subsets(
         What to compare.
     comparisons
         Which part of it, or other sizes. Default: every rule at every size.
+    stores_scores
+        Store the scores that rules read besides importance and NLL, from which workers select.
 
     Raises
     ------
     UserError
         There is no study, a run is unknown or has diverged, a size is below one sample a class, or
-        a rule's scores are missing.
+        a rule's scores are missing for too many samples.
     """
     plan = require_plan(folder)
     trials = plan.resolve(read_commits(folder))
@@ -125,22 +125,27 @@ def prepare_subsets(
     comparisons = request.comparisons() if comparisons is None else comparisons
     for key in keys:
         _check_sizes(plan, key, data[key], comparisons)
-    scores = {
-        (trials[position].config.dataset, rule.spec): _own_scores(
-            folder, plan, trials[position], rule, request.files
-        )
-        for position in positions
-        for rule in request.parsed
-        if rule.score is not None and rule.score not in SCORE_KINDS
-    }
-    stored = {key: write_scores(folder, values) for key, values in scores.items()}
+    pools = {key: pool_of("validation", data[key].train_labels) for key in keys}
+    scores = {}
+    for run in (trials[position] for position in positions):
+        for rule in request.parsed:
+            if rule.reads_own:
+                values = own_scores(folder, plan, run, rule, request.files)
+                scores[run.label, rule.spec] = values
+            values_of_rule = scores.get((run.label, rule.spec))
+            room = selectable_count(rule, pools[run.config.dataset], values_of_rule)
+            _check_room(rule, run, room, comparisons, plan)
     units = SubsetUnits(
         folder,
         plan,
         positions,
         comparisons=comparisons,
         seeds=request.seeds,
-        scores=stored,
+        scores={
+            key: write_scores(folder, values) if stores_scores else digest(values)
+            for key, values in scores.items()
+        },
+        selectable={key: len(pool) for key, pool in pools.items()},
     )
 
     @cache
@@ -170,10 +175,8 @@ def prepare_subsets(
 def _check_sizes(plan: Plan, key: str, data: Dataset, comparisons: Sequence[Comparison]) -> None:
     """Raise ConfigError for a size below one sample a class, or more than the split leaves."""
     count = len(data.train_labels)
-    classes, left = (
-        len(np.unique(data.train_labels)),
-        count - len(validation_samples(data.train_labels)),
-    )
+    classes = len(np.unique(data.train_labels))
+    left = count - len(validation_samples(data.train_labels))
     for size in dict.fromkeys(comparison.size for comparison in comparisons):
         if not classes <= round(size * count) <= left:
             raise ConfigError(
@@ -185,152 +188,22 @@ def _check_sizes(plan: Plan, key: str, data: Dataset, comparisons: Sequence[Comp
             )
 
 
-def _own_scores(
-    folder: Folder,
-    plan: Plan,
-    run: PlannedTrial,
+def _check_room(
     rule: SelectionRule,
-    files: Mapping[str, np.ndarray],
-) -> np.ndarray:
-    """Return a rule's scores, (N,) float64, that are not among those of every run."""
-    count = plan.datasets[run.config.dataset].sample_count
-    if rule.spec in files:
-        return _require_numbers(files[rule.spec], rule, count)
-    name = "final_importance_total" if rule.name == "final-importance" else rule.argument
-    node = open_cube(folder)[plan.node(run.config.dataset)].to_dataset()
-    if name not in node:
-        probes = name == "final_importance_total"
-        raise MissingDataError(
-            expected=f"the variable {name} of {run.label}",
-            got="none in the cube",
-            where=f"rule {rule.spec}",
-            todo=f"run `sampimp influence {folder} --targets probe:64` first"
-            if probes
-            else "name one of the cube's variables",
-        )
-    values = node[name].sel(strategy=run.config.strategy, seed=run.config.seed)
-    if values.dims != ("sample",):
-        raise ConfigError(
-            expected="a variable with one number for each sample of a run",
-            got=f"dimensions {', '.join(map(str, values.dims))}",
-            where=f"rule {rule.spec}",
-            todo="reduce it yourself, and pass it as scores:FILE.npy",
-        )
-    return _require_numbers(np.asarray(values, np.float64), rule, count)
-
-
-def _read_file(path: str) -> np.ndarray:
-    try:
-        if path.endswith(".npy"):
-            values = np.load(path, allow_pickle=False)
-        else:
-            values = np.loadtxt(path, delimiter=",", ndmin=1)
-        return np.asarray(values, np.float64)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            expected="an .npy file, or a text file with a number in each line",
-            got=str(error).splitlines()[0],
-            where=path,
-            todo="write it with np.save(PATH, scores) or np.savetxt(PATH, scores)",
-        ) from None
-
-
-def _require_numbers(values: np.ndarray, rule: SelectionRule, count: int) -> np.ndarray:
-    if values.shape != (count,):
-        raise DataError(
-            expected=f"{count:,} scores, one for each training sample, in their order",
-            got=f"shape {values.shape}",
-            where=f"rule {rule.spec}",
-            todo="write one number for each sample, NaN where there is none",
-        )
-    return values
-
-
-def next_sizes(folder: Folder, request: SubsetRequest, within: float) -> list[Comparison]:
-    """Return the sizes that a bisection trains next, for each rule and budget; none at its end.
-
-    The smallest size is searched whose mean error, and that of all larger ones, is at most that of
-    all samples at the same budget plus `within`.
-
-    Parameters
-    ----------
-    folder, request
-        The study, and what was compared so far.
-    within
-        As a fraction of the test samples.
-    """
-    plan = require_plan(folder)
-    trials = plan.resolve(read_commits(folder))
-    found: dict[tuple[str, float], set[str]] = {}
-    tree = open_cube(folder)
-    for position in choose_runs(plan, trials, request.runs):
-        config = trials[position].config
-        node = tree[plan.node(config.dataset)].to_dataset()
-        error = node.subset_error.sel(strategy=config.strategy, seed=config.seed)
-        error = error.sel(training_seed=list(request.seeds)).mean("training_seed", skipna=False)
-        labels = node.label.values
-        least = len(np.unique(labels)) / len(labels)
-        most = 1 - (len(validation_samples(labels)) + 1) / len(labels)
-        for rule in request.parsed:
-            for budget in SUBSET_BUDGETS[:2]:
-                limit = float(error.sel(rule=ALL_SAMPLES, size=1.0, budget=budget)) + within
-                curve = error.sel(rule=rule.spec, budget=budget)
-                curve = curve.isel(size=curve.notnull().values | (curve["size"].values == 1.0))
-                curve = curve.sel(size=curve["size"] < 1)
-                size = _between(curve["size"].values, curve.values, limit, least, most)
-                if size is not None:
-                    found.setdefault((rule.spec, size), set()).add(budget)
-    return [
-        Comparison(
-            rule=rule,
-            size=size,
-            budgets=tuple(b for b in SUBSET_BUDGETS if b in budgets),
-            is_validated=False,
-        )
-        for (rule, size), budgets in found.items()
-    ]
-
-
-def _between(
-    sizes: np.ndarray, errors: np.ndarray, limit: float, least: float, most: float
-) -> float | None:
-    """Return the size in the middle of those around the crossing; None if they are close."""
-    place = crossing(sizes, errors, limit)
-    low = least if place.above is None else place.above
-    high = min(place.below, most)
-    if high / low < PRECISION:
-        return None
-    middle = float(f"{np.sqrt(low * high):.2g}")
-    return middle if low < middle < high else None
-
-
-def export_subsets(folder: Folder, request: SubsetRequest) -> list[str]:
-    """Write the indices of the selected samples of each rule and size; return the files' paths.
-
-    Each is written as OUT/influence/selected/DATASET-RULE-SIZE.npy and .csv, of the first seed and
-    the budget of equal steps.
-    """
-    plan = require_plan(folder)
-    trials = plan.resolve(read_commits(folder))
-    tree, paths = open_cube(folder), []
-    for position in choose_runs(plan, trials, request.runs):
-        config = trials[position].config
-        node = tree[plan.node(config.dataset)].to_dataset()
-        node = node.sel(strategy=config.strategy, seed=config.seed, budget="steps")
-        node = node.sel(training_seed=request.seeds[0])
-        for rule in (name for name in node["rule"].values if name != ALL_SAMPLES):
-            for size in (size for size in node["size"].values if size < 1):
-                mask = node.selected.sel(rule=rule, size=size).values
-                if not mask.any():
-                    continue
-                indices = np.flatnonzero(mask)
-                word = re.sub(r"[^A-Za-z0-9.-]+", "_", str(rule))
-                name = f"{INFLUENCE_FOLDER}/selected/{config.dataset}-{word}-{size:g}"
-                buffer = io.BytesIO()
-                np.save(buffer, indices)
-                folder.write_bytes(f"{name}.npy", buffer.getvalue())
-                rows = zip(indices.tolist(), node.label.values[indices].tolist(), strict=True)
-                lines = ["sample,label", *(f"{sample},{label}" for sample, label in rows)]
-                folder.write_bytes(f"{name}.csv", ("\n".join(lines) + "\n").encode())
-                paths.append(f"{folder}/{name}.npy")
-    return paths
+    run: PlannedTrial,
+    room: int,
+    comparisons: Sequence[Comparison],
+    plan: Plan,
+) -> None:
+    """Raise ConfigError for a size of which a rule has too few samples to select from."""
+    samples = plan.datasets[run.config.dataset].sample_count
+    for size in (each.size for each in comparisons if each.rule == rule.spec):
+        if round(size * samples) > room:
+            raise ConfigError(
+                expected=f"a size of at most {room:,} samples, from which {rule.spec} can select "
+                "outside the validation split",
+                got=f"a size of {size:g}: {round(size * samples):,} of {samples:,}",
+                where=f"rule {rule.spec}, {run.label}",
+                todo="choose smaller sizes, or leave the rule out; samples whose score is NaN are "
+                "not selected",
+            )

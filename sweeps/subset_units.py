@@ -84,7 +84,10 @@ class SubsetUnits(DerivedUnits):
     seeds
         Of the trainings that are judged on the test set.
     scores
-        Digest of a rule's own scores, by data set and rule.
+        Digest of a rule's own scores, by label of the run and rule.
+    selectable
+        Samples outside of the validation split, by data set: a parameter that selects from fewer
+        than a size needs is no candidate.
     """
 
     def __init__(
@@ -96,9 +99,11 @@ class SubsetUnits(DerivedUnits):
         comparisons: Sequence[Comparison],
         seeds: Sequence[int],
         scores: Mapping[tuple[str, str], str],
+        selectable: Mapping[str, int],
     ) -> None:
         super().__init__(folder, plan, positions)
         self._comparisons, self._seeds, self._scores = comparisons, tuple(seeds), scores
+        self._selectable = selectable
         commits = read_commits(folder, INFLUENCE_FOLDER)
         trials = plan.resolve(read_commits(folder))
         self._before = {
@@ -120,21 +125,40 @@ class SubsetUnits(DerivedUnits):
                     searches.setdefault((comparison.size, split), unit)
         yield from searches.values()
         validated = trained_before(commits, run)[1]
-        for comparison in self._comparisons:
-            variants = self._rule(comparison).variants
-            for variant in variants if comparison.is_validated or len(variants) > 1 else ():
-                yield from self._trainings(
-                    position, run, commits, comparison, [variant], "validation", searches
-                )
+        for judged in self._judged(run):
+            names = [judged.rule] * len(judged.budgets)
+            yield from self._trainings(
+                position, run, commits, judged, names, "validation", searches
+            )
         for comparison in self._comparisons:
             best = self._variants(run, comparison, validated)
             yield from self._trainings(position, run, commits, comparison, best, "test", searches)
         full = Comparison(rule=ALL_SAMPLES, size=1.0, budgets=("steps", "convergence"))
-        yield from self._trainings(position, run, commits, full, [ALL_SAMPLES], "test", searches)
+        names = [ALL_SAMPLES] * len(full.budgets)
+        yield from self._trainings(position, run, commits, full, names, "test", searches)
 
     @staticmethod
     def _rule(comparison: Comparison) -> SelectionRule:
         return parse_rule(comparison.rule)
+
+    def _candidates(self, run: PlannedTrial, comparison: Comparison) -> list[str]:
+        """Return the variants of a rule that can select as many samples as its size has."""
+        count = self.count(run, comparison.size)
+        samples = self._selectable[run.config.dataset]
+        variants = self._rule(comparison).variants
+        return [name for name in variants if parse_rule(name).capacity(samples) >= count]
+
+    def _judged(self, run: PlannedTrial) -> list[Comparison]:
+        """Return what the validation split judges, each variant and size once."""
+        budgets: dict[tuple[str, float], set[str]] = {}
+        for comparison in self._comparisons:
+            names = self._candidates(run, comparison)
+            for name in names if comparison.is_validated or len(names) > 1 else ():
+                budgets.setdefault((name, comparison.size), set()).update(comparison.budgets)
+        return [
+            Comparison(rule=name, size=size, budgets=tuple(b for b in SUBSET_BUDGETS if b in each))
+            for (name, size), each in budgets.items()
+        ]
 
     def _variants(
         self,
@@ -143,10 +167,10 @@ class SubsetUnits(DerivedUnits):
         validated: Mapping[tuple[Any, ...], np.ndarray],
     ) -> list[str]:
         """Return a rule's variant for each budget; empty while they are not validated."""
-        names = self._rule(comparison).variants
+        names = self._candidates(run, comparison)
         if len(names) == 1:
             return [names[0]] * len(comparison.budgets)
-        scores = self._scores.get((run.config.dataset, comparison.rule))
+        scores = self._scores.get((run.label, comparison.rule))
         chosen = []
         for budget in comparison.budgets:
             errors = {
@@ -195,9 +219,8 @@ class SubsetUnits(DerivedUnits):
         searches: Mapping[tuple[float, str], Unit],
     ) -> Iterator[Unit]:
         """Yield the unit of the trainings that are not stored yet, if there are any."""
-        validates = split == "validation"
-        name = variants[0] if validates else comparison.rule
-        scores = self._scores.get((run.config.dataset, comparison.rule))
+        validates, name = split == "validation", comparison.rule
+        scores = self._scores.get((run.label, name))
         wanted = VALIDATION_SEEDS if validates else self._seeds
         before = self._before[position]
         missing = {
@@ -212,11 +235,9 @@ class SubsetUnits(DerivedUnits):
         seeds = [seed for seed in wanted if any(seed in each for each in missing.values())]
         if not budgets:
             return
-        if validates:
-            variants = [name] * len(budgets)
-        elif variants:
-            by_budget = dict(zip(comparison.budgets, variants, strict=False))
-            variants = [by_budget.get(budget, variants[0]) for budget in budgets]
+        if variants:
+            by_budget = dict(zip(comparison.budgets, variants, strict=True))
+            variants = [by_budget[budget] for budget in budgets]
         search = searches.get((comparison.size, split)) if self._searches(name) else None
         parts = {
             "judged_on": split,

@@ -35,10 +35,10 @@ SCORE_KINDS = {"tau": "overall_importance", "nll": "final_nll"}
 """Of a rule's score, the name that `read_difficulty` gives it."""
 
 
-def pool_of(identity: Mapping[str, Any], labels: np.ndarray) -> np.ndarray:
-    """Return the positions of the samples to select from, sorted."""
+def pool_of(split: str, labels: np.ndarray) -> np.ndarray:
+    """Return the positions of the samples to select from, sorted; split: validation or test."""
     every = np.arange(len(labels))
-    if identity["judged_on"] == "test":
+    if split == "test":
         return every
     return np.setdiff1d(every, validation_samples(labels))
 
@@ -87,7 +87,7 @@ class SubsetWork(RunWork):
         """Begin with the first training, or after that of a checkpoint."""
         config, data, _ = self.run.open()
         self._trial, self._data = config, data
-        self._pool_P = pool_of(self.identity, data.train_labels)
+        self._pool_P = pool_of(self.identity["judged_on"], data.train_labels)
         self._scored = self._scores()
         self._step = checkpoint[0] if checkpoint else 0
 
@@ -118,8 +118,7 @@ class SubsetWork(RunWork):
         place = self.run.folder / INFLUENCE_FOLDER / self.identity["search"]
         commit = place.read_json("COMMIT.json")
         layout = layout_of(commit, self.run.layout)
-        found = StoredVariable.of(place, "found", layout, commit)
-        return np.flatnonzero(found.read(0))
+        return np.flatnonzero(StoredVariable.of(place, "found", layout, commit).read(0))
 
     def advance(self) -> StepRecord | None:
         """Train once, and evaluate."""
@@ -160,6 +159,10 @@ class SubsetWork(RunWork):
         """Return the number of trainings; each begins anew."""
         return str(self._step).encode()
 
+    def outcome(self, diverged: bool) -> tuple[int | None, Mapping[str, Any]]:
+        """Return when the record was completed: of a rule's scores, the newest ones count."""
+        return None, {"time": time.time()}
+
     def release(self) -> None:
         """Drop the data."""
         del self._data, self._scored
@@ -173,7 +176,7 @@ class SearchWork(RunWork):
     def start(self, checkpoint: tuple[int, bytes] | None) -> None:
         """Begin with the first round, or after that of a checkpoint."""
         config, data, _ = self.run.open()
-        self._pool_P = pool_of(self.identity, data.train_labels)
+        self._pool_P = pool_of(self.identity["judged_on"], data.train_labels)
         part = Dataset(data.train_inputs[self._pool_P], data.train_labels[self._pool_P], *data[2:])
         self._search = MetagradientSearch(config, part, self.identity["count"])
         if checkpoint is not None:

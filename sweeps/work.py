@@ -7,6 +7,8 @@
     fixed-point  -H^-1 g of a run                                a target and a curvature
     probes       the same for random probes                      an epoch, the last one first
     retrain      retrainings of a run, a block of removals       a retraining
+    search       a search for a subset by exchange               a round
+    subset       trainings on subsets, of a rule and size        a training
 
 A unit is a folder in the store, a fingerprint, and a number of steps. What its steps compute is a
 `Work`; how they are stored, continued and committed is the same for all (`Attempt`). Ray is not

@@ -1,4 +1,4 @@
-"""Choices among selection rules by their errors on the validation split; no test label is used.
+"""Choices among selection rules by their errors on the validation split, without test labels.
 
 Map: `best_variant` (a rule's parameter), `best_rule` (the rule that a person gets by default);
 `crossing` (the smallest size that is good enough, and the sizes around it).

@@ -5,6 +5,9 @@
     size     share of the samples; 1 for all
     budget   steps, epochs, convergence (of all samples)
 
+Of a rule that reads scores of its own (a variable, final importance), only trainings by the scores
+of the newest record are shown.
+
 Map: `subset_variables`.
 """
 
@@ -18,7 +21,7 @@ import numpy as np
 from sampimp.schema import ALL_SAMPLES, INFLUENCE_VARIABLES, SUBSET_BUDGETS
 from sampimp.store.influence_records import CommittedRecord
 from sampimp.store.lazy_arrays import lazy_array
-from sampimp.store.subset_choice import CHOSEN, FALLBACK, best_rule, best_variant
+from sampimp.store.subset_choice import CHOSEN, FALLBACK, best_rule
 from sampimp.store.variables import StoredVariable
 
 Place = tuple[str, float, str, int]
@@ -73,10 +76,16 @@ def subset_variables(
                     at = judged.index(rule), sizes.index(size), SUBSET_BUDGETS.index(budget)
                     validation[(i, j, *at)] = np.nan_to_num(errors, nan=1.0).mean()
     dims = ("strategy", "seed", "rule", "size", "budget")
+    diverged = sorted({label for row in cells for cell in row for label in cell.diverged()})
     records = [record for row in table for cell in row for record in cell]
     common = {"code": ", ".join(sorted({str(record.commit["code"]) for record in records}))}
+    attrs = {**common, "diverged": diverged} if diverged else common
     variables: dict[str, Any] = {
-        f"subset_{name}": ((*dims, "training_seed"), values, _described(f"subset_{name}", common))
+        f"subset_{name}": (
+            (*dims, "training_seed"),
+            values,
+            _described(f"subset_{name}", attrs),
+        )
         for name, values in results.items()
     }
     variables["subset_variant"] = (
@@ -132,7 +141,7 @@ class _Cell:
     def of(cls, records: Sequence[CommittedRecord]) -> "_Cell":
         tested: dict[Place, _Training] = {}
         validated: dict[tuple[str, float, str], np.ndarray] = {}
-        for record in records:
+        for record in _with_newest_scores(records):
             commit = record.commit
             if commit["judged_on"] == "test":
                 tested |= dict(_trainings(record))
@@ -153,25 +162,30 @@ class _Cell:
         for rule, size, budget, seed in self.tested:
             if rule != ALL_SAMPLES:
                 by_rule.setdefault((size, budget), {}).setdefault(rule, []).append(seed)
-        for (size, budget), rules in by_rule.items():
-            errors = {rule: self._errors(rule, size, budget) for rule in rules}
-            known = {rule: values for rule, values in errors.items() if values is not None}
-            if FALLBACK in known and len(known) == len(rules):
-                best = best_rule(known)
+        for (size, budget), seeds in by_rule.items():
+            errors = {}
+            for rule in sorted(seeds, key=_rank):  # of equals, the first one is chosen
+                variant = self.tested[rule, size, budget, seeds[rule][0]].variant
+                if (variant, size, budget) in self.validated:
+                    errors[rule] = self.validated[variant, size, budget]
+            if FALLBACK in errors and len(errors) == len(seeds):
+                best = best_rule(errors)
                 chosen |= {
                     (CHOSEN, size, budget, seed): self.tested[best, size, budget, seed]
-                    for seed in rules[best]
+                    for seed in seeds[best]
                 }
         return chosen
 
-    def _errors(self, rule: str, size: float, budget: str) -> np.ndarray | None:
-        """Return the validation errors of a rule with its best parameter; None if not judged."""
-        variants = {
-            name: values
-            for (name, s, b), values in self.validated.items()
-            if (s, b) == (size, budget) and (name == rule or name.startswith(f"{rule}:"))
-        }
-        return variants[best_variant(variants)] if variants else None
+    def diverged(self) -> Iterator[str]:
+        """Yield a name for each training that diverged."""
+        for (rule, size, budget, seed), training in self.tested.items():
+            is_copy = rule == CHOSEN or (rule == ALL_SAMPLES and budget == "epochs")
+            if np.isnan(training.result("subset_nll")) and not is_copy:
+                commit = training.record.commit
+                yield (
+                    f"{commit['strategy']}:{commit['seed']}, rule {rule}, size {size:g}, "
+                    f"{budget}, seed {seed}"
+                )
 
     def masks(self, order: Sequence[Place], samples: int) -> "_Masks | None":
         """Return what every training selected; None if there is no training."""
@@ -184,6 +198,15 @@ class _Cell:
             for place in order
         )
         return _Masks(homes, samples)
+
+
+def _with_newest_scores(records: Sequence[CommittedRecord]) -> list[CommittedRecord]:
+    """Return the records without those of scores that a rule had before."""
+    scored = [record.commit for record in records if record.commit["scores"] is not None]
+    newest = {c["rule"]: c["scores"] for c in sorted(scored, key=lambda commit: commit["time"])}
+    return [
+        record for record in records if record.commit["scores"] == newest.get(record.commit["rule"])
+    ]
 
 
 def _trainings(record: CommittedRecord) -> Iterator[tuple[Place, _Training]]:

@@ -1,6 +1,6 @@
-"""Which samples suffice: rules that select a subset, its training, and the search for the smallest.
+"""Which samples suffice: rules that select a subset, and training on it alone.
 
 Map: `rules` (who is kept), `metagradient` (subsets found by the derivative of training), `training`
-(one training on a subset, with a budget), `validation` (how a rule's parameter is chosen without
-test labels), `search` (the smallest size that is good enough).
+(one training on a subset, with a budget), `validation` (the samples by which rules and their
+parameters are chosen without test labels).
 """

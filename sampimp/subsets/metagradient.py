@@ -19,7 +19,7 @@ Engstrom et al. (2025), Optimizing ML training with metagradient descent.
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,21 +148,25 @@ class MetagradientSearch:
         """The subset with the lowest target so far, sorted positions, and its target."""
 
     def advance(self) -> float:
-        """Perform a round; return the target of the subset that it began with."""
+        """Perform a round; return the target of the subset that it began with.
+
+        After a surrogate that diverged (NaN), the search goes on from the best subset so far.
+        """
         self.round += 1
-        trained = self._surrogate()
+        run, visits = self._surrogate()
         target = MeanTarget(
             "pool-error",
             "1",
             error_probability,
             *(torch.from_numpy(values) for values in self._data[:2]),
         )
-        run, visits = trained
         run.load_start(run.epochs + 1)
         value = target.value(run.model)
         if value < self.best_value:
             self.best, self.best_value = self._selected, value
-        if self.round < ROUNDS:
+        if not np.isfinite(value):
+            self._selected = self.best
+        elif self.round < ROUNDS and self._count < len(visits):
             influence = sum(
                 np.nan_to_num(epoch.influence[0].sum(0, dtype=np.float64))
                 for epoch in ReversePass(run, [target]).epochs()
@@ -177,7 +181,7 @@ class MetagradientSearch:
         steps = min(SURROGATE_STEPS, training.epochs * -(-count // size))
         epochs = min(SURROGATE_EPOCHS, steps)
         training = replace(training, epochs=epochs)
-        if training.model in RELU_MODELS:
+        if training.model in RELU_MODELS and training.activation == "relu":
             training = replace(training, activation="gelu")
         config = replace(self._config, seed=seed, order_seed=seed, training=training)
         chosen = subset_schedule(self._count, size, seed, steps // epochs)
@@ -188,7 +192,7 @@ class MetagradientSearch:
             return [self._selected[batch] for batch in chosen(epoch)]
 
         def riders(epoch: int) -> list[np.ndarray]:
-            return [others[batch] for batch in riding(epoch)]
+            return [others[batch] for batch in riding(epoch)] if len(others) else []
 
         states = dict(forward_states(config, self._data, batches, parameters=lambda state: None))
         run = RidingRun(config, self._data, batches, states=states, riders=riders)
@@ -236,9 +240,3 @@ def _ordered(values: np.ndarray, usable: np.ndarray) -> np.ndarray:
     """Return the usable positions, the lowest value first."""
     positions = np.flatnonzero(usable)
     return positions[np.argsort(values[positions], kind="stable")]
-
-
-def rounds_of(search: MetagradientSearch) -> Iterator[float]:
-    """Perform the remaining rounds; yield each one's target."""
-    while search.round < ROUNDS:
-        yield search.advance()

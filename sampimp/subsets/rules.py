@@ -12,8 +12,8 @@
     variable:NAME        the highest of a variable of the cube
 
 `strata` and `power` without a number take the one with the lowest error on a validation split. A
-rule never sees a test label. A sample whose score is NaN is neither high nor low: it is not
-selected.
+rule never sees a test label. A sample whose score is NaN or infinite is neither high nor low: it
+is not selected.
 
 Map: `SELECTION_RULES` (the registry), `SelectionRule` and `parse_rule`; `Pool` (what a rule may
 see), `select`.
@@ -33,6 +33,9 @@ from sampimp.errors import ConfigError, RecordError
 
 BASELINES = ("random", "balanced")
 """The rules that every comparison has."""
+
+RECORDED_SCORES = ("tau", "nll")
+"""The scores that every recorded run has."""
 
 STRATA = 50
 """Bins of log tau (that of Zheng et al.)."""
@@ -87,11 +90,27 @@ class SelectionRule:
         return self.spec if self.kind.is_own else self.kind.score
 
     @property
+    def reads_own(self) -> bool:
+        """Whether its score is none that every recorded run has (importance, NLL)."""
+        return self.score is not None and self.score not in RECORDED_SCORES
+
+    @property
     def variants(self) -> tuple[str, ...]:
         """The rules with a parameter among which a validation split chooses; else itself."""
         if self.argument or not self.kind.parameters:
             return (self.spec,)
         return tuple(f"{self.name}:{value:g}" for value in self.kind.parameters)
+
+    def capacity(self, samples: int) -> int:
+        """Return how many of so many samples, all with a score, it can select at most.
+
+        Examples
+        --------
+        >>> parse_rule("strata:0.1").capacity(50), parse_rule("strata").capacity(50)
+        (45, 50)
+        """
+        cut = float(self.argument or 0) if self.name == "strata" else 0.0
+        return samples - int(cut * samples)
 
 
 Select = Callable[[SelectionRule, Pool, int, np.random.Generator], np.ndarray]
@@ -161,22 +180,23 @@ def _lowest(
 
 def _first(rule: SelectionRule, values: np.ndarray, count: int) -> np.ndarray:
     """Return the positions of the lowest values; equal ones keep the samples' order."""
-    _require_scored(rule, np.isfinite(values), count)
+    _require_scored(rule, ~np.isnan(values), count)
     return np.argsort(values, kind="stable")[:count]  # NaN is last
 
 
 def _score(rule: SelectionRule, pool: Pool) -> np.ndarray:
+    """Return the score that a rule reads, NaN where it is not finite."""
     assert rule.score is not None
-    return pool.scores[rule.score]
+    values = pool.scores[rule.score]
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _strata(
     rule: SelectionRule, pool: Pool, count: int, generator: np.random.Generator
 ) -> np.ndarray:
     tau = _score(rule, pool)
-    scored = np.flatnonzero(np.isfinite(tau))
-    kept_count = len(scored) - int(float(rule.argument) * len(scored))
-    kept = scored[np.argsort(tau[scored], kind="stable")[:kept_count]]
+    scored = np.flatnonzero(~np.isnan(tau))
+    kept = scored[np.argsort(tau[scored], kind="stable")[: rule.capacity(len(scored))]]
     _require_scored(rule, np.isin(np.arange(len(tau)), kept), count)
     positive = tau[kept][tau[kept] > 0]
     logarithm = np.log(np.maximum(tau[kept], positive.min() if len(positive) else 1.0))
@@ -184,15 +204,15 @@ def _strata(
     bins = np.searchsorted(edges, logarithm, side="right")
     order = generator.permutation(len(kept))
     groups = [kept[order[bins[order] == number]] for number in np.unique(bins)]
-    # The fewest first, so that what they lack goes to the others.
-    return _equally(sorted(groups, key=len), count)
+    # The largest first: a remainder of less than one for each bin goes to them, as in Zheng et al.
+    return _equally(sorted(groups, key=len, reverse=True), count)
 
 
 def _power(
     rule: SelectionRule, pool: Pool, count: int, generator: np.random.Generator
 ) -> np.ndarray:
     tau = _score(rule, pool)
-    _require_scored(rule, np.isfinite(tau), count)
+    _require_scored(rule, ~np.isnan(tau), count)
     # Gumbel noise on log p and the highest ones: a draw without replacement, one after the other.
     with np.errstate(divide="ignore"):
         keys = float(rule.argument) * np.log(tau) + generator.gumbel(size=len(tau))
@@ -205,7 +225,7 @@ def _require_scored(rule: SelectionRule, usable_N: np.ndarray, count: int) -> No
             expected=f"{count:,} samples with a score to select from",
             got=f"{usable_N.sum():,} of {len(usable_N):,} in its range",
             where=f"rule {rule.spec}",
-            todo="choose a smaller size, or complete the scores: NaN is never high nor low",
+            todo="choose a smaller size, or complete the scores: NaN is neither high nor low",
         )
 
 

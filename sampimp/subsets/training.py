@@ -43,9 +43,9 @@ def subset_schedule(count: int, batch_size: int, order_seed: int, batches: int) 
     def schedule(epoch: int) -> list[np.ndarray]:
         first, last = (epoch - 1) * batches, epoch * batches
         numbers = range(first // in_pass, math.ceil(last / in_pass))
-        found = [batch for number in numbers for batch in passes(number + 1)]
+        whole = [batch for number in numbers for batch in passes(number + 1)]
         start = first - numbers[0] * in_pass
-        return found[start : start + batches]
+        return whole[start : start + batches]
 
     return schedule
 
@@ -71,11 +71,11 @@ def train_subset(
         training = replace(config.training, epochs=CONVERGENCE * config.training.epochs)
         config = replace(config, training=training)
     batches = math.ceil((pool if budget == "steps" else len(selected)) / batch_size)
-    part = data._replace(
-        train_inputs=data.train_inputs[selected], train_labels=data.train_labels[selected]
+    places = subset_schedule(len(selected), batch_size, config.order_seed, batches)
+    # The whole data set: a subset without the last class would make a smaller network.
+    run = TrainingRun(
+        config, data, lambda epoch: [selected[batch] for batch in places(epoch)], record=False
     )
-    schedule = subset_schedule(len(selected), batch_size, config.order_seed, batches)
-    run = TrainingRun(config, part, schedule, record=False)
     for epoch in range(1, config.training.epochs + 1):
         for batch in run.begin_epoch(epoch):
             run.train_batch(batch)

@@ -1,0 +1,159 @@
+"""What follows from trainings on subsets: the next sizes of a bisection, and the indices as files.
+
+Map: `next_sizes` (of the bisection); `diverged_trainings`, `export_subsets`.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import xarray as xr
+
+from sampimp.schema import ALL_SAMPLES, SUBSET_BUDGETS
+from sampimp.store.cube import open_cube
+from sampimp.store.influence_layouts import INFLUENCE_FOLDER
+from sampimp.store.location import Folder
+from sampimp.store.plan import PlannedTrial, read_commits, require_plan
+from sampimp.store.subset_choice import crossing
+from sampimp.sweeps.run_choice import choose_runs
+from sampimp.sweeps.subset_scores import own_scores, selectable_count
+from sampimp.sweeps.subset_study import SubsetRequest
+from sampimp.sweeps.subset_units import Comparison, trained_before
+from sampimp.sweeps.subset_work import pool_of
+
+PRECISION = 1.1
+"""Ratio of two sizes at which a bisection ends (arbitrary)."""
+
+
+def next_sizes(folder: Folder, request: SubsetRequest, within: float) -> list[Comparison]:
+    """Return the sizes that a bisection trains next, for each rule and budget; none at its end.
+
+    The smallest size is searched whose mean error, and that of all larger ones, is at most that of
+    all samples at the same budget plus `within`. A size with a training that diverged is beyond.
+
+    Parameters
+    ----------
+    folder, request
+        The study, and what was compared so far.
+    within
+        As a fraction of the test samples.
+    """
+    plan = require_plan(folder)
+    commits = read_commits(folder, INFLUENCE_FOLDER)
+    budgets: dict[tuple[str, float], list[str]] = {}
+    for run, cube in _runs(folder, request):
+        done = {
+            (rule, size, budget, seed)
+            for split, rule, _, size, budget, seed in trained_before(commits, run)[0]
+            if split == "test"
+        }
+        error = cube.subset_error.sel(training_seed=list(request.seeds))
+        error = error.mean("training_seed", skipna=False)
+        labels = cube.label.values
+        selectable = pool_of("validation", labels)
+        least = len(np.unique(labels)) / len(labels)
+        for rule in request.parsed:
+            scores = own_scores(folder, plan, run, rule, request.files) if rule.reads_own else None
+            most = (selectable_count(rule, selectable, scores) - 1) / len(labels)
+            for budget in SUBSET_BUDGETS[:2]:
+                limit = float(error.sel(rule=ALL_SAMPLES, size=1.0, budget=budget)) + within
+                sizes = [
+                    size
+                    for size in cube["size"].values
+                    if all((rule.spec, size, budget, seed) in done for seed in request.seeds)
+                ]
+                errors = error.sel(rule=rule.spec, budget=budget, size=sizes).values
+                size = middle_size(np.array(sizes), errors, limit, least, most)
+                if size is not None:
+                    wanted = budgets.setdefault((rule.spec, size), [])
+                    wanted += [budget] * (budget not in wanted)
+    return [
+        Comparison(rule=rule, size=size, budgets=tuple(wanted), is_validated=False)
+        for (rule, size), wanted in budgets.items()
+    ]
+
+
+def middle_size(
+    sizes: np.ndarray, errors: np.ndarray, limit: float, least: float, most: float
+) -> float | None:
+    """Return the size in the middle of those around the crossing; None if they are close.
+
+    Parameters
+    ----------
+    sizes, errors, limit
+        As for `crossing`; a limit that is NaN is never reached.
+    least, most
+        Bounds of the sizes that can be trained.
+
+    Examples
+    --------
+    >>> middle_size(np.array([0.1, 0.4]), np.array([0.10, 0.04]), 0.07, 0.01, 0.9)
+    0.2
+    >>> middle_size(np.array([0.19, 0.2]), np.array([0.10, 0.04]), 0.07, 0.01, 0.9) is None
+    True
+    """
+    if not np.isfinite(limit):
+        return None
+    place = crossing(sizes, errors, limit)
+    low = least if place.above is None else place.above
+    high = min(place.below, most)
+    if high / low < PRECISION:
+        return None
+    middle = float(f"{np.sqrt(low * high):.2g}")
+    return middle if low < middle < high else None
+
+
+def diverged_trainings(folder: Folder) -> list[str]:
+    """Return a name for each stored training on a subset that diverged."""
+    datasets = (node.to_dataset() for node in open_cube(folder).leaves)
+    return [
+        label
+        for cube in datasets
+        if "subset_error" in cube
+        for label in cube.subset_error.attrs.get("diverged", ())
+    ]
+
+
+def export_subsets(folder: Folder, request: SubsetRequest) -> dict[str, list[str]]:
+    """Write the indices of the selected samples of each rule and size.
+
+    Each is written as OUT/influence/selected/RUN-RULE-SIZE.npy and .csv, of the first seed and the
+    budget of equal steps.
+
+    Returns
+    -------
+    dict of str to list of str
+        From the path of each .npy file to the classes of which the subset has no sample.
+    """
+    classes_without: dict[str, list[str]] = {}
+    for run, cube in _runs(folder, request):
+        cube = cube.sel(budget="steps", training_seed=request.seeds[0])
+        labels, names = cube.label.values, cube.attrs["class_names"]
+        present = np.unique(labels)
+        for rule in (rule for rule in cube["rule"].values if rule != ALL_SAMPLES):
+            for size in (size for size in cube["size"].values if size < 1):
+                indices = np.flatnonzero(cube.selected.sel(rule=rule, size=size).values)
+                if not len(indices):
+                    continue
+                word = re.sub(r"[^A-Za-z0-9.-]+", "_", str(rule))
+                name = f"{INFLUENCE_FOLDER}/selected/{run.label}-{word}-{size:g}"
+                buffer = io.BytesIO()
+                np.save(buffer, indices)
+                folder.write_bytes(f"{name}.npy", buffer.getvalue())
+                rows = zip(indices.tolist(), labels[indices].tolist(), strict=True)
+                lines = ["sample,label", *(f"{sample},{label}" for sample, label in rows)]
+                folder.write_bytes(f"{name}.csv", ("\n".join(lines) + "\n").encode())
+                absent = np.setdiff1d(present, labels[indices])
+                classes_without[f"{folder}/{name}.npy"] = [names[label] for label in absent]
+    return classes_without
+
+
+def _runs(folder: Folder, request: SubsetRequest) -> Iterator[tuple[PlannedTrial, xr.Dataset]]:
+    """Yield the runs of a request, each with its part of the cube."""
+    plan, tree = require_plan(folder), open_cube(folder)
+    trials = plan.resolve(read_commits(folder))
+    for position in choose_runs(plan, trials, request.runs):
+        config = trials[position].config
+        cube = tree[plan.node(config.dataset)].to_dataset()
+        yield trials[position], cube.sel(strategy=config.strategy, seed=config.seed)
