@@ -18,9 +18,6 @@ from sampimp.sweeps.options import MachineOptions
 from sampimp.sweeps.preflight import check_cluster, check_disk
 from sampimp.sweeps.work import Unit
 
-LISTED = 12
-"""Units that a dry run lists (arbitrary)."""
-
 WAITING_EVERY = 30.0
 """Seconds between two lines about a run that the command waits for (arbitrary)."""
 

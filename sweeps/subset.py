@@ -47,7 +47,7 @@ Examples:
 
 """
 
-LISTED = 6
+NAMED = 6
 """Diverged trainings that are named; the cube names all (arbitrary)."""
 
 BISECTION_ROUNDS = 12
@@ -132,10 +132,10 @@ class SubsetOptions(DerivedOptions, _Subsets):
 def _describe_diverged(labels: Sequence[str]) -> list[str]:
     if not labels:
         return []
-    more = f"; and {len(labels) - LISTED} more" if labels[LISTED:] else ""
+    more = f"; and {len(labels) - NAMED} more" if labels[NAMED:] else ""
     return [
         f"{len(labels)} trainings diverged; their error is NaN in the cube, and counts as 1 where "
-        f"rules are chosen: {'; '.join(labels[:LISTED])}{more}."
+        f"rules are chosen: {'; '.join(labels[:NAMED])}{more}."
     ]
 
 

@@ -16,7 +16,7 @@ import sampimp
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
 from sampimp.store.subset_choice import crossing
-from sampimp.sweeps import derived_run, subset, subset_work
+from sampimp.sweeps import derived_command, derived_run, subset, subset_work
 from sampimp.sweeps.derived_study import run_here
 from sampimp.sweeps.subset_results import PRECISION, middle_size, next_sizes
 from sampimp.sweeps.subset_study import SubsetRequest, prepare_subsets
@@ -55,7 +55,7 @@ def command(monkeypatch):
 
     def run(*arguments):
         console = Console(file=StringIO(), width=300)
-        monkeypatch.setattr(subset, "Console", lambda **options: console)
+        monkeypatch.setattr(derived_command, "Console", lambda **options: console)
         code = subset.main(list(map(str, arguments)))
         return code, console.file.getvalue()
 
