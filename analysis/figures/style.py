@@ -4,8 +4,8 @@ A strategy has one colour, line style and marker in all figures (`strategy_style
 strategies differ without colour too. Layers and groups of samples, which have an order, run from
 dark to light (`ordered_styles`); seeds and classes take `CATEGORIES` in turn.
 
-Map: `RC_PARAMS` (matplotlib's settings), `Style`, `strategy_style`, `strategy_name`, `CATEGORIES`,
-`ordered_styles`; `encode` returns a figure as PNG or PDF.
+Map: `RC_PARAMS` (matplotlib's settings), `Style`, `strategy_style`, `strategy_name`, `rule_style`,
+`CATEGORIES`, `ordered_styles`; `encode` returns a figure as PNG or PDF.
 """
 
 import io
@@ -83,6 +83,22 @@ _STRATEGIES = {
     "sim": Style(_WINE, _DOTDASH, "<"),
 }
 
+# Grey knows nothing of the samples, black is what the validation split chose. What sorts by overall
+# importance is blue, by NLL purple; the high end is solid and the low end dashed.
+_RULES = {
+    "chosen": Style(_BLACK, "-", "o"),
+    "random": Style(_GREY, (0, (1, 1.2)), "s"),
+    "balanced": Style(_GREY, DASHED, "D"),
+    "tau-high": Style(BLUE, "-", "^"),
+    "tau-low": Style(_SKY, DASHED, "v"),
+    "nll-high": Style(_PURPLE, "-", ">"),
+    "nll-low": Style(_PURPLE, DASHED, "<"),
+    "strata": Style(_GREEN, "-", "P"),
+    "power": Style(_WINE, "-", "X"),
+    "final-importance": Style(_ORANGE, "-", "p"),
+    "metagradient": Style(_GREEN, _DOTDASH, "*"),
+}
+
 CATEGORIES = tuple(
     Style(color, linestyle, marker)
     for color, linestyle, marker in zip(
@@ -120,6 +136,17 @@ def strategy_name(name: str) -> str:
     if name in _STRATEGIES and not name.startswith("shuffle"):
         return name.upper()
     return name.replace("_", " ")
+
+
+def rule_style(name: str) -> Style:
+    """Return the style of a rule that selects samples; any other name has a fixed style too.
+
+    Examples
+    --------
+    >>> rule_style("tau-high")
+    Style(color='#0072B2', linestyle='-', marker='^')
+    """
+    return _RULES.get(name) or CATEGORIES[sum(name.encode()) % len(CATEGORIES)]
 
 
 def ordered_styles(count: int, *, light: bool = False) -> list[Style]:

@@ -21,13 +21,12 @@ from sampimp.analysis.figures.axes import (
 )
 from sampimp.analysis.figures.style import (
     BLUE,
-    CATEGORIES,
     DASHED,
     IMPORTANCE_UNIT,
     RC_PARAMS,
     VERMILLION,
     WIDTH,
-    Style,
+    rule_style,
 )
 
 BUDGET_NAMES = {"steps": "equal steps", "epochs": "equal epochs"}
@@ -37,12 +36,6 @@ MOST_DOTS = 4_000
 """More samples than this are thinned at random (arbitrary)."""
 
 LEFT_OUT = "#a3abb3"
-
-_FIXED_STYLES = {
-    "chosen": Style("#000000", "-", "o"),
-    "random": Style("#808080", (0, (1, 1.2)), "s"),
-    "balanced": Style("#808080", DASHED, "D"),
-}
 
 
 @matplotlib.rc_context(RC_PARAMS)
@@ -65,12 +58,11 @@ def draw_subset_errors(result: xr.Dataset) -> Figure:
     rows = -(-(len(rules) + 2) // 4)
     figure = Figure(figsize=(WIDTH, 4.2 + 0.25 * rows), layout="constrained")
     axes = figure.subplots(1, result.sizes["budget"], squeeze=False, sharey=True)[0]
-    styles = _rule_styles(rules)
     for ax, budget in zip(axes, result["budget"].values, strict=True):
         here = result.sel(budget=budget)
         ax.set_title(BUDGET_NAMES.get(str(budget), str(budget)))
         for rule in rules:
-            _draw_rule(ax, here.sel(rule=rule), styles[rule], rule)
+            _draw_rule(ax, here.sel(rule=rule), rule)
         for name, color, linestyle, words in (
             ("full_error", VERMILLION, "-", "all samples, the study's epochs"),
             ("converged_error", VERMILLION, DASHED, "all samples, at convergence"),
@@ -91,22 +83,11 @@ def draw_subset_errors(result: xr.Dataset) -> Figure:
     return figure
 
 
-def _rule_styles(rules: Sequence[str]) -> dict[str, Style]:
-    """Return a style for each rule; black is the chosen rule's, grey the baselines'.
-
-    Vermillion is that of all samples, and orange, which is close to it, comes last.
-    """
-    colored = [s for s in CATEGORIES if s.color not in ("#000000", "#808080", VERMILLION)]
-    colored.sort(key=lambda style: style.color == "#E69F00")
-    others = [rule for rule in rules if rule not in _FIXED_STYLES]
-    return _FIXED_STYLES | {rule: colored[i % len(colored)] for i, rule in enumerate(others)}
-
-
-def _draw_rule(ax: Axes, here: xr.Dataset, style: Style, rule: str) -> None:
+def _draw_rule(ax: Axes, here: xr.Dataset, rule: str) -> None:
     """Draw the errors of a rule with their standard errors, at the sizes that were trained."""
     known = np.isfinite(here["error"].values)
     spread = np.nan_to_num(here["error_se"].values[known])
-    is_chosen = rule == "chosen"
+    style, is_chosen = rule_style(rule), rule == "chosen"
     ax.errorbar(
         here["size"].values[known],
         100 * here["error"].values[known],

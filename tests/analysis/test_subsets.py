@@ -336,6 +336,26 @@ def test_a_diverged_training_counts_against_its_rule(plain):
     assert verdicts == ["holds", "does not hold"]
     base = of_cell(plain, "subset_error", "balanced", 0.3, "steps").mean()
     assert values[1] == pytest.approx(base - CHANCE)
+    # The mean over the four others would be below that of all samples.
+    one = plain.copy(deep=True)
+    place = RUN | {"rule": "tau-high", "size": 0.5, "budget": "steps"}
+    one["subset_error"].loc[place] -= 0.01
+    assert section_5(one)[0][0] == "holds"
+    one["subset_error"].loc[place | {"training_seed": 1}] = np.nan
+    assert section_5(one)[0][0] == "does not hold"
+    # It does not hide a size at which no training diverged.
+    one["subset_error"].loc[place | {"size": 0.3}] -= 0.008
+    assert section_5(one)[0][0] == "holds"
+
+
+def test_a_rule_with_two_seeds_is_no_candidate(plain):
+    few = plain.copy(deep=True)
+    place = RUN | {"rule": "tau-high", "size": 0.5, "training_seed": [3, 4, 5]}
+    few["subset_error"].loc[RUN | {"rule": "tau-high", "size": 0.5}] -= 0.1
+    assert section_5(few)[0][0] == "holds"
+    few["subset_error"].loc[place] = np.nan
+    few["selected"].loc[place] = False
+    assert section_5(few)[0][0] == "does not hold"
 
 
 def test_claims_of_section_5_are_judged_only_where_there_are_subsets():
