@@ -194,7 +194,7 @@ def memory_row(sizes: Sizes) -> Row:
 def cost(bench: Bench, sizes: Sizes) -> list[Row]:
     """Time and memory; run it on a machine that does nothing else."""
     # In a run of one epoch, the gradients of a target over 10,000 test images are a third of it.
-    setting = replace(sizes.paper, epochs=min(5, sizes.paper.epochs))
+    setting = replace(sizes.paper, epochs=min(3, sizes.paper.epochs))
     rows = cost_rows(setting, sizes.rounds)
     rows += [
         network_row(name, setting.dataset, sizes.rounds, sizes.network_steps)

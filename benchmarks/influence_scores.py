@@ -339,9 +339,10 @@ def over_one_retraining(predicted: np.ndarray, actual: np.ndarray) -> float:
 
 
 def finite(bench: Bench, sizes: Sizes) -> list[Row]:
-    """Why TSLOO is below 1: the finite size of a removal, and float32."""
+    """Why TSLOO is below 1: the finite size of a removal, and float32; also after long training."""
     doubles = [replace(s, precision="float64") for s in sizes.gelu_runs if s.dataset == "digits"]
-    return each_setting([*sizes.gelu_runs, *doubles], partial(_finite_rows, bench, sizes))
+    long = [replace(sizes.gelu_runs[-1], epochs=sizes.epochs[1])]
+    return each_setting([*sizes.gelu_runs, *doubles, *long], partial(_finite_rows, bench, sizes))
 
 
 def _finite_rows(bench: Bench, sizes: Sizes, setting: Setting) -> list[Row]:
