@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sampimp
 from sampimp.analysis import report
 from sampimp.data import load_source
+from sampimp.store.location import Folder
 from sampimp.sweeps import (
     command,
     consolidate,
@@ -41,7 +42,10 @@ from sampimp.sweeps import (
     retrain,
     score_snapshots,
     status,
+    subset,
 )
+from sampimp.sweeps.derived_study import run_here
+from sampimp.sweeps.subset_study import SubsetRequest, prepare_subsets
 
 ROOT = Path(__file__).parents[2]
 GENERATED = ("docs/_build", "docs/gallery", "docs/api")
@@ -215,6 +219,22 @@ def check_influence(names):
     assert float(names["change"]) == pytest.approx(slope, rel=1e-3)
 
 
+def subset_names(finished):
+    names = cube_names(finished)
+    request = SubsetRequest(rules=("tau-high",), sizes=(0.2,), seeds=(1, 2), runs=("shuffle:1",))
+    run_here(prepare_subsets(Folder.of("results/digits"), request))
+    return names
+
+
+def check_subsets(names):
+    rules = names["cube"]["rule"].values.tolist()
+    assert rules == ["full", "chosen", "random", "balanced", "tau-high"]
+    assert names["chosen"] in rules
+    assert len(names["indices"]) == 300
+    assert float(names["distance"].sel(rule="full", size=1.0, budget="steps")) == 0
+    assert dict(names["gain"].sizes) == {"size": 2, "budget": 3}
+
+
 PYTHON = {
     "README.md": Page(loop_names, check_loop),
     "docs/start.md": Page(no_names, check_start),
@@ -225,6 +245,7 @@ PYTHON = {
     "docs/data.md": Page(data_names, check_data),
     "docs/importance.md": Page(no_names, check_importance),
     "docs/influence.md": Page(influence_names, check_influence),
+    "docs/subsets.md": Page(subset_names, check_subsets),
 }
 
 
@@ -290,6 +311,7 @@ PROGRAMS = {
     "sampimp score": score_snapshots.main,
     "sampimp influence": influence.main,
     "sampimp retrain": retrain.main,
+    "sampimp subset": subset.main,
     "sampimp consolidate": consolidate.main,
     "sampimp report": report.main,
     "benchmarks/study_overhead.py": functools.partial(call_script, "benchmarks/study_overhead.py"),
@@ -302,6 +324,7 @@ SCRIPTS = {
     "sweeps/score_snapshots.py": "sampimp score",
     "sweeps/influence.py": "sampimp influence",
     "sweeps/retrain.py": "sampimp retrain",
+    "sweeps/subset.py": "sampimp subset",
     "sweeps/consolidate.py": "sampimp consolidate",
     "analysis.report": "sampimp report",
 }

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from sampimp.sweeps import full_study, influence
+from sampimp.sweeps import full_study, influence, subset
 
 DOOR = full_study.__file__
 TRAIN = str(Path(__file__).with_name("train.py"))
 """The same command without the report, which takes as long as the rest."""
 
 INFLUENCE = influence.__file__
+SUBSET = subset.__file__
 
 
 class Family:
