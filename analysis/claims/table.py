@@ -439,8 +439,8 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         section="5",
-        sentence="The same rule is better than balanced random subsets at every size.",
-        rule="Mean test error of balanced random subsets minus that of the rule of the claim above, at equal steps: the smallest difference of all sizes. Interval: t over at least 3 seeds, paired. A diverged training counts with the error of guessing.",
+        sentence="The rule with the best such subset beats balanced random subsets at every size.",
+        rule="Mean test error of balanced random subsets minus that of the rule whose subset decides the claim above, at equal steps: the smallest difference of all sizes. Interval: t over at least 3 seeds, paired. A diverged training counts with the error of guessing.",
         side="above",
         threshold=0.0,
         needs=_SUBSETS,
