@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
-from sampimp.schema import ALL_SAMPLES, SUBSET_BUDGETS
+from sampimp.schema import ALL_SAMPLES, SUBSET_BUDGETS, digest
 from sampimp.store.cube import open_cube
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER
 from sampimp.store.location import Folder
@@ -43,11 +43,7 @@ def next_sizes(folder: Folder, request: SubsetRequest, within: float) -> list[Co
     commits = read_commits(folder, INFLUENCE_FOLDER)
     budgets: dict[tuple[str, float], list[str]] = {}
     for run, cube in _runs(folder, request):
-        done = {
-            (rule, size, budget, seed)
-            for split, rule, _, size, budget, seed in trained_before(commits, run)[0]
-            if split == "test"
-        }
+        done, _ = trained_before(commits, run)
         error = cube.subset_error.sel(training_seed=list(request.seeds))
         error = error.mean("training_seed", skipna=False)
         labels = cube.label.values
@@ -55,13 +51,17 @@ def next_sizes(folder: Folder, request: SubsetRequest, within: float) -> list[Co
         least = len(np.unique(labels)) / len(labels)
         for rule in request.parsed:
             scores = own_scores(folder, plan, run, rule, request.files) if rule.reads_own else None
+            name = None if scores is None else digest(scores)
             most = (selectable_count(rule, selectable, scores) - 1) / len(labels)
             for budget in SUBSET_BUDGETS[:2]:
                 limit = float(error.sel(rule=ALL_SAMPLES, size=1.0, budget=budget)) + within
                 sizes = [
                     size
                     for size in cube["size"].values
-                    if all((rule.spec, size, budget, seed) in done for seed in request.seeds)
+                    if all(
+                        ("test", rule.spec, name, size, budget, seed) in done
+                        for seed in request.seeds
+                    )
                 ]
                 errors = error.sel(rule=rule.spec, budget=budget, size=sizes).values
                 size = middle_size(np.array(sizes), errors, limit, least, most)

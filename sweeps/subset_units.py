@@ -120,7 +120,7 @@ class SubsetUnits(DerivedUnits):
         searches: dict[tuple[float, str], Unit] = {}
         for comparison in self._comparisons:
             if self._rule(comparison).kind.is_searched:
-                for split in SPLITS:
+                for split in SPLITS if comparison.is_validated else ("test",):
                     unit = self._search(position, run, commits, comparison.size, split)
                     searches.setdefault((comparison.size, split), unit)
         yield from searches.values()

@@ -6,19 +6,20 @@
 What is judged on the test set selects from all samples; what is judged on the validation split, by
 which rules and their parameters are chosen, selects from the others.
 
-Map: `SubsetWork`, `SearchWork`; `pool_of`, `write_scores` and `read_scores` (a person's own ones).
+Map: `SubsetWork`, `SearchWork`; `pool_of` (samples to select from), `write_scores`,
+`read_scores` (of rules that read no recorded score).
 """
 
 import io
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from sampimp.data import Dataset
 from sampimp.errors import RecordError
 from sampimp.schema import ALL_SAMPLES, StepRecord, digest
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER, SearchLayout, SubsetLayout, layout_of
@@ -36,7 +37,7 @@ SCORE_KINDS = {"tau": "overall_importance", "nll": "final_nll"}
 
 
 def pool_of(split: str, labels: np.ndarray) -> np.ndarray:
-    """Return the positions of the samples to select from, sorted; split: validation or test."""
+    """Return the positions of the samples to select from, sorted, for "validation" or "test"."""
     every = np.arange(len(labels))
     if split == "test":
         return every
@@ -64,10 +65,8 @@ def read_scores(folder: Folder, name: str) -> np.ndarray:
     content = (folder / INFLUENCE_FOLDER).read_bytes(path)
     scores = None
     if content is not None:
-        try:
+        with suppress(ValueError, EOFError, OSError):
             scores = np.load(io.BytesIO(content), allow_pickle=False)
-        except (ValueError, EOFError, OSError):
-            scores = None
     if scores is None or digest(scores) != name:
         raise RecordError(
             expected=f"scores with digest {name[:16]}",
@@ -87,11 +86,11 @@ class SubsetWork(RunWork):
         """Begin with the first training, or after that of a checkpoint."""
         config, data, _ = self.run.open()
         self._trial, self._data = config, data
-        self._pool_P = pool_of(self.identity["judged_on"], data.train_labels)
-        self._scored = self._scores()
+        self._positions_P = pool_of(self.identity["judged_on"], data.train_labels)
+        self._pool = self._scored_pool()
         self._step = checkpoint[0] if checkpoint else 0
 
-    def _scores(self) -> Pool:
+    def _scored_pool(self) -> Pool:
         """Return the pool with the scores that the unit's rules read."""
         run, scores = self.run, {}
         for variant in self.identity["variants"]:
@@ -103,16 +102,15 @@ class SubsetWork(RunWork):
                 scores[name] = read_difficulty(trial, SCORE_KINDS[name], run.layout)
             elif name is not None:
                 scores[name] = read_scores(run.folder, self.identity["scores"])
-        whole = Pool(labels=self._data.train_labels, scores=scores)
-        return whole.part(self._pool_P)
+        return Pool(labels=self._data.train_labels, scores=scores).part(self._positions_P)
 
     def _select(self, variant: str, seed: int) -> np.ndarray:
         """Return the positions of the samples that a training uses."""
         if variant == ALL_SAMPLES:
-            return self._pool_P
+            return self._positions_P
         if parse_rule(variant).kind.is_searched:
             return self._searched()
-        return self._pool_P[select(variant, self._scored, self.identity["count"], seed)]
+        return self._positions_P[select(variant, self._pool, self.identity["count"], seed)]
 
     def _searched(self) -> np.ndarray:
         place = self.run.folder / INFLUENCE_FOLDER / self.identity["search"]
@@ -131,7 +129,7 @@ class SubsetWork(RunWork):
         config = replace(self._trial, seed=seed, order_seed=seed)
         model = train_subset(config, self._data, chosen, self.identity["budgets"][budget])
         self.run.check_network(model)
-        nll_N, error = evaluate(model, *self._judges())
+        nll_N, error = evaluate(model, *self._judged_samples())
         nll = float(nll_N.mean())
         selected = np.zeros(self.layout.sample, bool)
         selected[chosen] = True
@@ -146,7 +144,7 @@ class SubsetWork(RunWork):
             seconds=time.perf_counter() - begun,
         )
 
-    def _judges(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _judged_samples(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and labels of the samples that the network is judged on."""
         inputs, labels = self._data[2:]
         if self.identity["judged_on"] == "validation":
@@ -165,7 +163,7 @@ class SubsetWork(RunWork):
 
     def release(self) -> None:
         """Drop the data."""
-        del self._data, self._scored
+        del self._data, self._pool
 
 
 class SearchWork(RunWork):
@@ -176,8 +174,9 @@ class SearchWork(RunWork):
     def start(self, checkpoint: tuple[int, bytes] | None) -> None:
         """Begin with the first round, or after that of a checkpoint."""
         config, data, _ = self.run.open()
-        self._pool_P = pool_of(self.identity["judged_on"], data.train_labels)
-        part = Dataset(data.train_inputs[self._pool_P], data.train_labels[self._pool_P], *data[2:])
+        self._positions_P = pool_of(self.identity["judged_on"], data.train_labels)
+        inputs, labels = (values[self._positions_P] for values in data[:2])
+        part = data._replace(train_inputs=inputs, train_labels=labels)
         self._search = MetagradientSearch(config, part, self.identity["count"])
         if checkpoint is not None:
             self._search.restore(checkpoint[1])
@@ -190,7 +189,7 @@ class SearchWork(RunWork):
         arrays: dict[str, np.ndarray] = {"search_error": np.array(self._search.advance())}
         if self._search.round == self.layout.round:
             found = np.zeros(self.layout.sample, bool)
-            found[self._pool_P[self._search.best]] = True
+            found[self._positions_P[self._search.best]] = True
             arrays["found"] = found
         seconds = time.perf_counter() - begun
         return StepRecord(step=self._search.round, arrays=arrays, seconds=seconds)

@@ -55,7 +55,7 @@ class Consolidated:
     written: bool
     """False if the store already existed, made of the same records."""
     left_out: tuple[str, ...] = ()
-    """Variables of the cube that it does not have: those of influence and retraining."""
+    """Variables of the cube that it does not have: those of influence, retraining and subsets."""
 
 
 def consolidate(
@@ -102,8 +102,10 @@ def consolidate(
         )
         node = tree[plan.node(key)]
         cube = node.to_dataset().assign_attrs({**configuration, **node.attrs, "records": records})
-        left_out = tuple(name for name in INFLUENCE_VARIABLES if name in cube)
-        cube = cube.drop_vars(left_out).drop_dims(_INFLUENCE_DIMS, errors="ignore")
+        whole = cube.data_vars
+        cube = cube.drop_vars(INFLUENCE_VARIABLES, errors="ignore")
+        cube = cube.drop_dims(_DERIVED_DIMS, errors="ignore")
+        left_out = tuple(str(name) for name in whole if name not in cube)
         store = target / f"{key}.zarr"
         written = _begin(store, cube)
         if written:
@@ -112,7 +114,10 @@ def consolidate(
     return done
 
 
-_INFLUENCE_DIMS = ("target", "removal", "repeat", "curvature", "damping", "test_sample")
+_DERIVED_DIMS = (
+    *("target", "removal", "repeat", "curvature", "damping", "test_sample"),
+    *("rule", "size", "budget", "training_seed", "variant"),
+)
 
 
 def _require_finished(trials: list[PlannedTrial], folder: Folder) -> None:

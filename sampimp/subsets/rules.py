@@ -229,7 +229,7 @@ def _require_scored(rule: SelectionRule, usable_N: np.ndarray, count: int) -> No
         )
 
 
-def _not_here(
+def _by_search(
     rule: SelectionRule, pool: Pool, count: int, generator: np.random.Generator
 ) -> np.ndarray:
     raise NotImplementedError(f"{rule.spec} is selected by a record of its own")
@@ -247,7 +247,7 @@ SELECTION_RULES: Mapping[str, RuleKind] = {
         select=_power, score="tau", parameters=(0.125, 0.25, 0.5, 1.0), is_random=True
     ),
     "final-importance": RuleKind(select=_highest, score="final-importance"),
-    "metagradient": RuleKind(select=_not_here, is_searched=True),
+    "metagradient": RuleKind(select=_by_search, is_searched=True),
     "scores": RuleKind(select=_highest, is_own=True),
     "variable": RuleKind(select=_highest, is_own=True),
 }

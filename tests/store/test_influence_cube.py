@@ -233,6 +233,6 @@ def test_consolidation_says_what_it_leaves_out(study, write, tmp_path):
     (done,) = consolidate(study[0], tmp_path / "to")
     assert set(done.left_out) == {
         *("influence", "influence_total", "adjoint_norm"),
-        *("arriving_importance", "final_importance_total"),
+        *("arriving_importance", "final_importance_total", "test_image"),
     }
     assert done.written

@@ -16,7 +16,7 @@ import sampimp
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
 from sampimp.store.subset_choice import crossing
-from sampimp.sweeps import derived_command, derived_run, subset, subset_work
+from sampimp.sweeps import derived_command, derived_run, status, subset, subset_work
 from sampimp.sweeps.derived_study import run_here
 from sampimp.sweeps.subset_results import PRECISION, middle_size, next_sizes
 from sampimp.sweeps.subset_study import SubsetRequest, prepare_subsets
@@ -64,21 +64,6 @@ def command(monkeypatch):
 
 def cube_of(folder, seed=1):
     return sampimp.open_cube(folder)["one"].to_dataset().sel(strategy="shuffle", seed=seed)
-
-
-@given(
-    errors=st.lists(st.one_of(st.floats(0, 1), st.just(float("nan"))), min_size=1, max_size=8),
-    limit=st.floats(0, 1),
-)
-def test_the_crossing_is_where_all_larger_sizes_are_within(errors, limit):
-    sizes = np.linspace(0.1, 0.8, len(errors))
-    place = crossing(sizes, np.array(errors), limit)
-    within = [bool(error <= limit) for error in errors]
-    good = [size for n, size in enumerate(sizes) if all(within[n:])]
-    assert place.below == (good[0] if good else 1.0)
-    bad = [size for size, holds in zip(sizes, within, strict=True) if not holds]
-    assert place.above == (bad[-1] if bad else None)
-    assert (place.above or place.below) <= place.size <= place.below + 1e-6
 
 
 @given(true_size=st.floats(0.03, 0.8), start=st.lists(st.floats(0.02, 0.85), max_size=4))
@@ -142,6 +127,7 @@ def test_selected_samples_are_exported(study, command):
     line = next(line for line in text.splitlines() if "torch.utils.data.Subset" in line)
     part = eval(line.strip(), {"torch": torch, "numpy": np, "train_set": list(range(24))})
     assert len(part) == 6
+    assert status.main([str(study), "--verify"]) == 0  # the folder is no record
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert command(study, *FAST, "--runs", "all")[0] == 0
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

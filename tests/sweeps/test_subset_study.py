@@ -8,12 +8,14 @@ import numpy as np
 import oracles
 import pytest
 import torch
+import xarray as xr
 
 import sampimp
 from sampimp.data import scale_inputs
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
 from sampimp.store.record import TrialRecord
+from sampimp.store.sharded import consolidate
 from sampimp.store.subset_choice import best_rule, best_variant
 from sampimp.store.zarr_arrays import open_array
 from sampimp.subsets.rules import BASELINES, Pool, parse_rule, select
@@ -24,6 +26,7 @@ from sampimp.sweeps.derived_study import run_here
 from sampimp.sweeps.influence_study import compute_influence
 from sampimp.sweeps.subset_results import diverged_trainings
 from sampimp.sweeps.subset_study import SubsetRequest, prepare_subsets
+from sampimp.sweeps.subset_units import Comparison
 from sampimp.sweeps.subset_work import SubsetWork, read_scores
 from sampimp.training.loop import evaluate
 
@@ -172,6 +175,15 @@ def test_validation_chooses_parameters_and_the_rule(trained, compared):
                 np.testing.assert_array_equal(chosen, expected)
 
 
+def test_one_store_of_a_study_leaves_subsets_out(compared, tmp_path):
+    (done,) = consolidate(compared, tmp_path)
+    names = ("subset_error", "subset_nll", "selected", "subset_variant", "validation_error")
+    assert set(names) <= set(done.left_out)
+    store = xr.open_zarr(done.path)
+    assert not {*names, "rule", "size", "budget", "training_seed", "variant"} & set(store.variables)
+    assert "importance" in store
+
+
 def test_no_test_label_has_a_part_in_a_selection(trained, compared, tmp_path):
     source = oracles.make_source(name="one")
     permuted = replace(source, test_labels=np.random.default_rng(5).permutation(source.test_labels))
@@ -281,6 +293,11 @@ def test_a_search_gives_the_subset_that_it_found(study, monkeypatch):
     by_label = {unit.label.removeprefix("one-shuffle-seed1-"): unit for unit in units.resolve()}
     assert by_label["subset-metagradient-0.5"].folder is None
     assert by_label["search-0.5"].folder is not None
+    unjudged = Comparison(rule="metagradient", size=0.4, is_validated=False)  # of a bisection
+    units = prepare_subsets(folder, request(rules=("metagradient",)), [unjudged]).units
+    assert [unit.label.removeprefix("one-shuffle-seed1-") for unit in units.resolve()] == [
+        *("search-0.4", "subset-metagradient-0.4", "subset-full-1")
+    ]
     cube = compute(folder, rules=("metagradient",), sizes=(0.5,))
     selected = cube.selected.sel(rule="metagradient", size=0.5, budget=["steps", "epochs"]).values
     assert (selected == selected[0, 0]).all()
