@@ -3,8 +3,8 @@
 Ray does not tell a driver what its autoscaler can start. `autoscaling_config` reads it from the
 file that the autoscaler was started with, which lies on the head, where a study's driver runs.
 
-Map: `connect`; `autoscaling_config`; `check_shared` and `check_workers`, whether all nodes can use
-the folder or the bucket of a study.
+Map: `connect`, `is_connected`; `autoscaling_config`; `check_shared` and `check_workers`, whether
+all nodes can use the folder or the bucket of a study.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 def connect(address: str | None = None) -> Cluster:
-    """Connect to a Ray cluster, and return its machines.
+    """Connect to a Ray cluster, and return its machines; do nothing in a process that is connected.
 
     Parameters
     ----------
@@ -54,7 +54,9 @@ def connect(address: str | None = None) -> Cluster:
     ResourceError
         No cluster answers at the address.
     """
-    start = partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
+    start = partial(
+        ray.init, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True
+    )
     named = named_address(address)
     address = noted_address() if named in (None, "auto") else named
     local = address == "local" or (address is None and named is None)
@@ -84,6 +86,11 @@ def connect(address: str | None = None) -> Cluster:
     )
     config = {} if local else autoscaling_config(ray.get_runtime_context().gcs_address)
     return Cluster(origin, machines, machines_to_come(config, machines), started_here=local)
+
+
+def is_connected() -> bool:
+    """Return whether this process is connected to a Ray cluster."""
+    return bool(ray.is_initialized())
 
 
 def autoscaling_config(address: str) -> dict[str, Any]:

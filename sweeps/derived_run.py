@@ -72,13 +72,14 @@ def run_on_cluster(
     UserError
         Something is wrong with the store, the machines or the disk.
     """
-    from sampimp.sweeps.cluster import connect  # here, since a dry run needs no Ray
+    from sampimp.sweeps.cluster import connect, is_connected  # here: a dry run needs no Ray
 
     units = study.units.resolve()
     missing = [unit for unit in units if unit.commit is None]
     if missing:
+        is_first = not is_connected()
         cluster = connected or connect(machines.address)
-        if connected is None:
+        if is_first:
             console.print(f"{cluster}.", markup=False, highlight=False)
         check_cluster(machines, cluster)
         study.folder.check_writable()

@@ -55,13 +55,11 @@ def trained_before(
     """
     done: Done = set()
     errors: dict[tuple[Any, ...], np.ndarray] = {}
+    if run.commit is None:
+        return done, errors
+    of_run = {"kind": "subset", "trial": run.trial_id, "record": record_digest(run.commit)}
     for commit in commits.values():
-        if (
-            run.commit is None
-            or commit["kind"] != "subset"
-            or commit["trial"] != run.trial_id
-            or commit["record"] != record_digest(run.commit)
-        ):
+        if not of_run.items() <= commit.items():
             continue
         by_budget = np.reshape(commit["curves"]["subset_error"], (len(commit["budgets"]), -1))
         for budget, values in zip(commit["budgets"], by_budget, strict=True):

@@ -13,7 +13,6 @@ import sampimp
 from sampimp.data import load_source
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits, require_plan
-from sampimp.sweeps import cluster as cluster_module
 from sampimp.sweeps import derived_command, searcher, subset
 from sampimp.sweeps.derived_study import run_here
 from sampimp.sweeps.options import parse
@@ -29,8 +28,7 @@ def digests(out):
     return {name: (commit["digests"], commit["curves"]) for name, commit in commits.items()}
 
 
-def test_a_run_that_is_still_training_is_waited_for(cluster, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster_module, "connect", lambda address: cluster)
+def test_a_run_is_waited_for_and_a_bisection_follows(cluster, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(searcher, "POLL_EVERY", 0.2)
     console = Console(file=StringIO(), width=200)
     monkeypatch.setattr(derived_command, "Console", lambda **options: console)
@@ -45,16 +43,20 @@ def test_a_run_that_is_still_training_is_waited_for(cluster, finished, tmp_path,
     later = threading.Timer(2, lambda: place.write_json("COMMIT.json", commit))
     later.start()
     arguments = ["--rules", "tau-high", "--sizes", "0.1", "--seeds", "1", "--runs", "rand:2"]
+    # Every round of a bisection connects: this process is connected to the tests' cluster.
+    machines = ["--address", "local", "--max-concurrent", "1"]
     try:
-        code = subset.main([str(out), *arguments, "--max-concurrent", "1"])
+        code = subset.main([str(out), *arguments, "--within", "10", *machines])
     finally:
         later.join()
     text = console.file.getvalue()
     assert code == 0, text
     assert "Waiting for digits-rand-seed2: " in text
     assert "torch.utils.data.Subset(train_set, numpy.load(" in text
-    error = sampimp.open_cube(out)["digits"].subset_error.sel(size=0.1, budget="steps")
-    assert error.sel(strategy="rand", seed=2, rule="chosen").notnull().all()
+    assert text.count("units are committed.") > 2
+    error = sampimp.open_cube(out)["digits"].subset_error.sel(strategy="rand", seed=2)
+    assert error.sel(size=0.1, budget="steps", rule="chosen").notnull().all()
+    assert error.sel(budget="steps", rule="tau-high").notnull().sum() > 1
 
 
 @pytest.mark.timeout(240)
