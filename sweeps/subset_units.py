@@ -78,7 +78,7 @@ class SubsetUnits(DerivedUnits):
     folder, plan, positions
         As for `DerivedUnits`.
     comparisons
-        What is compared, by data set.
+        What is compared.
     seeds
         Of the trainings that are judged on the test set.
     scores

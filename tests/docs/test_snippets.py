@@ -384,7 +384,7 @@ def check_pip(words):
 
 
 def check_options(words):
-    """Options without a program: of a study, or of the report, or of any program."""
+    """Options without a program: of a study, a report, scores or subsets, or of any program."""
     if all(word.startswith("--") for word in words):
         assert set(words) <= set().union(*map(options_of, PROGRAMS))
     else:
@@ -392,6 +392,7 @@ def check_options(words):
             parses("sampimp study", words)
             or parses("sampimp report", ["OUT", *words])
             or parses("sampimp score", ["OUT", *words])
+            or parses("sampimp subset", ["OUT", *words])
         )
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sampimp.store.subset_choice import best_rule, best_variant, crossing
@@ -41,6 +41,7 @@ def test_with_one_seed_any_difference_counts():
     assert best_rule(errors) == "other"
 
 
+@settings(deadline=None)
 @given(
     errors=st.lists(st.one_of(st.floats(0, 1), st.just(float("nan"))), min_size=1, max_size=8),
     limit=st.floats(0, 1),
