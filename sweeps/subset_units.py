@@ -237,8 +237,11 @@ class SubsetUnits(DerivedUnits):
             by_budget = dict(zip(comparison.budgets, variants, strict=True))
             variants = [by_budget[budget] for budget in budgets]
         search = searches.get((comparison.size, split)) if self._searches(name) else None
+        info = self.plan.datasets[run.config.dataset]
+        held_out = info.sample_count - self._selectable[run.config.dataset]
         parts = {
             "judged_on": split,
+            "judges": held_out if validates else info.test_count,
             "rule": name,
             "variants": list(variants),
             "size": comparison.size,

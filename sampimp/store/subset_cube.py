@@ -136,24 +136,28 @@ class _Cell:
     tested: Mapping[Place, _Training]
     validated: Mapping[tuple[str, float, str], np.ndarray]
     """Validation errors over seeds."""
+    judges: int = 0
+    """Number of validation samples."""
 
     @classmethod
     def of(cls, records: Sequence[CommittedRecord]) -> "_Cell":
         tested: dict[Place, _Training] = {}
         validated: dict[tuple[str, float, str], np.ndarray] = {}
+        judges = 0
         for record in _with_newest_scores(records):
             commit = record.commit
             if commit["judged_on"] == "test":
                 tested |= dict(_trainings(record))
                 continue
+            judges = commit["judges"]
             errors = np.reshape(commit["curves"]["subset_error"], (len(commit["budgets"]), -1))
             for budget, by_seed in zip(commit["budgets"], errors.astype(float), strict=True):
                 validated[commit["rule"], commit["size"], budget] = by_seed
         for (rule, size, budget, seed), training in list(tested.items()):
             if rule == ALL_SAMPLES and budget == "steps":  # the same training, by either budget
                 tested[rule, size, "epochs", seed] = training
-        cell = cls(tested, validated)
-        return cls({**tested, **cell._chosen()}, validated)
+        cell = cls(tested, validated, judges)
+        return cls({**tested, **cell._chosen()}, validated, judges)
 
     def _chosen(self) -> dict[Place, _Training]:
         """Return the trainings of the rule that the validation split chose."""
@@ -169,7 +173,7 @@ class _Cell:
                 if (variant, size, budget) in self.validated:
                     errors[rule] = self.validated[variant, size, budget]
             if FALLBACK in errors and len(errors) == len(seeds):
-                best = best_rule(errors)
+                best = best_rule(errors, self.judges)
                 chosen |= {
                     (CHOSEN, size, budget, seed): self.tested[best, size, budget, seed]
                     for seed in seeds[best]

@@ -19,26 +19,35 @@ def test_the_variant_with_the_lowest_mean_is_chosen_and_the_first_of_equals():
 def test_a_diverged_training_counts_as_an_error_of_1():
     errors = {"diverged": np.array([0.0, np.nan]), "poor": np.array([0.45, 0.5])}
     assert best_variant(errors) == "poor"
-    assert best_rule({"balanced": np.array([np.nan, np.nan]), **errors}) == "poor"
+    assert best_rule({"balanced": np.array([np.nan, np.nan]), **errors}, 10) == "poor"
 
 
 @pytest.mark.parametrize(
-    ("errors", "chosen"),
+    ("errors", "judges", "chosen"),
     [
-        ([0.05, 0.06], "other"),
-        ([0.09, 0.125], "balanced"),  # better by 0.0025, with a standard error of 0.0075
-        ([0.10, 0.12], "balanced"),  # equal
-        ([0.09, 0.11], "other"),  # by 0.01 in both seeds
-        ([0.30, 0.40], "balanced"),
+        ([0.05, 0.06], 100, "other"),  # by 0.055, with a standard error of 0.039
+        ([0.08, 0.10], 100, "balanced"),  # by 0.02, with 0.043
+        ([0.08, 0.10], 1000, "other"),  # by 0.02, with 0.014
+        ([0.10, 0.12], 10**6, "balanced"),  # equal
+        ([0.30, 0.40], 1000, "balanced"),
     ],
 )
-def test_a_rule_is_chosen_if_it_is_clearly_better_than_balanced(errors, chosen):
-    assert best_rule({"balanced": BALANCED, "other": np.array(errors)}) == chosen
+def test_a_rule_is_chosen_if_it_is_clearly_better_than_balanced(errors, judges, chosen):
+    errors = {"balanced": BALANCED, "other": np.array(errors)}
+    assert best_rule(errors, judges) == chosen
 
 
-def test_with_one_seed_any_difference_counts():
-    errors = {"balanced": np.array([0.2]), "other": np.array([0.19])}
-    assert best_rule(errors) == "other"
+def test_a_rule_equal_to_balanced_is_seldom_chosen():
+    """Both err on the same samples with probability 0.07, each on others with 0.03."""
+    generator = np.random.default_rng(0)
+    drawn = generator.random((2000, 2, 3, 150)) < np.array([0.07, 0.03, 0.03])[:, None]
+    by_seed = drawn[:, :, [0, 1]].any(2), drawn[:, :, [0, 2]].any(2)
+    errors = [wrong.mean(-1) for wrong in by_seed]
+    chosen = [
+        best_rule({"balanced": balanced, "other": other}, 150)
+        for balanced, other in zip(*errors, strict=True)
+    ]
+    assert chosen.count("other") < 0.05 * len(chosen)
 
 
 @settings(deadline=None)

@@ -168,7 +168,8 @@ def test_validation_chooses_parameters_and_the_rule(trained, compared):
             names = sorted(by_rule | {"strata": cuts[best_cut]})
             ordered = {name: (by_rule | {"strata": cuts[best_cut]})[name] for name in names}
             best = best_rule(
-                {"random": ordered["random"], "balanced": ordered["balanced"]} | ordered
+                {"random": ordered["random"], "balanced": ordered["balanced"]} | ordered,
+                len(judges[1]),
             )
             for name in ("subset_error", "subset_nll", "selected", "subset_variant"):
                 chosen, expected = (cell[name].sel(rule=rule) for rule in ("chosen", best))
