@@ -58,6 +58,10 @@ LARGEST_GROWTH = 1e6
 """Growth of an adjoint's norm beyond which the derivative says little about a finite removal."""
 
 
+class InfiniteDerivativeError(RecordError):
+    """Going backward, the derivatives grew beyond all numbers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EpochInfluence:
     """The influence of the samples in one epoch."""
@@ -155,8 +159,10 @@ class ReversePass:
         Raises
         ------
         RecordError
-            A replayed epoch differs from the recorded one, the derivatives are not finite, or a
-            target is no function of the parameters.
+            A replayed epoch differs from the recorded one, or a target is no function of the
+            parameters.
+        InfiniteDerivativeError
+            The derivatives are not finite.
         UnsupportedError
             A step cannot be differentiated twice, or its derivative would be a wrong one.
         """
@@ -167,7 +173,7 @@ class ReversePass:
                 self._require_same_targets()
                 self._has_begun = True
             if not np.isfinite(result.adjoint_norm).all():
-                raise RecordError(
+                raise InfiniteDerivativeError(
                     expected="finite derivatives",
                     got="NaN or infinity: they grow by a factor in every step",
                     where=f"epoch {self.run.epoch_labels[self.next_epoch - 1]}",

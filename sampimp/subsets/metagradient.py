@@ -30,7 +30,7 @@ from torch import Tensor
 from sampimp.config import RELU_MODELS, TrialConfig
 from sampimp.data import Dataset
 from sampimp.influence.replay import Smoothing, StepDerivatives
-from sampimp.influence.reverse_pass import ReversePass
+from sampimp.influence.reverse_pass import InfiniteDerivativeError, ReversePass
 from sampimp.influence.targets import MeanTarget, error_probability
 from sampimp.influence.trial_run import TrialRun, forward_states
 from sampimp.subsets.rules import Pool, select
@@ -150,7 +150,8 @@ class MetagradientSearch:
     def advance(self) -> float:
         """Perform a round; return the target of the subset that it began with.
 
-        After a surrogate that diverged (NaN), the search goes on from the best subset so far.
+        After a surrogate that diverged (NaN), or whose derivative did, the search goes on from the
+        best subset so far.
         """
         self.round += 1
         run, visits = self._surrogate()
@@ -164,14 +165,13 @@ class MetagradientSearch:
         value = target.value(run.model)
         if value < self.best_value:
             self.best, self.best_value = self._selected, value
-        if not np.isfinite(value):
+        if self.round == ROUNDS or self._count == len(visits):
+            return value
+        influence_N = _influence(run, target) if np.isfinite(value) else None
+        if influence_N is None:
             self._selected = self.best
-        elif self.round < ROUNDS and self._count < len(visits):
-            influence = sum(
-                np.nan_to_num(epoch.influence[0].sum(0, dtype=np.float64))
-                for epoch in ReversePass(run, [target]).epochs()
-            )
-            self._swap(np.asarray(influence), visits)
+        else:
+            self._swap(influence_N, visits)
         return value
 
     def _surrogate(self) -> tuple[RidingRun, np.ndarray]:
@@ -234,6 +234,17 @@ class MetagradientSearch:
         stored = np.load(io.BytesIO(state))
         self.round, self.best_value = int(stored["round"]), float(stored["best_value"])
         self._selected, self.best = stored["selected"], stored["best"]
+
+
+def _influence(run: RidingRun, target: MeanTarget) -> np.ndarray | None:
+    """Return the total influence of each sample (N,), 0 if unused; None if it is not finite."""
+    total = np.zeros(run.sample_count)
+    try:
+        for epoch in ReversePass(run, [target]).epochs():
+            total += np.nan_to_num(epoch.influence[0].sum(0, dtype=np.float64))
+    except InfiniteDerivativeError:
+        return None
+    return total
 
 
 def _ordered(values: np.ndarray, usable: np.ndarray) -> np.ndarray:

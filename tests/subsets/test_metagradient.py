@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import Dataset, load_source, scale_inputs
-from sampimp.influence.reverse_pass import ReversePass
+from sampimp.influence.reverse_pass import InfiniteDerivativeError, ReversePass
 from sampimp.influence.targets import MeanTarget, error_probability
 from sampimp.influence.trial_run import forward_states
 from sampimp.subsets import metagradient
@@ -165,6 +165,23 @@ def test_a_surrogate_that_diverges_does_not_end_the_search(digits, short):
     assert np.isnan(rounds_of(search)).all()
     first = select("balanced", Pool(labels=digits.train_labels, scores={}), 40, CONFIG.seed)
     np.testing.assert_array_equal(search.best, first)
+
+
+def test_a_derivative_that_explodes_does_not_end_the_search(digits, short, monkeypatch):
+    search = MetagradientSearch(CONFIG, digits, 40)
+    search.advance()
+    best = search.best
+
+    def explode(self):
+        raise InfiniteDerivativeError("finite derivatives", "infinity", "epoch 2", "-")
+        yield
+
+    monkeypatch.setattr(ReversePass, "epochs", explode)
+    assert np.isfinite(search.advance())
+    assert search._selected is search.best
+    monkeypatch.undo()
+    assert np.isfinite(rounds_of(search)).all()
+    assert len(search.best) == len(best) == 40
 
 
 def test_a_search_for_all_samples_has_nothing_to_exchange(short):
