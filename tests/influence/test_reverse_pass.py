@@ -10,7 +10,7 @@ from replayed_runs import SAMPLES, TinyRun, differences_by_weight, tiny_targets
 from sampimp.errors import RecordError, UnsupportedError
 from sampimp.influence.recursion import final_tangents
 from sampimp.influence.replay import Smoothing
-from sampimp.influence.reverse_pass import ReversePass
+from sampimp.influence.reverse_pass import InfiniteDerivativeError, ReversePass
 from sampimp.influence.targets import FunctionTarget
 
 RUNS = {
@@ -127,5 +127,5 @@ def test_dataset_has_labels_units_and_signs():
 def test_derivatives_that_explode_are_an_error():
     run = TinyRun(torch.optim.SGD, {"lr": 0.3})
     explode = {"huge": lambda model: 1e308 * model[0].weight.sum() * 1.5}
-    with pytest.raises(RecordError, match="epoch 12"):
+    with pytest.raises(InfiniteDerivativeError, match="epoch 12"):
         list(ReversePass(run, explode, smoothing=Smoothing(gate_width=1.0)).epochs())
