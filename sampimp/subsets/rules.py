@@ -121,17 +121,19 @@ Select = Callable[[SelectionRule, Pool, int, np.random.Generator], np.ndarray]
 class RuleKind:
     """An entry of the registry."""
 
-    select: Select
+    select: Select | None
+    """None where the selection is a search with a record of its own."""
     score: str | None = None
     """tau, nll or final-importance; None where the rule reads no score."""
     parameters: tuple[float, ...] = ()
     """Parameters among which a validation split chooses, if the user names none."""
-    is_random: bool = False
-    """Whether each seed selects other samples."""
     is_own: bool = False
     """Whether its argument names the user's own score."""
-    is_searched: bool = False
-    """Whether the selection is a computation with a record of its own."""
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether the selection is a search with a record of its own."""
+        return self.select is None
 
 
 def _random(
@@ -229,25 +231,17 @@ def _require_scored(rule: SelectionRule, usable_N: np.ndarray, count: int) -> No
         )
 
 
-def _by_search(
-    rule: SelectionRule, pool: Pool, count: int, generator: np.random.Generator
-) -> np.ndarray:
-    raise NotImplementedError(f"{rule.spec} is selected by a record of its own")
-
-
 SELECTION_RULES: Mapping[str, RuleKind] = {
-    "random": RuleKind(select=_random, is_random=True),
-    "balanced": RuleKind(select=_balanced, is_random=True),
+    "random": RuleKind(select=_random),
+    "balanced": RuleKind(select=_balanced),
     "tau-high": RuleKind(select=_highest, score="tau"),
     "tau-low": RuleKind(select=_lowest, score="tau"),
     "nll-high": RuleKind(select=_highest, score="nll"),
     "nll-low": RuleKind(select=_lowest, score="nll"),
-    "strata": RuleKind(select=_strata, score="tau", parameters=(0.0, 0.1, 0.3), is_random=True),
-    "power": RuleKind(
-        select=_power, score="tau", parameters=(0.125, 0.25, 0.5, 1.0), is_random=True
-    ),
+    "strata": RuleKind(select=_strata, score="tau", parameters=(0.0, 0.1, 0.3)),
+    "power": RuleKind(select=_power, score="tau", parameters=(0.125, 0.25, 0.5, 1.0)),
     "final-importance": RuleKind(select=_highest, score="final-importance"),
-    "metagradient": RuleKind(select=_by_search, is_searched=True),
+    "metagradient": RuleKind(select=None),
     "scores": RuleKind(select=_highest, is_own=True),
     "variable": RuleKind(select=_highest, is_own=True),
 }
@@ -292,7 +286,7 @@ def select(spec: str, pool: Pool, count: int, seed: int) -> np.ndarray:
     Parameters
     ----------
     spec
-        A rule; `strata` and `power` with their parameter.
+        A rule that is no search; `strata` and `power` with their parameter.
     pool
         The samples.
     count
@@ -314,4 +308,5 @@ def select(spec: str, pool: Pool, count: int, seed: int) -> np.ndarray:
     array([0, 1])
     """
     rule = parse_rule(spec)
+    assert rule.kind.select is not None
     return np.sort(rule.kind.select(rule, pool, count, np.random.default_rng([count, seed])))
