@@ -30,6 +30,7 @@ from sampimp.errors import RecordError
 from sampimp.store.buckets import OPENING_PATIENCE, SERVER_PATIENCE, check_url, open_store
 from sampimp.store.links import check_links
 from sampimp.store.s3_errors import ServerAwayError, readable_errors
+from sampimp.store.seals import json_bytes
 
 _RETRY_PATIENCE = timedelta(seconds=2)
 """How long obstore itself retries for a `Folder`: Ctrl-C is not handled meanwhile."""
@@ -125,7 +126,7 @@ class Folder:
 
     def create_json(self, name: str, value: Any) -> bool:
         """Store a JSON value if there is none, as `create_bytes` does."""
-        return self.create_bytes(name, _json_bytes(value))
+        return self.create_bytes(name, json_bytes(value))
 
     def read_json(self, name: str) -> Any:
         """Return the value of a JSON file, or None if there is no such file.
@@ -150,7 +151,7 @@ class Folder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Store a JSON value."""
-        self.write_bytes(name, _json_bytes(value))
+        self.write_bytes(name, json_bytes(value))
 
     def folders(self) -> list[str]:
         """Return the names of its subfolders, sorted."""
@@ -283,7 +284,3 @@ class Folder:
         if self.is_local:
             check_links(self.root, key)
         return key
-
-
-def _json_bytes(value: Any) -> bytes:
-    return json.dumps(value, indent=1).encode()
