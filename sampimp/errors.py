@@ -5,6 +5,9 @@ where (file, run, epoch, layer or store), and what to do. Every class subclasses
 built-in exception that a caller would catch. The command lines print the message of a `UserError`
 without a traceback, and exit with status 2.
 
+`DamageWarning` is no error: it names damage that does not stop a reader, such as a commit that
+cannot be read.
+
 Map: `UserError` is the base class. `ConfigError`, `DataError`, `StoreError`, `ResourceError` and
 `MissingPackageError` are raised before training starts, `UnsupportedError` by the recorder, and
 `RecordError` by the functions that read a record. `require_package` imports an optional dependency.
@@ -53,6 +56,10 @@ class StoreError(UserError, OSError):
 
 class ResourceError(UserError, RuntimeError):
     """The machines lack a resource that the study needs (GPUs, disk, a cluster)."""
+
+
+class DamageWarning(UserWarning):
+    """A file of a study is damaged, and is read as if it did not exist."""
 
 
 class MissingPackageError(UserError, ImportError):

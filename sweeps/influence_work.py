@@ -23,6 +23,7 @@ from sampimp.influence.reverse_pass import LARGEST_GROWTH, EpochInfluence, Rever
 from sampimp.influence.targets import Target, make_targets
 from sampimp.influence.trial_run import TrialRun, forward_states
 from sampimp.schema import StepRecord
+from sampimp.store.commits import read_commit, require_commit
 from sampimp.store.influence_layouts import (
     INFLUENCE_FOLDER,
     OVERALL,
@@ -64,7 +65,7 @@ class ReplayedRun:
         self._inputs, self._reference_id = inputs, config["reference_id"]
         self.layout = plan.layout(self.trial.dataset)
         place = folder / "trials" / config["trial_id"]
-        commit = place.read_json("COMMIT.json")
+        commit = read_commit(place)
         expected = config["identity"]["record"]
         if commit is None or record_digest(commit) != expected:
             raise RecordError(
@@ -164,7 +165,7 @@ class InfluenceWork(RunWork):
         if name is None:
             return None
         place = self.run.folder / INFLUENCE_FOLDER / name
-        commit = place.read_json("COMMIT.json")
+        commit = require_commit(place)
         stored = stored_variable(
             place, "training_state", layout_of(commit, self.run.layout), commit
         )

@@ -26,6 +26,7 @@ from sampimp.data import Dataset, Scaling, Source, scale_inputs
 from sampimp.errors import ConfigError
 from sampimp.importance.snapshot import snapshot_importance
 from sampimp.store.attempts import CHECKPOINTS
+from sampimp.store.commits import require_commit
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, read_commits, require_plan
 from sampimp.store.snapshots import SNAPSHOTS, write_snapshot
@@ -163,7 +164,7 @@ def _scaled(source: "ray.ObjectRef[Source]", scaling: Scaling) -> Dataset:
 
 def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> list[str]:
     info, training, layout = plan.datasets[key], plan.training, plan.layout(key)
-    commit = trial.read_json("COMMIT.json")
+    commit = require_commit(trial)
     stored = StoredVariable.of(trial, "parameters", layout, commit)
     flat_P = stored.read(layout.states.index(epoch))
     # With the trial's seed: a network may derive buffers from it, and buffers are not stored.

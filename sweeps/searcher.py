@@ -21,6 +21,7 @@ from ray.tune.search import Searcher
 
 from sampimp.errors import StoreError
 from sampimp.store.attempts import ERRORS
+from sampimp.store.commits import read_commit
 from sampimp.store.location import Folder
 from sampimp.sweeps.work import Unit
 
@@ -133,7 +134,7 @@ class UnitSearcher(Searcher):
 
     def _is_committed(self, position: int) -> bool:
         """Return whether a unit is committed; its process may have died after the commit."""
-        return self._folder_of(position).read_bytes("COMMIT.json") is not None
+        return read_commit(self._folder_of(position)) is not None
 
     def _count_errors(self, position: int) -> int:
         return len((self._folder_of(position) / ERRORS).files())

@@ -22,6 +22,7 @@ import torch
 
 from sampimp.errors import RecordError
 from sampimp.schema import ALL_SAMPLES, StepRecord, digest
+from sampimp.store.commits import require_commit
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER, SearchLayout, SubsetLayout, layout_of
 from sampimp.store.location import Folder
 from sampimp.store.variables import StoredVariable, read_difficulty
@@ -114,7 +115,7 @@ class SubsetWork(RunWork):
 
     def _searched(self) -> np.ndarray:
         place = self.run.folder / INFLUENCE_FOLDER / self.identity["search"]
-        commit = place.read_json("COMMIT.json")
+        commit = require_commit(place)
         layout = layout_of(commit, self.run.layout)
         return np.flatnonzero(StoredVariable.of(place, "found", layout, commit).read(0))
 

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import track
 
 from sampimp.errors import RecordError
+from sampimp.store.commits import withdraw
 from sampimp.store.datasets import StoredSource, open_source, read_source
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER
 from sampimp.store.influence_records import read_records
-from sampimp.store.integrity import find_damage, withdraw
+from sampimp.store.integrity import find_damage
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan
 from sampimp.store.snapshots import SNAPSHOTS, stored_snapshots

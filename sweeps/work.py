@@ -126,7 +126,7 @@ class Attempt:
     """
 
     def __init__(self, folder: Folder, work: Work) -> None:
-        self._work, self._folder = work, folder
+        self._work = work
         self.record = TrialRecord(folder, work.identity, work.layout)
         self.step = 0
         """The last step that is done."""
@@ -134,9 +134,7 @@ class Attempt:
     def begin(self) -> None:
         """Prepare the step after the newest checkpoint."""
         work = self._work
-        self._folder.write_json(
-            "trial.json", {**work.identity, **work.description, **describe_machine()}
-        )
+        self.record.describe({**work.description, **describe_machine()})
         checkpoint = self.record.newest_checkpoint()
         work.start(checkpoint)
         self.step = checkpoint[0] if checkpoint else 0

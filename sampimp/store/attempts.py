@@ -15,22 +15,27 @@ same trial at the same time. Every attempt therefore
    other one gets a `SupersededError`. The commit names the record of every epoch. Other records are
    never read.
 
-Map: `claim_attempt`, `require_newest`, `superseded`, `SupersededError`; `last_sign` (traces
-of a trial that is not committed); `ATTEMPTS`, `CHECKPOINTS` and `ERRORS` (folders of a trial).
+Map: `claim_attempt`, `read_claim`, `require_newest`, `superseded`, `SupersededError`;
+`read_manifest` (of a checkpoint), `last_sign` (traces of a trial that is not committed);
+`ATTEMPTS`, `CHECKPOINTS` and `ERRORS` (folders of a trial), `MANIFEST`.
 """
 
-import contextlib
 import os
 import secrets
 import socket
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from sampimp.errors import RecordError
 from sampimp.store.location import Folder
+from sampimp.store.seals import DamagedFileError, unseal
 
 ATTEMPTS, CHECKPOINTS, ERRORS = "attempts", "checkpoints", "errors"
 """Folders of a trial."""
+
+MANIFEST = "MANIFEST.json"
+"""File of a checkpoint, sealed and written last."""
 
 
 class SupersededError(RecordError):
@@ -46,10 +51,25 @@ def claim_attempt(trial: Folder) -> int:
         "pid": os.getpid(),
         "time": time.time(),
         "token": secrets.token_hex(8),
+        "seals": True,
     }
     while not trial.create_json(_attempt_name(number), claim):
         number += 1
     return number
+
+
+def read_claim(trial: Folder, number: int) -> dict[str, Any]:
+    """Return what an attempt stored when it began; empty if there is no such attempt."""
+    return trial.read_json(_attempt_name(number)) or {}
+
+
+def read_manifest(checkpoint: Folder) -> dict[str, Any] | None:
+    """Return the manifest of a checkpoint; None if there is none, or if it is damaged."""
+    content = checkpoint.read_bytes(MANIFEST)
+    try:
+        return unseal(content, f"{checkpoint}/{MANIFEST}", required=False) if content else None
+    except DamagedFileError:
+        return None
 
 
 def require_newest(trial: Folder, attempt: int) -> None:
@@ -98,8 +118,7 @@ def last_sign(trial: Folder) -> LastSign | None:
     failure = trial.read_json(f"{ERRORS}/{attempts[-1]}")
     manifest = None
     for name in reversed((trial / CHECKPOINTS).folders()):
-        with contextlib.suppress(RecordError):
-            manifest = trial.read_json(f"{CHECKPOINTS}/{name}/MANIFEST.json")
+        manifest = read_manifest(trial / CHECKPOINTS / name)
         if manifest is not None:
             break
     seconds = manifest["history"]["seconds"] if manifest else []

@@ -20,6 +20,7 @@ from obstore.store import LocalStore, S3Store
 
 from sampimp.errors import StoreError
 from sampimp.store.aws_credentials import AwsProfile, find_credentials, first_set
+from sampimp.store.disk import make_root
 from sampimp.store.s3_errors import readable_errors
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ def open_store(url: str, patience: timedelta = SERVER_PATIENCE) -> LocalStore | 
         check_url(url)
         return _open_s3(url, patience)
     try:
-        return LocalStore(url, mkdir=True)
-    except Exception as error:  # obstore raises its GenericError for a file in the way
+        make_root(url)
+        return LocalStore(url)
+    except Exception as error:  # of the disk, or obstore's GenericError
         raise StoreError(
             expected="a folder, or a place where one can be made",
             got=str(error).split("\n")[0],

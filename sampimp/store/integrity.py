@@ -1,10 +1,10 @@
-"""Digests of a trial's chunks, the search for damage, and the withdrawal of damaged trials.
+"""Digests of a trial's chunks, and the search for damage.
 
 Each chunk of a record has a SHA-256 in the trial's COMMIT.json. A damaged chunk is an error when it
-is read (`sampimp.store.variables`); `find_damage` looks for all of them, and `withdraw` takes the
-trial out of the study, which then trains it again.
+is read (`sampimp.store.variables`); `find_damage` looks for all of them, and
+`sampimp.store.commits.withdraw` takes the trial out of the study, which then trains it again.
 
-Map: `chunk_digests`, `record_digest`, `find_damage`, `withdraw`.
+Map: `chunk_digests`, `record_digest`, `find_damage`.
 """
 
 import hashlib
@@ -60,13 +60,3 @@ def find_damage(trial: Folder, history: Mapping[str, Any], layout: RecordLayout)
     """
     for name in history["digests"]:
         yield from stored_variable(trial, name, layout, history).damage()
-
-
-def withdraw(trial: Folder) -> None:
-    """Withdraw a trial's commit: the trial is then missing in the cube, and trained again.
-
-    The commit is kept as withdrawn/NNNN.json, and the next attempt writes a record of its own.
-    """
-    commit = trial.read_json("COMMIT.json")
-    trial.write_json(f"withdrawn/{commit['attempt']:04d}.json", commit)
-    trial.delete("COMMIT.json")

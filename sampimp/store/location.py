@@ -1,9 +1,9 @@
 """A folder on a disk or in a bucket: bytes and JSON under one interface.
 
-Every object is stored whole or not at all: obstore renames a finished file, and a PUT of S3 is
-atomic. Reading an absent object returns None; a folder or bucket that cannot be reached raises
-`StoreError` (`sampimp.store.s3_errors`). Symbolic links out of a local root are refused
-(`sampimp.store.links`).
+Every object is stored whole or not at all (`sampimp.store.disk`; a PUT of S3 is atomic), and by
+default is durable when the call returns. Reading an absent object returns None; a folder or bucket
+that cannot be reached raises `StoreError` (`sampimp.store.s3_errors`). Symbolic links out of a
+local root are refused (`sampimp.store.links`).
 
 While its server does not answer, a bucket is retried for `SERVER_PATIENCE`, then
 `ServerAwayError` is raised. A `Folder` is a root and a path: it is pickled without credentials,
@@ -27,6 +27,7 @@ from obstore.exceptions import AlreadyExistsError
 from obstore.store import LocalStore, S3Store
 
 from sampimp.errors import RecordError
+from sampimp.store import disk
 from sampimp.store.buckets import OPENING_PATIENCE, SERVER_PATIENCE, check_url, open_store
 from sampimp.store.links import check_links
 from sampimp.store.s3_errors import ServerAwayError, readable_errors
@@ -98,11 +99,32 @@ class Folder:
         except FileNotFoundError:
             return None
 
-    def write_bytes(self, name: str, content: bytes) -> None:
-        """Store an object; a reader sees the old content or the new one, never a part."""
+    def write_bytes(self, name: str, content: bytes, *, durable: bool = True) -> None:
+        """Store an object; a reader sees the old content or the new one, never a part.
+
+        Parameters
+        ----------
+        name
+            Its path in the folder.
+        content
+            Its content.
+        durable
+            False lets a local disk write it later; `sync` waits for that.
+        """
+        if self.is_local:
+            store_file = disk.publish if durable else disk.write
+            with readable_errors(self):
+                store_file(self.root, self._key(name), content)
+            return
         self._request(
             lambda store: obstore.put(store, self._key(name), content, use_multipart=False)
         )
+
+    def sync(self) -> None:
+        """Make durable what was written to the folder's file system; buckets are durable."""
+        if self.is_local:
+            with readable_errors(self):
+                disk.sync_all(self.root)
 
     def create_bytes(self, name: str, content: bytes) -> bool:
         """Store an object if there is none; return whether this call stored it.
@@ -114,15 +136,20 @@ class Folder:
         """
         while True:
             try:
-                self._request(
-                    lambda store: obstore.put(store, self._key(name), content, mode="create")
-                )
+                self._create(name, content)
                 return True
-            except AlreadyExistsError:
+            except (AlreadyExistsError, FileExistsError):
                 stored = self.read_bytes(name)
             # None: deleted meanwhile; or S3 answered 409 to two writers and stored neither. Retry.
             if stored is not None:
                 return stored == content
+
+    def _create(self, name: str, content: bytes) -> None:
+        if self.is_local:
+            with readable_errors(self):
+                disk.publish(self.root, self._key(name), content, replace=False)
+            return
+        self._request(lambda store: obstore.put(store, self._key(name), content, mode="create"))
 
     def create_json(self, name: str, value: Any) -> bool:
         """Store a JSON value if there is none, as `create_bytes` does."""
@@ -150,7 +177,7 @@ class Folder:
             ) from None
 
     def write_json(self, name: str, value: Any) -> None:
-        """Store a JSON value."""
+        """Store a JSON value durably."""
         self.write_bytes(name, json_bytes(value))
 
     def folders(self) -> list[str]:
@@ -160,6 +187,20 @@ class Folder:
     def files(self) -> list[str]:
         """Return the names of its objects, sorted."""
         return self._list()[1]
+
+    def walk(self) -> list[str]:
+        """Return the paths of all objects below it, relative to it, sorted; links not followed."""
+        if not self.is_local:
+            pages = self._request(lambda store: list(obstore.list(store, self._prefix)))
+            paths = [item["path"] for page in pages for item in page]
+            return sorted(path.removeprefix(self._prefix) for path in paths)
+        check_links(self.root, self.path)
+        return sorted(
+            os.path.relpath(os.path.join(parent, name), str(self))
+            for parent, _, names in os.walk(str(self))
+            for name in names
+            if not disk.is_temporary(name)
+        )
 
     def size(self) -> int:
         """Return the total size of its content in bytes, targets of links not counted."""
@@ -176,9 +217,14 @@ class Folder:
 
     def delete(self, name: str) -> None:
         """Delete one object or link; do nothing if there is none."""
-        self._check_parents(self._key(name))
+        key = self._key(name)
+        self._check_parents(key)
         with contextlib.suppress(FileNotFoundError):
-            self._request(lambda store: obstore.delete(store, self._key(name)))
+            if self.is_local:
+                with readable_errors(self):
+                    disk.delete_file(self.root, key)
+            else:
+                self._request(lambda store: obstore.delete(store, key))
 
     def is_empty(self) -> bool:
         """Return whether the folder has no content."""
@@ -213,10 +259,10 @@ class Folder:
         for path in [str(self)] if is_link else paths:
             if os.path.islink(path) or not os.path.isdir(path):
                 with contextlib.suppress(FileNotFoundError), readable_errors(self):
-                    os.unlink(path)
+                    disk.delete_file(self.root, path)
         for folder, _, _ in tree:
             with contextlib.suppress(OSError):  # another process deletes it, or writes into it
-                os.rmdir(folder)
+                disk.delete_folder(self.root, folder)
 
     def _check_parents(self, key: str) -> None:
         """Raise StoreError if the path of an object to be deleted passes through a link."""

@@ -23,6 +23,7 @@ from sampimp.schema import (
     Layout,
     __version__,
 )
+from sampimp.store.commits import find_commit
 from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
 
@@ -330,6 +331,8 @@ def require_plan(folder: Folder) -> Plan:
 def read_commits(folder: Folder, records: str = "trials") -> dict[str, dict[str, Any]]:
     """Return the COMMIT.json of every committed trial of a study, by trial_id.
 
+    A damaged one counts as absent, with a `sampimp.errors.DamageWarning`.
+
     Parameters
     ----------
     folder
@@ -340,5 +343,5 @@ def read_commits(folder: Folder, records: str = "trials") -> dict[str, dict[str,
     trials = folder / records
     names = trials.folders()
     with ThreadPoolExecutor(16) as pool:  # an object store answers in tens of milliseconds
-        commits = pool.map(lambda name: trials.read_json(f"{name}/COMMIT.json"), names)
+        commits = pool.map(lambda name: find_commit(trials / name), names)
     return {name: commit for name, commit in zip(names, commits, strict=True) if commit}

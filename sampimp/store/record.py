@@ -23,7 +23,7 @@ import hashlib
 import socket
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from sampimp.errors import RecordError, UserError
+from sampimp.errors import StoreError, UserError
 from sampimp.schema import (
     COMMITTED,
     VARIABLES,
@@ -40,14 +40,29 @@ from sampimp.schema import (
     StepRecord,
     variable,
 )
-from sampimp.store.attempts import CHECKPOINTS, ERRORS, claim_attempt, require_newest, superseded
+from sampimp.store.attempts import (
+    ATTEMPTS,
+    CHECKPOINTS,
+    ERRORS,
+    MANIFEST,
+    claim_attempt,
+    read_manifest,
+    require_newest,
+    superseded,
+)
+from sampimp.store.commits import WITHDRAWN, create_commit, remove_damaged_commit
 from sampimp.store.integrity import chunk_digests, find_damage
 from sampimp.store.location import Folder
+from sampimp.store.seals import json_bytes, seal
 from sampimp.store.variables import file_path
 from sampimp.store.zarr_arrays import require_array, require_group
 
 KEPT_CHECKPOINTS = 2
 """The newest checkpoint, and the previous one in case writing the newest was interrupted."""
+
+SYNC_EVERY = 15.0
+"""Seconds after which an epoch's end is made durable. With epochs of up to 15 s, a power cut loses
+at most 30 s of training; longer epochs are all made durable, and it loses one."""
 
 
 @dataclass
@@ -65,6 +80,12 @@ class History:
     """By variable of `COMMITTED`: its value, or list of values, of each step."""
     seconds: list[float] = field(default_factory=list)
     """Seconds that each step took; of an epoch, to train and evaluate."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file, by its path in the folder of the trial."""
+
+
+def _is_record(path: str) -> bool:
+    return path.startswith("record")
 
 
 class TrialRecord:
@@ -82,10 +103,13 @@ class TrialRecord:
 
     def __init__(self, folder: Folder, identity: Mapping[str, Any], layout: RecordLayout) -> None:
         self.folder, self.identity, self._layout = folder, dict(identity), layout
+        remove_damaged_commit(folder)
         self.attempt = claim_attempt(folder)
         self._name = "record.zarr" if self.attempt == 1 else f"record-{self.attempt}.zarr"
         self.history = History(parts=[(0, self._name)])
-        group = require_group(folder / self._name)
+        self._synced, self._durable = time.monotonic(), ""
+        self._checkpoint_files: dict[str, str] = {}  # their digests, by path
+        group = require_group(folder / self._name, self._note_array)
         self._arrays = {
             name: require_array(group, name, layout)
             for name in layout.variables
@@ -116,30 +140,73 @@ class TrialRecord:
     def _put(self, step: int, name: str, values: Any) -> list[str]:
         """Write what a step holds of a variable; return the digest of each chunk."""
         if isinstance(values, bytes):
-            self.folder.write_bytes(file_path(self._name, name, step), values)
-            return [hashlib.sha256(values).hexdigest()]
+            path = file_path(self._name, name, step)
+            self.folder.write_bytes(path, values, durable=False)
+            self._note(path, values)
+            return [self.history.files[path]]
         position = self._layout.positions(name).index(step)
         index = position if self._layout.is_stepwise(name) else ...
         self._arrays[name][index] = values
         return chunk_digests(values, self._arrays[name].chunks[-1])
 
+    def _note(self, path: str, content: Any) -> None:
+        self.history.files[path] = hashlib.sha256(content).hexdigest()
+
+    def _note_array(self, key: str, content: Any) -> None:
+        self._note(f"{self._name}/{key}", content)
+
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Store trial.json: the identity of the trial and further facts."""
+        content = json_bytes({**self.identity, **facts})
+        self.folder.write_bytes("trial.json", content)
+        self._note("trial.json", content)
+
     def checkpoint(self, epoch: int, state: bytes) -> None:
-        """Store a state to resume from, its manifest last; delete all but the newest two."""
+        """Store a state to resume from, its manifest last; delete old ones.
+
+        Every `SYNC_EVERY` seconds, the record and the checkpoint are made durable. The newest two
+        checkpoints are kept, and the newest durable one.
+
+        Raises
+        ------
+        StoreError
+            The disk refuses to write. If it could not make the record durable, no checkpoint since
+            the newest durable one is kept, since its data may be lost without a further error.
+        """
+        durable = time.monotonic() - self._synced >= SYNC_EVERY
         checkpoints = self.folder / CHECKPOINTS
-        folder = checkpoints / f"epoch-{epoch:06d}-attempt-{self.attempt:04d}"
-        folder.write_bytes("state.pt", state)
-        folder.write_json(
-            "MANIFEST.json",
-            {
-                "fingerprint": self.identity["fingerprint"],
-                "epoch": epoch,
-                "sha256": hashlib.sha256(state).hexdigest(),
-                "time": time.time(),
-                "history": vars(self.history),
-            },
-        )
-        for name in checkpoints.folders()[:-KEPT_CHECKPOINTS]:
-            (checkpoints / name).remove()
+        name = f"epoch-{epoch:06d}-attempt-{self.attempt:04d}"
+        manifest = {
+            "fingerprint": self.identity["fingerprint"],
+            "epoch": epoch,
+            "sha256": hashlib.sha256(state).hexdigest(),
+            "time": time.time(),
+            "durable": durable,
+            "history": vars(self.history),
+        }
+        if durable:
+            self._sync()
+        for file, content in (("state.pt", state), (MANIFEST, seal(manifest))):
+            (checkpoints / name).write_bytes(file, content, durable=durable)
+            digest = hashlib.sha256(content).hexdigest()
+            self._checkpoint_files[f"{CHECKPOINTS}/{name}/{file}"] = digest
+        if durable:
+            self._synced, self._durable = time.monotonic(), name
+        for old in checkpoints.folders()[:-KEPT_CHECKPOINTS]:
+            if old != self._durable:
+                (checkpoints / old).remove()
+
+    def _sync(self) -> None:
+        """Make durable what was written; if that fails, delete the checkpoints that rely on it."""
+        try:
+            self.folder.sync()
+        except StoreError:
+            checkpoints = self.folder / CHECKPOINTS
+            for name in checkpoints.folders():
+                manifest = read_manifest(checkpoints / name) or {}
+                if name != self._durable and not manifest.get("durable"):
+                    (checkpoints / name).remove()
+            raise
 
     def newest_checkpoint(self) -> tuple[int, bytes] | None:
         """Return epoch and state of the newest checkpoint that verifies, or None to start anew.
@@ -149,10 +216,7 @@ class TrialRecord:
         """
         for name in reversed((self.folder / CHECKPOINTS).folders()):
             folder = self.folder / CHECKPOINTS / name
-            try:
-                manifest = folder.read_json("MANIFEST.json")
-            except RecordError:
-                manifest = None
+            manifest = read_manifest(folder)
             state = folder.read_bytes("state.pt")
             if (
                 manifest
@@ -163,6 +227,8 @@ class TrialRecord:
             ):
                 self.history = History(**manifest["history"])
                 self.history.parts.append((manifest["epoch"] + 1, self._name))
+                self._sync()  # after the death of a process, this checkpoint may not be durable
+                self._synced, self._durable = time.monotonic(), name
                 return manifest["epoch"], state
             folder.remove()
         return None
@@ -200,6 +266,15 @@ class TrialRecord:
         self._require_newest()
         epochs = len(self.history.seconds)
         parts = [part for part in self.history.parts if part[0] <= epochs]
+        for name, curve in self.history.curves.items():
+            values = np.full(self._layout.shape(name), np.nan)
+            values[self._layout.order(name)[: len(curve)]] = curve
+            self._arrays[name][:] = values
+        self._sync()
+        checkpoints = self.folder / CHECKPOINTS
+        for name in checkpoints.folders()[:-KEPT_CHECKPOINTS]:
+            (checkpoints / name).remove()
+        used = {name for _, name in parts}
         commit = {
             **self.identity,
             **facts,
@@ -208,17 +283,35 @@ class TrialRecord:
             "diverged_epoch": diverged_epoch,
             **vars(self.history),
             "parts": parts,
+            "files": self._digest_files(used),
         }
-        for name, curve in self.history.curves.items():
-            values = np.full(self._layout.shape(name), np.nan)
-            values[self._layout.order(name)[: len(curve)]] = curve
-            self._arrays[name][:] = values
-        if not self.folder.create_json("COMMIT.json", commit):
+        if not create_commit(self.folder, commit):
             raise superseded(self.folder, self.attempt, "COMMIT.json of another attempt")
-        used = {name for _, name in parts}
         for name in self.folder.folders():
-            if name.startswith("record") and name not in used:
+            if _is_record(name) and name not in used:
                 (self.folder / name).remove()
+
+    def _digest_files(self, parts: Collection[str]) -> dict[str, str]:
+        """Return the digest of each file of a record, by its path in the folder.
+
+        Parameters
+        ----------
+        parts
+            The folders of the attempts that hold the record. Of these, only the files that belong
+            to it count: an attempt that died may have written epochs that another trained again.
+        """
+        files = {
+            path: digest
+            for path, digest in self.history.files.items()
+            if not _is_record(path) or path.partition("/")[0] in parts
+        }
+        for folder in (ATTEMPTS, CHECKPOINTS, ERRORS, WITHDRAWN):
+            for path in (f"{folder}/{name}" for name in (self.folder / folder).walk()):
+                files[path] = (
+                    self._checkpoint_files.get(path)
+                    or hashlib.sha256(self.folder.read_bytes(path) or b"").hexdigest()
+                )
+        return files
 
     def _require_newest(self) -> None:
         require_newest(self.folder, self.attempt)

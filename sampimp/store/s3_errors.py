@@ -24,7 +24,7 @@ class ServerAwayError(StoreError):
 
 @contextlib.contextmanager
 def readable_errors(where: object) -> Iterator[None]:
-    """Turn exceptions of obstore into StoreErrors; FileNotFoundError and AlreadyExistsError pass.
+    """Turn exceptions of obstore into StoreErrors; absent and existing files pass.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def readable_errors(where: object) -> Iterator[None]:
     except UserError:
         raise
     except (BaseError, OSError) as error:
-        is_answer = isinstance(error, FileNotFoundError | AlreadyExistsError)
+        is_answer = isinstance(error, FileNotFoundError | FileExistsError | AlreadyExistsError)
         if is_answer and "<Code>NoSuchBucket" not in str(error):
             raise
         # `from None`: the text of `error` may repeat the request's session token.

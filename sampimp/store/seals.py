@@ -5,7 +5,7 @@ also encodes the parsed value again and compares all bytes, so that any changed 
 where the values are equal. A seal finds accidents. Whoever edits a file on purpose can seal it
 again; the root of a study (`sampimp status --verify --root`) finds that.
 
-Map: `json_bytes` (JSON as it is stored), `seal`, `unseal`; `DamagedFileError`.
+Map: `json_bytes` (JSON as it is stored), `seal`, `unseal`, `is_sealed`; `DamagedFileError`.
 """
 
 import hashlib
@@ -36,6 +36,11 @@ def seal(value: Mapping[str, Any]) -> bytes:
     {'epochs': 50}
     """
     return json_bytes({**value, _SEAL: _digest(value)})
+
+
+def is_sealed(content: bytes) -> bool:
+    """Return whether the content of a file ends with a seal, sound or not."""
+    return f'"{_SEAL}":'.encode() in content[-100:]
 
 
 def unseal(content: bytes, where: str, *, required: bool = True) -> dict[str, Any]:

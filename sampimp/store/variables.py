@@ -13,6 +13,7 @@ import numpy as np
 
 from sampimp.errors import RecordError, StoreError
 from sampimp.schema import Layout, RecordLayout, digest, variable
+from sampimp.store.commits import require_commit
 from sampimp.store.location import Folder
 from sampimp.store.zarr_arrays import first_line, open_array
 
@@ -197,7 +198,7 @@ def read_difficulty(trial: Folder, kind: str, layout: Layout) -> np.ndarray:
     layout
         The shape of its record.
     """
-    commit = trial.read_json("COMMIT.json")
+    commit = require_commit(trial)
     if kind == "final_nll":
         nll = StoredVariable.of(trial, "nll", layout, commit)
         return nll.read(layout.epoch - 1).astype(np.float64)

@@ -9,9 +9,12 @@ Map: `zarr_store` (a folder as a Zarr store, for xarray too), `open_array`,
 `replace_group` (making them), `first_line` (the text of a Zarr error).
 """
 
+import asyncio
 import contextlib
 import functools
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import zarr
@@ -21,6 +24,7 @@ from zarr.errors import ContainsArrayError, ContainsGroupError
 from zarr.storage import ObjectStore
 
 from sampimp.schema import RecordLayout, variable
+from sampimp.store import disk
 from sampimp.store.buckets import local_root, open_store, put_whole
 from sampimp.store.links import check_links
 from sampimp.store.location import Folder
@@ -29,6 +33,9 @@ from sampimp.store.s3_errors import readable_errors
 
 class _FolderStore(ObjectStore):
     """A Zarr store on a folder or bucket, with the errors and the link check of `Folder`."""
+
+    note: Callable[[str, Any], None] | None = None
+    """Called with the key and the bytes of each object that was stored."""
 
     def _check(self, key: str) -> None:
         if (root := local_root(self.store)) is not None:
@@ -56,19 +63,29 @@ class _FolderStore(ObjectStore):
         self._check_writable()
         self._check(key)
         with readable_errors(f"{key} of {self.store}"):
-            await put_whole(self.store, key, value.as_buffer_like())
+            content = memoryview(value.as_buffer_like())
+            if (root := local_root(self.store)) is not None:
+                await asyncio.to_thread(disk.write, root, key, content)
+            else:
+                await put_whole(self.store, key, content)
+        if self.note is not None:
+            self.note(key, content)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         # Zarr calls this for the groups above an array, which exist. obstore retries a get when a
         # server fails, but not a conditional put.
         if await self.get(key, default_buffer_prototype()) is None:
-            with readable_errors(f"{key} of {self.store}"):
-                await super().set_if_not_exists(key, value)
+            await self.set(key, value)
 
     async def delete(self, key: str) -> None:
         self._check(key)
         with readable_errors(f"{key} of {self.store}"):
-            await super().delete(key)
+            if (root := local_root(self.store)) is not None:
+                check_links(root, os.path.dirname(key), passable=False)
+                with contextlib.suppress(FileNotFoundError):
+                    disk.delete_file(root, key)
+            else:
+                await super().delete(key)
 
     async def delete_dir(self, prefix: str) -> None:
         if (root := local_root(self.store)) is not None:
@@ -78,11 +95,21 @@ class _FolderStore(ObjectStore):
             await super().delete_dir(prefix)
 
 
-def zarr_store(folder: Folder) -> ObjectStore:
-    """Return a folder as a Zarr store, for `xarray.open_zarr` and `Dataset.to_zarr` too."""
+def zarr_store(folder: Folder, note: Callable[[str, Any], None] | None = None) -> ObjectStore:
+    """Return a folder as a Zarr store, for `xarray.open_zarr` and `Dataset.to_zarr` too.
+
+    Parameters
+    ----------
+    folder
+        The folder; on a local disk, what is written is durable after its `sync`.
+    note
+        Called with the key and the bytes of each object that was stored.
+    """
     if folder.is_local:
         check_links(folder.root, folder.path)
-    return _FolderStore(open_store(str(folder)))
+    store = _FolderStore(open_store(str(folder)))
+    store.note = note
+    return store
 
 
 @functools.lru_cache(maxsize=4096)
@@ -101,9 +128,12 @@ def open_for_writing(folder: Folder, name: str) -> zarr.Array:
     return zarr.open_array(zarr_store(folder), path=name, mode="r+", zarr_format=3)
 
 
-def require_group(folder: Folder) -> zarr.Group:
-    """Open a group for writing; create it if it is missing, also while another process does."""
-    store = zarr_store(folder)
+def require_group(folder: Folder, note: Callable[[str, Any], None] | None = None) -> zarr.Group:
+    """Open a group for writing; create it if it is missing, also while another process does.
+
+    `note` is as for `zarr_store`.
+    """
+    store = zarr_store(folder, note)
     try:
         return zarr.open_group(store, mode="a", zarr_format=3)
     except ContainsGroupError:

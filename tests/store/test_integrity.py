@@ -5,7 +5,8 @@ import pytest
 from trial_records import AT_EPOCH, LAYOUT, checkpointed, make_records, read_whole, resume
 
 from sampimp.errors import RecordError
-from sampimp.store.integrity import find_damage, record_digest, withdraw
+from sampimp.store.commits import withdraw
+from sampimp.store.integrity import find_damage, record_digest
 from sampimp.store.location import Folder
 from sampimp.store.variables import StoredVariable
 

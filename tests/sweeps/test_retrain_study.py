@@ -12,6 +12,7 @@ from sampimp.data import scale_inputs
 from sampimp.errors import ConfigError, RecordError
 from sampimp.influence.retraining import final_values, random_subsets, single_removals
 from sampimp.influence.targets import make_targets
+from sampimp.store.commits import create_commit, require_commit
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
 from sampimp.store.record import TrialRecord
@@ -200,17 +201,18 @@ def test_a_run_that_is_not_committed_has_as_many_units(study):
     folder, plan, _ = study
     trial = plan.resolve(read_commits(folder))[1]
     place = folder / "trials" / str(trial.trial_id)
-    commit = place.read_json("COMMIT.json")
+    commit = require_commit(place)
     place.delete("COMMIT.json")
     units = prepare_retrain(folder, request(runs=("shuffle:2",))).units
     before = units.resolve()
     assert {unit.awaits for unit in before} == {"one-shuffle-seed2"}
     assert {unit.folder for unit in before} == {None}
-    place.write_json("COMMIT.json", commit)
+    create_commit(place, commit)
     after = units.resolve()
     assert [(u.label, u.steps) for u in after] == [(u.label, u.steps) for u in before]
     assert all(unit.folder and unit.awaits is None for unit in after)
-    place.write_json("COMMIT.json", {**commit, "diverged_epoch": 2})
+    place.delete("COMMIT.json")
+    create_commit(place, {**commit, "diverged_epoch": 2})
     diverged = prepare_retrain(folder, request()).units  # of the other run
     assert all(unit.folder for unit in diverged.resolve())
     assert {unit.awaits for unit in units.resolve()} == {None}

@@ -12,6 +12,7 @@ import xarray as xr
 
 import sampimp
 from sampimp.data import scale_inputs
+from sampimp.store.commits import create_commit, require_commit
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
 from sampimp.store.record import TrialRecord
@@ -418,9 +419,10 @@ def test_records_of_subsets_are_verified_withdrawn_and_trained_again(copied, cap
 def test_records_of_a_run_that_was_trained_anew_do_not_count(copied, capsys):
     trial = next(name for name in read_commits(copied) if "seed1" in name)
     place = copied / "trials" / trial
-    commit = place.read_json("COMMIT.json")
+    commit = require_commit(place)
     digests = {**commit["digests"], "nll": [["0" * 64]] * len(commit["digests"]["nll"])}
-    place.write_json("COMMIT.json", {**commit, "digests": digests})
+    place.delete("COMMIT.json")
+    create_commit(place, {**commit, "digests": digests})
     assert "subset_error" not in sampimp.open_cube(copied)["one"]
     assert status.main([str(copied)]) == 0
     assert f"{len(commits_of(copied))} outdated" in capsys.readouterr().out
