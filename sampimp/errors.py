@@ -10,7 +10,8 @@ cannot be read.
 
 Map: `UserError` is the base class. `ConfigError`, `DataError`, `StoreError`, `ResourceError` and
 `MissingPackageError` are raised before training starts, `UnsupportedError` by the recorder, and
-`RecordError` by the functions that read a record. `require_package` imports an optional dependency.
+`RecordError` by the functions that read a record. `printable` prepares a text of a store or of a
+server for a terminal; `require_package` imports an optional dependency.
 """
 
 import sys
@@ -34,7 +35,7 @@ class UserError(Exception):
         return type(self), (self.expected, self.got, self.where, self.todo)
 
     def __str__(self) -> str:
-        return (
+        return printable(
             f"Expected {self.expected}\n"
             f"     Got {self.got}\n"
             f"   Where {self.where}\n"
@@ -76,6 +77,26 @@ class RecordError(UserError, RuntimeError):
 
 class MissingDataError(RecordError):
     """The cube lacks the runs or the variables that a result needs."""
+
+
+def printable(text: str) -> str:
+    r"""Return a text with its control characters escaped, line ends excepted.
+
+    A text in somebody else's store could otherwise move the cursor or the title of a terminal.
+
+    Examples
+    --------
+    >>> print(printable("red: \x1b[31m\N{RIGHT-TO-LEFT OVERRIDE}"))
+    red: \\x1b[31m\\u202e
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character
+        if character.isprintable() or character == "\n"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def require_package(module: str, extra: str) -> None:

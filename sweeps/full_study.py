@@ -12,7 +12,7 @@ import io
 
 from rich.console import Console
 
-from sampimp.errors import MissingPackageError, UserError, require_package
+from sampimp.errors import MissingPackageError, UserError, printable, require_package
 from sampimp.schema import __version__, digest_json
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER
 from sampimp.store.location import Folder
@@ -87,7 +87,7 @@ def write_study_report(out: str, console: Console) -> None:
         print_summary(written, page)
         summary = {"records": records, "text": page.file.getvalue()}  # type: ignore[attr-defined]
         folder.write_json("analysis/summary.json", summary)
-    console.print(summary["text"], markup=False, highlight=False, end="")
+    console.print(printable(summary["text"]), markup=False, highlight=False, end="")
 
 
 if __name__ == "__main__":

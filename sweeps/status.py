@@ -5,8 +5,8 @@ python sweeps/status.py OUT --verify      also compare every chunk with its dige
 python sweeps/status.py OUT --withdraw    and take damaged trials out, to be trained again
 
 `sampimp status` is the same command. Its exit codes: 0 if nothing is wrong, 1 if something is
-damaged, 2 for a mistake that the user can correct, 3 if trials failed and nothing is damaged. A
-study that is unfinished and has no failed trial has exit code 0.
+damaged or cannot be read, 2 for a mistake that the user can correct, 3 if trials failed and nothing
+is damaged. A study that is unfinished and has no failed trial has exit code 0.
 
 Map: `main`, `show_status`; `describe`, `print_grid` and `describe_records`, the parts of its
 output. The states come from `sampimp.sweeps.inspection`, and damage from
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sampimp.errors import UserError
+from sampimp.errors import UserError, printable
 from sampimp.store.location import Folder
 from sampimp.store.plan import require_plan
 from sampimp.sweeps.door import run_door
@@ -37,6 +37,7 @@ SYMBOLS: Mapping[str, tuple[str, str, str]] = {
     "failed": ("✗", "x", "bold red"),
     "waiting": ("·", ".", "dim"),
     "blocked": ("○", "o", "yellow"),
+    "unreadable": ("?", "?", "bold red"),
 }
 """Of each state its symbol, its symbol where the terminal has ASCII only, and its style."""
 
@@ -54,7 +55,7 @@ Examples:
 
 Exit code:
   0  nothing is wrong; the study may be unfinished
-  1  a trial or a data set is damaged (--verify, --withdraw)
+  1  a file of a trial cannot be read; a trial or a data set is damaged (--verify, --withdraw)
   2  a mistake that you can correct
   3  trials failed, and nothing is damaged
   130  interrupted by Ctrl-C"""
@@ -82,7 +83,8 @@ def describe(folder: Folder, statuses: Sequence[Status], console: Console) -> No
         for detail, labels in _grouped(detailed).items():
             more = f" and {len(labels) - LABELS} more" if labels[LABELS:] else ""
             words = f"{', '.join(labels[:LABELS])}{more} {detail}"
-            console.print(f"  {state:<9} {words}", markup=False, highlight=False)
+            line = printable(f"  {state:<10} {words}")
+            console.print(line, markup=False, highlight=False)
     if counts["failed"]:
         console.print("The traceback of a failure is in trials/ID/errors/ATTEMPT.json.")
 
@@ -102,7 +104,7 @@ def describe_records(records: Sequence[RecordStatus], console: Console) -> None:
     )
     for record in records:
         if record.detail:
-            words = f"  {record.state:<9} {record.name} {record.detail}"
+            words = printable(f"  {record.state:<10} {record.name} {record.detail}")
             console.print(words, markup=False, highlight=False)
     if states["failed"]:
         console.print("The traceback of a failure is in influence/ID/errors/ATTEMPT.json.")
@@ -186,6 +188,8 @@ def show_status(
     if damaged or damaged_records or not sound:
         return 1
     states = {status.state for status in statuses} | {record.state for record in records}
+    if "unreadable" in states:
+        return 1
     return FAILED if "failed" in states else 0
 
 

@@ -11,9 +11,14 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.progress import track
 
-from sampimp.errors import RecordError
+from sampimp.errors import RecordError, printable
 from sampimp.store.commits import withdraw
-from sampimp.store.datasets import StoredSource, open_source, read_source
+from sampimp.store.datasets import (
+    StoredSource,
+    open_source,
+    read_source,
+    require_planned_shape,
+)
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER
 from sampimp.store.influence_records import read_records
 from sampimp.store.integrity import find_damage
@@ -33,8 +38,11 @@ def verify(
     for trial in track(committed, "Verifying", console=console, transient=True):
         trial_id, layout = str(trial.trial_id), plan.layout(trial.config.dataset)
         where = folder / "trials" / trial_id
-        scored = stored_snapshots(where, layout, snapshots.get(trial_id, {}))
-        damage = [*find_damage(where, trial.commit or {}, layout), *scored.damage()]
+        damage = list(find_damage(where, trial.commit or {}, layout))
+        try:
+            damage += stored_snapshots(where, layout, snapshots.get(trial_id, {})).damage()
+        except RecordError as error:
+            damage.append(f"{SNAPSHOTS}: {error.summary}")
         if damage:
             damaged[trial_id] = damage
     _print_damage(damaged, f"{len(committed)} committed trials", console)
@@ -46,10 +54,15 @@ def verify_records(
 ) -> dict[str, list[str]]:
     """Do the same for records of influence, retraining and subsets; return the damage by name."""
     trials = [status.trial for status in statuses]
-    records = [record for each in read_records(folder, plan, trials).values() for record in each]
-    if not records:
-        return {}
     damaged: dict[str, list[str]] = {}
+
+    def refuse(name: str, error: RecordError) -> None:
+        damaged[name] = [f"{error.where}: {error.summary}"]
+
+    by_run = read_records(folder, plan, trials, refuse)
+    records = [record for each in by_run.values() for record in each]
+    if not records and not damaged:
+        return {}
     for record in track(records, "Verifying", console=console, transient=True):
         if damage := list(find_damage(record.folder, record.commit, record.layout)):
             damaged[record.name] = damage
@@ -59,9 +72,11 @@ def verify_records(
 
 def _print_damage(damaged: Mapping[str, list[str]], what: str, console: Console) -> None:
     for name, damage in damaged.items():
-        console.print(f"[bold]{name} is damaged[/]: {damage[0]}", highlight=False)
+        words = f"{name} is damaged: {damage[0]}"
+        console.print(printable(words), style="bold", markup=False, highlight=False)
         if damage[1:]:
-            console.print(f"  and {len(damage) - 1} more places, to {damage[-1]}", highlight=False)
+            words = f"  and {len(damage) - 1} more places, to {damage[-1]}"
+            console.print(printable(words), markup=False, highlight=False)
     result = f"{len(damaged)} are damaged." if damaged else "every chunk is as it was written."
     console.print(f"{what} verified: {result}", highlight=False)
 
@@ -83,6 +98,8 @@ def verify_datasets(folder: Folder, plan: Plan, committed: bool, console: Consol
         where = folder / "datasets" / f"{key}.zarr"
         try:
             stored = open_source(where, info.digest, info.chunks)
+            if stored is not None:
+                require_planned_shape(stored, info.sample_count, info.test_count, info.input_shape)
             missing = ["it is missing, or not complete"] if stored is None and committed else []
             damage = [*missing, *(stored.damage() if stored else ())]
             if stored is not None and not stored.is_verifiable:
@@ -92,7 +109,8 @@ def verify_datasets(folder: Folder, plan: Plan, committed: bool, console: Consol
         if damage:
             sound = False
             more = f" and {len(damage) - 1} more places" if damage[1:] else ""
-            console.print(f"[bold]data set {key} is damaged[/]: {damage[0]}{more}", highlight=False)
+            words = printable(f"data set {key} is damaged: {damage[0]}{more}")
+            console.print(words, style="bold", markup=False, highlight=False)
             console.print(
                 f"  Delete {where}: the command that trained the study stores it again.",
                 markup=False,

@@ -21,6 +21,7 @@ Map: `claim_attempt`, `read_claim`, `require_newest`, `superseded`, `SupersededE
 """
 
 import os
+import re
 import secrets
 import socket
 import time
@@ -28,8 +29,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sampimp.errors import RecordError
+from sampimp.store.file_types import check_file
+from sampimp.store.json_types import LARGEST_JSON
 from sampimp.store.location import Folder
-from sampimp.store.seals import DamagedFileError, unseal
+from sampimp.store.seals import unseal
 
 ATTEMPTS, CHECKPOINTS, ERRORS = "attempts", "checkpoints", "errors"
 """Folders of a trial."""
@@ -44,8 +47,7 @@ class SupersededError(RecordError):
 
 def claim_attempt(trial: Folder) -> int:
     """Begin an attempt at a trial; return its number, which no other attempt has."""
-    numbers = [int(name.partition(".")[0]) for name in (trial / ATTEMPTS).files()]
-    number = max(numbers, default=0) + 1
+    number = max(_attempt_numbers(trial), default=0) + 1
     claim = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -65,11 +67,15 @@ def read_claim(trial: Folder, number: int) -> dict[str, Any]:
 
 def read_manifest(checkpoint: Folder) -> dict[str, Any] | None:
     """Return the manifest of a checkpoint; None if there is none, or if it is damaged."""
-    content = checkpoint.read_bytes(MANIFEST)
     try:
-        return unseal(content, f"{checkpoint}/{MANIFEST}", required=False) if content else None
-    except DamagedFileError:
+        content = checkpoint.read_bytes(MANIFEST, LARGEST_JSON)
+        if content is None:
+            return None
+        manifest = unseal(content, f"{checkpoint}/{MANIFEST}", required=False)
+        check_file(manifest, MANIFEST, f"{checkpoint}/{MANIFEST}")
+    except RecordError:
         return None
+    return manifest
 
 
 def require_newest(trial: Folder, attempt: int) -> None:
@@ -93,6 +99,11 @@ def _attempt_name(number: int) -> str:
     return f"{ATTEMPTS}/{number:04d}.json"
 
 
+def _attempt_numbers(trial: Folder) -> list[int]:
+    names = (re.fullmatch(r"(\d{4,9})\.json", name) for name in (trial / ATTEMPTS).files())
+    return [int(name[1]) for name in names if name]
+
+
 @dataclass(frozen=True)
 class LastSign:
     """The most recent traces of a trial's attempts in the store."""
@@ -110,12 +121,18 @@ class LastSign:
 
 
 def last_sign(trial: Folder) -> LastSign | None:
-    """Return the newest attempt and checkpoint of a trial, or None if it was never begun."""
-    attempts = (trial / ATTEMPTS).files()
-    if not attempts:
+    """Return the newest attempt and checkpoint of a trial, or None if it was never begun.
+
+    Raises
+    ------
+    RecordError
+        The file of the attempt, or of its failure, cannot be read.
+    """
+    attempt = max(_attempt_numbers(trial), default=0)
+    begun = trial.read_json(_attempt_name(attempt))
+    if begun is None:
         return None
-    begun = trial.read_json(f"{ATTEMPTS}/{attempts[-1]}")
-    failure = trial.read_json(f"{ERRORS}/{attempts[-1]}")
+    failure = trial.read_json(f"{ERRORS}/{attempt:04d}.json")
     manifest = None
     for name in reversed((trial / CHECKPOINTS).folders()):
         manifest = read_manifest(trial / CHECKPOINTS / name)
@@ -123,7 +140,7 @@ def last_sign(trial: Folder) -> LastSign | None:
             break
     seconds = manifest["history"]["seconds"] if manifest else []
     return LastSign(
-        attempt=int(attempts[-1].partition(".")[0]),
+        attempt=attempt,
         host=begun["host"],
         epoch=manifest["epoch"] if manifest else 0,
         time=max(entry["time"] for entry in (begun, failure, manifest) if entry),

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import obstore
 from obstore.store import LocalStore, S3Store
 
-from sampimp.errors import StoreError
+from sampimp.errors import RecordError, StoreError
 from sampimp.store.aws_credentials import AwsProfile, find_credentials, first_set
 from sampimp.store.disk import make_root
 from sampimp.store.s3_errors import readable_errors
@@ -78,6 +78,24 @@ async def put_whole(store: LocalStore | S3Store, key: str, content: Any) -> None
     server no longer knows the parts and reports an error, though the object is stored.
     """
     await obstore.put_async(store, key, content, use_multipart=False)
+
+
+async def get_whole(store: LocalStore | S3Store, key: str, largest: int) -> bytes:
+    """Return an object, or raise RecordError if it has more than `largest` bytes, unread."""
+    answer = await obstore.get_async(store, key)
+    if answer.meta["size"] > largest:
+        raise too_large(answer.meta["size"], largest, key)
+    return bytes(await answer.bytes_async())
+
+
+def too_large(size: int, largest: int, where: str) -> RecordError:
+    """Return the error for an object that is larger than any that a study has in its place."""
+    return RecordError(
+        expected=f"a file of at most {largest:,} bytes",
+        got=f"{size:,} bytes",
+        where=where,
+        todo="restore it from a copy, or delete it and run the command that wrote it again",
+    )
 
 
 def check_url(url: str) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 from sampimp.errors import DamageWarning, RecordError
 from sampimp.store.attempts import read_claim
+from sampimp.store.file_types import check_file
+from sampimp.store.json_types import LARGEST_JSON
 from sampimp.store.location import Folder
 from sampimp.store.seals import DamagedFileError, is_sealed, seal, unseal
 
@@ -35,12 +37,18 @@ def read_commit(record: Folder) -> dict[str, Any] | None:
     Raises
     ------
     DamagedFileError
-        The commit is not as it was written.
+        The commit is not as it was written, or lacks what readers rely on.
+    RecordError
+        It is too large to be read.
     """
-    content = record.read_bytes(COMMIT)
+    content = record.read_bytes(COMMIT, LARGEST_JSON)
     if content is None:
         return None
     commit = unseal(content, f"{record}/{COMMIT}", required=False)
+    try:
+        check_file(commit, COMMIT, f"{record}/{COMMIT}")
+    except RecordError as error:
+        raise DamagedFileError(error.expected, error.got, error.where, error.todo) from None
     attempt = commit.get("attempt")
     if (
         not is_sealed(content)

@@ -26,7 +26,7 @@ import xarray as xr
 from sampimp.config import OPTIMIZERS, RELU_MODELS
 from sampimp.errors import RecordError
 from sampimp.schema import CURVES, REFERENCES, STRATEGIES, VARIABLES, Layout, digest_json
-from sampimp.store.datasets import StoredSource, open_source
+from sampimp.store.datasets import StoredSource, open_source, require_planned_shape
 from sampimp.store.influence_cube import influence_variables
 from sampimp.store.influence_records import CommittedRecord, read_records
 from sampimp.store.lazy_arrays import lazy_array
@@ -276,6 +276,8 @@ def _require_source(
             where=str(place),
             todo="run the study's own command again: the data set is stored again",
         )
+    if source is not None:
+        require_planned_shape(source, info.sample_count, info.test_count, info.input_shape)
     return source
 
 

@@ -10,6 +10,8 @@ Map: `write_source`, `chunk_table` (shapes, types and digests), `open_source` an
 `StoredSource` (a reader that verifies each chunk), `read_source` (all of it, in memory).
 """
 
+import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +19,24 @@ from typing import Any
 import numpy as np
 
 from sampimp.data import Source
-from sampimp.errors import RecordError, StoreError
+from sampimp.errors import RecordError, ResourceError, StoreError
 from sampimp.schema import digest, digest_json
+from sampimp.store.array_forms import ArrayForm
+from sampimp.store.file_types import SourceAttrs
+from sampimp.store.json_types import require_type
 from sampimp.store.location import Folder
 from sampimp.store.zarr_arrays import first_line, open_uncached, replace_group
 
 SOURCE_ARRAYS = ("train_values", "train_labels", "test_values", "test_labels")
 """The arrays of a data set."""
 
+PARTS = ("train", "test")
+
 SOURCE_CHUNK = 2**22
 """Largest chunk of these arrays in bytes, unless one sample has more (arbitrary)."""
+
+LARGEST_SOURCE_CHUNK = 2**26
+"""Largest chunk that is read, unless one sample has more (arbitrary)."""
 
 
 def chunk_table(source: Source) -> dict[str, Any]:
@@ -120,12 +130,9 @@ class StoredSource:
         stored = self.table["arrays"][name]
         start, stop = number * stored["rows"], (number + 1) * stored["rows"]
         try:
-            array = open_uncached(self.folder, name)
-            form = [list(array.shape), array.dtype.str]
+            array = open_uncached(self.folder, name, _form(stored))
             values = np.asarray(array[start:stop])
             actual = digest(values)
-            if form != [stored["shape"], stored["dtype"]]:
-                actual = f"an array {form[1]} {form[0]}"
         except StoreError:
             raise  # the store cannot be reached; the chunk may be intact
         except Exception as error:  # of Zarr or any codec, depending on the damage
@@ -171,6 +178,7 @@ def open_source(
     attrs = (folder.read_json("zarr.json") or {}).get("attributes", {})
     if "digest" not in attrs:
         return None
+    require_type(attrs, SourceAttrs, f"{folder}/zarr.json, attributes")
     table = attrs.get("chunks")
     for label, actual, expected in (
         ("digest", attrs["digest"], expected_digest or attrs["digest"]),
@@ -184,6 +192,7 @@ def open_source(
             )
     if table is None:
         table = _table_without_digests(folder)
+    _check_table(table, folder)
     return StoredSource(folder, attrs, table)
 
 
@@ -194,10 +203,21 @@ def read_source(folder: Folder) -> Source | None:
     ------
     RecordError
         Its values are not those that were stored.
+    ResourceError
+        It claims more bytes than this machine has memory.
     """
     stored = open_source(folder)
     if stored is None:
         return None
+    size = sum(math.prod(_form(stored.table["arrays"][name]).shape) for name in SOURCE_ARRAYS)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:  # at least one byte a value
+        raise ResourceError(
+            expected=f"a data set that fits into this machine's memory of {memory / 1e9:.0f} GB",
+            got=f"{size:,} values",
+            where=str(folder),
+            todo="use a machine with more memory, or restore the data set from a copy",
+        )
     source = Source(
         name=stored.attrs["name"],
         full_scale=stored.table["full_scale"],
@@ -211,6 +231,68 @@ def read_source(folder: Folder) -> Source | None:
             where=str(folder),
         )
     return source
+
+
+def _form(stored: Mapping[str, Any]) -> ArrayForm:
+    """Return the form of an array of a data set from its entry in the table."""
+    shape = tuple(stored["shape"])
+    return ArrayForm(shape, stored["dtype"], (stored["rows"], *shape[1:]))
+
+
+def _check_table(table: Mapping[str, Any], folder: Folder) -> None:
+    """Raise RecordError for a table of sizes that contradict each other, or that are too large.
+
+    With as many digests as chunks, and chunks of limited size, no few bytes can claim many.
+    """
+    arrays = table["arrays"]
+    if set(arrays) != set(SOURCE_ARRAYS):
+        raise _source_error(", ".join(SOURCE_ARRAYS), ", ".join(arrays)[:80], str(folder))
+    shapes = {name: tuple(arrays[name]["shape"]) for name in SOURCE_ARRAYS}
+    wrong = {
+        "labels of other lengths than values": any(
+            shapes[f"{part}_labels"] != shapes[f"{part}_values"][:1] for part in PARTS
+        ),
+        "training and test samples of different shape": shapes["train_values"][1:]
+        != shapes["test_values"][1:],
+        "labels that are not integers": {arrays[f"{part}_labels"]["dtype"] for part in PARTS}
+        != {"<i8"},
+        "another number of digests than chunks": any(
+            len(stored["digests"]) != -(-stored["shape"][0] // stored["rows"])
+            for stored in arrays.values()
+            if "digests" in stored
+        ),
+        f"chunks larger than one sample and {LARGEST_SOURCE_CHUNK:,} bytes": any(
+            form.chunk_bytes > LARGEST_SOURCE_CHUNK and form.chunks[0] > 1
+            for form in map(_form, arrays.values())
+        ),
+    }
+    if any(wrong.values()):
+        got = ", ".join(words for words, holds in wrong.items() if holds)
+        raise _source_error("arrays that fit together", got, f"{folder}/zarr.json")
+
+
+def require_planned_shape(
+    source: StoredSource, train: int, test: int, shape: tuple[int, ...]
+) -> None:
+    """Raise RecordError unless a data set has the sizes of the plan.
+
+    Parameters
+    ----------
+    source
+        The data set.
+    train, test
+        Number of samples.
+    shape
+        Shape of a sample.
+    """
+    for part, count in (("train", train), ("test", test)):
+        stored = tuple(source.table["arrays"][f"{part}_values"]["shape"])
+        if stored != (count, *shape):
+            raise _source_error(
+                expected=f"{part} values {[count, *shape]}, as in study.json",
+                got=str(list(stored))[:80],
+                where=f"{source.folder}/zarr.json",
+            )
 
 
 def _table_without_digests(folder: Folder) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sampimp.errors import RecordError
 from sampimp.schema import RecordLayout
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER, layout_of
 from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
-from sampimp.store.plan import Plan, PlannedTrial, read_commits
-from sampimp.store.variables import StoredFiles, StoredVariable, stored_variable
+from sampimp.store.plan import Plan, PlannedTrial, Refuse, read_commits
+from sampimp.store.variables import StoredFiles, StoredVariable, check_history, stored_variable
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class CommittedRecord:
 
 
 def read_records(
-    folder: Folder, plan: Plan, trials: Sequence[PlannedTrial]
+    folder: Folder, plan: Plan, trials: Sequence[PlannedTrial], refuse: Refuse | None = None
 ) -> dict[str, list[CommittedRecord]]:
     """Return the records of each committed run, by its trial_id, sorted by name.
 
@@ -60,15 +61,53 @@ def read_records(
         Its plan.
     trials
         The plan, matched with the commits.
+    refuse
+        As for `sampimp.store.plan.read_commits`.
+
+    Raises
+    ------
+    RecordError
+        A COMMIT.json cannot be read, or does not fit the record's shape.
     """
-    commits = read_commits(folder, INFLUENCE_FOLDER)
+    commits = read_commits(folder, INFLUENCE_FOLDER, refuse)
     runs = {trial.trial_id: trial for trial in trials if trial.commit is not None}
     records: dict[str, list[CommittedRecord]] = {}
     for name, commit in sorted(commits.items()):
         run = runs.get(commit["trial"])
         if run is None or run.commit is None or commit["record"] != record_digest(run.commit):
             continue
-        layout = layout_of(commit, plan.layout(run.config.dataset))
-        record = CommittedRecord(folder / INFLUENCE_FOLDER / name, commit, layout)
+        place = folder / INFLUENCE_FOLDER / name
+        try:
+            _require_lists(commit, f"{place}/COMMIT.json")
+            layout = layout_of(commit, plan.layout(run.config.dataset))
+            check_history(commit, layout, f"{place}/COMMIT.json", complete=True)
+        except RecordError as error:
+            if refuse is None:
+                raise
+            refuse(name, error)
+            continue
+        record = CommittedRecord(place, commit, layout)
         records.setdefault(commit["trial"], []).append(record)
     return records
+
+
+_EQUAL_LISTS = (("targets", "units"), ("budgets", "variants"))
+"""Entries of an identity with as many values as each other."""
+
+
+def _require_lists(commit: Mapping[str, Any], where: str) -> None:
+    """Raise RecordError for lists of an identity that are empty, repeat a name or differ in length.
+
+    The shape of a record is made from them.
+    """
+    for names in (*_EQUAL_LISTS, ("removals",), ("seeds",), ("curvatures",), ("dampings",)):
+        lists = [commit[name] for name in names if name in commit and commit["kind"] != "states"]
+        lengths = {len(values) for values in lists}
+        repeated = bool(lists) and len(set(lists[0])) < len(lists[0])
+        if len(lengths) > 1 or 0 in lengths or repeated:
+            raise RecordError(
+                expected=f"{' and '.join(names)} of one length, each value once",
+                got=f"lengths {', '.join(map(str, sorted(lengths)))}" + ", repeated" * repeated,
+                where=where,
+                todo="delete this record's folder and run the command that wrote it again",
+            )

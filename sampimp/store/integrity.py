@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from sampimp.errors import RecordError
 from sampimp.schema import RecordLayout, digest
 from sampimp.store.location import Folder
-from sampimp.store.variables import stored_variable
+from sampimp.store.variables import check_history, stored_variable
 
 
 def chunk_digests(values: np.ndarray, width: int) -> list[str]:
@@ -58,5 +59,10 @@ def find_damage(trial: Folder, history: Mapping[str, Any], layout: RecordLayout)
     layout
         The shape of its record.
     """
+    try:
+        check_history(history, layout, str(trial))
+    except RecordError as error:
+        yield error.summary
+        return
     for name in history["digests"]:
         yield from stored_variable(trial, name, layout, history).damage()

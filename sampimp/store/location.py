@@ -13,7 +13,6 @@ Map: `Folder`.
 """
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -26,9 +25,16 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import LocalStore, S3Store
 
-from sampimp.errors import RecordError
 from sampimp.store import disk
-from sampimp.store.buckets import OPENING_PATIENCE, SERVER_PATIENCE, check_url, open_store
+from sampimp.store.buckets import (
+    OPENING_PATIENCE,
+    SERVER_PATIENCE,
+    check_url,
+    open_store,
+    too_large,
+)
+from sampimp.store.file_types import check_file
+from sampimp.store.json_types import LARGEST_JSON, parse_json
 from sampimp.store.links import check_links
 from sampimp.store.s3_errors import ServerAwayError, readable_errors
 from sampimp.store.seals import json_bytes
@@ -90,12 +96,25 @@ class Folder:
         """Whether the folder is on a disk of this machine."""
         return "://" not in self.root
 
-    def read_bytes(self, name: str) -> bytes | None:
-        """Return an object's content, or None if there is none."""
+    def read_bytes(self, name: str, largest: int | None = None) -> bytes | None:
+        """Return an object's content, or None if there is none.
+
+        Raises
+        ------
+        RecordError
+            It has more than `largest` bytes; they are not read.
+        """
         if self._is_absent:
             return None
+
+        def get(store: LocalStore | S3Store) -> bytes:
+            answer = obstore.get(store, self._key(name))
+            if largest is not None and answer.meta["size"] > largest:
+                raise too_large(answer.meta["size"], largest, f"{self}/{name}")
+            return bytes(answer.bytes())
+
         try:
-            return self._request(lambda store: bytes(obstore.get(store, self._key(name)).bytes()))
+            return self._request(get)
         except FileNotFoundError:
             return None
 
@@ -161,20 +180,14 @@ class Folder:
         Raises
         ------
         RecordError
-            The file does not hold JSON.
+            The file is too large, holds no JSON, or lacks what files of its name have.
         """
-        content = self.read_bytes(name)
+        content = self.read_bytes(name, LARGEST_JSON)
         if content is None:
             return None
-        try:
-            return json.loads(content)
-        except ValueError as error:
-            raise RecordError(
-                expected="a JSON file",
-                got=f"{len(content)} bytes: {error}",
-                where=f"{self}/{name}",
-                todo="delete this file if you know what damaged it, then run the command again",
-            ) from None
+        value = parse_json(content, f"{self}/{name}")
+        check_file(value, str(PurePosixPath(self.path, name)), f"{self}/{name}")
+        return value
 
     def write_json(self, name: str, value: Any) -> None:
         """Store a JSON value durably."""

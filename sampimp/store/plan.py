@@ -8,10 +8,10 @@ Map: `Plan`, `DatasetInfo` (a data set in a plan), `PlannedTrial` (a trial and i
 `read_plan`, `require_plan` and `read_commits` (reading them from the store).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from sampimp.config import NetworkIdentity, TrainingConfig, TrialConfig
 from sampimp.errors import ConfigError, RecordError, StoreError
@@ -23,9 +23,12 @@ from sampimp.schema import (
     Layout,
     __version__,
 )
-from sampimp.store.commits import find_commit
+from sampimp.store.commits import find_commit, read_commit
+from sampimp.store.file_types import KEY, Count, check_plan_sizes
 from sampimp.store.integrity import record_digest
+from sampimp.store.json_types import require_type
 from sampimp.store.location import Folder
+from sampimp.store.variables import check_history
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +37,11 @@ class DatasetInfo:
 
     name: str
     digest: str
-    sample_count: int
-    test_count: int
-    input_shape: tuple[int, ...]
+    sample_count: Count
+    test_count: Count
+    input_shape: tuple[Count, ...]
     class_names: tuple[str, ...]
-    layers: tuple[tuple[str, int], ...]
+    layers: tuple[tuple[str, Count], ...]
     """Layer and size of every parameter tensor of the network, in the model's order."""
     forward_order: tuple[str, ...] = ()
     """Names of the layers in the order of their calls; empty: the order of registration."""
@@ -79,7 +82,7 @@ class PlannedTrial(NamedTuple):
 class Plan:
     """The data sets, configuration and grid of a study."""
 
-    datasets: Mapping[str, DatasetInfo]
+    datasets: Mapping[Annotated[str, KEY], DatasetInfo]
     """The data sets, by key."""
     training: TrainingConfig
     grid: Mapping[str, tuple[int, ...]]
@@ -150,18 +153,22 @@ class Plan:
         """Return whether the sorted strategies of the trial's data set sort by its results."""
         return (trial.strategy, trial.seed) == (REFERENCE_STRATEGY, REFERENCE_SEED)
 
-    def resolve(self, commits: Mapping[str, Mapping[str, Any]]) -> list[PlannedTrial]:
+    def resolve(
+        self, commits: Mapping[str, Mapping[str, Any]], refuse: "Refuse | None" = None
+    ) -> list[PlannedTrial]:
         """Match the plan with the committed trials.
 
         Parameters
         ----------
         commits
             As `read_commits` returns them: COMMIT.json by trial_id.
+        refuse
+            As for `read_commits`.
 
         Raises
         ------
         RecordError
-            A commit has another fingerprint than the plan.
+            A commit has another fingerprint than the plan, or does not fit the record's shape.
         """
         references: dict[str, tuple[str, str]] = {}  # data set: trial_id, digest of the record
         resolved = []
@@ -176,25 +183,49 @@ class Plan:
             fingerprint = trial.fingerprint(self.code, info.digest, reference_digest, info.network)
             trial_id = trial.trial_id(fingerprint)
             commit = commits.get(trial_id)
-            if commit is not None and commit["fingerprint"] != fingerprint:
-                raise RecordError(
-                    expected=f"fingerprint {fingerprint}",
-                    got=str(commit["fingerprint"]),
-                    where=f"COMMIT.json of {trial_id}",
-                    todo="delete this trial's folder and run the study again",
-                )
+            try:
+                self._check_commit(trial.dataset, trial_id, fingerprint, commit)
+            except RecordError as error:
+                if refuse is None:
+                    raise
+                refuse(trial_id, error)
+                commit = None
             if commit and self.is_reference(trial) and commit["diverged_epoch"] is None:
                 references[trial.dataset] = trial_id, record_digest(commit)
             resolved.append(PlannedTrial(trial, trial_id, fingerprint, reference_id, commit))
         return resolved
+
+    def _check_commit(
+        self, key: str, trial_id: str, fingerprint: str, commit: Mapping[str, Any] | None
+    ) -> None:
+        """Raise RecordError unless a trial's COMMIT.json is one of the planned trial."""
+        if commit is None:
+            return
+        if commit["fingerprint"] != fingerprint:
+            raise RecordError(
+                expected=f"fingerprint {fingerprint}",
+                got=str(commit["fingerprint"]),
+                where=f"COMMIT.json of {trial_id}",
+                todo="delete this trial's folder and run the study again",
+            )
+        check_history(commit, self.layout(key), f"COMMIT.json of {trial_id}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of study.json."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Plan":
-        """Return the plan that `to_json` wrote."""
+    def from_json(cls, value: Mapping[str, Any], where: str = "study.json") -> "Plan":
+        """Return the plan that `to_json` wrote.
+
+        Raises
+        ------
+        RecordError
+            The value is no such plan, or claims sizes that no study has.
+        """
+        entries = {name: entry for name, entry in value.items() if name != "schema_version"}
+        require_type(entries, cls, where)
+        check_plan_sizes(value, where)
         training = {**value["training"], "hidden": tuple(value["training"]["hidden"])}
         return cls(
             datasets={
@@ -311,7 +342,7 @@ def read_plan(folder: Folder) -> Plan | None:
             where=f"{folder}/study.json",
             todo=f"read it with the release that wrote it ({value.get('code', 'unknown')})",
         )
-    return Plan.from_json(value)
+    return Plan.from_json(value, f"{folder}/study.json")
 
 
 def require_plan(folder: Folder) -> Plan:
@@ -328,7 +359,14 @@ def require_plan(folder: Folder) -> Plan:
     return plan
 
 
-def read_commits(folder: Folder, records: str = "trials") -> dict[str, dict[str, Any]]:
+Refuse = Callable[[str, RecordError], None]
+"""Takes the name of a record whose commit cannot be used, and why; the record then counts as not
+committed."""
+
+
+def read_commits(
+    folder: Folder, records: str = "trials", refuse: Refuse | None = None
+) -> dict[str, dict[str, Any]]:
     """Return the COMMIT.json of every committed trial of a study, by trial_id.
 
     A damaged one counts as absent, with a `sampimp.errors.DamageWarning`.
@@ -339,9 +377,21 @@ def read_commits(folder: Folder, records: str = "trials") -> dict[str, dict[str,
         The store of the study.
     records
         Its folder of records: "trials", or `sampimp.store.influence_layouts.INFLUENCE_FOLDER`.
+    refuse
+        Called for each COMMIT.json that cannot be read, instead of the warning.
     """
     trials = folder / records
     names = trials.folders()
+
+    def read(name: str) -> Any:
+        if refuse is None:
+            return find_commit(trials / name)
+        try:
+            return read_commit(trials / name)
+        except RecordError as error:
+            refuse(name, error)
+            return None
+
     with ThreadPoolExecutor(16) as pool:  # an object store answers in tens of milliseconds
-        commits = pool.map(lambda name: find_commit(trials / name), names)
+        commits = pool.map(read, names)
     return {name: commit for name, commit in zip(names, commits, strict=True) if commit}

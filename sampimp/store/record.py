@@ -25,7 +25,7 @@ import time
 import traceback
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -225,7 +225,9 @@ class TrialRecord:
                 and manifest["sha256"] == hashlib.sha256(state).hexdigest()
                 and not any(find_damage(self.folder, manifest["history"], self._layout))
             ):
-                self.history = History(**manifest["history"])
+                known = {each.name for each in fields(History)}
+                stored = {k: v for k, v in manifest["history"].items() if k in known}
+                self.history = History(**stored)
                 self.history.parts.append((manifest["epoch"] + 1, self._name))
                 self._sync()  # after the death of a process, this checkpoint may not be durable
                 self._synced, self._durable = time.monotonic(), name

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sampimp.errors import RecordError
+from sampimp.store.json_types import parse_json
 
 _SEAL = "seal"
 
@@ -61,9 +62,9 @@ def unseal(content: bytes, where: str, *, required: bool = True) -> dict[str, An
         The content is not a JSON object, or is not what was sealed.
     """
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(f"{len(content)} bytes: {error}", where) from None
+        value = parse_json(content, where)
+    except RecordError as error:
+        raise _damaged(error.got, where) from None
     if not isinstance(value, dict):
         raise _damaged(f"a JSON {type(value).__name__}", where)
     if _SEAL not in value and not required:

@@ -1,7 +1,8 @@
 """One variable of a stored record, each chunk compared with its digest when it is read.
 
 Map: `StoredVariable`, `StoredFiles` (a variable of files); `stored_variable`, which returns the
-right one; `read_difficulty` (the values that the sorted strategies sort by).
+right one; `check_history` (whether a commit fits its record's shape); `read_difficulty` (the values
+that the sorted strategies sort by).
 """
 
 import hashlib
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from sampimp.errors import RecordError, StoreError
-from sampimp.schema import Layout, RecordLayout, digest, variable
+from sampimp.schema import COMMITTED, Layout, RecordLayout, digest, variable
+from sampimp.store.array_forms import ArrayForm
 from sampimp.store.commits import require_commit
 from sampimp.store.location import Folder
 from sampimp.store.zarr_arrays import first_line, open_array
@@ -47,9 +49,17 @@ class StoredVariable:
     def of(
         cls, trial: Folder, name: str, layout: RecordLayout, history: Mapping[str, Any]
     ) -> "StoredVariable":
-        """Return a variable of a record from its COMMIT.json or a checkpoint's history."""
+        """Return a variable of a record from its COMMIT.json or a checkpoint's history.
+
+        Raises
+        ------
+        RecordError
+            It has more positions or chunks than the layout.
+        """
         parts = tuple((first, record) for first, record in history["parts"])
-        return cls(trial, name, layout, parts, history["digests"].get(name, ()))
+        digests = history["digests"].get(name, ())
+        _check_digests(digests, name, layout, str(trial))
+        return cls(trial, name, layout, parts, digests)
 
     def read(self, position: int, columns: slice = slice(None)) -> np.ndarray:
         """Return the values at one position, and in a range of columns of the last dimension.
@@ -96,7 +106,12 @@ class StoredVariable:
         expected = self.digests[rank][number]
         index = (position,) if self.layout.is_stepwise(self.name) else ()
         try:
-            array = open_array(self.trial.root, f"{prefix}{record}/{self.name}")
+            form = ArrayForm(
+                self.layout.shape(self.name),
+                variable(self.name).dtype,
+                self.layout.chunk(self.name),
+            )
+            array = open_array(self.trial.root, f"{prefix}{record}/{self.name}", form)
             values = np.asarray(array[(*index, ..., slice(number * width, (number + 1) * width))])
             actual = digest(values)
         except StoreError:
@@ -163,6 +178,64 @@ class StoredFiles:
                 self.read(position)
             except RecordError as error:
                 yield f"{self.layout.describe(self.name, position)}: {error.got}"
+
+
+def check_history(
+    history: Mapping[str, Any], layout: RecordLayout, where: str, *, complete: bool = False
+) -> None:
+    """Raise RecordError unless a record's history fits the shape of the record.
+
+    Parameters
+    ----------
+    history
+        Its COMMIT.json, or the history of a checkpoint, with the entries of their file types.
+    layout
+        The shape of the record.
+    where
+        The record, for the message.
+    complete
+        Whether every step has to be there.
+    """
+    known, curves = set(layout.variables), history["curves"]
+    for name in (*history["digests"], *curves):
+        _require(name in known, where, f"a variable among {', '.join(layout.variables)}", name)
+    starts = [first for first, _ in history["parts"]]
+    ordered = starts[:1] == [0] and starts == sorted(starts)
+    _require(ordered, where, "parts of the record from step 0 on", f"parts from {starts[:3]}")
+    for name, digests in history["digests"].items():
+        _check_digests(digests, name, layout, where)
+    for name in known.intersection(COMMITTED if complete else curves):
+        shape, values = layout.shape(name), curves.get(name, [])
+        count = len(values)
+        fits = count == shape[0] if complete else count <= shape[0]
+        _require(fits, where, f"{shape[0]} values of {name}", str(count))
+        rows = {(len(row),) if isinstance(row, list) else () for row in values}
+        _require(rows <= {shape[1:]}, where, f"values of {name} of shape {shape[1:]}", str(rows))
+
+
+def _check_digests(
+    digests: Sequence[Sequence[str]], name: str, layout: RecordLayout, where: str
+) -> None:
+    positions = len(layout.positions(name))
+    most = f"at most {positions} steps with digests of {name}"
+    _require(len(digests) <= positions, where, most, str(len(digests)))
+    chunks = 1
+    if variable(name).dtype != "bytes":
+        chunks = -(-layout.shape(name)[-1] // layout.chunk(name)[-1])
+    counts = {len(each) for each in digests}
+    words = f"{chunks} chunks of {name} in each step"
+    _require(counts <= {0, chunks}, where, words, " or ".join(map(str, sorted(counts))))
+
+
+def _require(holds: bool, where: str, expected: str, got: str) -> None:
+    if not holds:
+        raise RecordError(
+            expected=expected,
+            got=got[:80],
+            where=where,
+            todo="restore this record from a copy, or delete its folder and run the command that "
+            "wrote it again",
+        )
 
 
 def stored_variable(

@@ -4,6 +4,9 @@
 symbolic links and its single-request puts. The rest of the store calls the functions below and
 handles arrays by slicing only.
 
+A stored array is compared with the form that its reader expects before Zarr has its metadata, and
+a chunk's size before it is decoded (`sampimp.store.array_forms`).
+
 Map: `zarr_store` (a folder as a Zarr store, for xarray too), `open_array`,
 `open_uncached` and `open_for_writing` (an array), `require_group`, `require_array` and
 `replace_group` (making them), `first_line` (the text of a Zarr error).
@@ -21,18 +24,27 @@ import zarr
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.errors import ContainsArrayError, ContainsGroupError
-from zarr.storage import ObjectStore
+from zarr.storage import ObjectStore, StorePath
 
+from sampimp.errors import RecordError, UserError
 from sampimp.schema import RecordLayout, variable
 from sampimp.store import disk
-from sampimp.store.buckets import local_root, open_store, put_whole
+from sampimp.store.array_forms import LARGEST_CHUNK, ArrayForm, check_chunk
+from sampimp.store.buckets import get_whole, local_root, open_store, put_whole
+from sampimp.store.json_types import LARGEST_JSON
 from sampimp.store.links import check_links
 from sampimp.store.location import Folder
 from sampimp.store.s3_errors import readable_errors
 
 
 class _FolderStore(ObjectStore):
-    """A Zarr store on a folder or bucket, with the errors and the link check of `Folder`."""
+    """A Zarr store on a folder or bucket, with the errors and the link check of `Folder`.
+
+    `form` is that of the only array that is read through the store, once it is known.
+    """
+
+    form: ArrayForm | None = None
+    is_compressed = False
 
     note: Callable[[str, Any], None] | None = None
     """Called with the key and the bytes of each object that was stored."""
@@ -46,7 +58,22 @@ class _FolderStore(ObjectStore):
     ) -> Buffer | None:
         self._check(key)
         with readable_errors(f"{key} of {self.store}"):
-            return await super().get(key, prototype, byte_range)
+            if byte_range is not None:
+                return await super().get(key, prototype, byte_range)
+            try:
+                content = await get_whole(self.store, key, self._largest(key))
+            except FileNotFoundError:
+                return None
+        if self.form is not None and self.is_compressed:
+            check_chunk(content, self.form, f"{key} of {self.store}")
+        return prototype.buffer.from_bytes(content)
+
+    def _largest(self, key: str) -> int:
+        """Return the largest size of an object that is read whole."""
+        if key.endswith("zarr.json"):
+            return LARGEST_JSON
+        size = LARGEST_CHUNK if self.form is None else self.form.chunk_bytes
+        return size + size // 128 + 1024  # zstd's bound for what it cannot compress
 
     async def get_partial_values(
         self,
@@ -113,14 +140,37 @@ def zarr_store(folder: Folder, note: Callable[[str, Any], None] | None = None) -
 
 
 @functools.lru_cache(maxsize=4096)
-def open_array(root: str, path: str) -> zarr.Array:
-    """Open an array below a root for reading; it stays open in this process."""
-    return zarr.open_array(_FolderStore(open_store(root)), path=path, mode="r", zarr_format=3)
+def open_array(root: str, path: str, form: ArrayForm | None = None) -> zarr.Array:
+    """Open an array below a root for reading; it stays open in this process.
+
+    Raises
+    ------
+    RecordError
+        It is not of the form, or is no array that this package writes.
+    """
+    return open_uncached(Folder(root), path, form)
 
 
-def open_uncached(folder: Folder, name: str) -> zarr.Array:
-    """Open an array of a folder for reading, as it is stored now."""
-    return zarr.open_array(zarr_store(folder), path=name, mode="r", zarr_format=3)
+def open_uncached(folder: Folder, name: str, form: ArrayForm | None = None) -> zarr.Array:
+    """Open an array of a folder for reading, as it is stored now; otherwise as `open_array`."""
+    metadata = (folder / name).read_json("zarr.json")
+    where = f"{folder}/{name}/zarr.json"
+    if form is None:
+        form = ArrayForm.of(metadata, where)
+    else:
+        form.check(metadata, where)
+    store = _FolderStore(open_store(folder.root), read_only=True)
+    store.form, store.is_compressed = form, len(metadata["codecs"]) > 1
+    try:
+        array = zarr.Array.from_dict(StorePath(store, (folder / name).path), metadata)
+    except (ValueError, TypeError, KeyError) as error:  # of Zarr, for entries that are not checked
+        raise RecordError(
+            expected="an array of Zarr 3",
+            got=first_line(error),
+            where=where,
+            todo="restore it from a copy, or delete it and run the command that wrote it again",
+        ) from None
+    return array
 
 
 def open_for_writing(folder: Folder, name: str) -> zarr.Array:
@@ -180,4 +230,6 @@ def require_array(group: zarr.Group, name: str, layout: RecordLayout) -> zarr.Ar
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error of Zarr or of a codec, or the error's type."""
+    if isinstance(error, UserError):
+        return error.summary
     return str(error).partition("\n")[0] or type(error).__name__

@@ -295,6 +295,7 @@ def test_three_hundred_trials(tmp_path, reads):
                     "COMMIT.json",
                     {
                         **oracles.identity_of(trial),
+                        "attempt": 1,
                         "epochs": 50,
                         "diverged_epoch": 7 if trial.label == "one-sim-seed9" else None,
                         "parts": [[0, "record.zarr"]],

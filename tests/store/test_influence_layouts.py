@@ -21,9 +21,24 @@ KINDS = {
     "retrain": {"targets": ["mean"], "removals": ["none", "random:3"], "repeats": 2},
 }
 
+IDENTITY = {
+    "dataset": "made",
+    "strategy": "shuffle",
+    "seed": 1,
+    "trial": "made-shuffle-seed1-00000000",
+    "record": "0" * 64,
+    "code": "0",
+    "units": ["nat"],
+    "smoothing": {"eps": 0.0, "gate_width": 0.0},
+    "jitter": 1e-3,
+    "renormalised": False,
+    "denominator": "batch size kept",
+}
+OUTCOME = {"growth_epochs": {}}
+
 
 def make(folder, kind):
-    identity = {"kind": kind, "fingerprint": kind[0] * 64, **KINDS[kind]}
+    identity = {**IDENTITY, "kind": kind, "fingerprint": kind[0] * 64, **KINDS[kind]}
     layout = layout_of(identity, RUN)
     return TrialRecord(Folder.of(folder), identity, layout), layout
 
@@ -47,7 +62,7 @@ def test_a_record_resumed_twice_has_the_values_of_one_that_was_not(tmp_path, kin
     assert set(steps) - {0} == {1, 2, 3, 4}
     for step in steps.values():
         record.write(step)
-    record.commit(None)
+    record.commit(None, OUTCOME)
 
     record, _ = make(tmp_path / "parts", kind)
     for number in sorted(steps)[:-2]:
@@ -63,7 +78,7 @@ def test_a_record_resumed_twice_has_the_values_of_one_that_was_not(tmp_path, kin
     third, _ = make(tmp_path / "parts", kind)
     assert third.newest_checkpoint() == (3, b"state 3")
     third.write(steps[4])
-    third.commit(None)
+    third.commit(None, OUTCOME)
 
     whole, parts = (read_all(tmp_path / name, layout) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() == set(layout.variables)
@@ -78,7 +93,7 @@ def test_damage_is_found_in_every_variable(tmp_path, kind):
     record, layout = make(tmp_path, kind)
     for step in steps_of(layout):
         record.write(step)
-    record.commit(None)
+    record.commit(None, OUTCOME)
     trial = Folder.of(tmp_path)
     commit = trial.read_json("COMMIT.json")
     assert list(find_damage(trial, commit, layout)) == []
@@ -97,7 +112,7 @@ def test_a_backward_record_that_was_not_finished_is_nan_in_its_first_epochs(tmp_
     steps = steps_of(layout)
     for step in steps[:2]:
         record.write(step)
-    record.commit(3)
+    record.commit(3, OUTCOME)
     trial = Folder.of(tmp_path)
     stored = StoredVariable.of(trial, "influence", layout, trial.read_json("COMMIT.json"))
     np.testing.assert_array_equal(stored.read(3), steps[0].arrays["influence"])
@@ -114,7 +129,7 @@ def test_a_changed_or_lost_file_is_named(tmp_path):
     record, layout = make(tmp_path, "states")
     for step in steps_of(layout):
         record.write(step)
-    record.commit(None)
+    record.commit(None, OUTCOME)
     (tmp_path / "record.zarr/training_state/000002.pt").write_bytes(b"another")
     (tmp_path / "record.zarr/training_state/000004.pt").unlink()
     trial = Folder.of(tmp_path)

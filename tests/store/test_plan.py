@@ -24,8 +24,16 @@ def make_plan(grid=GRID, keys=("a", "b"), **changes):
 def commit_of(planned, diverged_epoch=None, digests=("1", "2")):
     return {
         "fingerprint": planned.fingerprint,
+        "attempt": 1,
+        "epochs": 2,
         "diverged_epoch": diverged_epoch,
-        "digests": {"importance": list(digests), "nll": ["3"], "parameters": ["4"]},
+        "parts": [[0, "record.zarr"]],
+        "digests": {
+            "importance": [[digest] for digest in digests],
+            "nll": [["3"]],
+            "parameters": [["4"]],
+        },
+        "curves": {},
     }
 
 
@@ -273,9 +281,10 @@ def test_read_plan_and_commits(tmp_path):
     plan = make_plan(dict.fromkeys((*REFERENCES, *STRATEGIES), (1,)))
     folder.write_json("study.json", plan.to_json())
     assert read_plan(folder) == plan
-    (folder / "trials" / "one").write_json("COMMIT.json", {"epochs": 3})
+    commit = commit_of(reference_of(plan, "a"))
+    (folder / "trials" / "one").write_json("COMMIT.json", commit)
     (folder / "trials" / "two").write_json("trial.json", {})  # still running
-    assert read_commits(folder) == {"one": {"epochs": 3}}
+    assert read_commits(folder) == {"one": commit}
 
 
 def test_a_study_of_another_schema_is_refused(tmp_path):

@@ -54,7 +54,7 @@ def test_every_truncation_is_found():
 @pytest.mark.parametrize(
     ("content", "got"),
     [
-        (b"[" * 100_000, "recursion"),
+        (b"[" * 100_000, "nested deeper"),
         (b"[1]", "a JSON list"),
         (b"\xff", "decode"),
         (json_bytes(VALUE), "no seal"),

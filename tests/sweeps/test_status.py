@@ -13,9 +13,11 @@ from rich.console import Console
 
 import sampimp
 from sampimp.config import TrainingConfig, TrialConfig
+from sampimp.errors import RecordError
 from sampimp.schema import REFERENCES, STRATEGIES
 from sampimp.store.plan import PlannedTrial, read_commits
 from sampimp.store.record import TrialRecord
+from sampimp.store.seals import seal, unseal
 from sampimp.store.snapshots import SNAPSHOTS, write_snapshot
 from sampimp.sweeps import inspection, status
 from sampimp.sweeps.inspection import Status, inspect
@@ -87,6 +89,58 @@ def test_the_state_of_each_trial(tmp_path, monkeypatch, capsys):
     assert "6 trials: 1 done, 1 diverged, 1 stopped, 1 failed, 2 waiting" in text
     assert "No space left on device" in text
     assert "errors/ATTEMPT.json" in text
+
+
+UNREADABLE = {
+    "COMMIT.json": ("shuffle-seed1", b"[]", "got a JSON list"),
+    "COMMIT.json of other shape": (
+        "shuffle-seed1",
+        lambda commit: commit["curves"].update(train_error=[0.0] * 9),
+        "3 values of train_error, got 9",
+    ),
+    "attempts/0001.json": ("rand-seed1", b"", "a JSON file, got 0 bytes"),
+    "errors/0001.json": ("rand-seed1", b'{"time": 1, "error": 3}', "a text at .error, got 3"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_an_unreadable_file_is_named_and_the_other_trials_are_shown(tmp_path, capsys, name):
+    grid = {"shuffle": (1, 2), "rand": (1, 2)}
+    study = Study(tmp_path, grid, commit=lambda trial: trial.config.strategy == "shuffle")
+    label, content, words = UNREADABLE[name]
+    path = tmp_path / "trials" / study.trial(f"one-{label}").trial_id / name.partition(" ")[0]
+    path.parent.mkdir(exist_ok=True)
+    if callable(content):
+        commit = unseal(path.read_bytes(), "COMMIT.json")
+        content(commit)
+        content = seal(commit)
+    path.write_bytes(content)
+    code, text, _ = call(capsys, tmp_path)
+    assert code == 1
+    assert "1 unreadable" in text
+    assert words in text
+    assert path.name in text
+    assert re.search(r"one-rand-seed2 epoch \d of 3", text)
+
+
+def test_a_clock_that_is_ahead_does_not_make_a_trial_run_for_ever(tmp_path, monkeypatch):
+    study = Study(tmp_path, {"shuffle": (1,)}, commit=lambda trial: False)
+    study.begin("one-shuffle-seed1").checkpoint(2, b"state")
+    now = inspection.time.time()
+    monkeypatch.setattr(inspection.time, "time", lambda: now - 30)  # clocks differ a little
+    assert study.states()["one-shuffle-seed1"][0] == "running"
+    monkeypatch.setattr(inspection.time, "time", lambda: now - 7200)
+    state, detail = study.states()["one-shuffle-seed1"]
+    assert state == "stopped"
+    assert "last sign 2 h 00 from now: its clock, or this one, is wrong" in detail
+
+
+def test_a_text_of_a_store_cannot_control_the_terminal(tmp_path, capsys):
+    study = Study(tmp_path, {"shuffle": (1,)}, commit=lambda trial: False)
+    study.begin("one-shuffle-seed1").fail(RecordError("a", "\x1b]0;title\x07", "b", "c"))
+    code, text, _ = call(capsys, tmp_path)
+    assert code == 3
+    assert "got \\x1b]0;title\\x07" in text
 
 
 def grid_lines(strategies, seeds, width, encoding="utf-8"):
