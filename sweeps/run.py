@@ -51,7 +51,7 @@ def run_study(config: StudyConfig, console: Console) -> int:
 
     study = prepare_study(config, connect_to_cluster, ingest, console)
     check_influence(study)
-    _write_plan(study)
+    write_plan(study)
     trials = study.trials
     if study.missing:
         suggest_cluster(study, console)
@@ -130,7 +130,7 @@ def check_influence(study: Study) -> None:
         list_targets(study.config.influence, data, study.plan.datasets[key].layer_names)
 
 
-def _write_plan(study: Study) -> None:
+def write_plan(study: Study) -> None:
     """Write the plan and the data sets, once the folder and the disk are checked."""
     study.folder.check_writable()
     check_disk(study.folder, study.bytes_needed)
