@@ -10,20 +10,54 @@ cannot be read.
 
 Map: `UserError` is the base class. `ConfigError`, `DataError`, `StoreError`, `ResourceError` and
 `MissingPackageError` are raised before training starts, `UnsupportedError` by the recorder, and
-`RecordError` by the functions that read a record. `printable` prepares a text of a store or of a
-server for a terminal; `require_package` imports an optional dependency.
+`RecordError` by the functions that read a record. `redacted` and `keep_secret`: no message repeats
+a credential, whatever a server answered; `printable` prepares a text of a store or of a server for
+a terminal; `require_package` imports an optional dependency.
 """
 
+import os
 import sys
 from importlib import import_module
+from urllib.parse import quote
+
+_SECRET_VARIABLES = (
+    *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN"),
+    *("AWS_CONTAINER_AUTHORIZATION_TOKEN", "RAY_AUTH_TOKEN"),
+)
+_SHORTEST_SECRET = 8
+"""Shorter ones are made up, and may be words."""
+_secrets: set[str] = set()
+
+
+def keep_secret(*values: str | None) -> None:
+    """Note credentials of this process, so that no message repeats them."""
+    _secrets.update(value for value in values if value)
+
+
+def redacted(text: str) -> str:
+    """Return a text without the credentials that this process knows, as they are or in a URL.
+
+    Examples
+    --------
+    >>> keep_secret("key+of+the+example")
+    >>> redacted("refused: key+of+the+example, key%2Bof%2Bthe%2Bexample")
+    'refused: (a credential), (a credential)'
+    """
+    known = _secrets | {os.environ.get(name, "") for name in _SECRET_VARIABLES}
+    for secret in sorted(known, key=len, reverse=True):
+        if len(secret) >= _SHORTEST_SECRET:
+            for form in (secret, quote(secret, safe="")):
+                text = text.replace(form, "(a credential)")
+    return text
 
 
 class UserError(Exception):
     """An error that the user can correct; its message is complete without a traceback."""
 
     def __init__(self, expected: str, got: str, where: str, todo: str) -> None:
-        super().__init__(expected, got, where, todo)
-        self.expected, self.got, self.where, self.todo = expected, got, where, todo
+        parts = tuple(map(redacted, (expected, got, where, todo)))
+        super().__init__(*parts)
+        self.expected, self.got, self.where, self.todo = parts
 
     @property
     def summary(self) -> str:

@@ -3,6 +3,10 @@
 Ray does not tell a driver what its autoscaler can start. `autoscaling_config` reads it from the
 file that the autoscaler was started with, which lies on the head, where a study's driver runs.
 
+A Ray that a study starts for itself listens on the loopback alone, its metrics too, and has no
+dashboard. Ray has no public option for that: in a process without multi-node clusters it binds to
+127.0.0.1. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1 lets it bind to the machine's address.
+
 Map: `connect`, `is_connected`; `autoscaling_config`; `check_shared` and `check_workers`, whether
 all nodes can use the folder or the bucket of a study.
 """
@@ -10,7 +14,10 @@ all nodes can use the folder or the bucket of a study.
 import contextlib
 import logging
 import os
+import signal
+import threading
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,7 +67,8 @@ def connect(address: str | None = None) -> Cluster:
     named = named_address(address)
     address = noted_address() if named in (None, "auto") else named
     local = address == "local" or (address is None and named is None)
-    with warnings.catch_warnings():
+    _bind_to_loopback(local)
+    with warnings.catch_warnings(), _kept_sigterm():
         warnings.simplefilter("ignore")  # Ray's own deprecations, of no use to a user
         if local:
             start(address="local", include_dashboard=False)
@@ -86,6 +94,36 @@ def connect(address: str | None = None) -> Cluster:
     )
     config = {} if local else autoscaling_config(ray.get_runtime_context().gcs_address)
     return Cluster(origin, machines, machines_to_come(config, machines), started_here=local)
+
+
+_MULTI_NODE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_BINDS_AS_TOLD = _MULTI_NODE in os.environ
+
+
+def _bind_to_loopback(local: bool) -> None:
+    """Let the Ray that this process starts listen on 127.0.0.1, unless the environment says more.
+
+    The processes that Ray starts read the variable; in this one it was read by `import ray`.
+    """
+    if _BINDS_AS_TOLD:
+        return
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = not local
+    if local:
+        os.environ[_MULTI_NODE] = "0"
+    else:
+        os.environ.pop(_MULTI_NODE, None)
+
+
+@contextlib.contextmanager
+def _kept_sigterm() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM: `ray.init` sets others.
+
+    One of them is C++ code, which prints a stack trace and aborts the process.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def is_connected() -> bool:

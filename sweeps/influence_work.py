@@ -37,6 +37,7 @@ from sampimp.store.plan import Plan
 from sampimp.store.variables import StoredFiles, StoredVariable, stored_variable
 from sampimp.sweeps.trial_inputs import TrialInputs
 from sampimp.sweeps.work import Work
+from sampimp.training.checkpoint_states import load_arrays, restoring, unusable
 from sampimp.training.identity import require_network
 
 
@@ -221,11 +222,16 @@ class InfluenceWork(RunWork):
         return buffer.getvalue()
 
     def _restore(self, state: bytes) -> None:
-        stored = np.load(io.BytesIO(state))
-        self._pass.restore(stored["reverse"].tobytes())
-        self._totals = stored["totals"]
-        epochs = zip(self.layout.targets, stored["growth"].tolist(), strict=True)
-        self._growth = {target: epoch for target, epoch in epochs if epoch}
+        what = f"the influence on {len(self.layout.targets)} targets"
+        with restoring(what):
+            stored = load_arrays(state)
+            self._pass.restore(stored["reverse"].tobytes())
+            totals, growth = stored["totals"], stored["growth"]
+            if totals.shape != self._totals.shape or totals.dtype != np.float64:
+                raise unusable(what, f"sums {totals.dtype} {list(totals.shape)}")
+            epochs = zip(self.layout.targets, growth.tolist(), strict=True)
+            self._growth = {target: epoch for target, epoch in epochs if epoch}
+        self._totals = totals
 
     def outcome(self, diverged: bool) -> tuple[int | None, Mapping[str, Any]]:
         """Return where the derivative grew too much, and the targets themselves."""

@@ -9,7 +9,6 @@ Map: `score_snapshots`; `check_epochs`, before it begins; `score_rows`, the func
 worker.
 """
 
-import io
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any
@@ -33,6 +32,7 @@ from sampimp.store.snapshots import SNAPSHOTS, write_snapshot
 from sampimp.store.variables import StoredVariable
 from sampimp.sweeps.ingest import quiet_ray_data
 from sampimp.sweeps.stored_study import check_model, require_source
+from sampimp.training.checkpoint_states import load_tensors, restoring
 from sampimp.training.identity import require_network
 from sampimp.training.loop import use_deterministic_algorithms
 from sampimp.training.models import build_model, load_parameters
@@ -201,7 +201,8 @@ def _require_constant_buffers(model: nn.Module, trial: Folder) -> None:
     if not buffers or not checkpoints.folders():
         return
     state = checkpoints.read_bytes(f"{checkpoints.folders()[-1]}/state.pt") or b""
-    stored = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")["model"]
+    with restoring("the trial's network"):
+        stored = dict(load_tensors(state, "cpu")["model"])
     changed = [
         name
         for name, values in buffers.items()

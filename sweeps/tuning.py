@@ -6,7 +6,6 @@ sees it. Tune's own state is discarded: the store alone determines which units a
 Map: `tune_units`.
 """
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from sampimp.store.plan import Plan
 from sampimp.sweeps.cluster import check_shared, check_workers
 from sampimp.sweeps.machines import Cluster
 from sampimp.sweeps.progress import Progress
+from sampimp.sweeps.scratch import scratch_folder
 from sampimp.sweeps.searcher import UnitSearcher
 from sampimp.sweeps.trial import Trial
 
@@ -78,7 +78,7 @@ def tune_units(
         sources={key: ray.put(source) for key, source in sources.items()},
     )
     resources = tune.PlacementGroupFactory([dict(worker)] * workers)
-    with tempfile.TemporaryDirectory(prefix="sampimp-tune-") as scratch, progress:
+    with scratch_folder() as scratch, progress:
         tuner = tune.Tuner(
             tune.with_resources(trainable, resources),
             tune_config=tune.TuneConfig(

@@ -30,6 +30,7 @@ from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial
 from sampimp.store.record import TrialRecord
 from sampimp.sweeps.provenance import describe_machine
+from sampimp.training.checkpoint_states import UnusableCheckpointError
 
 
 class WorkerDiedError(ResourceError):
@@ -132,11 +133,18 @@ class Attempt:
         """The last step that is done."""
 
     def begin(self) -> None:
-        """Prepare the step after the newest checkpoint."""
+        """Prepare the step after the newest checkpoint that can be loaded, or the first step."""
         work = self._work
         self.record.describe({**work.description, **describe_machine()})
-        checkpoint = self.record.newest_checkpoint()
-        work.start(checkpoint)
+        while True:
+            checkpoint = self.record.newest_checkpoint()
+            try:
+                work.start(checkpoint)
+                break
+            except UnusableCheckpointError:
+                if checkpoint is None:  # another stored state is the cause
+                    raise
+                self.record.discard_checkpoint()
         self.step = checkpoint[0] if checkpoint else 0
 
     def advance(self) -> dict[str, Any]:

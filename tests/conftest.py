@@ -38,7 +38,7 @@ RAY = (
         f"tests/sweeps/test_{name}.py"
         for name in (
             *("cluster", "consolidate", "door", "full_study", "influence_on_ray", "ingest", "s3"),
-            *("schedulers", "scoring", "study", "team"),
+            *("schedulers", "scoring", "shutdown", "study", "team"),
         )
     ),
 )

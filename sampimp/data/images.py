@@ -9,6 +9,7 @@ their pixels); `image_blocks` (split the list into units of work); `images_sourc
 decoded images); `load_folder` (all these steps, in threads).
 """
 
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,10 @@ IMAGE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 """Suffixes of the files in a class folder that are images, in upper or lower case."""
+
+LARGEST_IMAGE = 2**26
+"""Pixels of the largest image that is decoded, 8192 x 8192 (arbitrary): a file of a few bytes may
+claim any number."""
 
 _BLOCK_BYTES = 2**25
 """Pixels decoded as one unit of work: arbitrary (32 MiB), small compared with any data set."""
@@ -89,7 +94,7 @@ def _list_classes(root: Path, part: str) -> dict[str, list[str]]:
         todo = f"put the images of the {part} set into {folder}/CLASS/"
         raise DataError(layout, f"no folder {part}/", str(root), todo)
     classes = {
-        entry.name: _image_names(entry.path)
+        _text(entry.name, folder): _image_names(entry.path)
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
         if entry.is_dir() and not entry.name.startswith(".")
     }
@@ -139,11 +144,34 @@ def _labels(class_names: tuple[str, ...], classes: dict[str, list[str]]) -> np.n
 
 def _image_names(folder: str) -> list[str]:
     """Return the sorted names of the images in a folder."""
-    return sorted(
-        name
-        for name in os.listdir(folder)
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
-    )
+    names = []
+    for entry in os.scandir(folder):
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if suffix not in IMAGE_SUFFIXES or entry.name.startswith("."):
+            continue
+        if not entry.is_file():  # to open a pipe would wait without end
+            raise DataError(
+                expected="an image file",
+                got="a folder, a pipe, a socket, a device or a link to nothing",
+                where=entry.path,
+                todo="remove it or rename it",
+            )
+        names.append(_text(entry.name, folder))
+    return sorted(names)
+
+
+def _text(name: str, folder: str | os.PathLike[str]) -> str:
+    """Return a file's name, or raise DataError if it is not UTF-8: JSON cannot hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            expected="names of classes and images in UTF-8",
+            got=repr(os.fsencode(name)),
+            where=f"{os.fspath(folder)}",
+            todo="rename it, in train/ and test/ alike",
+        ) from None
+    return name
 
 
 def decode_image(path: str | os.PathLike[str]) -> np.ndarray:
@@ -162,6 +190,8 @@ def decode_image(path: str | os.PathLike[str]) -> np.ndarray:
 
     try:
         with Image.open(path) as image:
+            if math.prod(image.size) > LARGEST_IMAGE:
+                raise ValueError(f"{image.width}x{image.height} pixels in the file's header")
             mode = image.mode + (" with transparency" if "transparency" in image.info else "")
             if mode in ("L", "RGB"):
                 pixels = np.asarray(image)

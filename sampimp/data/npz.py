@@ -1,13 +1,19 @@
 """A user's own arrays, in one .npz file.
 
 The file is untrusted input: a truncated archive, a wrong checksum, pickled objects or labels that
-are not class numbers each raise an error that names the file and what is wrong with it.
+are not class numbers each raise an error that names the file and what is wrong with it. The shape
+in an array's header is compared with the size of the file before memory is allocated.
 
-Map: `load_npz`.
+Map: `load_npz`; `check_headers` (whether an archive can hold what its arrays claim).
 """
 
+import io
+import lzma
+import math
+import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +44,17 @@ def load_npz(name: str, path: Path) -> Source:
         raise _npz_error(path, f"a file of {size} that is not an .npz archive, or is truncated")
     keys = ("train_inputs", "train_labels", "test_inputs", "test_labels")
     try:
+        check_headers(path, path.stat().st_size, keys)
         with np.load(path, allow_pickle=False) as file:
             if any(key not in file for key in keys):
                 raise _npz_error(path, f"the arrays {', '.join(file) or '(none)'}")
             train, train_labels, test, test_labels = (file[key] for key in keys)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, DataError):
-            raise
-        raise _npz_error(path, f"{size} that NumPy cannot read: {error}") from None
+    except DataError:
+        raise
+    except _DAMAGE as error:
+        raise _npz_error(
+            path, f"{size} that NumPy cannot read: {error or type(error).__name__}"
+        ) from None
     train, test = _as_values(train), _as_values(test)
     train_labels, test_labels = _as_labels(train_labels), _as_labels(test_labels)
     largest = [int(labels.max()) for labels in (train_labels, test_labels) if _countable(labels)]
@@ -60,6 +69,65 @@ def load_npz(name: str, path: Path) -> Source:
         full_scale=255.0 if train.dtype == np.uint8 else 1.0,
         class_names=tuple(str(label) for label in range(classes)),
     )
+
+
+_DAMAGE = (
+    *(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+    # of zipfile, for encryption and unknown methods, and of NumPy, for headers
+    *(RuntimeError, NotImplementedError, SyntaxError, TypeError, KeyError, OverflowError),
+)
+"""What zipfile and NumPy raise for a damaged or hostile archive."""
+
+_LARGEST_RATIO = 1032
+"""Of deflate, by its format: NumPy compresses by nothing else."""
+
+
+def check_headers(file: Path | io.BytesIO, size: int, keys: Sequence[str] = ()) -> None:
+    """Raise ValueError for arrays of objects, and for shapes that an archive cannot hold.
+
+    Parameters
+    ----------
+    file
+        An archive of .npy files.
+    size
+        Its size in bytes.
+    keys
+        Names of the arrays. Default: all of them.
+    """
+    total = 0
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if keys and member.filename.removesuffix(".npy") not in keys:
+                continue
+            with archive.open(member) as stream:
+                reader = _HEADERS.get(np.lib.format.read_magic(stream))
+                if reader is None:
+                    raise ValueError(f"{member.filename} is in an unknown version of .npy")
+                shape, _, dtype = reader(stream)
+                header = stream.tell()
+            if dtype.hasobject:
+                raise ValueError(f"{member.filename} has pickled objects, which are not read")
+            claimed = math.prod(shape) * dtype.itemsize
+            total += claimed
+            if (
+                any(length < 0 for length in shape)
+                or header + claimed != member.file_size
+                or member.file_size > _LARGEST_RATIO * (member.compress_size + 64)
+                or member.compress_size > size
+            ):
+                raise ValueError(
+                    f"{member.filename} claims {dtype} {list(shape)}, in a file of {size:,} bytes"
+                )
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if total > memory:
+        raise ValueError(f"arrays of {total:,} bytes; this machine's memory has {memory:,}")
+
+
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+"""Of each version of .npy that NumPy writes for arrays of numbers, the reader of its header."""
 
 
 def _npz_error(path: Path, got: str) -> DataError:

@@ -47,6 +47,7 @@ from sampimp.influence.replay import ReplayableRun, Smoothing
 from sampimp.influence.targets import Target, as_targets
 from sampimp.influence.updates import PARAMETER, Block, linearized_update
 from sampimp.schema import INFLUENCE_VARIABLES, SCHEMA_VERSION, __version__
+from sampimp.training.checkpoint_states import load_tensors, restoring, unusable
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -269,10 +270,22 @@ class ReversePass:
         return buffer.getvalue()
 
     def restore(self, state: bytes) -> None:
-        """Continue from a state of the same run and targets."""
-        device = self._parameters[0].device
-        restored = torch.load(io.BytesIO(state), weights_only=True, map_location=device)
-        self.next_epoch, self._adjoints = restored["next_epoch"], restored["adjoints"]
+        """Continue from a state of the same run and targets.
+
+        Raises
+        ------
+        UnusableCheckpointError
+            The state is of others, or none.
+        """
+        what = f"a reverse pass for {len(self.targets)} targets"
+        with restoring(what):
+            restored = load_tensors(state, self._parameters[0].device)
+            epoch, adjoints = restored["next_epoch"], restored["adjoints"]
+            if type(epoch) is not int or not 0 <= epoch <= self.run.epochs:
+                raise unusable(what, f"next epoch {epoch}")
+            if not _fit(adjoints, self._adjoints):
+                raise unusable(what, "adjoints of other parameters or targets")
+        self.next_epoch, self._adjoints = epoch, adjoints
 
     # One epoch.
 
@@ -334,6 +347,21 @@ class ReversePass:
         state, optimizer = saved
         state.restore(self.run)
         self.run.optimizer.load_state_dict(optimizer)
+
+
+def _fit(adjoints: Sequence[Block], begun: Sequence[Block]) -> bool:
+    """Return whether stored adjoints have the shapes and types of those at the end of training.
+
+    A block has tensors of the optimizer's state as soon as a step was taken.
+    """
+    return len(adjoints) == len(begun) and all(
+        PARAMETER in block
+        and all(
+            (values.shape, values.dtype) == (first[PARAMETER].shape, first[PARAMETER].dtype)
+            for values in block.values()
+        )
+        for block, first in zip(adjoints, begun, strict=True)
+    )
 
 
 def _norms(adjoints: Sequence[Block]) -> np.ndarray:

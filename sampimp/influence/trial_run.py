@@ -206,22 +206,31 @@ def forward_states(
         Epoch and state from which to continue. Default: the initial state, epoch 0, which is
         yielded as well.
 
-    Yields
-    ------
-    tuple of int and bytes
+    Returns
+    -------
+    iterator of int and bytes
         Epoch, from 0, and `TrainingRun.state` after it.
 
     Raises
     ------
+    UnusableCheckpointError
+        The state to start from is not one of the trial.
     RecordError
-        An epoch ends at other parameters than those stored.
+        An epoch ends at other parameters than those stored; raised by the iterator.
     """
     run = _replayable(config, data, schedule)
-    if start is None:
+    if start is not None:
+        run.restore(start[1], start[0])
+    return _trained_states(run, parameters, yields_first=start is None)
+
+
+def _trained_states(
+    run: TrainingRun, parameters: StoredParameters, *, yields_first: bool
+) -> Iterator[tuple[int, bytes]]:
+    config = run.config
+    if yields_first:
         _require_same(run, parameters(0), 0)
         yield 0, run.state()
-    else:
-        run.restore(start[1], start[0])
     while run.epoch < config.training.epochs:
         for batch in run.begin_epoch(run.epoch + 1):
             run.train_batch(batch)

@@ -2,7 +2,7 @@
 
 zarr.json of somebody else's store may claim any shape, type and codec, and a chunk of a kilobyte
 may claim to decode to a terabyte. So the metadata are compared with the record's layout, or with
-the table of a data set, before Zarr has them, and the size in a compressed chunk's header is compared
+the table of a data set, before Zarr has them. The size in a compressed chunk's header is compared
 with that of a chunk before it is decoded. Sizes of the plan and of the table are limited where they
 are read (`sampimp.store.file_types`, `sampimp.store.datasets`).
 

@@ -26,7 +26,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sampimp.errors import StoreError, require_package
+from sampimp.errors import StoreError, keep_secret, require_package
 
 if TYPE_CHECKING:
     from obstore.auth.boto3 import Boto3CredentialProvider
@@ -104,12 +104,14 @@ class KeyProfile:
     def __call__(self) -> "S3Credential":
         """Read the keys from the file."""
         settings = self.profile.read()
-        return {
-            "access_key_id": settings["aws_access_key_id"],
-            "secret_access_key": settings["aws_secret_access_key"],
-            "token": settings.get("aws_session_token"),
-            "expires_at": datetime.now(UTC) + _KEY_LIFETIME,
-        }
+        return _noted(
+            {
+                "access_key_id": settings["aws_access_key_id"],
+                "secret_access_key": settings["aws_secret_access_key"],
+                "token": settings.get("aws_session_token"),
+                "expires_at": datetime.now(UTC) + _KEY_LIFETIME,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class SignInProfile:
         """
         require_package("boto3", "cluster")
         try:
-            return _boto3_provider(self.profile)()
+            credential = _boto3_provider(self.profile)()
         except Exception as error:  # from botocore, maybe with output of a credential_process
             line = str(error).partition("\n")[0] or type(error).__name__
             raise StoreError(
@@ -145,6 +147,13 @@ class SignInProfile:
                 f"check the profile with: aws sts get-caller-identity --profile "
                 f"{self.profile.name}",
             ) from None
+        return _noted(credential)
+
+
+def _noted(credential: "S3Credential") -> "S3Credential":
+    """Return a credential that no message will repeat."""
+    keep_secret(credential["secret_access_key"], credential.get("token"))
+    return credential
 
 
 @functools.lru_cache(maxsize=16)

@@ -234,11 +234,15 @@ def _either(checks: Sequence[_Check]) -> _Check:
     return check
 
 
+_ARRAYS = (list, tuple)
+"""Of a value that was not in a file yet, such as the plan that a worker gets, the second."""
+
+
 def _row(checks: Sequence[_Check]) -> _Check:
     """Return the check of a list with one entry of each type."""
 
     def check(value: Any) -> _Wrong | None:
-        if type(value) is not list or len(value) != len(checks):
+        if type(value) not in _ARRAYS or len(value) != len(checks):
             return _Wrong("", f"an array of {len(checks)}", _words_of(value))
         for number, (item, part) in enumerate(zip(value, checks, strict=True)):
             if (wrong := part(item)) is not None:
@@ -252,7 +256,7 @@ def _rows(part: _Check) -> _Check:
     """Return the check of a list of any length."""
 
     def check(value: Any) -> _Wrong | None:
-        if type(value) is not list:
+        if type(value) not in _ARRAYS:
             return _Wrong("", "an array", _words_of(value))
         for number, item in enumerate(value):
             if (wrong := part(item)) is not None:

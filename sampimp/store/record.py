@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from sampimp.errors import StoreError, UserError
+from sampimp.errors import StoreError, UserError, redacted
 from sampimp.schema import (
     COMMITTED,
     VARIABLES,
@@ -106,7 +106,7 @@ class TrialRecord:
         remove_damaged_commit(folder)
         self.attempt = claim_attempt(folder)
         self._name = "record.zarr" if self.attempt == 1 else f"record-{self.attempt}.zarr"
-        self.history = History(parts=[(0, self._name)])
+        self.history = self._begun = History(parts=[(0, self._name)])
         self._synced, self._durable = time.monotonic(), ""
         self._checkpoint_files: dict[str, str] = {}  # their digests, by path
         group = require_group(folder / self._name, self._note_array)
@@ -222,18 +222,25 @@ class TrialRecord:
                 manifest
                 and state is not None
                 and manifest["fingerprint"] == self.identity["fingerprint"]
+                and manifest["epoch"] <= self._layout.steps
                 and manifest["sha256"] == hashlib.sha256(state).hexdigest()
                 and not any(find_damage(self.folder, manifest["history"], self._layout))
             ):
                 known = {each.name for each in fields(History)}
                 stored = {k: v for k, v in manifest["history"].items() if k in known}
                 self.history = History(**stored)
+                self.history.files |= self._begun.files  # of this attempt
                 self.history.parts.append((manifest["epoch"] + 1, self._name))
                 self._sync()  # after the death of a process, this checkpoint may not be durable
                 self._synced, self._durable = time.monotonic(), name
                 return manifest["epoch"], state
             folder.remove()
         return None
+
+    def discard_checkpoint(self) -> None:
+        """Delete the checkpoint that `newest_checkpoint` returned, which cannot be loaded."""
+        (self.folder / CHECKPOINTS / self._durable).remove()
+        self.history, self._durable = self._begun, ""
 
     def fail(self, error: BaseException) -> None:
         """Store how this attempt failed, with the traceback."""
@@ -243,8 +250,8 @@ class TrialRecord:
                 "host": socket.gethostname(),
                 "time": time.time(),
                 "epoch": len(self.history.seconds),
-                "error": error.summary if isinstance(error, UserError) else f"{error!r}",
-                "traceback": "".join(traceback.format_exception(error)),
+                "error": redacted(error.summary if isinstance(error, UserError) else f"{error!r}"),
+                "traceback": redacted("".join(traceback.format_exception(error))),
             },
         )
 

@@ -35,6 +35,7 @@ from sampimp.influence.targets import MeanTarget, error_probability
 from sampimp.influence.trial_run import TrialRun, forward_states
 from sampimp.subsets.rules import Pool, select
 from sampimp.subsets.training import subset_schedule
+from sampimp.training.checkpoint_states import load_arrays, restoring, unusable
 from sampimp.training.strategies import Schedule
 
 ROUNDS = 20
@@ -230,9 +231,26 @@ class MetagradientSearch:
         return buffer.getvalue()
 
     def restore(self, state: bytes) -> None:
-        """Continue from the state of the same search."""
-        stored = np.load(io.BytesIO(state))
-        self.round, self.best_value = int(stored["round"]), float(stored["best_value"])
+        """Continue from the state of the same search.
+
+        Raises
+        ------
+        UnusableCheckpointError
+            The state is that of another search, or none.
+        """
+        what = f"a search for {self._count} samples"
+        with restoring(what):
+            stored = load_arrays(state)
+            done, value = int(stored["round"]), float(stored["best_value"])
+            for name in ("selected", "best"):
+                positions = stored[name]
+                if positions.dtype != np.int64 or positions.shape != (self._count,):
+                    raise unusable(what, f"{name} {positions.dtype} {list(positions.shape)}")
+                if not 0 <= positions.min() <= positions.max() < len(self._data.train_labels):
+                    raise unusable(what, f"positions outside of the samples in {name}")
+            if not 0 <= done <= ROUNDS:
+                raise unusable(what, f"round {done}")
+        self.round, self.best_value = done, value
         self._selected, self.best = stored["selected"], stored["best"]
 
 

@@ -25,6 +25,7 @@ import io
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,10 +34,11 @@ from torch.nn import functional
 
 from sampimp.config import TrialConfig
 from sampimp.data import Dataset
-from sampimp.errors import ConfigError, RecordError
+from sampimp.errors import ConfigError
 from sampimp.importance.evaluation import evaluation_mode
 from sampimp.importance.sample_index import sum_by_sample
 from sampimp.schema import EpochRecord
+from sampimp.training.checkpoint_states import load_tensors, restoring, unusable
 from sampimp.training.collective import SINGLE_PROCESS, ProcessGroup
 from sampimp.training.fused import FusedStep
 from sampimp.training.models import (
@@ -237,22 +239,31 @@ class TrainingRun:
 
         Raises
         ------
-        RecordError
-            The state is that of another epoch.
+        UnusableCheckpointError
+            The state is that of another epoch or network, or none.
         """
-        restored = torch.load(
-            io.BytesIO(state), weights_only=True, map_location=self.config.training.device
-        )
-        if restored["epoch"] != epoch:
-            raise RecordError(
-                expected=f"the state after epoch {epoch}",
-                got=f"the state after epoch {restored['epoch']}",
-                where=f"checkpoint of {self.config.strategy}, seed {self.config.seed}",
-                todo="delete this checkpoint; the one before is used",
-            )
-        self.model.load_state_dict(restored["model"])
-        self.optimizer.load_state_dict(restored["optimizer"])
+        what = f"{self.config.strategy}, seed {self.config.seed}, after epoch {epoch}"
+        with restoring(what):
+            restored = load_tensors(state, self.config.training.device)
+            if restored["epoch"] != epoch:
+                raise unusable(what, f"the state after epoch {restored['epoch']}")
+            self.model.load_state_dict(restored["model"])
+            self._restore_optimizer(restored["optimizer"])
         self.epoch = epoch
+
+    def _restore_optimizer(self, state: dict[str, Any]) -> None:
+        """Load an optimizer's state, or raise ValueError for one with other settings or shapes."""
+        settings = [
+            [{**group, "lr": None} for group in groups["param_groups"]]
+            for groups in (state, self.optimizer.state_dict())
+        ]
+        if settings[0] != settings[1]:
+            raise ValueError("other settings of the optimizer")
+        self.optimizer.load_state_dict(state)
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if value.shape not in (parameter.shape, ()):
+                    raise ValueError(f"{name} of shape {list(value.shape)} in the optimizer")
 
 
 def _check_weights(

@@ -2,7 +2,10 @@
 
 import contextlib
 import io
+import os
+import socket
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +152,44 @@ def test_damaged_files_raise_no_other_error(tmp_path_factory, draw):
 def test_numbers_of_paths_and_outputs_must_agree(tmp_path):
     with pytest.raises(ValueError, match="zip"):
         decode_images([], np.zeros((1, 3, 4, 5), np.uint8))
+
+
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+@pytest.mark.parametrize("make", [make_pipe, make_socket, Path.mkdir])
+def test_what_is_no_file_is_refused_by_its_name(tmp_path, monkeypatch, make):
+    save_folder(tmp_path)
+    monkeypatch.chdir(tmp_path / "train" / "dog")  # paths of sockets have a limit
+    make(Path("x.png"))
+    with pytest.raises(DataError, match=r"Got a folder, a pipe(.|\n)*train/dog/x\.png"):
+        list_images(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["train/caf\udce9", "train/cat/caf\udce9.png"])
+def test_a_name_that_is_not_utf8_is_refused_with_its_folder(tmp_path, place):
+    save_folder(tmp_path)
+    if place.endswith(".png"):
+        (tmp_path / "train/cat/a.PNG").rename(tmp_path / place)
+    else:
+        (tmp_path / "train/cat").rename(tmp_path / place)
+    with pytest.raises(DataError, match=rf"caf\\xe9(.|\n)*Where {tmp_path}/train") as raised:
+        list_images(tmp_path)
+    str(raised.value).encode()
+
+
+def test_an_image_that_claims_too_many_pixels_is_not_decoded(tmp_path):
+    save_folder(tmp_path)
+    path = tmp_path / "train" / "cat" / "a.PNG"
+    content = bytearray(path.read_bytes())
+    content[16:24] = (9_000).to_bytes(4, "big") * 2  # width and height in the first chunk
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"9000x9000 pixels(.|\n)*a\.PNG"):
+        decode_image(path)

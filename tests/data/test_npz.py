@@ -1,5 +1,7 @@
 """Arrays of .npz files keep their values; damaged or unfit files are named."""
 
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +61,7 @@ def test_dtypes_and_memory_layouts(tmp_path):
         ({"train_labels": np.array([], dtype=np.int64)}, "4 inputs and 0 labels"),
         ({"test_labels": np.array([1, -3])}, "-3 at sample 1"),
         ({"test_labels": np.array([1, 3])}, "no training sample of 1 of its classes: 3"),
-        ({"train_inputs": np.array([{}, {}, {}, {}])}, "Object arrays cannot be loaded"),
+        ({"train_inputs": np.array([{}, {}, {}, {}])}, "pickled objects, which are not read"),
     ],
 )
 def test_unfit_arrays_are_refused(tmp_path, changes, message):
@@ -84,3 +86,53 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     path.write_bytes(damaged)
     with pytest.raises(DataError, match="that NumPy cannot read"):
         load_source(f"npz:{path}")
+
+
+def npy(header: dict, data: bytes = b"") -> bytes:
+    """Return an .npy file with any header."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream.getvalue() + data
+
+
+FLOATS = {"descr": "<f4", "fortran_order": False, "shape": (4, 3)}
+
+HOSTILE = {
+    "a terabyte": (npy(FLOATS | {"shape": (10**9, 1000)}), r"float32 \[1000000000, 1000\]"),
+    "more than there is": (npy(FLOATS, bytes(40)), r"float32 \[4, 3\], in a file of"),
+    "less than there is": (npy(FLOATS, bytes(56)), r"float32 \[4, 3\], in a file of"),
+    "a negative length": (npy(FLOATS | {"shape": (-1, -12)}, bytes(48)), r"\[-1, -12\]"),
+    "objects": (npy(FLOATS | {"descr": "|O"}, b"cos\nsystem\n(S'exit 1'\ntR."), "pickled objects"),
+    "another version": (b"\x93NUMPY\x09\x00" + bytes(100), "unknown version"),
+    "no array": (b"text", "NumPy cannot read"),
+    "a header that is code": (
+        b"\x93NUMPY\x01\x00\x20\x00" + b"__import__('os').getpid()".ljust(32),
+        "NumPy cannot read",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_array_is_named_before_memory_is_allocated(tmp_path, name):
+    content, message = HOSTILE[name]
+    path = tmp_path / "a.npz"
+    save_npz(path)
+    members = {key: value for key, value in np.load(path).items() if key != "train_inputs"}
+    np.savez(path, **members)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train_inputs.npy", content)
+    with pytest.raises(DataError, match=message):
+        load_source(f"npz:{path}")
+
+
+def test_a_compressed_file_is_read(tmp_path):
+    arrays = np.load(
+        save_npz(
+            tmp_path / "a.npz",
+            train_inputs=np.zeros((4, 50_000)),
+            test_inputs=np.zeros((2, 50_000)),
+        ).partition(":")[2]
+    )
+    np.savez_compressed(tmp_path / "b.npz", **arrays)
+    assert (tmp_path / "b.npz").stat().st_size < 10_000
+    assert load_source(f"npz:{tmp_path / 'b.npz'}").train_values.shape == (4, 50_000)

@@ -1,5 +1,6 @@
 """The reverse pass against differences of whole trainings, and against the forward recursion."""
 
+import io
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from sampimp.influence.recursion import final_tangents
 from sampimp.influence.replay import Smoothing
 from sampimp.influence.reverse_pass import InfiniteDerivativeError, ReversePass
 from sampimp.influence.targets import FunctionTarget
+from sampimp.training.checkpoint_states import UnusableCheckpointError
 
 RUNS = {
     "sgd": (torch.optim.SGD, {"lr": 0.3}, None),
@@ -94,6 +96,24 @@ def test_segments_and_resume_give_the_same_bits():
         for result, expected in zip(results, whole, strict=True):
             np.testing.assert_array_equal(result.influence, expected.influence)
             np.testing.assert_array_equal(result.adjoint_norm, expected.adjoint_norm)
+
+
+def test_a_state_of_another_pass_is_a_named_error():
+    def make(optimizer=torch.optim.AdamW, targets=2):
+        return ReversePass(TinyRun(optimizer, {"lr": 0.01}), tiny_targets()[:targets])
+
+    begun, whole = make(), make()
+    next(begun.epochs())
+    for state in (b"", bytes(1000), begun.state()[:-99], make(targets=1).state()):
+        with pytest.raises(UnusableCheckpointError):
+            whole.restore(state)
+    stored = torch.load(io.BytesIO(begun.state()), weights_only=True)
+    for changes in ({"next_epoch": 4}, {"next_epoch": "1"}, {"adjoints": [{}]}, {"adjoints": 1}):
+        buffer = io.BytesIO()
+        torch.save(stored | changes, buffer)
+        with pytest.raises(UnusableCheckpointError):
+            whole.restore(buffer.getvalue())
+    assert [result.epoch for result in whole.epochs()] == [3, 2, 1]  # as if none had been tried
 
 
 def test_target_that_is_not_finite_is_refused():

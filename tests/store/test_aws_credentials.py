@@ -211,3 +211,10 @@ def test_single_sign_on_is_renewed_while_a_study_runs(bucket, process_profile, m
         folder.read_bytes("x")
     assert len(bucket.requests) == 1
     assert profiles == [("sso", str(process_profile.parent / ".aws" / "config"))]
+
+
+def test_a_server_that_repeats_the_token_of_a_profile_is_not_quoted(bucket, process_profile):
+    message = "<Message>Of token-of-the-process.</Message>"
+    bucket.answers = [(403, f"<Error><Code>AccessDenied</Code>{message}</Error>")]
+    with pytest.raises(StoreError, match=r"AccessDenied: Of \(a credential\)\."):
+        Folder.of("s3://bucket/process").files()

@@ -104,3 +104,23 @@ def test_a_name_with_dots_out_of_the_root_is_refused(linked, name):
     for use in (lambda: linked.read_bytes(f"{name}/precious"), lambda: (linked / name).remove()):
         with pytest.raises(StoreError, match="leads out"):
             use()
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    folder = Folder.of(tmp_path)
+    os.mkfifo(tmp_path / "study.json")
+    os.mkfifo(tmp_path / "made.zarr")
+    (tmp_path / "link.json").symlink_to("study.json")
+    for name in ("study.json", "link.json"):
+        with pytest.raises(StoreError, match=rf"Got a pipe\n +Where {tmp_path}/{name}"):
+            folder.read_json(name)
+    with pytest.raises(StoreError, match="Got a pipe"):
+        zarr_store(folder / "made.zarr")
+
+
+def test_a_device_is_refused(tmp_path):
+    (tmp_path / "study.json").symlink_to("/dev/zero")
+    with pytest.raises(StoreError, match="a link to /dev/zero"):
+        Folder.of(tmp_path).read_json("study.json")
+    with pytest.raises(StoreError, match="Got a device"):
+        Folder.of("/dev").read_bytes("zero")

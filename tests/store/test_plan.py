@@ -287,6 +287,11 @@ def test_read_plan_and_commits(tmp_path):
     assert read_commits(folder) == {"one": commit}
 
 
+def test_the_plan_that_a_worker_gets_is_read_without_a_file():
+    plan = make_plan(dict.fromkeys((*REFERENCES, *STRATEGIES), (1,)))
+    assert Plan.from_json(plan.to_json()) == plan
+
+
 def test_a_study_of_another_schema_is_refused(tmp_path):
     folder = Folder.of(tmp_path)
     folder.write_json("study.json", make_plan().to_json() | {"schema_version": 99, "code": "7.1"})

@@ -205,10 +205,11 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path):
 
 
 def test_checkpoints_are_ordered_by_epoch_number(tmp_path):
-    record = make_record(tmp_path)
+    layout = replace(LAYOUT, epoch=100)
+    record = make_record(tmp_path, layout)
     for epoch in (9, 10, 99, 100):
         record.checkpoint(epoch, b"state %d" % epoch)
-    assert make_record(tmp_path).newest_checkpoint() == (100, b"state 100")
+    assert make_record(tmp_path, layout).newest_checkpoint() == (100, b"state 100")
 
 
 def test_a_new_trial_has_no_checkpoint(tmp_path):

@@ -23,6 +23,12 @@ REFUSAL = (
         (400, "<Error><Code>ExpiredToken</Code></Error>", ("credentials that may", "Expired")),
         (404, "<Error><Code>NoSuchBucket</Code></Error>", ("an existing bucket", "create")),
         (301, "", ("the region of the bucket", "AWS_REGION")),
+        (
+            403,
+            "<Error><Code>AccessDenied</Code><Message>For token-of-the-tests and "
+            "secret-of-the-tests.</Message></Error>",
+            ("credentials that may", "For (a credential) and (a credential)."),
+        ),
         (405, "token-of-the-tests", ("a request that the server accepts", "status 405")),
     ],
 )

@@ -1,5 +1,6 @@
 """Subsets by exchange: influence of samples that ride along, resumption, and the target."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from sampimp.influence.trial_run import forward_states
 from sampimp.subsets import metagradient
 from sampimp.subsets.metagradient import MetagradientSearch, RidingRun
 from sampimp.subsets.rules import Pool, select
+from sampimp.training.checkpoint_states import UnusableCheckpointError
 from sampimp.training.loop import TrainingRun
 
 SAMPLES, BATCH = 20, 4
@@ -145,6 +147,20 @@ def test_a_search_continues_from_every_round_with_the_same_bytes(digits, short):
         part.restore(states[number])
         assert rounds_of(part) == values[number:]
         assert part.state() == states[-1]
+
+
+def test_a_state_of_another_search_is_a_named_error(digits, short):
+    search = MetagradientSearch(CONFIG, digits, 40)
+    states = [b"", bytes(500), search.state()[:-50], MetagradientSearch(CONFIG, digits, 41).state()]
+    sound = {"round": 1, "best_value": 1.0, "selected": np.arange(40), "best": np.arange(40)}
+    for changes in ({"round": 99}, {"best": np.arange(40) - 1}, {"best": np.array([{}] * 40)}):
+        buffer = io.BytesIO()
+        np.savez(buffer, **(sound | changes))
+        states.append(buffer.getvalue())
+    for state in states:
+        with pytest.raises(UnusableCheckpointError):
+            search.restore(state)
+    assert search.round == 0
 
 
 def test_the_test_set_has_no_part_in_a_search(digits, short):

@@ -112,6 +112,17 @@ def test_a_command_in_the_background_is_not_interrupted():
     assert (process.returncode, process.stdout.read()) == (7, "done\n")
 
 
+@pytest.mark.parametrize("in_background", [False, True])
+def test_sigterm_ends_a_command_as_ctrl_c_does(in_background):
+    ignore = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if in_background else None
+    process = start("time.sleep(60)", preexec_fn=ignore)
+    assert process.stdout.readline() == "begun\n"
+    while process.poll() is None:
+        process.terminate()
+        time.sleep(0.02)
+    assert (process.returncode, process.stdout.read()) == (143, "answered\n")
+
+
 def test_ctrl_c_at_the_end_of_a_study_prints_no_traceback(finished):
     """Nothing is left to train: the study ends once it has started Ray, and stops Ray."""
     driver = Driver(finished.out, finished.arguments, door=TRAIN)
