@@ -101,7 +101,8 @@ _MOVED = {
         "sampimp.store.s3_errors": "ServerAwayError reaching=readable_errors",
     },
     "sampimp.plan": {
-        "sampimp.store.plan": "DatasetInfo Plan PlannedTrial read_commits read_plan require_plan",
+        "sampimp.store.plan": "DatasetInfo Plan PlannedTrial read_commits",
+        "sampimp.store.plan_files": "read_plan require_plan",
     },
     "sampimp.cube": {
         "sampimp.store.cube": "open_cube",

@@ -117,8 +117,7 @@ def _tune(
     room = cluster.room(machines.cpus_per_trial, machines.gpus_per_trial)
     tune_units(
         searcher,
-        Progress(units, searcher.failed, console, study.words),
-        console,
+        Progress(units, searcher.failed, searcher.committed, console, study.words),
         folder=study.folder,
         plan=study.plan,
         sources=study.sources,

@@ -24,7 +24,8 @@ from sampimp.influence.trial_run import TrialRun, forward_states
 from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY
 from sampimp.store.cube import open_cube
 from sampimp.store.location import Folder
-from sampimp.store.plan import Plan, read_commits, require_plan
+from sampimp.store.plan import Plan, read_commits
+from sampimp.store.plan_files import require_plan
 from sampimp.sweeps.derived_study import DerivedStudy, run_here
 from sampimp.sweeps.influence_units import InfluenceUnits, list_targets
 from sampimp.sweeps.influence_work import named_targets

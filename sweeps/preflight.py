@@ -11,13 +11,14 @@ from pathlib import Path
 
 from sampimp.errors import ResourceError, StoreError
 from sampimp.store.location import Folder
-from sampimp.store.plan import Plan, read_plan
+from sampimp.store.plan import Plan
+from sampimp.store.plan_files import find_plan
 from sampimp.sweeps.machines import Cluster
 from sampimp.sweeps.options import MachineOptions
 
 
 def check_out(folder: Folder) -> Plan | None:
-    """Return the plan that the folder holds already, or None if the folder is empty or absent.
+    """Return the plan that the folder holds already; None if there is none, or a damaged one.
 
     Raises
     ------
@@ -34,15 +35,15 @@ def check_out(folder: Folder) -> Plan | None:
     folder.check_reachable()
     if folder.is_empty():
         return None
-    plan = read_plan(folder)
-    if plan is None:
+    stored = find_plan(folder)
+    if stored.plan is None and not stored.damaged:
         raise StoreError(
             expected="an empty folder, or a study with its study.json",
             got="a folder that holds something else",
             where=str(folder),
             todo="choose another --out; nothing there was touched",
         )
-    return plan
+    return stored.plan
 
 
 def check_cluster(config: MachineOptions, cluster: Cluster) -> None:

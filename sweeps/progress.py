@@ -7,7 +7,7 @@ Map: `Progress`, a callback of Ray Tune.
 
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ class Progress(Callback):
         All units of work, as the store has them.
     given_up
         Labels of the units that are not tried again; the searcher adds to them.
+    committed
+        Labels of the units that other drivers have committed, with their state; the searcher adds
+        to them.
     console
         Where the display is printed.
     words
@@ -48,10 +51,11 @@ class Progress(Callback):
         self,
         units: Sequence[Unit],
         given_up: Collection[str],
+        committed: Mapping[str, str],
         console: Console,
         words: tuple[str, str] = ("trials", "epochs"),
     ) -> None:
-        self._given_up, self._console = given_up, console
+        self._given_up, self._committed, self._console = given_up, committed, console
         self._nouns = words
         self._state = {unit.label: unit.state for unit in units}
         self._steps = {unit.label: unit.steps for unit in units}
@@ -59,6 +63,7 @@ class Progress(Callback):
         self._started_with = sum(self._step.values())
         self._start = self._last_line = time.monotonic()
         self._live: Live | None = None
+        self._knows_others = False
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
@@ -90,11 +95,19 @@ class Progress(Callback):
         self._step[label] = result["epoch"]
         if result.get("superseded"):
             self._set(label, "waiting")
+            self._explain_others(label)
         elif result["done"]:
             self._step[label] = self._steps[label]
             self._set(label, "diverged" if result["diverged"] else "done")
         elif self._state[label] != "running":
             self._set(label, "running")
+        self._print_now_and_then()
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        """Count the units of other drivers, also while this one only waits for them."""
+        for label, state in self._committed.items():
+            self._step[label] = self._steps[label]
+            self._set(label, state)
         self._print_now_and_then()
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -104,6 +117,16 @@ class Progress(Callback):
         self._set(label, "failed" if given_up else "waiting")
         fate = "failed" if given_up else "is tried again"
         self._console.print(f"[bold]{label} {fate}[/]: {escape(_reason(trial))}", highlight=False)
+
+    def _explain_others(self, label: str) -> None:
+        """Print once that another driver is at work."""
+        if not self._knows_others:
+            self._knows_others = True
+            self._console.print(
+                f"Another run of this study performs {label}. This one goes on with others, and "
+                "waits for what is left.",
+                highlight=False,
+            )
 
     def _set(self, label: str, state: str) -> None:
         self._state[label] = state

@@ -26,7 +26,8 @@ from sampimp.influence.retraining import JITTER, random_subsets, single_removals
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER, UNTOUCHED, probe_layer
 from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
-from sampimp.store.plan import Plan, PlannedTrial, read_commits, require_plan
+from sampimp.store.plan import Plan, PlannedTrial, read_commits
+from sampimp.store.plan_files import require_plan
 from sampimp.store.variables import read_difficulty
 from sampimp.sweeps.derived_study import DerivedStudy
 from sampimp.sweeps.derived_units import DerivedUnits, numbered

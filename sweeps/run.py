@@ -6,6 +6,7 @@ Map: `run_study`, `train`, `add_influence`, `add_subsets`, `conclude`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -14,6 +15,7 @@ from sampimp.errors import UserError
 from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY
 from sampimp.store.datasets import read_source, write_source
 from sampimp.store.plan import PlannedTrial, read_commits
+from sampimp.store.plan_files import store_plan
 from sampimp.sweeps.cluster import connect
 from sampimp.sweeps.derived_run import run_on_cluster
 from sampimp.sweeps.derived_study import DerivedStudy
@@ -51,7 +53,7 @@ def run_study(config: StudyConfig, console: Console) -> int:
 
     study = prepare_study(config, connect_to_cluster, ingest, console)
     check_influence(study)
-    write_plan(study)
+    study = write_plan(study, console)
     trials = study.trials
     if study.missing:
         suggest_cluster(study, console)
@@ -130,15 +132,28 @@ def check_influence(study: Study) -> None:
         list_targets(study.config.influence, data, study.plan.datasets[key].layer_names)
 
 
-def write_plan(study: Study) -> None:
-    """Write the plan and the data sets, once the folder and the disk are checked."""
+def write_plan(study: Study, console: Console) -> Study:
+    """Store the plan and the data sets, once the folder and the disk are checked.
+
+    Returns
+    -------
+    Study
+        With the plan as it is stored: other drivers may have added to it since it was read.
+    """
     study.folder.check_writable()
     check_disk(study.folder, study.bytes_needed)
-    study.folder.write_json("study.json", study.plan.to_json())
+    plan, set_aside = store_plan(study.folder, study.plan)
+    for file in set_aside:
+        console.print(
+            f"{file} was damaged, and is in {study.folder}/withdrawn now.",
+            markup=False,
+            highlight=False,
+        )
     for key, source in study.sources.items():
         dataset = study.folder / "datasets" / f"{key}.zarr"
         if read_source(dataset) is None:
             write_source(dataset, source)
+    return replace(study, plan=plan, trials=plan.resolve(read_commits(study.folder)))
 
 
 def train(study: Study, console: Console) -> None:
@@ -157,10 +172,10 @@ def train(study: Study, console: Console) -> None:
         return training_units(plan, plan.resolve(read_commits(folder)))
 
     searcher = UnitSearcher(folder, resolve)
+    units = training_units(plan, study.trials)
     tune_units(
         searcher,
-        Progress(training_units(plan, study.trials), searcher.failed, console),
-        console,
+        Progress(units, searcher.failed, searcher.committed, console),
         folder=folder,
         plan=plan,
         sources=study.sources,

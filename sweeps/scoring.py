@@ -27,7 +27,8 @@ from sampimp.importance.snapshot import snapshot_importance
 from sampimp.store.attempts import CHECKPOINTS
 from sampimp.store.commits import require_commit
 from sampimp.store.location import Folder
-from sampimp.store.plan import Plan, read_commits, require_plan
+from sampimp.store.plan import Plan, read_commits
+from sampimp.store.plan_files import require_plan
 from sampimp.store.snapshots import SNAPSHOTS, write_snapshot
 from sampimp.store.variables import StoredVariable
 from sampimp.sweeps.ingest import quiet_ray_data
@@ -89,7 +90,8 @@ def score_snapshots(
     ]
     if not rows:
         return 0
-    sources = {key: ray.put(require_source(folder, key)) for key in plan.datasets}
+    keys = {str(row["dataset"]) for row in rows}  # another driver may yet store what the plan lists
+    sources = {key: ray.put(require_source(folder, key)) for key in keys}
     columns = (TextColumn("Scoring snapshots"), BarColumn(), MofNCompleteColumn())
     with (
         quiet_ray_data(),

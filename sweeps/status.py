@@ -24,7 +24,7 @@ from rich.text import Text
 
 from sampimp.errors import UserError, printable
 from sampimp.store.location import Folder
-from sampimp.store.plan import require_plan
+from sampimp.store.plan_files import require_plan
 from sampimp.sweeps.door import run_door
 from sampimp.sweeps.inspection import STATES, RecordStatus, Status, inspect, inspect_records
 from sampimp.sweeps.verification import verify, verify_datasets, verify_records, withdraw_all

@@ -14,7 +14,8 @@ from sampimp.schema import ALL_SAMPLES, SUBSET_BUDGETS, digest
 from sampimp.store.cube import open_cube
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER
 from sampimp.store.location import Folder
-from sampimp.store.plan import PlannedTrial, read_commits, require_plan
+from sampimp.store.plan import PlannedTrial, read_commits
+from sampimp.store.plan_files import require_plan
 from sampimp.store.subset_choice import crossing
 from sampimp.sweeps.run_choice import choose_runs
 from sampimp.sweeps.subset_scores import own_scores, selectable_count

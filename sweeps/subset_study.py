@@ -20,7 +20,8 @@ from sampimp.data import Dataset, scale_inputs
 from sampimp.errors import ConfigError
 from sampimp.schema import digest
 from sampimp.store.location import Folder
-from sampimp.store.plan import Plan, PlannedTrial, read_commits, require_plan
+from sampimp.store.plan import Plan, PlannedTrial, read_commits
+from sampimp.store.plan_files import require_plan
 from sampimp.subsets.metagradient import SURROGATE_STEPS
 from sampimp.subsets.rules import BASELINES, SelectionRule, parse_rule
 from sampimp.subsets.training import CONVERGENCE

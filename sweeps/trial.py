@@ -2,7 +2,8 @@
 
 Tune starts and stops a trial, and holds none of its state. A trial that starts on any machine reads
 its newest checkpoint from the study's store and continues from there. If it fails, it writes the
-error into the store. It stops if a newer attempt at the same unit has begun.
+error into the store. It stops if a newer attempt at the same unit has begun, and does not begin if
+another driver performs the unit.
 
 Map: `Trial`; `TrainingWork`, a training run as a unit of work.
 """
@@ -14,6 +15,7 @@ import ray
 from ray import tune
 
 from sampimp.schema import EpochRecord
+from sampimp.store.attempts import SupersededError, Trace
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan
 from sampimp.sweeps.derived_units import make_work
@@ -109,7 +111,11 @@ class Trial(tune.Trainable):
         attempt, begins = self._attempt, self._attempt is None
         if attempt is None:
             # An older attempt at the same unit stops; a failure can be written from here on.
-            attempt = Attempt(self._folder / self._next["folder"], self._make_work(self._next))
+            folder, seen = self._folder / self._next["folder"], Trace(*self._next["seen"])
+            try:
+                attempt = Attempt(folder, self._make_work(self._next), seen)
+            except SupersededError:  # another driver performs it
+                return {"epoch": 0, "superseded": True, "done": True}
             self._attempt = attempt
         with attempt.reporting():
             if begins:

@@ -12,12 +12,12 @@ from pathlib import Path
 import ray
 from ray import tune
 from ray.exceptions import OutOfMemoryError
-from rich.console import Console
 
 from sampimp.data import Source
 from sampimp.errors import ResourceError
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan
+from sampimp.store.plan_files import find_plan
 from sampimp.sweeps.cluster import check_shared, check_workers
 from sampimp.sweeps.machines import Cluster
 from sampimp.sweeps.progress import Progress
@@ -29,7 +29,6 @@ from sampimp.sweeps.trial import Trial
 def tune_units(
     searcher: UnitSearcher,
     progress: Progress,
-    console: Console,
     *,
     folder: Folder,
     plan: Plan,
@@ -44,7 +43,7 @@ def tune_units(
 
     Parameters
     ----------
-    searcher, progress, console
+    searcher, progress
         Which unit is next, and what is shown.
     folder, plan, sources
         The study's store, its plan, and its data sets by key.
@@ -68,7 +67,7 @@ def tune_units(
         Units that ran at the same time needed more memory than the machine has.
     """
     if folder.is_local:
-        check_shared(Path(str(folder)) / "study.json")
+        check_shared(Path(str(folder)) / find_plan(folder).file)
     else:
         check_workers(folder)
     trainable = tune.with_parameters(
@@ -111,8 +110,3 @@ def tune_units(
                 todo="run fewer at a time (--max-concurrent), or on machines with more memory; "
                 "nothing is lost, the same command continues",
             ) from None
-    if searcher.superseded_by:
-        console.print(
-            f"[bold]{searcher.superseded_by} was begun by another run of this study[/], which "
-            "trains all remaining trials; this run stops."
-        )

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from sampimp.errors import ResourceError
 from sampimp.schema import EpochRecord, RecordLayout, StepRecord
-from sampimp.store.attempts import SupersededError
+from sampimp.store.attempts import SupersededError, Trace
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial
 from sampimp.store.record import TrialRecord
@@ -124,11 +124,18 @@ class Attempt:
         The unit's folder.
     work
         Its computation.
+    seen
+        What the driver has seen of other attempts; None to supersede whatever there is.
+
+    Raises
+    ------
+    SupersededError
+        Another attempt has gone on since `seen`.
     """
 
-    def __init__(self, folder: Folder, work: Work) -> None:
+    def __init__(self, folder: Folder, work: Work, seen: Trace | None = None) -> None:
         self._work = work
-        self.record = TrialRecord(folder, work.identity, work.layout)
+        self.record = TrialRecord(folder, work.identity, work.layout, seen)
         self.step = 0
         """The last step that is done."""
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from sampimp.analysis.report.contents import join_values
 from sampimp.store.location import Folder
-from sampimp.store.plan import read_commits, read_plan
+from sampimp.store.plan import read_commits
+from sampimp.store.plan_files import read_plan
 
 PER_TRIAL_KEYS = (
     *("curves", "dataset", "digests", "diverged_epoch", "epochs", "fingerprint", "order_seed"),

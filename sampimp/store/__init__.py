@@ -1,12 +1,14 @@
 """The store of a study: one folder or bucket with its plan, data sets, records and results.
 
-    OUT/study.json                       the plan: data sets, grid, configuration
+    OUT/plans/0001.json                  plan: data sets, grid, configuration; the highest counts
+    OUT/study.json                       a copy of the newest plan
     OUT/datasets/mnist.zarr              values before scaling, labels, digest of each chunk
     OUT/trials/mnist-nlo-seed3-1f0c9a2b/ one trial: `sampimp.store.record` lists its files
     OUT/influence/ID/                    influence of a run, or its retrainings, as a record
     OUT/snapshots.json                   which epochs have snapshot importance, with digests
     OUT/analysis/                        results, figures, report.html
     OUT/consolidated/mnist.zarr          all trials in one sharded store, if requested
+    OUT/withdrawn/                       damaged plans that were set aside
 
 Map, from the lowest level to the highest:
 
@@ -25,6 +27,7 @@ Map, from the lowest level to the highest:
 `datasets`          stored data sets
 `snapshots`         stored snapshot importance
 `plan`              `Plan`: which trials there are, and which of them are committed
+`plan_files`        numbered plans: many drivers of one study, none of whose grids is lost
 `influence_records` committed influence records, matched with their runs
 `lazy_arrays`       variables of many runs as one dask array
 `influence_cube`    influence and the squares of probes in the cube
@@ -42,7 +45,8 @@ from sampimp._lazy import import_on_use
 if TYPE_CHECKING:
     from sampimp.store.cube import open_cube
     from sampimp.store.location import Folder
-    from sampimp.store.plan import Plan, read_commits, read_plan
+    from sampimp.store.plan import Plan, read_commits
+    from sampimp.store.plan_files import read_plan
     from sampimp.store.sharded import consolidate
     from sampimp.store.zarr_arrays import zarr_store
 
@@ -62,7 +66,7 @@ _HOMES = {
     "consolidate": "sampimp.store.sharded",
     "open_cube": "sampimp.store.cube",
     "read_commits": "sampimp.store.plan",
-    "read_plan": "sampimp.store.plan",
+    "read_plan": "sampimp.store.plan_files",
     "zarr_store": "sampimp.store.zarr_arrays",
 }
 

@@ -15,9 +15,14 @@ same trial at the same time. Every attempt therefore
    other one gets a `SupersededError`. The commit names the record of every epoch. Other records are
    never read.
 
-Map: `claim_attempt`, `read_claim`, `require_newest`, `superseded`, `SupersededError`;
-`read_manifest` (of a checkpoint), `last_sign` (traces of a trial that is not committed);
-`ATTEMPTS`, `CHECKPOINTS` and `ERRORS` (folders of a trial), `MANIFEST`.
+Two drivers must not take a trial from each other. So a driver's worker begins an attempt only if
+nothing has changed since its driver looked (`Trace`), and then claims exactly the next number. Of
+two that look at the same time one claims it, and the other goes on to another trial.
+
+Map: `claim_attempt`, `read_claim`, `require_newest`, `superseded`, `SupersededError`; `Trace`,
+`read_trace`, `has_failed` (is a trial still attempted?); `read_manifest` (of a checkpoint),
+`last_sign` (traces of a trial in words); `ATTEMPTS`, `CHECKPOINTS` and `ERRORS` (folders of a
+trial), `MANIFEST`.
 """
 
 import os
@@ -26,7 +31,7 @@ import secrets
 import socket
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sampimp.errors import RecordError
 from sampimp.store.file_types import check_file
@@ -45,9 +50,45 @@ class SupersededError(RecordError):
     """A newer attempt at the trial has begun or has committed, so this one must stop."""
 
 
-def claim_attempt(trial: Folder) -> int:
-    """Begin an attempt at a trial; return its number, which no other attempt has."""
-    number = max(_attempt_numbers(trial), default=0) + 1
+class Trace(NamedTuple):
+    """How far the attempts at a trial have come; it changes as long as one of them goes on."""
+
+    attempt: int = 0
+    """Number of the newest attempt; 0 if there is none."""
+    checkpoint: str = ""
+    """Folder of the newest checkpoint; empty if there is none."""
+
+
+def read_trace(trial: Folder) -> Trace:
+    """Return how far the attempts at a trial have come."""
+    checkpoints = (trial / CHECKPOINTS).folders()
+    return Trace(max(_attempt_numbers(trial), default=0), max(checkpoints, default=""))
+
+
+def has_failed(trial: Folder, attempt: int) -> bool:
+    """Return whether an attempt has stored an error."""
+    return trial.read_bytes(_error_name(attempt)) is not None
+
+
+def claim_attempt(trial: Folder, seen: Trace | None = None) -> int:
+    """Begin an attempt at a trial; return its number, which no other attempt has.
+
+    Parameters
+    ----------
+    trial
+        The folder of the trial.
+    seen
+        What the driver has seen of other attempts; None to supersede whatever there is.
+
+    Raises
+    ------
+    SupersededError
+        Another attempt has begun, gone on or committed since `seen`; none was begun here.
+    """
+    found = read_trace(trial)
+    number = found.attempt + 1
+    if seen is not None and (found != seen or trial.read_bytes("COMMIT.json") is not None):
+        raise superseded(trial, number, f"{found.attempt} attempts, of which one goes on")
     claim = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -56,6 +97,8 @@ def claim_attempt(trial: Folder) -> int:
         "seals": True,
     }
     while not trial.create_json(_attempt_name(number), claim):
+        if seen is not None:
+            raise superseded(trial, number, "the same attempt by another driver")
         number += 1
     return number
 
@@ -102,6 +145,10 @@ def _attempt_name(number: int) -> str:
 def _attempt_numbers(trial: Folder) -> list[int]:
     names = (re.fullmatch(r"(\d{4,9})\.json", name) for name in (trial / ATTEMPTS).files())
     return [int(name[1]) for name in names if name]
+
+
+def _error_name(number: int) -> str:
+    return f"{ERRORS}/{number:04d}.json"
 
 
 @dataclass(frozen=True)

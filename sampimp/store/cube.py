@@ -31,7 +31,8 @@ from sampimp.store.influence_cube import influence_variables
 from sampimp.store.influence_records import CommittedRecord, read_records
 from sampimp.store.lazy_arrays import lazy_array
 from sampimp.store.location import Folder
-from sampimp.store.plan import Plan, PlannedTrial, read_commits, require_plan
+from sampimp.store.plan import Plan, PlannedTrial, read_commits
+from sampimp.store.plan_files import require_plan
 from sampimp.store.snapshots import SNAPSHOTS, stored_snapshots
 from sampimp.store.variables import StoredVariable
 

@@ -25,7 +25,7 @@ from sampimp.store.array_forms import ArrayForm
 from sampimp.store.file_types import SourceAttrs
 from sampimp.store.json_types import require_type
 from sampimp.store.location import Folder
-from sampimp.store.zarr_arrays import first_line, open_uncached, replace_group
+from sampimp.store.zarr_arrays import first_line, open_uncached, require_group, share_array
 
 SOURCE_ARRAYS = ("train_values", "train_labels", "test_values", "test_labels")
 """The arrays of a data set."""
@@ -56,12 +56,19 @@ def chunk_table(source: Source) -> dict[str, Any]:
 
 
 def write_source(folder: Folder, source: Source) -> None:
-    """Store a data set: its values before scaling, its labels, and the digest of each chunk."""
-    group = replace_group(folder)
+    """Store a data set: its values before scaling, its labels, and the digest of each chunk.
+
+    Several processes may store the same data set at once, while others read it: each writes the
+    same bytes to the same keys, and deletes none of them. Another data set is replaced.
+    """
+    attributes = (folder.read_json("zarr.json") or {}).get("attributes", {})
+    if attributes.get("digest", source.digest) != source.digest:
+        folder.remove()
     table = chunk_table(source)
     for name, stored in table["arrays"].items():
         values = getattr(source, name)
-        array = group.create_array(
+        array = share_array(
+            folder,
             name,
             shape=values.shape,
             chunks=(stored["rows"], *values.shape[1:]),
@@ -70,7 +77,7 @@ def write_source(folder: Folder, source: Source) -> None:
         )
         array[:] = values
     # Last, and by one put: without them the data set is not complete.
-    group.update_attributes(
+    require_group(folder).update_attributes(
         {
             "name": source.name,
             "class_names": list(source.class_names),

@@ -1,11 +1,11 @@
 """The plan of a study: data sets, grid of strategies and seeds, and the identity of each trial.
 
-The plan is written to OUT/study.json before training begins and lists all trials of the study. Only
-the commits in the store tell which of them are complete: `Plan.resolve` matches the plan with the
-commits, and both the sweep and the cube use its result.
+The plan is stored before training begins (`sampimp.store.plan_files`) and lists all trials of the
+study. Only the commits in the store tell which of them are complete: `Plan.resolve` matches the
+plan with the commits, and both the sweep and the cube use its result.
 
 Map: `Plan`, `DatasetInfo` (a data set in a plan), `PlannedTrial` (a trial and its commit);
-`read_plan`, `require_plan` and `read_commits` (reading them from the store).
+`read_commits` (reading the commits from the store).
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 from sampimp.config import NetworkIdentity, TrainingConfig, TrialConfig
-from sampimp.errors import ConfigError, RecordError, StoreError
+from sampimp.errors import ConfigError, RecordError
 from sampimp.schema import (
     REFERENCE_SEED,
     REFERENCE_STRATEGY,
@@ -211,7 +211,7 @@ class Plan:
         check_history(commit, self.layout(key), f"COMMIT.json of {trial_id}")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of study.json."""
+        """Return the plan as JSON values."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
     @classmethod
@@ -322,41 +322,6 @@ def _fixed_settings(plan: Plan) -> dict[str, Any]:
         name: getattr(plan, name) for name in ("order_seed", "rand_batches", "code")
     }
     return values | {f"data set {key}": info.digest[:12] for key, info in plan.datasets.items()}
-
-
-def read_plan(folder: Folder) -> Plan | None:
-    """Return the plan of a study, or None if there is no study.
-
-    Raises
-    ------
-    StoreError
-        The study was written in another schema version.
-    """
-    value = folder.read_json("study.json")
-    if value is None:
-        return None
-    if value.get("schema_version") != SCHEMA_VERSION:
-        raise StoreError(
-            expected=f"a study in schema version {SCHEMA_VERSION}",
-            got=f"version {value.get('schema_version')}",
-            where=f"{folder}/study.json",
-            todo=f"read it with the release that wrote it ({value.get('code', 'unknown')})",
-        )
-    return Plan.from_json(value, f"{folder}/study.json")
-
-
-def require_plan(folder: Folder) -> Plan:
-    """Return the plan of a study, or raise StoreError if there is no study."""
-    folder.check_reachable()
-    plan = read_plan(folder)
-    if plan is None:
-        raise StoreError(
-            expected="a study, with a study.json",
-            got="no such file",
-            where=str(folder),
-            todo="pass the folder or URL that `sampimp study` wrote to (its --out)",
-        )
-    return plan
 
 
 Refuse = Callable[[str, RecordError], None]

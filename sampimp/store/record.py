@@ -45,6 +45,7 @@ from sampimp.store.attempts import (
     CHECKPOINTS,
     ERRORS,
     MANIFEST,
+    Trace,
     claim_attempt,
     read_manifest,
     require_newest,
@@ -99,12 +100,25 @@ class TrialRecord:
         Identity of the trial; its "fingerprint" is compared with that of every checkpoint.
     layout
         The shape of its record, and its steps.
+    seen
+        As `claim_attempt` takes it.
+
+    Raises
+    ------
+    SupersededError
+        Another attempt has gone on since `seen`.
     """
 
-    def __init__(self, folder: Folder, identity: Mapping[str, Any], layout: RecordLayout) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        identity: Mapping[str, Any],
+        layout: RecordLayout,
+        seen: Trace | None = None,
+    ) -> None:
         self.folder, self.identity, self._layout = folder, dict(identity), layout
         remove_damaged_commit(folder)
-        self.attempt = claim_attempt(folder)
+        self.attempt = claim_attempt(folder, seen)
         self._name = "record.zarr" if self.attempt == 1 else f"record-{self.attempt}.zarr"
         self.history = self._begun = History(parts=[(0, self._name)])
         self._synced, self._durable = time.monotonic(), ""

@@ -27,7 +27,8 @@ from sampimp.errors import RecordError, StoreError
 from sampimp.schema import INFLUENCE_VARIABLES, VARIABLES, digest_json
 from sampimp.store.cube import configuration_attrs, open_cube
 from sampimp.store.location import Folder
-from sampimp.store.plan import PlannedTrial, read_commits, require_plan
+from sampimp.store.plan import PlannedTrial, read_commits
+from sampimp.store.plan_files import require_plan
 from sampimp.store.snapshots import SNAPSHOTS
 from sampimp.store.zarr_arrays import open_for_writing, zarr_store
 

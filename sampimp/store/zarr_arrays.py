@@ -9,7 +9,7 @@ a chunk's size before it is decoded (`sampimp.store.array_forms`).
 
 Map: `zarr_store` (a folder as a Zarr store, for xarray too), `open_array`,
 `open_uncached` and `open_for_writing` (an array), `require_group`, `require_array` and
-`replace_group` (making them), `first_line` (the text of a Zarr error).
+`share_array` (making them), `first_line` (the text of a Zarr error).
 """
 
 import asyncio
@@ -190,9 +190,29 @@ def require_group(folder: Folder, note: Callable[[str, Any], None] | None = None
         return zarr.open_group(store, mode="r+", zarr_format=3)
 
 
-def replace_group(folder: Folder) -> zarr.Group:
-    """Replace the content of the folder by an empty group."""
-    return zarr.open_group(zarr_store(folder), mode="w", zarr_format=3)
+def share_array(folder: Folder, name: str, **form: Any) -> zarr.Array:
+    """Open an array for writing that several processes may make at once, in the same form.
+
+    Parameters
+    ----------
+    folder
+        The group of the array.
+    name
+        Name of the array; one of another form is replaced.
+    form
+        Its shape, chunks, dtype and attributes, as `zarr.create_array` takes them.
+    """
+    # By one conditional put: Zarr could make the group after another process has written its
+    # attributes, and so remove them.
+    folder.create_json("zarr.json", {"attributes": {}, "zarr_format": 3, "node_type": "group"})
+    store = zarr_store(folder)
+    try:
+        return zarr.create_array(store, name=name, zarr_format=3, **form)
+    except ContainsArrayError:
+        array = zarr.open_array(store, path=name, mode="r+", zarr_format=3)
+    if all(getattr(array, key) == form[key] for key in ("shape", "chunks", "dtype")):
+        return array
+    return zarr.create_array(store, name=name, zarr_format=3, overwrite=True, **form)
 
 
 def require_array(group: zarr.Group, name: str, layout: RecordLayout) -> zarr.Array:

@@ -33,7 +33,8 @@ from rich.table import Table
 
 import sampimp
 from sampimp.store.location import Folder
-from sampimp.store.plan import read_commits, require_plan
+from sampimp.store.plan import read_commits
+from sampimp.store.plan_files import require_plan
 from sampimp.sweeps.inspection import inspect
 from sampimp.sweeps.verification import verify, withdraw_all
 

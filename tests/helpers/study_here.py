@@ -11,7 +11,8 @@ from oracles import make_source
 from rich.console import Console
 
 from sampimp.store.location import Folder
-from sampimp.store.plan import read_commits, require_plan
+from sampimp.store.plan import read_commits
+from sampimp.store.plan_files import require_plan
 from sampimp.sweeps.machines import Cluster
 from sampimp.sweeps.options import StudyConfig
 from sampimp.sweeps.run import write_plan
@@ -77,7 +78,7 @@ def command(
     """
     source = make_source(name="digits")
     study = prepare_study(config, lambda: Cluster("here", ()), lambda *_: source, QUIET)
-    write_plan(study)
+    study = write_plan(study, QUIET)
     folder, plan = study.folder, study.plan
     inputs = TrialInputs(folder, plan, lambda key: source)
     for _ in range(2):  # the references first

@@ -1,6 +1,7 @@
 """Several attempts at one trial: a late writer overwrites nothing, and one attempt commits."""
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,7 +17,7 @@ from trial_records import (
 )
 
 from sampimp.schema import CURVES
-from sampimp.store.attempts import SupersededError, claim_attempt
+from sampimp.store.attempts import SupersededError, claim_attempt, read_trace
 from sampimp.store.location import Folder
 
 
@@ -54,6 +55,24 @@ def test_concurrent_attempts_claim_different_numbers(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         numbers = list(pool.map(lambda _: claim_attempt(Folder.of(tmp_path)), range(24)))
     assert sorted(numbers) == list(range(1, 25))
+
+
+def test_of_drivers_that_saw_the_same_one_begins_an_attempt(tmp_path):
+    folder, start = Folder.of(tmp_path), threading.Barrier(8)
+
+    def claim(_):
+        seen = read_trace(folder)
+        start.wait()
+        try:
+            return claim_attempt(folder, seen)
+        except SupersededError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(1, 6):
+            claimed = [attempt for attempt in pool.map(claim, range(8)) if attempt]
+            assert claimed == [number]
+            assert read_trace(folder) == (number, "")
 
 
 def test_a_late_writer_is_refused_and_overwrites_nothing(tmp_path):

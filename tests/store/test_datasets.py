@@ -1,11 +1,15 @@
 """Stored data sets are read as they were written, or not at all."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import oracles
 import pytest
 import zarr
 
 from sampimp.errors import RecordError
+from sampimp.store import disk
 from sampimp.store.datasets import read_source, write_source
 from sampimp.store.location import Folder
 
@@ -26,6 +30,50 @@ def test_a_data_set_round_trips(tmp_path, shape):
     for name in ("train_values", "train_labels", "test_values", "test_labels"):
         np.testing.assert_array_equal(getattr(again, name), getattr(source, name))
         assert getattr(again, name).dtype == getattr(source, name).dtype
+
+
+def test_writing_a_data_set_again_deletes_and_changes_nothing(tmp_path, monkeypatch):
+    source = oracles.make_source(shape=(3, 40, 40), samples=12)
+    write_source(Folder.of(tmp_path), source)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def refuse(root, path):
+        raise AssertionError(path)
+
+    monkeypatch.setattr(disk, "delete_file", refuse)
+    monkeypatch.setattr(disk, "delete_folder", refuse)
+    write_source(Folder.of(tmp_path), source)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_readers_see_a_data_set_as_a_whole_while_others_write_it(tmp_path):
+    folder, source, start = Folder.of(tmp_path), oracles.make_source(), threading.Barrier(5)
+
+    def write():
+        start.wait()
+        write_source(folder, source)
+
+    def read():
+        start.wait()
+        while (stored := read_source(folder)) is None:
+            pass
+        return {stored.digest} | {read_source(folder).digest for _ in range(20)}
+
+    with ThreadPoolExecutor(5) as pool:
+        writers = [pool.submit(write) for _ in range(4)]
+        reader = pool.submit(read)
+        for writer in writers:
+            writer.result()
+        assert reader.result() == {source.digest}
+
+
+def test_what_is_left_of_another_data_set_is_replaced(tmp_path):
+    write_source(Folder.of(tmp_path), oracles.make_source(samples=30))
+    zarr.open_group(str(tmp_path), mode="r+").attrs.clear()  # never completed
+    source = oracles.make_source(samples=12, seed=1)
+    write_source(Folder.of(tmp_path), source)
+    assert read_source(Folder.of(tmp_path)).digest == source.digest
 
 
 def test_a_data_set_written_over_another_replaces_it(tmp_path):

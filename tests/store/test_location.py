@@ -46,8 +46,11 @@ def test_one_of_several_threads_creates_an_object(tmp_path):
     folder, start = Folder.of(tmp_path), threading.Barrier(8)
 
     def race(number):
-        start.wait()
-        return [folder.create_bytes(f"round-{r}", b"%d" % number) for r in range(100)]
+        won = []
+        for r in range(100):
+            start.wait()
+            won.append(folder.create_bytes(f"round-{r}", b"%d" % number))
+        return won
 
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(race, range(8)))

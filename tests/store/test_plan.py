@@ -11,7 +11,8 @@ from sampimp.errors import ConfigError, RecordError, StoreError
 from sampimp.schema import REFERENCES, STRATEGIES
 from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
-from sampimp.store.plan import Plan, read_commits, read_plan
+from sampimp.store.plan import Plan, read_commits
+from sampimp.store.plan_files import read_plan
 
 GRID = {"nlo": (1, 2), "shuffle": (1, 2), "rand": (1,), "sim": (3,), "shuffle_by_seed": (1, 2)}
 

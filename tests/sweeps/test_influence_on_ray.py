@@ -13,7 +13,8 @@ import sampimp
 from sampimp.data import load_source
 from sampimp.errors import ConfigError
 from sampimp.store.location import Folder
-from sampimp.store.plan import read_commits, require_plan
+from sampimp.store.plan import read_commits
+from sampimp.store.plan_files import require_plan
 from sampimp.sweeps import cluster as cluster_module
 from sampimp.sweeps import derived_command, influence, searcher
 from sampimp.sweeps.influence_study import compute_influence

@@ -53,10 +53,12 @@ def planned(strategy, seed, commit=None, blocked=False, dataset="digits"):
     return PlannedTrial(trial, None if blocked else f"{strategy}{seed}", None, None, commit)
 
 
-def make(trials, terminal=False, given_up=()):
+def make(trials, terminal=False, given_up=(), committed=None):
     console = Console(file=StringIO(), force_terminal=terminal, width=80, soft_wrap=True)
     plan = Plan(datasets={}, training=TrainingConfig(epochs=10), grid={})
-    progress = Progress(training_units(plan, trials), given_up, console)
+    progress = Progress(
+        training_units(plan, trials), given_up, {} if committed is None else committed, console
+    )
     return progress, console.file
 
 
@@ -194,6 +196,31 @@ def test_a_superseded_trial_counts_as_waiting(clock):
     result = {"epoch": 4, "done": True, "superseded": True}
     progress.on_trial_result(0, [], tune_trial("digits-rand-seed1"), result)
     assert "0 done, 1 waiting; 4 of 10 epochs" in progress._line()
+
+
+def test_that_another_driver_is_at_work_is_said_once(clock):
+    progress, file = make([planned("rand", seed) for seed in (1, 2)])
+    for seed in (1, 2):
+        result = {"epoch": 0, "done": True, "superseded": True}
+        progress.on_trial_result(0, [], tune_trial(f"digits-rand-seed{seed}"), result)
+    assert file.getvalue() == (
+        "Another run of this study performs digits-rand-seed1. This one goes on with others, and "
+        "waits for what is left.\n"
+    )
+
+
+def test_a_trial_that_another_driver_commits_is_done(clock):
+    committed = {}
+    progress, file = make([planned("rand", seed) for seed in (1, 2, 3)], committed=committed)
+    progress.on_step_end(0, [])
+    assert "0 done, 3 waiting; 0 of 30 epochs" in progress._line()
+    committed.update({"digits-rand-seed1": "done", "digits-rand-seed2": "diverged"})
+    progress.on_step_end(1, [])
+    assert "1 done, 1 waiting, 1 diverged; 20 of 30 epochs" in progress._line()
+    assert file.getvalue() == ""
+    clock.now += LINE_EVERY + 1
+    progress.on_step_end(2, [])  # also while this driver only waits
+    assert "1 done, 1 waiting, 1 diverged" in file.getvalue()
 
 
 def test_tune_may_pickle_it(clock):

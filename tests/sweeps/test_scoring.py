@@ -1,8 +1,8 @@
 """Snapshot importance: every sample at the fixed, stored parameters of an epoch."""
 
 import io
-import json
 import shutil
+from dataclasses import replace
 from io import StringIO
 
 import numpy as np
@@ -14,6 +14,8 @@ import sampimp
 from sampimp.data import load_source
 from sampimp.errors import ConfigError
 from sampimp.store.location import Folder
+from sampimp.store.plan_files import require_plan
+from sampimp.store.seals import seal
 from sampimp.store.snapshots import SNAPSHOTS
 from sampimp.sweeps import score_snapshots as command
 from sampimp.sweeps import status
@@ -154,9 +156,9 @@ def test_a_network_is_imported_only_if_the_user_names_it(
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("sampimp.sweeps.cluster.connect", lambda address: cluster)
-    plan = json.loads((out / "study.json").read_text())
-    plan["training"]["model"] = "foreign:make"
-    (out / "study.json").write_text(json.dumps(plan))
+    plan = require_plan(Folder.of(out))
+    foreign = replace(plan, training=replace(plan.training, model="foreign:make"))
+    (out / "plans" / "0001.json").write_bytes(seal(foreign.to_json()))
 
     sampimp.open_cube(out)
     assert status.main([str(out), "--verify"]) == 0

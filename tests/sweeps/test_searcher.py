@@ -10,62 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray import cloudpickle
+from searched_store import SearchedStore, searched_plan
 
-from sampimp.config import TrainingConfig
 from sampimp.errors import StoreError
 from sampimp.schema import SORTED_STRATEGIES
 from sampimp.store.location import Folder
-from sampimp.store.plan import DatasetInfo, Plan, read_commits
 from sampimp.sweeps import searcher as module
 from sampimp.sweeps.searcher import POLL_EVERY, RESTARTS, RETRIES, UnitSearcher
-from sampimp.sweeps.work import Unit, training_units
+from sampimp.sweeps.work import Unit
 
 FINISHED = UnitSearcher.FINISHED
 
 
-def make_plan(grid, keys=("a",)):
-    info = DatasetInfo(
-        name="made",
-        digest="d" * 64,
-        sample_count=6,
-        test_count=2,
-        input_shape=(2,),
-        class_names=("0", "1"),
-        layers=(("Out", 4), ("Out", 2)),
-    )
-    return Plan(datasets=dict.fromkeys(keys, info), training=TrainingConfig(epochs=2), grid=grid)
-
-
-class Store:
-    """The commits of a study, as its trials write them."""
-
-    def __init__(self, folder, plan):
-        self.folder, self.plan = Folder.of(folder), plan
-
-    def searcher(self):
-        def resolve():
-            return training_units(self.plan, self.plan.resolve(read_commits(self.folder)))
-
-        return UnitSearcher(self.folder, resolve)
-
-    def fail(self, config):
-        """Write the error that a failed attempt writes."""
-        errors = self.folder / "trials" / config["trial_id"] / "errors"
-        errors.write_json(f"{len(errors.files()) + 1:04d}.json", {"error": "broken"})
-
-    def commit(self, config, diverged_epoch=None):
-        (self.folder / "trials" / config["trial_id"]).write_json(
-            "COMMIT.json",
-            {
-                "fingerprint": config["fingerprint"],
-                "diverged_epoch": diverged_epoch,
-                "digests": {"importance": ["1", "2"], "nll": ["3", "4"]},
-            },
-        )
-
-
 def test_trials_that_wait_for_no_reference_come_first(tmp_path):
-    store = Store(tmp_path, make_plan({"nlo": (1, 2), "rand": (1,), "shuffle": (1, 2)}))
+    store = SearchedStore(tmp_path, searched_plan({"nlo": (1, 2), "rand": (1,), "shuffle": (1, 2)}))
     searcher = store.searcher()
     first = [searcher.suggest(f"tune-{i}") for i in range(3)]
     assert [config["label"] for config in first] == [
@@ -91,8 +49,8 @@ def test_trials_that_wait_for_no_reference_come_first(tmp_path):
 
 
 def test_a_suggestion_is_the_planned_trial(tmp_path):
-    plan = make_plan({"shuffle": (1,), "rand": (3,)}, keys=("a", "b"))
-    searcher = Store(tmp_path, plan).searcher()
+    plan = searched_plan({"shuffle": (1,), "rand": (3,)}, keys=("a", "b"))
+    searcher = SearchedStore(tmp_path, plan).searcher()
     for number in range(4):
         config = searcher.suggest(f"tune-{number}")
         planned = plan.resolve({})[config["position"]]
@@ -105,11 +63,12 @@ def test_a_suggestion_is_the_planned_trial(tmp_path):
             "trial_id": planned.trial_id,
             "fingerprint": planned.fingerprint,
             "reference_id": None,
+            "seen": [0, ""],
         }
 
 
 def test_committed_trials_are_not_suggested(tmp_path):
-    store = Store(tmp_path, make_plan({"shuffle": (1,), "sim": (1,), "rand": (1,)}))
+    store = SearchedStore(tmp_path, searched_plan({"shuffle": (1,), "sim": (1,), "rand": (1,)}))
     first = [store.searcher().suggest("tune-0")]
     store.commit(first[0])
     again = store.searcher()
@@ -136,7 +95,7 @@ def run_down(searcher, store=None):
     ("fails_itself", "times"), [(True, 1 + RETRIES), (False, 1 + RESTARTS)], ids=["fails", "dies"]
 )
 def test_a_trial_is_tried_again_a_stated_number_of_times(tmp_path, fails_itself, times):
-    store = Store(tmp_path, make_plan({"shuffle": (1,), "nlm": (1,)}))
+    store = SearchedStore(tmp_path, searched_plan({"shuffle": (1,), "nlm": (1,)}))
     searcher = store.searcher()
     assert run_down(searcher, store if fails_itself else None) == times
     assert searcher.failed == {"a-shuffle-seed1"}
@@ -146,7 +105,7 @@ def test_a_trial_is_tried_again_a_stated_number_of_times(tmp_path, fails_itself,
 
 
 def test_a_death_does_not_count_as_a_failure_of_its_own(tmp_path):
-    store = Store(tmp_path, make_plan({"rand": (1,)}))
+    store = SearchedStore(tmp_path, searched_plan({"rand": (1,)}))
     searcher = store.searcher()
     for number in range(2 * RETRIES):
         config = searcher.suggest(f"tune-{number}")
@@ -158,7 +117,7 @@ def test_a_death_does_not_count_as_a_failure_of_its_own(tmp_path):
 
 
 def test_failures_count_where_no_error_can_be_written(tmp_path, monkeypatch):
-    searcher = Store(tmp_path, make_plan({"rand": (1,)})).searcher()
+    searcher = SearchedStore(tmp_path, searched_plan({"rand": (1,)})).searcher()
 
     def refuse(folder):
         raise StoreError("a disk with room", "none", str(folder), "free some")
@@ -168,7 +127,7 @@ def test_failures_count_where_no_error_can_be_written(tmp_path, monkeypatch):
 
 
 def test_a_process_that_dies_after_its_commit_is_done(tmp_path):
-    store = Store(tmp_path, make_plan({"shuffle": (1,), "nlm": (1,)}))
+    store = SearchedStore(tmp_path, searched_plan({"shuffle": (1,), "nlm": (1,)}))
     searcher = store.searcher()
     store.commit(searcher.suggest("tune-0"))
     searcher.on_trial_complete("tune-0", error=True)
@@ -179,7 +138,7 @@ def test_a_process_that_dies_after_its_commit_is_done(tmp_path):
 
 
 def test_a_reference_run_that_is_tried_again_unblocks_others(tmp_path):
-    store = Store(tmp_path, make_plan({"shuffle": (1,), "nlm": (1,)}))
+    store = SearchedStore(tmp_path, searched_plan({"shuffle": (1,), "nlm": (1,)}))
     searcher = store.searcher()
     searcher.suggest("tune-0")
     searcher.on_trial_complete("tune-0", error=True)
@@ -190,18 +149,8 @@ def test_a_reference_run_that_is_tried_again_unblocks_others(tmp_path):
     assert searcher.suggest("tune-2")["label"] == "a-nlm-seed1"
 
 
-def test_a_trial_that_another_run_has_begun_ends_this_one(tmp_path):
-    store = Store(tmp_path, make_plan({"rand": (1, 2, 3)}))
-    searcher = store.searcher()
-    searcher.suggest("tune-0")
-    searcher.on_trial_complete("tune-0", {"epoch": 1, "superseded": True, "done": True})
-    assert searcher.superseded_by == "a-rand-seed1"
-    assert searcher.failed == set()
-    assert searcher.suggest("tune-1") == FINISHED
-
-
 def test_a_diverged_reference_unblocks_nothing(tmp_path):
-    store = Store(tmp_path, make_plan({"shuffle": (1,), "nlm": (1,), "rand": (1,)}))
+    store = SearchedStore(tmp_path, searched_plan({"shuffle": (1,), "nlm": (1,), "rand": (1,)}))
     searcher = store.searcher()
     reference, other = (searcher.suggest(f"tune-{i}") for i in range(2))
     assert searcher.suggest("tune-2") is None
@@ -230,8 +179,8 @@ def test_any_schedule_suggests_every_trial_until_it_has_ended(
 ):
     """Simulate Tune: `slots` trials at a time, which end in any order and with any outcome."""
     chance = random.Random(seed)
-    plan = make_plan({"shuffle": (1, 2), **dict.fromkeys(sorted(strategies), (1, 2))}, keys)
-    store = Store(tmp_path_factory.mktemp("store"), plan)
+    plan = searched_plan({"shuffle": (1, 2), **dict.fromkeys(sorted(strategies), (1, 2))}, keys)
+    store = SearchedStore(tmp_path_factory.mktemp("store"), plan)
     searcher = store.searcher()
     running, handed, usable, number = {}, Counter(), set(), 0
     ended, given_up = set(), set()
@@ -313,7 +262,7 @@ def test_the_store_is_asked_about_a_run_until_it_is_committed(tmp_path, monkeypa
     assert said == [clock.now]
     clock.now *= 2
     states["one"] = "ready"
-    assert searcher.suggest("tune-0") == {"label": "one"}
+    assert searcher.suggest("tune-0")["label"] == "one"
     assert searcher.suggest("tune-1") is None
     searcher.on_trial_complete("tune-0", {"done": True})
     assert searcher.suggest("tune-1") == FINISHED
@@ -332,7 +281,7 @@ def test_a_run_that_diverges_while_it_is_waited_for_ends_the_wait(tmp_path, monk
 def test_units_wait_for_the_states_of_their_run(tmp_path):
     states = {"states": "ready", "one": "blocked", "two": "blocked"}
     searcher = UnitSearcher(Folder.of(tmp_path), lambda: made_units(states))
-    assert searcher.suggest("tune-0") == {"label": "states"}
+    assert searcher.suggest("tune-0")["label"] == "states"
     assert searcher.suggest("tune-1") is None
     states.update(states="done", one="ready", two="ready")
     searcher.on_trial_complete("tune-0", {"done": True})

@@ -12,7 +12,8 @@ from rich.console import Console
 import sampimp
 from sampimp.data import load_source
 from sampimp.store.location import Folder
-from sampimp.store.plan import read_commits, require_plan
+from sampimp.store.plan import read_commits
+from sampimp.store.plan_files import require_plan
 from sampimp.sweeps import derived_command, searcher, subset
 from sampimp.sweeps.derived_study import run_here
 from sampimp.sweeps.options import parse
