@@ -76,6 +76,7 @@ def write_source(folder: Folder, source: Source) -> None:
             attributes={"full_scale": source.full_scale} if name.endswith("values") else {},
         )
         array[:] = values
+    folder.sync()  # before the attributes, which state that the chunks are there
     # Last, and by one put: without them the data set is not complete.
     require_group(folder).update_attributes(
         {
@@ -85,6 +86,7 @@ def write_source(folder: Folder, source: Source) -> None:
             "chunks": table,
         }
     )
+    folder.sync()
 
 
 @dataclass(frozen=True)
