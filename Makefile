@@ -19,7 +19,7 @@ define install
 @touch $@
 endef
 
-.PHONY: help study test check docs bench influence chaos drivers cluster-test gpu gpu-wheels clean
+.PHONY: help study test check docs bench influence chaos drivers fuzz cluster-test gpu gpu-wheels clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # With make -j, two concurrent installs would break the environment.
@@ -32,6 +32,7 @@ help:
 	@echo "make docs    the documentation, into docs/_build/html; warnings are errors"
 	@echo "make chaos   a study with injected deaths and faults, against an undisturbed one (minutes)"
 	@echo "make drivers four drivers of one study, started, killed and restarted: DRIVERS_OPTIONS='--seeds 10' (minutes)"
+	@echo "make fuzz    10,000 changed files of a study: readers raise named errors only (an hour)"
 	@echo "make cluster-test   ray up on hosts in namespaces: one loses its network, one dies (root; 4 minutes)"
 	@echo "make bench   training steps with and without recording, against BackPACK and Opacus"
 	@echo "make influence   influence on the final model against retrainings, other packages, cost (3 hours)"
@@ -64,6 +65,9 @@ chaos: $(VENV)/.installed-test
 
 drivers: $(VENV)/.installed-test
 	@$(BIN)/python tests/chaos/drivers.py $(DRIVERS_OPTIONS)
+
+fuzz: $(VENV)/.installed-test
+	@PYTHONPATH=tests/helpers $(BIN)/python tests/fuzz/fuzz.py $(FUZZ_OPTIONS)
 
 bench: $(VENV)/.installed-bench
 	@for threads in 1 $$(nproc); do \

@@ -165,6 +165,7 @@ def draw_figures(
         In the order of `plans`.
     """
     drawn = []
+    cube, results = _as_text(cube), {key: _as_text(result) for key, result in results.items()}
     reasons = _reasons(results)
     for plan in FIGURES if plans is None else plans:
         result = results.get(plan.result)
@@ -204,7 +205,28 @@ def _reasons(results: Mapping[str, xr.Dataset]) -> dict[str, str]:
 
 def _class_names(cube: xr.Dataset) -> list[str]:
     """Return the names of the cube's classes; none if it has none."""
-    return [str(name) for name in cube.attrs.get("class_names", ())]
+    return [_escaped(str(name)) for name in cube.attrs.get("class_names", ())]
+
+
+def _escaped(name: str) -> str:
+    r"""Return a name that matplotlib shows as it is: between $ and $ it would read mathematics.
+
+    Examples
+    --------
+    >>> _escaped("$100")
+    '\\$100'
+    """
+    return name.replace("$", r"\$")
+
+
+def _as_text(dataset: xr.Dataset) -> xr.Dataset:
+    """Return a data set whose layers and targets are shown as they are."""
+    labels = {
+        name: [_escaped(str(value)) for value in dataset[name].values]
+        for name in ("layer", "target")
+        if name in dataset.coords and any("$" in str(value) for value in dataset[name].values)
+    }
+    return dataset.assign_coords(labels) if labels else dataset
 
 
 def _drawable(result: xr.Dataset, needs: Sequence[str]) -> bool:

@@ -4,7 +4,8 @@ The file is untrusted input: a truncated archive, a wrong checksum, pickled obje
 are not class numbers each raise an error that names the file and what is wrong with it. The shape
 in an array's header is compared with the size of the file before memory is allocated.
 
-Map: `load_npz`; `check_headers` (whether an archive can hold what its arrays claim).
+Map: `load_npz`; `check_headers` (whether an archive can hold what its arrays claim),
+`machine_memory`.
 """
 
 import io
@@ -82,6 +83,13 @@ _LARGEST_RATIO = 1032
 """Of deflate, by its format: NumPy compresses by nothing else."""
 
 
+def machine_memory() -> int:
+    """Return the memory of this machine in bytes; 2^40 where that is unknown."""
+    if not hasattr(os, "sysconf"):  # on Windows
+        return 2**40
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def check_headers(file: Path | io.BytesIO, size: int, keys: Sequence[str] = ()) -> None:
     """Raise ValueError for arrays of objects, and for shapes that an archive cannot hold.
 
@@ -118,7 +126,7 @@ def check_headers(file: Path | io.BytesIO, size: int, keys: Sequence[str] = ()) 
                 raise ValueError(
                     f"{member.filename} claims {dtype} {list(shape)}, in a file of {size:,} bytes"
                 )
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = machine_memory()
     if total > memory:
         raise ValueError(f"arrays of {total:,} bytes; this machine's memory has {memory:,}")
 

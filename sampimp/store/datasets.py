@@ -11,7 +11,6 @@ Map: `write_source`, `chunk_table` (shapes, types and digests), `open_source` an
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sampimp.data import Source
+from sampimp.data.npz import machine_memory
 from sampimp.errors import RecordError, ResourceError, StoreError
 from sampimp.schema import digest, digest_json
 from sampimp.store.array_forms import ArrayForm
@@ -219,7 +219,7 @@ def read_source(folder: Folder) -> Source | None:
     if stored is None:
         return None
     size = sum(math.prod(_form(stored.table["arrays"][name]).shape) for name in SOURCE_ARRAYS)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = machine_memory()
     if size > memory:  # at least one byte a value
         raise ResourceError(
             expected=f"a data set that fits into this machine's memory of {memory / 1e9:.0f} GB",

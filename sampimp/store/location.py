@@ -25,6 +25,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import LocalStore, S3Store
 
+from sampimp.data.npz import machine_memory
 from sampimp.store import disk
 from sampimp.store.buckets import (
     OPENING_PATIENCE,
@@ -102,15 +103,16 @@ class Folder:
         Raises
         ------
         RecordError
-            It has more than `largest` bytes; they are not read.
+            It has more than `largest` bytes (default: this machine's memory); they are not read.
         """
+        limit = machine_memory() if largest is None else largest
         if self._is_absent:
             return None
 
         def get(store: LocalStore | S3Store) -> bytes:
             answer = obstore.get(store, self._key(name))
-            if largest is not None and answer.meta["size"] > largest:
-                raise too_large(answer.meta["size"], largest, f"{self}/{name}")
+            if answer.meta["size"] > limit:  # obstore would abort the process
+                raise too_large(answer.meta["size"], limit, f"{self}/{name}")
             return bytes(answer.bytes())
 
         try:

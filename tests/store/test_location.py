@@ -140,3 +140,10 @@ def test_a_folder_without_permission_is_refused(tmp_path):
             Folder.of(tmp_path / "study").check_writable()
     finally:
         tmp_path.chmod(0o755)
+
+
+def test_a_file_larger_than_the_memory_is_a_named_error(tmp_path):
+    with (tmp_path / "state.pt").open("wb") as file:
+        file.truncate(2**43)  # of which the disk holds nothing; obstore would abort the process
+    with pytest.raises(RecordError, match="8,796,093,022,208 bytes"):
+        Folder.of(tmp_path).read_bytes("state.pt")

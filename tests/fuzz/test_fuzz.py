@@ -1,0 +1,42 @@
+"""A changed file of somebody else's study is a named error, in bounded memory and time.
+
+`make fuzz` runs 10,000 cases; this test the first of them.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CASES = 60
+
+
+def test_changed_files_raise_named_errors_only():
+    place = Path(__file__).parent
+    paths = [str(place.parent / "helpers"), str(place.parents[1])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(place / "fuzz.py"), "--cases", str(CASES)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    assert f"{CASES} cases, 0 failures" in result.stdout
+    assert "RecordError" in result.stdout  # the checks are reached
+
+
+def test_a_failure_is_a_failure():
+    """An error that is none of the named ones is reported with its case."""
+    code = """
+import sys, fuzz
+def broken(root):
+    raise KeyError("x")
+fuzz.readers = lambda path: (broken,)
+sys.argv = ["fuzz", "--cases", "2"]
+sys.exit(fuzz.main())
+"""
+    place = Path(__file__).parent
+    paths = [str(place), str(place.parent / "helpers"), str(place.parents[1])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "case 1: broken" in result.stdout
+    assert "2 cases, 2 failures" in result.stdout
