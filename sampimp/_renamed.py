@@ -85,7 +85,8 @@ _MOVED = {
             "SOURCE_ARRAYS SOURCE_CHUNK StoredSource chunk_table open_source read_source "
             "write_source"
         ),
-        "sampimp.store.integrity": "chunk_digests find_damage record_digest withdraw",
+        "sampimp.store.commits": "withdraw",
+        "sampimp.store.integrity": "chunk_digests find_damage record_digest",
         "sampimp.store.record": "History KEPT_CHECKPOINTS TrialRecord",
         "sampimp.store.snapshots": "SNAPSHOTS stored_snapshots write_snapshot",
         "sampimp.store.variables": "StoredVariable read_difficulty",

@@ -13,7 +13,7 @@ from rich.console import Console
 from sampimp.data import scale_inputs
 from sampimp.errors import UserError
 from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY
-from sampimp.store.datasets import read_source, write_source
+from sampimp.store.datasets import store_source
 from sampimp.store.plan import PlannedTrial, read_commits
 from sampimp.store.plan_files import store_plan
 from sampimp.sweeps.cluster import connect
@@ -150,9 +150,7 @@ def write_plan(study: Study, console: Console) -> Study:
             highlight=False,
         )
     for key, source in study.sources.items():
-        dataset = study.folder / "datasets" / f"{key}.zarr"
-        if read_source(dataset) is None:
-            write_source(dataset, source)
+        store_source(study.folder, key, source)
     return replace(study, plan=plan, trials=plan.resolve(read_commits(study.folder)))
 
 

@@ -27,6 +27,7 @@ from sampimp.importance.snapshot import snapshot_importance
 from sampimp.store.attempts import CHECKPOINTS
 from sampimp.store.commits import require_commit
 from sampimp.store.location import Folder
+from sampimp.store.manifests import write_manifest
 from sampimp.store.plan import Plan, read_commits
 from sampimp.store.plan_files import require_plan
 from sampimp.store.snapshots import SNAPSHOTS, write_snapshot
@@ -107,6 +108,8 @@ def score_snapshots(
             scored.setdefault(row["trial"], {})[str(row["epoch"])] = list(row["digests"])
             progress.advance(task)
     folder.write_json(SNAPSHOTS, scored)
+    for name in {row["trial"] for row in rows}:
+        write_manifest(folder, f"trials/{name}/snapshots.zarr")
     return len(rows)
 
 

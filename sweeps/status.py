@@ -1,7 +1,7 @@
 """Status of a study: a grid of its trials per data set, then details of single trials.
 
 python sweeps/status.py OUT               from the store alone, while the study runs or later
-python sweeps/status.py OUT --verify      also compare every chunk with its digest
+python sweeps/status.py OUT --verify      also compare every byte with its digest
 python sweeps/status.py OUT --withdraw    and take damaged trials out, to be trained again
 
 `sampimp status` is the same command. Its exit codes: 0 if nothing is wrong, 1 if something is
@@ -15,6 +15,7 @@ output. The states come from `sampimp.sweeps.inspection`, and damage from
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -27,7 +28,7 @@ from sampimp.store.location import Folder
 from sampimp.store.plan_files import require_plan
 from sampimp.sweeps.door import run_door
 from sampimp.sweeps.inspection import STATES, RecordStatus, Status, inspect, inspect_records
-from sampimp.sweeps.verification import verify, verify_datasets, verify_records, withdraw_all
+from sampimp.sweeps.verification import Findings, verify_study, withdraw_damaged
 
 SYMBOLS: Mapping[str, tuple[str, str, str]] = {
     "done": ("✓", "+", "green"),
@@ -51,11 +52,12 @@ _HELP = """Show the status of a study, read from its store alone.
 
 Examples:
   {prog} results/digits              the state of each trial
-  {prog} s3://bucket/mnist --verify  also read and check every chunk
+  {prog} s3://bucket/mnist --verify  also read and check every byte
 
 Exit code:
   0  nothing is wrong; the study may be unfinished
-  1  a file of a trial cannot be read; a trial or a data set is damaged (--verify, --withdraw)
+  1  a file of a trial cannot be read; something is damaged, or is another study than
+     --root says (--verify)
   2  a mistake that you can correct
   3  trials failed, and nothing is damaged
   130  interrupted by Ctrl-C"""
@@ -152,8 +154,11 @@ def _grouped(statuses: Sequence[Status]) -> dict[str, list[str]]:
 def show_status(
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     /,
-    verify_chunks: Annotated[bool, tyro.conf.arg(name="verify")] = False,
-    withdraw_damaged: Annotated[bool, tyro.conf.arg(name="withdraw")] = False,
+    verify: bool = False,
+    withdraw: bool = False,
+    root: str | None = None,
+    workers: Annotated[int, tyro.conf.arg(metavar="N")] = 4,
+    done_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
 ) -> int:
     """Show the status of a study, read from its store alone; return the exit code.
 
@@ -161,10 +166,18 @@ def show_status(
     ----------
     out
         The study's folder or s3:// URL.
-    verify_chunks
-        Also read every chunk and compare it with its digest.
-    withdraw_damaged
-        Verify, and take damaged trials out of the study: the next run trains them again.
+    verify
+        Also read every byte and compare it with its digest. Nothing is written into the study.
+    withdraw
+        Verify, and take what is damaged out of the study, as far as it can be made again: the
+        same commands then make it again.
+    root
+        Verify, and compare the root of the study with this one, which was published.
+    workers
+        Number of files that are read at a time (--verify).
+    done_file
+        A file outside of the study that lists what was verified: with it, an interrupted
+        verification continues (--verify).
     """
     console = Console(soft_wrap=True)
     folder = Folder.of(out)
@@ -173,24 +186,26 @@ def show_status(
     records = inspect_records(folder, plan)
     describe(folder, statuses, console)
     describe_records(records, console)
-    damaged: dict[str, list[str]] = {}
-    damaged_records: dict[str, list[str]] = {}
-    sound = True
-    if verify_chunks or withdraw_damaged:
-        damaged = verify(folder, plan, statuses, console)
-        damaged_records = verify_records(folder, plan, statuses, console)
-        committed = any(status.trial.commit is not None for status in statuses)
-        sound = verify_datasets(folder, plan, committed, console)
-    if (damaged or damaged_records) and withdraw_damaged:
-        withdraw_all(folder, list(damaged), console, list(damaged_records))
-    elif damaged or damaged_records:
-        console.print("--withdraw takes them out of the study, to be trained again.")
-    if damaged or damaged_records or not sound:
-        return 1
+    if verify or withdraw or root:
+        findings = verify_study(folder, plan, console, workers=workers, done_file=done_file)
+        if findings.damaged and withdraw:
+            withdraw_damaged(folder, findings, console)
+        elif findings.damaged:
+            console.print("--withdraw takes out of the study what can be made again.")
+        if findings.damaged or not _is_root(findings, root, console):
+            return 1
     states = {status.state for status in statuses} | {record.state for record in records}
     if "unreadable" in states:
         return 1
     return FAILED if "failed" in states else 0
+
+
+def _is_root(findings: Findings, root: str | None, console: Console) -> bool:
+    """Return whether the root is the one that was published; print it if it is not."""
+    if root is None or root == findings.root:
+        return True
+    console.print(f"[bold]It is another study[/], or was changed: expected {root}.")
+    return False
 
 
 def main(arguments: list[str], prog: str = "status.py") -> int:

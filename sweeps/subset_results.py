@@ -14,6 +14,7 @@ from sampimp.schema import ALL_SAMPLES, SUBSET_BUDGETS, digest
 from sampimp.store.cube import open_cube
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER
 from sampimp.store.location import Folder
+from sampimp.store.manifests import write_manifest
 from sampimp.store.plan import PlannedTrial, read_commits
 from sampimp.store.plan_files import require_plan
 from sampimp.store.subset_choice import crossing
@@ -147,6 +148,8 @@ def export_subsets(folder: Folder, request: SubsetRequest) -> dict[str, list[str
                 folder.write_bytes(f"{name}.csv", ("\n".join(lines) + "\n").encode())
                 absent = np.setdiff1d(present, labels[indices])
                 classes_without[f"{folder}/{name}.npy"] = [names[label] for label in absent]
+    if classes_without:
+        write_manifest(folder, f"{INFLUENCE_FOLDER}/selected")
     return classes_without
 
 

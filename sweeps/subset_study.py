@@ -22,6 +22,7 @@ from sampimp.schema import digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits
 from sampimp.store.plan_files import require_plan
+from sampimp.store.score_files import write_scores
 from sampimp.subsets.metagradient import SURROGATE_STEPS
 from sampimp.subsets.rules import BASELINES, SelectionRule, parse_rule
 from sampimp.subsets.training import CONVERGENCE
@@ -31,7 +32,7 @@ from sampimp.sweeps.influence_study import measure_reverse_epoch
 from sampimp.sweeps.run_choice import check_replayable, choose_runs
 from sampimp.sweeps.subset_scores import own_scores, read_score_file, selectable_count
 from sampimp.sweeps.subset_units import Comparison, SubsetUnits
-from sampimp.sweeps.subset_work import pool_of, write_scores
+from sampimp.sweeps.subset_work import pool_of
 from sampimp.sweeps.work import Unit
 
 ROUND_EPOCHS = 4.5

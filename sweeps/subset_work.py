@@ -6,25 +6,21 @@
 What is judged on the test set selects from all samples; what is judged on the validation split, by
 which rules and their parameters are chosen, selects from the others.
 
-Map: `SubsetWork`, `SearchWork`; `pool_of` (samples to select from), `write_scores`,
-`read_scores` (of rules that read no recorded score).
+Map: `SubsetWork`, `SearchWork`; `pool_of` (samples to select from).
 """
 
-import io
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from sampimp.errors import RecordError
-from sampimp.schema import ALL_SAMPLES, StepRecord, digest
+from sampimp.schema import ALL_SAMPLES, StepRecord
 from sampimp.store.commits import require_commit
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER, SearchLayout, SubsetLayout, layout_of
-from sampimp.store.location import Folder
+from sampimp.store.score_files import read_scores
 from sampimp.store.variables import StoredVariable, read_difficulty
 from sampimp.subsets.metagradient import MetagradientSearch
 from sampimp.subsets.rules import Pool, parse_rule, select
@@ -43,39 +39,6 @@ def pool_of(split: str, labels: np.ndarray) -> np.ndarray:
     if split == "test":
         return every
     return np.setdiff1d(every, validation_samples(labels))
-
-
-def write_scores(folder: Folder, scores: np.ndarray) -> str:
-    """Store scores of the samples, (N,) float64, with the study; return their digest."""
-    name = digest(scores)
-    buffer = io.BytesIO()
-    np.save(buffer, scores)
-    (folder / INFLUENCE_FOLDER).write_bytes(f"scores-{name[:16]}.npy", buffer.getvalue())
-    return name
-
-
-def read_scores(folder: Folder, name: str) -> np.ndarray:
-    """Return stored scores by their digest.
-
-    Raises
-    ------
-    RecordError
-        They are missing, or others.
-    """
-    path = f"scores-{name[:16]}.npy"
-    content = (folder / INFLUENCE_FOLDER).read_bytes(path)
-    scores = None
-    if content is not None:
-        with suppress(ValueError, EOFError, OSError):
-            scores = np.load(io.BytesIO(content), allow_pickle=False)
-    if scores is None or digest(scores) != name:
-        raise RecordError(
-            expected=f"scores with digest {name[:16]}",
-            got="no file" if content is None else "other values",
-            where=f"{folder}/{INFLUENCE_FOLDER}/{path}",
-            todo="delete it, and run the same `sampimp subset` again, which stores it",
-        )
-    return scores
 
 
 class SubsetWork(RunWork):

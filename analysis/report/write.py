@@ -23,6 +23,7 @@ from sampimp.analysis.subset_runs import has_subsets
 from sampimp.errors import RecordError, require_package
 from sampimp.store.cube import open_cube
 from sampimp.store.location import Folder
+from sampimp.store.manifests import remove_manifest, write_manifest
 from sampimp.store.zarr_arrays import zarr_store
 
 
@@ -71,6 +72,7 @@ def write_report(out: str, *, progress: Callable[[str], None] | None = None) -> 
     provenance = {**attributes, **facts}
     page = render_page(sections, provenance, out)
     path = folder.write_bytes("report.html", page.encode())
+    write_manifest(Folder.of(out), "analysis")
     return Report(path=path, sections=sections, provenance=provenance)
 
 
@@ -138,10 +140,11 @@ class _AnalysisFolder:
     def __init__(self, out: str) -> None:
         self._folder = Folder.of(out) / "analysis"
         self._folder.check_writable()  # before the analysis, which may take an hour
+        remove_manifest(Folder.of(out), "analysis")
 
     def write_bytes(self, path: str, data: bytes) -> str:
         """Write a file and return its full path or URL."""
-        self._folder.write_bytes(path, data)
+        self._folder.write_bytes(path, data, durable=False)  # `write_manifest` waits for the disk
         return str(self._folder / path)
 
     def write_dataset(self, path: str, dataset: xr.Dataset) -> None:

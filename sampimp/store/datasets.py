@@ -6,10 +6,12 @@ The attributes of the group are written last, by one put: a data set without the
 A study keeps its data so that a reader needs no other source, and so that every number can be
 traced to the samples it was measured on.
 
-Map: `write_source`, `chunk_table` (shapes, types and digests), `open_source` and
-`StoredSource` (a reader that verifies each chunk), `read_source` (all of it, in memory).
+Map: `store_source` (once for a study), `write_source`; `chunk_table` (shapes, types and digests);
+`open_source` and `StoredSource` (a reader that verifies each chunk); `read_source` (all of it, in
+memory).
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +27,9 @@ from sampimp.store.array_forms import ArrayForm
 from sampimp.store.file_types import SourceAttrs
 from sampimp.store.json_types import require_type
 from sampimp.store.location import Folder
-from sampimp.store.zarr_arrays import first_line, open_uncached, require_group, share_array
+from sampimp.store.manifests import has_manifest, write_manifest
+from sampimp.store.seals import json_bytes
+from sampimp.store.zarr_arrays import first_line, open_uncached, write_array
 
 SOURCE_ARRAYS = ("train_values", "train_labels", "test_values", "test_labels")
 """The arrays of a data set."""
@@ -55,38 +59,72 @@ def chunk_table(source: Source) -> dict[str, Any]:
     return {"full_scale": source.full_scale, "arrays": arrays}
 
 
-def write_source(folder: Folder, source: Source) -> None:
+def store_source(study: Folder, key: str, source: Source) -> None:
+    """Store a data set of a study, with the list of its files, unless it is stored.
+
+    Parameters
+    ----------
+    study
+        The store of the study.
+    key
+        The key of the data set.
+    source
+        Its values.
+    """
+    name = f"datasets/{key}.zarr"
+    if read_source(study / name) is None:
+        write_manifest(study, name, write_source(study / name, source))
+    elif not has_manifest(study, name):
+        write_manifest(study, name)
+
+
+def write_source(folder: Folder, source: Source) -> dict[str, str]:
     """Store a data set: its values before scaling, its labels, and the digest of each chunk.
 
     Several processes may store the same data set at once, while others read it: each writes the
     same bytes to the same keys, and deletes none of them. Another data set is replaced.
+
+    Returns
+    -------
+    dict of str to str
+        SHA-256 of each file, by its path.
     """
-    attributes = (folder.read_json("zarr.json") or {}).get("attributes", {})
-    if attributes.get("digest", source.digest) != source.digest:
+    if _attributes(folder).get("digest", source.digest) != source.digest:
         folder.remove()
+    files: dict[str, str] = {}
+
+    def note(path: str, content: Any) -> None:
+        files[path] = hashlib.sha256(content).hexdigest()
+
     table = chunk_table(source)
     for name, stored in table["arrays"].items():
         values = getattr(source, name)
-        array = share_array(
-            folder,
-            name,
-            shape=values.shape,
-            chunks=(stored["rows"], *values.shape[1:]),
-            dtype=values.dtype,
-            attributes={"full_scale": source.full_scale} if name.endswith("values") else {},
-        )
-        array[:] = values
-    folder.sync()  # before the attributes, which state that the chunks are there
-    # Last, and by one put: without them the data set is not complete.
-    require_group(folder).update_attributes(
-        {
-            "name": source.name,
-            "class_names": list(source.class_names),
-            "digest": source.digest,
-            "chunks": table,
-        }
-    )
+        scale = {"full_scale": source.full_scale} if name.endswith("values") else {}
+        write_array(folder, name, values, (stored["rows"], *values.shape[1:]), scale, note)
     folder.sync()
+    # Last, and by one put: without them the data set is not complete.
+    attributes = {
+        "name": source.name,
+        "class_names": list(source.class_names),
+        "digest": source.digest,
+        "chunks": table,
+    }
+    group = json_bytes({"attributes": attributes, "zarr_format": 3, "node_type": "group"})
+    folder.write_bytes("zarr.json", group)
+    note("zarr.json", group)
+    return files
+
+
+def _attributes(folder: Folder) -> dict[str, Any]:
+    """Return the attributes of a data set; empty if it is not complete, or they are no JSON.
+
+    A power cut may leave a part of the file while the data set is not complete.
+    """
+    try:
+        attributes: dict[str, Any] = (folder.read_json("zarr.json") or {}).get("attributes", {})
+    except RecordError:
+        return {}
+    return attributes
 
 
 @dataclass(frozen=True)
@@ -184,7 +222,7 @@ def open_source(
     RecordError
         The data set is not the one of the plan.
     """
-    attrs = (folder.read_json("zarr.json") or {}).get("attributes", {})
+    attrs = _attributes(folder)
     if "digest" not in attrs:
         return None
     require_type(attrs, SourceAttrs, f"{folder}/zarr.json, attributes")

@@ -174,6 +174,12 @@ class _ZarrFile(TypedDict):
     attributes: NotRequired[dict[str, Any]]
 
 
+class FilesFile(TypedDict):
+    """The list of a folder's files."""
+
+    files: dict[Annotated[str, RELATIVE_PATH], str]
+
+
 class _SummaryFile(TypedDict):
     records: str
     text: str

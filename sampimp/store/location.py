@@ -206,9 +206,7 @@ class Folder:
     def walk(self) -> list[str]:
         """Return the paths of all objects below it, relative to it, sorted; links not followed."""
         if not self.is_local:
-            pages = self._request(lambda store: list(obstore.list(store, self._prefix)))
-            paths = [item["path"] for page in pages for item in page]
-            return sorted(path.removeprefix(self._prefix) for path in paths)
+            return sorted(item["path"].removeprefix(self._prefix) for item in self._objects())
         check_links(self.root, self.path)
         return sorted(
             os.path.relpath(os.path.join(parent, name), str(self))
@@ -220,8 +218,7 @@ class Folder:
     def size(self) -> int:
         """Return the total size of its content in bytes, targets of links not counted."""
         if not self.is_local:
-            pages = self._request(lambda store: list(obstore.list(store, self._prefix)))
-            return sum(item["size"] for page in pages for item in page)
+            return sum(item["size"] for item in self._objects())
         check_links(self.root, self.path)
         total = 0
         for parent, _, names in os.walk(str(self)):
@@ -242,10 +239,13 @@ class Folder:
                 self._request(lambda store: obstore.delete(store, key))
 
     def is_empty(self) -> bool:
-        """Return whether the folder has no content."""
+        """Return whether the folder has no files."""
         folders, objects = self._list()
-        # Ignore the write test of another process, running or killed.
-        return not folders and not set(objects) - {_WRITE_TEST}
+        # Ignore the write test of another process, running or killed, and folders that a power cut
+        # left without their files.
+        return not set(objects) - {_WRITE_TEST} and all(
+            (self / name).is_empty() for name in folders
+        )
 
     def remove(self) -> None:
         """Delete the folder with its content; links are deleted, and their targets are not.
@@ -258,10 +258,14 @@ class Folder:
         if self.is_local:
             self._remove_tree()
             return
-        pages = self._request(lambda store: list(obstore.list(store, self._prefix)))
-        paths = [item["path"] for page in pages for item in page]
+        paths = [item["path"] for item in self._objects()]
         with contextlib.suppress(FileNotFoundError):  # another process deletes at the same time
             self._request(lambda store: obstore.delete(store, paths))
+
+    def _objects(self) -> list[Any]:
+        """Return what a bucket states of each object below the folder."""
+        pages = self._request(lambda store: list(obstore.list(store, self._prefix)))
+        return [item for page in pages for item in page]
 
     def _remove_tree(self) -> None:
         check_links(self.root, self.path)

@@ -27,6 +27,7 @@ from sampimp.errors import RecordError, StoreError
 from sampimp.schema import INFLUENCE_VARIABLES, VARIABLES, digest_json
 from sampimp.store.cube import configuration_attrs, open_cube
 from sampimp.store.location import Folder
+from sampimp.store.manifests import remove_manifest, write_manifest
 from sampimp.store.plan import PlannedTrial, read_commits
 from sampimp.store.plan_files import require_plan
 from sampimp.store.snapshots import SNAPSHOTS
@@ -110,7 +111,9 @@ def consolidate(
         store = target / f"{key}.zarr"
         written = _begin(store, cube)
         if written:
+            remove_manifest(target, f"{key}.zarr")
             _write(store, cube, lambda words, key=key: progress(f"{key}: {words}"))  # type: ignore[misc]
+            write_manifest(target, f"{key}.zarr")
         done.append(Consolidated(str(store), cube.nbytes, written, left_out))
     return done
 

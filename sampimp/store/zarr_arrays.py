@@ -9,14 +9,14 @@ a chunk's size before it is decoded (`sampimp.store.array_forms`).
 
 Map: `zarr_store` (a folder as a Zarr store, for xarray too), `open_array`,
 `open_uncached` and `open_for_writing` (an array), `require_group`, `require_array` and
-`share_array` (making them), `first_line` (the text of a Zarr error).
+`write_array` (making them), `first_line` (the text of a Zarr error).
 """
 
 import asyncio
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,27 @@ class _FolderStore(ObjectStore):
             await super().delete_dir(prefix)
 
 
+class _OverwritingStore(_FolderStore):
+    """A store in which Zarr finds nothing, so that it deletes and keeps nothing."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        return None
+
+    async def exists(self, key: str) -> bool:
+        return False
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        return  # the groups above an array
+
+    async def delete(self, key: str) -> None:
+        return
+
+    async def delete_dir(self, prefix: str) -> None:
+        return
+
+
 def zarr_store(folder: Folder, note: Callable[[str, Any], None] | None = None) -> ObjectStore:
     """Return a folder as a Zarr store, for `xarray.open_zarr` and `Dataset.to_zarr` too.
 
@@ -190,29 +211,41 @@ def require_group(folder: Folder, note: Callable[[str, Any], None] | None = None
         return zarr.open_group(store, mode="r+", zarr_format=3)
 
 
-def share_array(folder: Folder, name: str, **form: Any) -> zarr.Array:
-    """Open an array for writing that several processes may make at once, in the same form.
+def write_array(
+    folder: Folder,
+    name: str,
+    values: np.ndarray,
+    chunks: tuple[int, ...],
+    attributes: Mapping[str, Any],
+    note: Callable[[str, Any], None],
+) -> None:
+    """Write a whole array as if nothing existed; each object replaces an older one in one step.
+
+    Several processes may write the same array at once, while others read it: all write the same
+    bytes to the same keys, and none deletes any. What a power cut left of an array is replaced.
 
     Parameters
     ----------
     folder
-        The group of the array.
-    name
-        Name of the array; one of another form is replaced.
-    form
-        Its shape, chunks, dtype and attributes, as `zarr.create_array` takes them.
+        The group of the array, which is not made.
+    name, values, chunks, attributes
+        The array.
+    note
+        As for `zarr_store`.
     """
-    # By one conditional put: Zarr could make the group after another process has written its
-    # attributes, and so remove them.
-    folder.create_json("zarr.json", {"attributes": {}, "zarr_format": 3, "node_type": "group"})
-    store = zarr_store(folder)
-    try:
-        return zarr.create_array(store, name=name, zarr_format=3, **form)
-    except ContainsArrayError:
-        array = zarr.open_array(store, path=name, mode="r+", zarr_format=3)
-    if all(getattr(array, key) == form[key] for key in ("shape", "chunks", "dtype")):
-        return array
-    return zarr.create_array(store, name=name, zarr_format=3, overwrite=True, **form)
+    store = _OverwritingStore(open_store(str(folder)))
+    store.note = note
+    array = zarr.create_array(
+        store,
+        name=name,
+        shape=values.shape,
+        chunks=chunks,
+        dtype=values.dtype,
+        attributes=dict(attributes),
+        config={"write_empty_chunks": True},
+        zarr_format=3,
+    )
+    array[:] = values
 
 
 def require_array(group: zarr.Group, name: str, layout: RecordLayout) -> zarr.Array:

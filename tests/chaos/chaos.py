@@ -35,8 +35,7 @@ import sampimp
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
 from sampimp.store.plan_files import require_plan
-from sampimp.sweeps.inspection import inspect
-from sampimp.sweeps.verification import verify, withdraw_all
+from sampimp.sweeps.verification import verify_study, withdraw_damaged
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from processes import TRAIN, Driver, command_of, kill
@@ -261,10 +260,9 @@ def take_out_damage(out: Path) -> int:
     """Withdraw the trials that are damaged, as `status.py OUT --withdraw` does; return how many."""
     folder = Folder.of(out)
     plan = require_plan(folder)
-    damaged = verify(folder, plan, inspect(folder, plan), QUIET)
-    if damaged:
-        withdraw_all(folder, list(damaged), QUIET)
-    return len(damaged)
+    findings = verify_study(folder, plan, QUIET)
+    withdraw_damaged(folder, findings, QUIET)
+    return len(findings.of("trial"))
 
 
 # Comparison.

@@ -254,13 +254,13 @@ def identity_of(planned):
 
 def start_study(out, plan, sources):
     """Write the plan and its data sets, without trials."""
-    from sampimp.store.datasets import write_source
+    from sampimp.store.datasets import store_source
     from sampimp.store.location import Folder
 
     folder = Folder.of(out)
     folder.write_json("study.json", plan.to_json())
     for key, source in sources.items():
-        write_source(folder / "datasets" / f"{key}.zarr", source)
+        store_source(folder, key, source)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import oracles
@@ -121,7 +122,7 @@ DAMAGE = {
     ),
     "digests forgotten": ("zarr.json", lambda at: rewrite(at / "zarr.json", forget_digests)),
     "another scale": ("zarr.json", lambda at: rewrite(at / "zarr.json", with_another_scale)),
-    "no JSON": ("zarr.json", lambda at: (at / "zarr.json").write_text("{")),
+    "no JSON": ("one.zarr", lambda at: (at / "zarr.json").write_text("{")),
     "unnamed": ("one.zarr", lambda at: (at / "zarr.json").unlink()),
     "all deleted": ("one.zarr", shutil.rmtree),
     "images deleted": ("train_values", lambda at: shutil.rmtree(at / "train_values")),
@@ -159,14 +160,14 @@ def test_damage_to_a_data_set_is_an_error_and_never_a_number(made, capsys, name)
     np.testing.assert_array_equal(node["image"][7:16:3, 1], expected[7:16:3, 1])
     np.testing.assert_array_equal(node["image"].data[20], expected[20])
     assert status.main([str(out), "--verify"]) == 0
-    assert "data set one verified: every chunk is as it was written." in capsys.readouterr().out
+    assert "1 data sets verified: every byte is as it was written." in capsys.readouterr().out
 
     place, damage = DAMAGE[name]
     damage(where)
     assert status.main([str(out), "--verify"]) == 1
     output = capsys.readouterr().out
     assert "data set one is damaged: " in output
-    assert "1 committed trials verified: every chunk is as it was written." in output
+    assert "1 committed trials verified: every byte is as it was written." in output
     if place.startswith("test_"):
         sampimp.open_cube(out)["one"]["image"].compute()
     else:
@@ -175,7 +176,9 @@ def test_damage_to_a_data_set_is_an_error_and_never_a_number(made, capsys, name)
         assert all(part.strip() for part in caught.value.args)
         if place.startswith("train_values"):  # the labels are intact
             assert sampimp.open_cube(out)["one"]["label"].shape == (24,)
-    if (where / "zarr.json").is_file() and name != "digests forgotten":
+    if name == "no JSON":
+        assert read_source(Folder.of(where)) is None
+    elif (where / "zarr.json").is_file() and name != "digests forgotten":
         # Without the plan, the whole data set is compared with its own digest.
         with pytest.raises(RecordError):
             read_source(Folder.of(where))
@@ -184,13 +187,14 @@ def test_damage_to_a_data_set_is_an_error_and_never_a_number(made, capsys, name)
 def test_a_data_set_stored_without_digests_is_read_unverified(made, capsys):
     out, where, source = made
     rewrite(where / "zarr.json", forget_digests)
+    Path(f"{where}.manifest.json").unlink()
     rewrite(out / "study.json", lambda plan: plan["datasets"]["one"].pop("chunks"))
     node = sampimp.open_cube(out)["one"]
     np.testing.assert_array_equal(node["label"], source.train_labels)
     np.testing.assert_array_equal(node["image"], np.moveaxis(source.train_values, 1, 3))
     assert read_source(Folder.of(where)).digest == source.digest
     assert status.main([str(out), "--verify"]) == 0
-    assert "data set one is unverified" in capsys.readouterr().out
+    assert "1 of an earlier version" in capsys.readouterr().out
     flip(where / "train_values/c/3/0/0/0")
     assert status.main([str(out), "--verify"]) == 1
     assert "data set one is damaged" in capsys.readouterr().out

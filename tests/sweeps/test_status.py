@@ -228,21 +228,21 @@ def test_a_damaged_trial_is_named_withdrawn_and_trained_again(tmp_path, capsys):
     before = sampimp.open_cube(tmp_path)["one"].compute()
     code, text, _ = call(capsys, tmp_path, "--verify")
     assert code == 0
-    assert "3 committed trials verified: every chunk is as it was written." in text
+    assert "3 committed trials verified: every byte is as it was written." in text
 
     damaged = study.trial("one-shuffle-seed2").trial_id
     (chunk,) = (tmp_path / "trials" / damaged / "record.zarr" / "nll" / "c" / "1").iterdir()
     chunk.unlink()
     code, text, _ = call(capsys, tmp_path, "--verify")
     assert code == 1
-    assert f"{damaged} is damaged: nll, epoch 2: " in text
-    assert "3 committed trials verified: 1 are damaged." in text
-    assert "--withdraw takes them out" in text
+    assert f"{damaged} is damaged: record.zarr/nll/c/1/0: missing" in text
+    assert "3 committed trials verified: 1 damaged." in text
+    assert "--withdraw takes out" in text
     assert study.trial("one-shuffle-seed2").commit is not None  # nothing was changed
 
     code, text, _ = call(capsys, tmp_path, "--withdraw")
     assert code == 1
-    assert "1 withdrawn" in text
+    assert "1 committed trials withdrawn" in text
     assert study.trial("one-shuffle-seed2").commit is None
     assert np.isnan(sampimp.open_cube(tmp_path)["one"].nll.sel(strategy="shuffle", seed=2)).all()
     study.train(commit=lambda trial: trial.commit is None)
@@ -266,7 +266,7 @@ def test_snapshots_are_verified_and_withdrawn_too(tmp_path, capsys):
     chunk.write_bytes(b"")
     code, text, _ = call(capsys, tmp_path, "--withdraw")
     assert code == 1
-    assert f"{trial_id} is damaged: snapshot_importance, epoch 2: " in text
+    assert f"{trial_id}/snapshots.zarr is damaged: snapshot_importance, epoch 2: " in text
     assert list(json.loads((tmp_path / SNAPSHOTS).read_text())) == list(entries)[:1]
 
 

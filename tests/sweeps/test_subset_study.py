@@ -16,6 +16,7 @@ from sampimp.store.commits import create_commit, require_commit
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
 from sampimp.store.record import TrialRecord
+from sampimp.store.score_files import read_scores
 from sampimp.store.sharded import consolidate
 from sampimp.store.subset_choice import best_rule, best_variant
 from sampimp.store.zarr_arrays import open_array
@@ -28,7 +29,7 @@ from sampimp.sweeps.influence_study import compute_influence
 from sampimp.sweeps.subset_results import diverged_trainings
 from sampimp.sweeps.subset_study import SubsetRequest, prepare_subsets
 from sampimp.sweeps.subset_units import Comparison
-from sampimp.sweeps.subset_work import SubsetWork, read_scores
+from sampimp.sweeps.subset_work import SubsetWork
 from sampimp.training.loop import evaluate
 
 RULES = ("tau-high", "nll-low", "strata", "power:0.5")
@@ -401,14 +402,14 @@ def test_records_of_subsets_are_verified_withdrawn_and_trained_again(copied, cap
     out = capsys.readouterr().out
     count = len(commits_of(copied))
     assert f"{count} records of influence, retraining and subsets ({count} subset): " in out
-    assert f"{count} records of influence, retraining and subsets verified: every chunk" in out
+    assert f"{count} records of influence, retraining and subsets verified: every byte" in out
     expected = cube_of(copied).compute()
     name = next(n for n, c in commits_of(copied).items() if c["rule"] == "tau-high")
     chunks = Path(str(copied)).glob(f"influence/{name}/record.zarr/selected/c/**/0")
     chunk = next(path for path in chunks if path.is_file())
     chunk.write_bytes(b"damage")
     assert status.main([str(copied), "--withdraw"]) == 1
-    assert f"{name} is damaged: selected" in capsys.readouterr().out
+    assert f"{name} is damaged: record.zarr/selected/c/" in capsys.readouterr().out
     assert name not in commits_of(copied)
     again = compute(copied).compute()
     for variable in ("subset_error", "subset_nll", "selected"):
