@@ -291,27 +291,26 @@ class Folder:
     def check_reachable(self) -> None:
         """Raise StoreError unless the bucket exists, answers and accepts the credentials.
 
-        All other methods wait for `SERVER_PATIENCE` for a server that is away. This one, called
-        when a study is opened, waits for `OPENING_PATIENCE`: a wrong endpoint is more likely then.
-        A local folder is not checked.
+        All other methods wait for `SERVER_PATIENCE` for a server that is away; this one, called when
+        a study is opened, for `OPENING_PATIENCE`: a wrong endpoint is more likely then.
         """
         if not self.is_local:
-            self._request(
-                lambda store: obstore.list_with_delimiter(store, self._prefix), OPENING_PATIENCE
-            )
+            self._list(OPENING_PATIENCE)
 
     def check_writable(self) -> None:
         """Raise StoreError unless an object can be stored here; delete that object again."""
         self.write_bytes(_WRITE_TEST, bytes(2**16))  # an empty file fits on a full disk
         self.delete(_WRITE_TEST)
 
-    def _list(self) -> tuple[list[str], list[str]]:
+    def _list(self, patience: timedelta | None = None) -> tuple[list[str], list[str]]:
         """Return the names of its subfolders and of its objects, each sorted."""
         if self._is_absent:
             return [], []
         if self.is_local:
             check_links(self.root, self.path)
-        listing = self._request(lambda store: obstore.list_with_delimiter(store, self._prefix))
+        listing = self._request(
+            lambda store: obstore.list_with_delimiter(store, self._prefix), patience
+        )
         folders = (PurePosixPath(path).name for path in listing["common_prefixes"])
         objects = (PurePosixPath(item["path"]).name for item in listing["objects"])
         return sorted(folders), sorted(objects)
@@ -321,8 +320,7 @@ class Folder:
     ) -> _T:
         """Call with the obstore store, and retry while its server is away.
 
-        obstore retries by itself, but not if a connection breaks in the middle of a list, a delete
-        or a conditional put. So a call may take effect twice.
+        obstore itself does not retry a list, delete or conditional put. So it may happen twice.
         """
         store, start = open_store(self.root, _RETRY_PATIENCE), time.monotonic()
         patience = patience or SERVER_PATIENCE
