@@ -19,7 +19,7 @@ define install
 @touch $@
 endef
 
-.PHONY: help study test check docs bench influence chaos drivers fuzz cluster-test gpu gpu-wheels clean
+.PHONY: help study test check docs bench influence power chaos drivers fuzz cluster-test gpu gpu-wheels clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # With make -j, two concurrent installs would break the environment.
@@ -30,6 +30,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make check   format, lint, types, doctests, tests"
 	@echo "make docs    the documentation, into docs/_build/html; warnings are errors"
+	@echo "make power   a study whose power is cut 200 times, against an undisturbed one (minutes)"
 	@echo "make chaos   a study with injected deaths and faults, against an undisturbed one (minutes)"
 	@echo "make drivers four drivers of one study, started, killed and restarted: DRIVERS_OPTIONS='--seeds 10' (minutes)"
 	@echo "make fuzz    10,000 changed files of a study: readers raise named errors only (an hour)"
@@ -59,6 +60,9 @@ docs: $(VENV)/.installed-docs
 	@rm -rf docs/api/generated  # pages of modules that are gone
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+power: $(VENV)/.installed-test
+	@$(BIN)/python tests/store/power_loss.py
 
 chaos: $(VENV)/.installed-test
 	@$(BIN)/python tests/chaos/chaos.py

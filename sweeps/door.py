@@ -15,9 +15,13 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from sampimp.errors import DamageWarning, printable
 
 INTERRUPTED = "Interrupted. Committed trials are kept; the same command continues."
 """Message of an interrupted command."""
@@ -41,6 +45,7 @@ def run_door(main: Callable[[list[str]], int]) -> NoReturn:
     main
         From arguments to the exit code; it handles KeyboardInterrupt itself.
     """
+    warnings.showwarning = partial(_show_warning, warnings.showwarning)
     interrupt = _Interrupt()
     # A process that was started in the background ignores Ctrl-C, and continues to.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -60,6 +65,20 @@ def run_door(main: Callable[[list[str]], int]) -> NoReturn:
         print(INTERRUPTED, file=sys.stderr)
         code = 130
     sys.exit(TERMINATED if code == 130 and interrupt.by_sigterm else code)
+
+
+def _show_warning(
+    show_other: Callable[..., None],
+    message: Warning | str,
+    category: type[Warning],
+    *place: Any,
+    **options: Any,
+) -> None:
+    """Show what is damaged in one line, without the line of code that found it."""
+    if issubclass(category, DamageWarning):
+        print(printable(str(message)), file=sys.stderr)
+    else:
+        show_other(message, category, *place, **options)
 
 
 def _hide_late_interrupt(unraisable: "sys.UnraisableHookArgs") -> None:

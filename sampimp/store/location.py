@@ -291,8 +291,8 @@ class Folder:
     def check_reachable(self) -> None:
         """Raise StoreError unless the bucket exists, answers and accepts the credentials.
 
-        All other methods wait for `SERVER_PATIENCE` for a server that is away; this one, called when
-        a study is opened, for `OPENING_PATIENCE`: a wrong endpoint is more likely then.
+        Other methods wait for `SERVER_PATIENCE` for a server that is away; this one, called when a
+        study is opened, for `OPENING_PATIENCE`: a wrong endpoint is more likely then.
         """
         if not self.is_local:
             self._list(OPENING_PATIENCE)
