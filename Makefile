@@ -19,7 +19,7 @@ define install
 @touch $@
 endef
 
-.PHONY: help study test check docs bench influence power chaos drivers fuzz cluster-test gpu gpu-wheels clean
+.PHONY: help study test check docs bench influence power chaos drivers fuzz faults soak cluster-test gpu gpu-wheels clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # With make -j, two concurrent installs would break the environment.
@@ -34,6 +34,8 @@ help:
 	@echo "make chaos   a study with injected deaths and faults, against an undisturbed one (minutes)"
 	@echo "make drivers four drivers of one study, started, killed and restarted: DRIVERS_OPTIONS='--seeds 10' (minutes)"
 	@echo "make fuzz    10,000 changed files of a study: readers raise named errors only (an hour)"
+	@echo "make faults  every operation of the store fails once, on a disk and on S3 (half an hour)"
+	@echo "make soak    studies and readers on an S3 server with faults: memory must be flat (half an hour)"
 	@echo "make cluster-test   ray up on hosts in namespaces: one loses its network, one dies (root; 4 minutes)"
 	@echo "make bench   training steps with and without recording, against BackPACK and Opacus"
 	@echo "make influence   influence on the final model against retrainings, other packages, cost (3 hours)"
@@ -72,6 +74,12 @@ drivers: $(VENV)/.installed-test
 
 fuzz: $(VENV)/.installed-test
 	@PYTHONPATH=tests/helpers $(BIN)/python tests/fuzz/fuzz.py $(FUZZ_OPTIONS)
+
+faults: $(VENV)/.installed-test
+	@FAULTS_EVERY=1 $(BIN)/python -m pytest -n 2 --timeout=0 tests/faults
+
+soak: $(VENV)/.installed-test
+	@$(BIN)/python tests/soak/soak.py --minutes 30
 
 bench: $(VENV)/.installed-bench
 	@for threads in 1 $$(nproc); do \

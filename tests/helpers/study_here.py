@@ -1,7 +1,7 @@
 """A study that is run by its own code in this process, without Ray.
 
-Map: `command` (what `sampimp study` does between its start and its end), `values_of` (what must be
-the same after any fault).
+Map: `begin`, `command` (what `sampimp study` does between its start and its end), `values_of` (what
+must be the same after any fault).
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from sampimp.store.plan_files import require_plan
 from sampimp.sweeps.machines import Cluster
 from sampimp.sweeps.options import StudyConfig
 from sampimp.sweeps.run import write_plan
-from sampimp.sweeps.study import prepare_study
+from sampimp.sweeps.study import Study, prepare_study
 from sampimp.sweeps.trial import TrainingWork
 from sampimp.sweeps.trial_inputs import TrialInputs
 from sampimp.sweeps.work import perform, training_units
@@ -62,6 +62,13 @@ class TeamHere:
         pass
 
 
+def begin(config: StudyConfig) -> Study:
+    """Store the plan and the data sets of a study."""
+    source = make_source(name="digits")
+    study = prepare_study(config, lambda: Cluster("here", ()), lambda *_: source, QUIET)
+    return write_plan(study, QUIET)
+
+
 def command(
     config: StudyConfig,
     step_done: Callable[[str, int], None] = lambda label, step: None,
@@ -76,11 +83,9 @@ def command(
     step_done, committed
         Called after each epoch, and after each commit, with the label of the run.
     """
-    source = make_source(name="digits")
-    study = prepare_study(config, lambda: Cluster("here", ()), lambda *_: source, QUIET)
-    study = write_plan(study, QUIET)
+    study = begin(config)
     folder, plan = study.folder, study.plan
-    inputs = TrialInputs(folder, plan, lambda key: source)
+    inputs = TrialInputs(folder, plan, study.sources.__getitem__)
     for _ in range(2):  # the references first
         for unit in training_units(plan, plan.resolve(read_commits(folder))):
             if unit.folder is not None and unit.commit is None:
