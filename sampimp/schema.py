@@ -17,6 +17,7 @@ result of one epoch of training) and `StepRecord` (that of any step); `digest` a
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -242,7 +243,7 @@ def chunk_shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     if name in COMMITTED:
         return shape
     leading = (1, *shape[1:-1]) if dims[0] in STEP_DIMS else shape[:-1]
-    last = max(1, CHUNK_VALUES // max(1, int(np.prod(leading))))
+    last = max(1, CHUNK_VALUES // max(1, math.prod(leading)))
     return (*leading, min(shape[-1], last))
 
 

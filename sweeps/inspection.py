@@ -40,13 +40,17 @@ class Status(NamedTuple):
 
 
 def inspect(folder: Folder, plan: Plan) -> list[Status]:
-    """Return the state of each trial of the plan."""
+    """Return the state of each trial of the plan.
+
+    In a bucket, only the start of each COMMIT.json is read: 10,000 of them take seconds.
+    """
     unreadable: dict[str, str] = {}
 
     def refuse(name: str, error: RecordError) -> None:
         unreadable[name] = f"{error.where}: {error.summary}"
 
-    trials = plan.resolve(read_commits(folder, refuse=refuse), refuse)
+    commits = read_commits(folder, refuse=refuse, outcomes=not folder.is_local)
+    trials = plan.resolve(commits, refuse)
 
     def read_sign(trial: PlannedTrial) -> LastSign | None:
         if trial.commit is not None or trial.trial_id in (None, *unreadable):

@@ -65,11 +65,9 @@ Exit code:
 
 def describe(folder: Folder, statuses: Sequence[Status], console: Console) -> None:
     """Print the counts, a grid per data set, and a line for each state that has details."""
-    with console.status("Adding up its size"):
-        size = folder.size()
     counts = Counter(status.state for status in statuses)
     words = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-    console.print(f"{folder}: {size / 1e9:.2f} GB", markup=False, highlight=False)
+    console.print(str(folder), markup=False, highlight=False)
     console.print(f"{len(statuses)} trials: {words}", highlight=False)
     for dataset in dict.fromkeys(status.trial.config.dataset for status in statuses):
         console.print()
@@ -159,6 +157,7 @@ def show_status(
     root: str | None = None,
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 4,
     done_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    size: bool = False,
 ) -> int:
     """Show the status of a study, read from its store alone; return the exit code.
 
@@ -178,6 +177,8 @@ def show_status(
     done_file
         A file outside of the study that lists what was verified: with it, an interrupted
         verification continues (--verify).
+    size
+        Also add up the size of the study, which lists each of its files.
     """
     console = Console(soft_wrap=True)
     folder = Folder.of(out)
@@ -186,6 +187,10 @@ def show_status(
     records = inspect_records(folder, plan)
     describe(folder, statuses, console)
     describe_records(records, console)
+    if size:
+        with console.status("Adding up its size"):
+            gigabytes = folder.size() / 1e9
+        console.print(f"{gigabytes:.2f} GB", highlight=False)
     if verify or withdraw or root:
         findings = verify_study(folder, plan, console, workers=workers, done_file=done_file)
         if findings.damaged and withdraw:

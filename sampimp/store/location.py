@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
 from obstore.exceptions import AlreadyExistsError
@@ -39,6 +39,9 @@ from sampimp.store.json_types import LARGEST_JSON, parse_json
 from sampimp.store.links import check_links
 from sampimp.store.s3_errors import ServerAwayError, readable_errors
 from sampimp.store.seals import json_bytes
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
 
 _RETRY_PATIENCE = timedelta(seconds=2)
 """How long obstore itself retries for a `Folder`: Ctrl-C is not handled meanwhile."""
@@ -97,8 +100,10 @@ class Folder:
         """Whether the folder is on a disk of this machine."""
         return "://" not in self.root
 
-    def read_bytes(self, name: str, largest: int | None = None) -> bytes | None:
-        """Return an object's content, or None if there is none.
+    def read_bytes(
+        self, name: str, largest: int | None = None, *, first: int | None = None
+    ) -> bytes | None:
+        """Return an object's content, or its `first` bytes, or None if there is none.
 
         Raises
         ------
@@ -110,8 +115,8 @@ class Folder:
             return None
 
         def get(store: LocalStore | S3Store) -> bytes:
-            answer = obstore.get(store, self._key(name))
-            if answer.meta["size"] > limit:  # obstore would abort the process
+            answer = obstore.get(store, self._key(name), options=_part(first))
+            if first is None and answer.meta["size"] > limit:  # obstore would abort the process
                 raise too_large(answer.meta["size"], limit, f"{self}/{name}")
             return bytes(answer.bytes())
 
@@ -210,7 +215,7 @@ class Folder:
         check_links(self.root, self.path)
         return sorted(
             os.path.relpath(os.path.join(parent, name), str(self))
-            for parent, _, names in os.walk(str(self))
+            for parent, _, names in _tree(self)
             for name in names
             if not disk.is_temporary(name)
         )
@@ -220,12 +225,8 @@ class Folder:
         if not self.is_local:
             return sum(item["size"] for item in self._objects())
         check_links(self.root, self.path)
-        total = 0
-        for parent, _, names in os.walk(str(self)):
-            for path in (os.path.join(parent, name) for name in names):
-                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                    total += 0 if os.path.islink(path) else os.stat(path).st_size
-        return total
+        paths = (os.path.join(parent, name) for parent, _, names in _tree(self) for name in names)
+        return sum(map(_size_of, paths))
 
     def delete(self, name: str) -> None:
         """Delete one object or link; do nothing if there is none."""
@@ -271,7 +272,7 @@ class Folder:
         check_links(self.root, self.path)
         self._check_parents(self.path)
         is_link = bool(self.path) and os.path.islink(str(self))
-        tree = [] if is_link else list(os.walk(str(self), topdown=False))
+        tree = [] if is_link else _tree(self)
         paths = [os.path.join(parent, n) for parent, inner, outer in tree for n in inner + outer]
         for path in paths:
             check_links(self.root, os.path.relpath(path, self.root))
@@ -347,3 +348,27 @@ class Folder:
         if self.is_local:
             check_links(self.root, key)
         return key
+
+
+def _tree(folder: Folder) -> list[tuple[str, list[str], list[str]]]:
+    """Return what `os.walk` yields of a local folder, the innermost folders first.
+
+    A folder that cannot be listed is an error: `os.walk` alone would leave out what is in it.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # deleted meanwhile
+            raise error
+
+    with readable_errors(folder):
+        return list(os.walk(str(folder), topdown=False, onerror=refuse))
+
+
+def _size_of(path: str) -> int:
+    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+        return 0 if os.path.islink(path) else os.stat(path).st_size
+    return 0
+
+
+def _part(first: int | None) -> "GetOptions":
+    return {} if first is None else {"range": (0, first)}

@@ -23,7 +23,7 @@ from sampimp.schema import (
     Layout,
     __version__,
 )
-from sampimp.store.commits import find_commit, read_commit
+from sampimp.store.commits import find_commit, read_commit, read_outcome
 from sampimp.store.file_types import KEY, Count, check_plan_sizes
 from sampimp.store.integrity import record_digest
 from sampimp.store.json_types import require_type
@@ -330,11 +330,16 @@ committed."""
 
 
 def read_commits(
-    folder: Folder, records: str = "trials", refuse: Refuse | None = None
+    folder: Folder,
+    records: str = "trials",
+    refuse: Refuse | None = None,
+    *,
+    outcomes: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Return the COMMIT.json of every committed trial of a study, by trial_id.
 
-    A damaged one counts as absent, with a `sampimp.errors.DamageWarning`.
+    A damaged one counts as absent, with a `sampimp.errors.DamageWarning`. The digests of files,
+    half of a commit, are left out.
 
     Parameters
     ----------
@@ -344,19 +349,33 @@ def read_commits(
         Its folder of records: "trials", or `sampimp.store.influence_layouts.INFLUENCE_FOLDER`.
     refuse
         Called for each COMMIT.json that cannot be read, instead of the warning.
+    outcomes
+        Read the outcomes of trials alone (`sampimp.store.commits.read_outcome`), and whole only the
+        commits that `Plan.resolve` needs.
     """
     trials = folder / records
     names = trials.folders()
 
     def read(name: str) -> Any:
-        if refuse is None:
-            return find_commit(trials / name)
         try:
-            return read_commit(trials / name)
+            commit = read_outcome(trials / name) if outcomes else None
+            if commit is None or _is_reference(commit):
+                commit = (
+                    find_commit(trials / name) if refuse is None else read_commit(trials / name)
+                )
         except RecordError as error:
+            if refuse is None:
+                raise
             refuse(name, error)
             return None
+        return commit and {key: entry for key, entry in commit.items() if key != "files"}
 
-    with ThreadPoolExecutor(16) as pool:  # an object store answers in tens of milliseconds
+    # An object store answers in tens of milliseconds, a disk at once.
+    with ThreadPoolExecutor(16 if folder.is_local else 64) as pool:
         commits = pool.map(read, names)
     return {name: commit for name, commit in zip(names, commits, strict=True) if commit}
+
+
+def _is_reference(identity: Mapping[str, Any]) -> bool:
+    reference = REFERENCE_STRATEGY, REFERENCE_SEED
+    return (identity.get("strategy"), identity.get("seed")) == reference
