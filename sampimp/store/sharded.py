@@ -8,8 +8,8 @@ A trial writes one epoch at a time, so the epochs of one sample are spread over 
 there are epochs. Here a chunk holds all epochs of a few samples, and a shard (one object) holds
 many chunks.
 
-The store's zarr.json is written last, after every value was read back and compared: an incomplete
-store cannot be opened, and the same call begins it again.
+The store's zarr.json is written after every value was read back and compared, and last the list of
+its files: an incomplete store cannot be opened, and the same call begins it again.
 
 Map: `consolidate`; `chunk_and_shard` (the layout).
 """
@@ -27,7 +27,7 @@ from sampimp.errors import RecordError, StoreError
 from sampimp.schema import INFLUENCE_VARIABLES, VARIABLES, digest_json
 from sampimp.store.cube import configuration_attrs, open_cube
 from sampimp.store.location import Folder
-from sampimp.store.manifests import remove_manifest, write_manifest
+from sampimp.store.manifests import has_manifest, remove_manifest, write_manifest
 from sampimp.store.plan import PlannedTrial, read_commits
 from sampimp.store.plan_files import require_plan
 from sampimp.store.snapshots import SNAPSHOTS
@@ -109,7 +109,7 @@ def consolidate(
         cube = cube.drop_dims(_DERIVED_DIMS, errors="ignore")
         left_out = tuple(str(name) for name in whole if name not in cube)
         store = target / f"{key}.zarr"
-        written = _begin(store, cube)
+        written = _begin(store, cube, has_manifest(target, f"{key}.zarr"))
         if written:
             remove_manifest(target, f"{key}.zarr")
             _write(store, cube, lambda words, key=key: progress(f"{key}: {words}"))  # type: ignore[misc]
@@ -136,12 +136,15 @@ def _require_finished(trials: list[PlannedTrial], folder: Folder) -> None:
         )
 
 
-def _begin(store: Folder, cube: xr.Dataset) -> bool:
-    """Clear the folder of a store; return False if a store of the same records exists."""
+def _begin(store: Folder, cube: xr.Dataset, is_listed: bool) -> bool:
+    """Clear the folder of a store; return False if a store of the same records exists.
+
+    One without the list of its files, which is written last, is not finished.
+    """
     root = store.read_json("zarr.json")
     if root is not None:
         attrs = root.get("attributes", {})
-        if attrs.get("records") == cube.attrs["records"]:
+        if is_listed and attrs.get("records") == cube.attrs["records"]:
             return False
         replaceable = "records" in attrs or UNFINISHED in attrs
     else:  # an interrupted store has arrays only
