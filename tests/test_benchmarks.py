@@ -126,3 +126,11 @@ def test_the_influence_benchmark_scores_and_continues(monkeypatch, tmp_path):
     influence.main(replace(config, sections=("adamw", "paper")))
     assert config.out.read_text().count("Not measured.") == page.count("Not measured.")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.npz")} == stored
+
+
+def test_the_durability_benchmark_compares_both(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    durability = importlib.import_module("durability")
+    for synced in (True, False):
+        assert durability.train_seconds(tmp_path / str(synced), 1, synced, epochs=2) > 0
+    assert durability.measure_verification(tmp_path / "files", files=3, workers=2) > 0

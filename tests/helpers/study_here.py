@@ -10,6 +10,7 @@ from typing import Any
 from oracles import make_source
 from rich.console import Console
 
+from sampimp.data import Source
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
 from sampimp.store.plan_files import require_plan
@@ -62,9 +63,9 @@ class TeamHere:
         pass
 
 
-def begin(config: StudyConfig) -> Study:
-    """Store the plan and the data sets of a study."""
-    source = make_source(name="digits")
+def begin(config: StudyConfig, source: Source | None = None) -> Study:
+    """Store the plan and the data set of a study, by default 24 random images."""
+    source = source or make_source(name="digits")
     study = prepare_study(config, lambda: Cluster("here", ()), lambda *_: source, QUIET)
     return write_plan(study, QUIET)
 
@@ -73,6 +74,7 @@ def command(
     config: StudyConfig,
     step_done: Callable[[str, int], None] = lambda label, step: None,
     committed: Callable[[str], None] = lambda label: None,
+    source: Source | None = None,
 ) -> None:
     """Train what the store lacks.
 
@@ -82,8 +84,10 @@ def command(
         The options of the study.
     step_done, committed
         Called after each epoch, and after each commit, with the label of the run.
+    source
+        The data set; by default 24 random images.
     """
-    study = begin(config)
+    study = begin(config, source)
     folder, plan = study.folder, study.plan
     inputs = TrialInputs(folder, plan, study.sources.__getitem__)
     for _ in range(2):  # the references first
