@@ -147,3 +147,34 @@ def test_a_file_larger_than_the_memory_is_a_named_error(tmp_path):
         file.truncate(2**43)  # of which the disk holds nothing; obstore would abort the process
     with pytest.raises(RecordError, match="8,796,093,022,208 bytes"):
         Folder.of(tmp_path).read_bytes("state.pt")
+
+
+@pytest.mark.parametrize("use", [Folder.walk, Folder.size, Folder.remove])
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch, use):
+    folder = Folder.of(tmp_path)
+    folder.write_bytes("a/inner/x", b"1")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("inner"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        with pytest.raises(StoreError, match="Permission denied"):
+            use(folder / "a")
+    assert folder.read_bytes("a/inner/x") == b"1"
+
+
+def test_what_is_deleted_during_a_walk_is_no_error(tmp_path, monkeypatch):
+    folder, scandir = Folder.of(tmp_path), os.scandir
+    folder.write_bytes("a/inner/x", b"1")
+
+    def lose(path):
+        if str(path).endswith("inner"):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", lose)
+    assert folder.walk() == []

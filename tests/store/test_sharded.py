@@ -182,3 +182,14 @@ def test_shards_are_whole_chunks_of_one_trial_within_the_limits(name, sizes, len
     assert 4 * np.prod(chunk, dtype=float) <= 2**20 or chunk[-1] == 1
     assert 4 * np.prod(shard, dtype=float) <= 2**25 or shard[-1] == chunk[-1]
     assert chunk[2] == (1 if name == "parameters" else shape[2])
+
+
+def test_a_store_without_the_list_of_its_files_is_written_again(study, tmp_path):
+    consolidate(study, tmp_path)
+    (listed,) = (name for name in Folder.of(tmp_path).files() if name.startswith("one.zarr"))
+    Folder.of(tmp_path).delete(listed)  # as after a fault at the end
+    (store,) = consolidate(study, tmp_path)
+    assert store.written
+    assert Folder.of(tmp_path).files() == [listed]
+    (store,) = consolidate(study, tmp_path)
+    assert not store.written
