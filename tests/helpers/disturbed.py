@@ -31,7 +31,7 @@ from sampimp.sweeps import status
 from sampimp.sweeps.influence_study import compute_influence
 
 EVERY = int(os.environ.get("FAULTS_EVERY", "7"))
-"""Every which operation or request fails; 1 in `make faults`."""
+"""Every which request fails; 1 in `make faults`, and then every operation on a disk too."""
 
 
 def _config(out: str, *strategies: str) -> Any:

@@ -53,7 +53,7 @@ def test_an_outcome_is_the_start_of_the_commit(bucket):
 
 
 def test_of_a_commit_only_the_start_is_read(bucket):
-    """A commit is as long as that of 50 epochs, and damaged beyond its start: nothing reads that."""
+    """A commit as long as that of 50 epochs, damaged beyond its start: nothing reads that."""
     (path,) = (path for path in commit_paths(bucket) if "nlo" in path)
     bucket.objects[path] += b"x" * 50_000
     assert states()["one-nlo-seed1"] == "done"
