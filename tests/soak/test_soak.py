@@ -13,10 +13,10 @@ from soak import Sample, growth_of
 def test_what_grows_is_named_and_what_settles_is_not():
     settling = [Sample(400.0 - 200.0 / (n + 1), 50 + n % 3, 20) for n in range(30)]
     assert growth_of(settling, 20.0) == []
-    leaking = [Sample(400.0 + 2 * n, 50 + n, 20) for n in range(30)]
+    leaking = [Sample(400.0 + 2 * n, 50 + 10 * n, 20) for n in range(30)]
     assert growth_of(leaking, 20.0) == [
         "megabytes grew from 418 to 446",
-        "files grew from 59 to 73",
+        "files grew from 140 to 280",
     ]
 
 
