@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from sampimp.errors import RecordError, printable
 from sampimp.schema import digest_json
@@ -38,7 +40,7 @@ from sampimp.store.manifests import (
 )
 from sampimp.store.plan import Plan
 from sampimp.store.plan_files import PLAN_COPY, PLANS, find_plan
-from sampimp.store.score_files import damaged_scores
+from sampimp.store.score_files import damaged_scores, has_scores
 from sampimp.store.seals import json_bytes, unseal
 from sampimp.store.snapshots import SNAPSHOTS, stored_snapshots
 
@@ -68,11 +70,15 @@ PART_KINDS: Mapping[str, Kind] = {
         "data sets", "the command that trained the study stores it again", withdrawn=True
     ),
     "scores": Kind("files of scores", "run `sampimp subset OUT` with the same scores again"),
-    "plan": Kind("plans", "the next run of the study's command sets damaged ones aside"),
+    "plan": Kind("plan", "the next run of the study's command sets damaged ones aside"),
     "analysis": Kind("analyses", "run `sampimp report OUT` again"),
     "indices": Kind("folders of selected samples", "run `sampimp subset OUT` again"),
     "consolidated": Kind("consolidated stores", "run `sampimp consolidate OUT` again"),
 }
+
+
+LISTED_KINDS = ("trial", "record", "snapshots", "data set")
+"""Kinds whose parts have no list of their files if an earlier version wrote them."""
 
 
 class StudyPart(NamedTuple):
@@ -178,8 +184,9 @@ def list_parts(folder: Folder, plan: Plan) -> list[StudyPart]:
     committed = any(part.kind == "trial" for part in parts)
     for key in plan.datasets:
         parts.append(_dataset(folder, plan, key, committed))
-    parts += [StudyPart("scores", INFLUENCE_FOLDER, None, lambda: damaged_scores(folder))]
-    parts += [StudyPart("plan", PLANS, None, lambda: _check_plans(folder))]
+    if has_scores(folder):
+        parts.append(StudyPart("scores", INFLUENCE_FOLDER, None, partial(damaged_scores, folder)))
+    parts.append(StudyPart("plan", PLANS, None, partial(_check_plans, folder)))
     parts += _folder(folder, "analysis", "analysis")
     parts += _folder(folder, f"{INFLUENCE_FOLDER}/selected", "indices")
     for name in (folder / "consolidated").folders():
@@ -312,6 +319,15 @@ def _read_done(done_file: Path | None) -> set[str]:
     return {line.partition(" ")[0] for line in done_file.read_text().splitlines()}
 
 
+def _result(damaged: int, older: int) -> str:
+    """Return in words how many parts of a kind are damaged, and how many have no list of files."""
+    words = f"{damaged} damaged" if damaged else "every byte is as it was written"
+    if not older:
+        return words
+    words = words if damaged else "every value is as it was written"
+    return f"{words}; {older} of an earlier version, whose curves and other files have no digests"
+
+
 def _print_findings(parts: Sequence[StudyPart], findings: Findings, console: Console) -> None:
     for part, damage in findings.damaged:
         words = printable(f"{part.label} is damaged: {damage[0]}")
@@ -319,17 +335,14 @@ def _print_findings(parts: Sequence[StudyPart], findings: Findings, console: Con
         if damage[1:]:
             words = printable(f"  and {len(damage) - 1} more places, to {damage[-1]}")
             console.print(words, markup=False, highlight=False)
+    table = Table.grid(padding=(0, 2))
     for kind, (plural, _, _) in PART_KINDS.items():
         same = [part for part in parts if part.kind == kind]
-        damaged = len(findings.of(kind))
-        older = sum(part.files is None for part in same)
-        result = f"{damaged} damaged" if damaged else "every byte is as it was written"
-        if older and not damaged:
-            result = "every value is as it was written"
-        if older:
-            result += f"; {older} of an earlier version, without digests of curves and other files"
         if same:
-            console.print(f"{len(same)} {plural} verified: {result}.", highlight=False)
+            older = sum(part.files is None for part in same) if kind in LISTED_KINDS else 0
+            result = _result(len(findings.of(kind)), older)
+            table.add_row(plural, "" if kind in ("plan", "scores") else str(len(same)), result)
+    console.print("Verified:", table, sep="\n")
     damaged_names = {part.name for part, _ in findings.damaged}
     unlisted = [
         f"{part.name}/{path}"

@@ -2,7 +2,7 @@
 
 The name states the digest of the values, which are the bytes of the file.
 
-Map: `write_scores`, `read_scores`, `damaged_scores`.
+Map: `write_scores`, `read_scores`, `has_scores`, `damaged_scores`.
 """
 
 from collections.abc import Iterator
@@ -45,6 +45,11 @@ def read_scores(study: Folder, name: str) -> np.ndarray:
         where=f"{study}/{INFLUENCE_FOLDER}/{path}",
         todo="delete it, and run the same `sampimp subset` again, which stores it",
     )
+
+
+def has_scores(study: Folder) -> bool:
+    """Return whether scores are stored."""
+    return any(path.startswith(_START) for path in (study / INFLUENCE_FOLDER).files())
 
 
 def damaged_scores(study: Folder) -> Iterator[str]:

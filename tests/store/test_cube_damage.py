@@ -1,6 +1,7 @@
 """Damage to a record or a data set raises an error when the cube reads it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -160,14 +161,14 @@ def test_damage_to_a_data_set_is_an_error_and_never_a_number(made, capsys, name)
     np.testing.assert_array_equal(node["image"][7:16:3, 1], expected[7:16:3, 1])
     np.testing.assert_array_equal(node["image"].data[20], expected[20])
     assert status.main([str(out), "--verify"]) == 0
-    assert "1 data sets verified: every byte is as it was written." in capsys.readouterr().out
+    assert re.search("data sets +1 +every byte is as it was written", capsys.readouterr().out)
 
     place, damage = DAMAGE[name]
     damage(where)
     assert status.main([str(out), "--verify"]) == 1
     output = capsys.readouterr().out
     assert "data set one is damaged: " in output
-    assert "1 committed trials verified: every byte is as it was written." in output
+    assert re.search("committed trials +1 +every byte is as it was written", output)
     if place.startswith("test_"):
         sampimp.open_cube(out)["one"]["image"].compute()
     else:

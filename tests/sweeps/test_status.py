@@ -228,7 +228,7 @@ def test_a_damaged_trial_is_named_withdrawn_and_trained_again(tmp_path, capsys):
     before = sampimp.open_cube(tmp_path)["one"].compute()
     code, text, _ = call(capsys, tmp_path, "--verify")
     assert code == 0
-    assert "3 committed trials verified: every byte is as it was written." in text
+    assert re.search("committed trials +3 +every byte is as it was written", text)
 
     damaged = study.trial("one-shuffle-seed2").trial_id
     (chunk,) = (tmp_path / "trials" / damaged / "record.zarr" / "nll" / "c" / "1").iterdir()
@@ -236,7 +236,7 @@ def test_a_damaged_trial_is_named_withdrawn_and_trained_again(tmp_path, capsys):
     code, text, _ = call(capsys, tmp_path, "--verify")
     assert code == 1
     assert f"{damaged} is damaged: record.zarr/nll/c/1/0: missing" in text
-    assert "3 committed trials verified: 1 damaged." in text
+    assert re.search("committed trials +3 +1 damaged", text)
     assert "--withdraw takes out" in text
     assert study.trial("one-shuffle-seed2").commit is not None  # nothing was changed
 

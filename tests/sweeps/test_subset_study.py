@@ -1,5 +1,6 @@
 """Trainings on subsets in a study, without Ray: values, choices, resumption, states and damage."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -402,7 +403,7 @@ def test_records_of_subsets_are_verified_withdrawn_and_trained_again(copied, cap
     out = capsys.readouterr().out
     count = len(commits_of(copied))
     assert f"{count} records of influence, retraining and subsets ({count} subset): " in out
-    assert f"{count} records of influence, retraining and subsets verified: every byte" in out
+    assert re.search(f"retraining and subsets +{count} +every byte", out)
     expected = cube_of(copied).compute()
     name = next(n for n, c in commits_of(copied).items() if c["rule"] == "tau-high")
     chunks = Path(str(copied)).glob(f"influence/{name}/record.zarr/selected/c/**/0")
