@@ -121,7 +121,7 @@ def printable(text: str) -> str:
     Examples
     --------
     >>> print(printable("red: \x1b[31m\N{RIGHT-TO-LEFT OVERRIDE}"))
-    red: \\x1b[31m\\u202e
+    red: \x1b[31m\u202e
     """
     if text.isprintable():
         return text

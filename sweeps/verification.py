@@ -97,6 +97,8 @@ class StudyPart(NamedTuple):
     def label(self) -> str:
         """The name that is shown."""
         name = self.name.rpartition("/")[2]
+        if self.kind == "plan":
+            return "the plan"
         if self.kind == "data set":
             return f"data set {name.removesuffix('.zarr')}"
         return name if self.kind in ("trial", "record") else self.name

@@ -148,8 +148,12 @@ def make_root(root: str) -> None:
         return
     above = os.path.dirname(root)
     make_root(above)
-    with contextlib.suppress(FileExistsError):  # made meanwhile
+    try:
         os.mkdir(root)
+    except FileExistsError:  # made meanwhile
+        pass
+    except FileNotFoundError as error:  # in /proc, where nothing can be made
+        raise PermissionError(error.errno, "no folder can be made here", root) from None
     if not os.path.isdir(root):
         raise NotADirectoryError(f"not a folder: {root}")
     _sync(above)

@@ -158,7 +158,8 @@ def test_a_network_is_imported_only_if_the_user_names_it(
     monkeypatch.setattr("sampimp.sweeps.cluster.connect", lambda address: cluster)
     plan = require_plan(Folder.of(out))
     foreign = replace(plan, training=replace(plan.training, model="foreign:make"))
-    (out / "plans" / "0001.json").write_bytes(seal(foreign.to_json()))
+    for name in ("plans/0001.json", "study.json"):
+        (out / name).write_bytes(seal(foreign.to_json()))
 
     sampimp.open_cube(out)
     assert status.main([str(out), "--verify"]) == 0
