@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from sampimp.errors import RecordError, printable
 from sampimp.schema import digest_json
@@ -77,7 +76,7 @@ PART_KINDS: Mapping[str, Kind] = {
 }
 
 
-LISTED_KINDS = ("trial", "record", "snapshots", "data set")
+KINDS_WITH_LISTS = ("trial", "record", "snapshots", "data set")
 """Kinds whose parts have no list of their files if an earlier version wrote them."""
 
 
@@ -337,14 +336,15 @@ def _print_findings(parts: Sequence[StudyPart], findings: Findings, console: Con
         if damage[1:]:
             words = printable(f"  and {len(damage) - 1} more places, to {damage[-1]}")
             console.print(words, markup=False, highlight=False)
-    table = Table.grid(padding=(0, 2))
+    console.print("Verified:")
+    width = max(len(PART_KINDS[part.kind].plural) for part in parts)
     for kind, (plural, _, _) in PART_KINDS.items():
         same = [part for part in parts if part.kind == kind]
         if same:
-            older = sum(part.files is None for part in same) if kind in LISTED_KINDS else 0
+            older = sum(part.files is None for part in same) if kind in KINDS_WITH_LISTS else 0
             result = _result(len(findings.of(kind)), older)
-            table.add_row(plural, "" if kind in ("plan", "scores") else str(len(same)), result)
-    console.print("Verified:", table, sep="\n")
+            count = "" if kind in ("plan", "scores") else len(same)
+            console.print(f"  {plural:<{width}}  {count:>5}  {result}", highlight=False)
     damaged_names = {part.name for part, _ in findings.damaged}
     unlisted = [
         f"{part.name}/{path}"
