@@ -16,6 +16,7 @@ from sampimp.errors import MissingPackageError, UserError, printable, require_pa
 from sampimp.schema import __version__, digest_json
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER
 from sampimp.store.location import Folder
+from sampimp.store.manifests import write_manifest
 from sampimp.store.plan import read_commits
 from sampimp.store.snapshots import SNAPSHOTS
 from sampimp.sweeps.door import INTERRUPTED, run_door
@@ -87,6 +88,7 @@ def write_study_report(out: str, console: Console) -> None:
         print_summary(written, page)
         summary = {"records": records, "text": page.file.getvalue()}  # type: ignore[attr-defined]
         folder.write_json("analysis/summary.json", summary)
+        write_manifest(folder, "analysis")
     console.print(printable(summary["text"]), markup=False, highlight=False, end="")
 
 
