@@ -46,6 +46,9 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "report",
         ("rich", "tyro", "jinja2", "matplotlib", "scipy", "sklearn"),
     ),
+    "explore": Subcommand(
+        "sampimp.analysis.explorer.explore", "report", ("rich", "tyro", "PIL", "scipy")
+    ),
 }
 
 HELP = """usage: sampimp COMMAND [OPTIONS]
@@ -62,6 +65,7 @@ Run a study:
 Look at a study:
   status        the state of each run; damage in the store
   report        results, figures and report.html
+  explore       a page that shows every sample, with its importance
 
 Publish a study:
   consolidate   one sharded Zarr store per data set
