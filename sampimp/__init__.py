@@ -11,6 +11,8 @@ Influence on the final model of a study's runs
 Read a study
     `open_cube` (all runs as one lazy, labelled cube), `load_dataset` and `Dataset` (the arrays
     that training reads)
+Train in an order of the paper
+    `StrategyBatchSampler` (the batches of a strategy, by any score, for a `DataLoader`)
 Extend
     `layer_rule` (an operation of a network), `derivative_rule` (an optimizer)
 
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from sampimp.integrations.lightning import LightningImportance
     from sampimp.store.cube import open_cube
     from sampimp.sweeps.influence_study import compute_influence, final_importance
+    from sampimp.training.batch_sampler import StrategyBatchSampler
 
 __all__ = [
     "Dataset",
@@ -59,6 +62,7 @@ __all__ = [
     "RecordedLoop",
     "ReversePass",
     "Smoothing",
+    "StrategyBatchSampler",
     "__version__",
     "compute_influence",
     "derivative_rule",
@@ -78,6 +82,7 @@ _HOMES = {
     "RecordedLoop": "sampimp.influence.recorded_loop",
     "ReversePass": "sampimp.influence.reverse_pass",
     "Smoothing": "sampimp.influence.replay",
+    "StrategyBatchSampler": "sampimp.training.batch_sampler",
     "compute_influence": "sampimp.sweeps.influence_study",
     "derivative_rule": "sampimp.importance.optimizers",
     "final_importance": "sampimp.sweeps.influence_study",

@@ -3,8 +3,9 @@
 Map: `loop` (`TrainingRun`: one network through its epochs, one record per epoch), `steps` (a
 training step by autograd, and the optimizers), `fused` (the same step written out for stacks of
 linear layers), `models` (the networks of a study), `identity` (what identifies a user's own
-network), `strategies` (which samples form which batch), `collective` (several processes that train
-one network), `checkpoint_states` (loading what a checkpoint holds).
+network), `strategies` (which samples form which batch), `batch_sampler` (the same in a `DataLoader`
+of your own), `collective` (several processes that train one network), `checkpoint_states` (loading
+what a checkpoint holds).
 """
 
 from sampimp._renamed import moved

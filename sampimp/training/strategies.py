@@ -42,6 +42,8 @@ def make_schedule(
     batch_size: int,
     order_seed: int,
     difficulty: np.ndarray | None = None,
+    *,
+    drop_last: bool = False,
 ) -> Schedule:
     """Return a strategy's batches as a function of the epoch.
 
@@ -56,6 +58,10 @@ def make_schedule(
     difficulty
         Shape (N,): the quantity that a sorted strategy sorts by, see `SORT_KEY`. Ties keep the
         samples' order.
+    drop_last
+        Leave out N mod B samples, so that every batch has B. They are the last of the order seed's
+        permutation (of each epoch, if the strategy is a reference): the last of a sorted order
+        would always be the hardest ones.
 
     Raises
     ------
@@ -71,20 +77,29 @@ def make_schedule(
     [[3, 1], [5, 2], [4, 0]]
     """
     check_choice(strategy, (*REFERENCES, *STRATEGIES), "strategy")
-    count = math.ceil(sample_count / batch_size)
+    count = sample_count // batch_size if drop_last else math.ceil(sample_count / batch_size)
+    kept = count * batch_size if drop_last else sample_count
     if strategy in REFERENCES:
-        return lambda epoch: np.array_split(_permutation(order_seed, epoch, sample_count), count)
+        return lambda epoch: _split(_permutation(order_seed, epoch, sample_count)[:kept], count)
+    order = _permutation(order_seed, 0, sample_count)
     if strategy in SORTED_STRATEGIES:
-        order = np.argsort(_require_difficulty(difficulty, strategy, sample_count), kind="stable")
+        values = _require_difficulty(difficulty, strategy, sample_count)
+        left_out, order = order[kept:], np.argsort(values, kind="stable")
+        order = order[~np.isin(order, left_out)]
     else:
-        order = _permutation(order_seed, 0, sample_count)
+        order = order[:kept]
     if strategy in ("nlm", "sim"):
         batches = [order[first::count] for first in range(count)]
     else:
-        batches = np.array_split(order, count)
+        batches = _split(order, count)
     if strategy in ("rnlo", "rsio"):
         batches.reverse()
     return lambda epoch: batches
+
+
+def _split(order: np.ndarray, count: int) -> list[np.ndarray]:
+    """Split an order into `count` parts whose sizes differ by at most one; none if count is 0."""
+    return np.array_split(order, count) if count else []
 
 
 def batch_positions(batches: list[np.ndarray], sample_count: int) -> np.ndarray:
