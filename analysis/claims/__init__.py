@@ -7,8 +7,8 @@ other side, and there is *not enough data* if it contains the threshold or canno
 
 Map: `table` (`CLAIMS`: every sentence with its rule, its threshold and the function that estimates
 the number), `section_3_2` to `section_5` (these functions, by section of the paper), `evidence`
-(the results they read, and estimates that several of them use), `judge` (from an estimate to a
-verdict; `judge_claims` judges all).
+(the results they read, and estimates that several of them use), `wording` (numbers in words),
+`judge` (from an estimate to a verdict; `judge_claims` judges all).
 """
 
 from sampimp._renamed import moved

@@ -9,9 +9,9 @@ A run that diverged has no test error at the end. In differences of test error i
 error of guessing, 1 - 1/C for C classes. A run that collapsed without diverging counts with its
 measured error. A missing run is left out, and with it the other run of its seed.
 
-Map: `Estimate` and `NO_ESTIMATE`; `Claim` (an entry of the table); `Evidence` (results, test errors
-and distances); `third`, `smallest`, `early_and_late_means`, `subtract`, `late_over_early`,
-`stored_correlation` (estimates for several sections of the paper).
+Map: `Estimate` and `NO_ESTIMATE`; `Unit`; `Claim` (an entry of the table); `Evidence` (results,
+test errors and distances); `third`, `smallest`, `early_and_late_means`, `subtract`,
+`late_over_early`, `stored_correlation` (estimates for several sections of the paper).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +30,10 @@ NO_ESTIMATE: Estimate = (np.nan, np.nan, np.nan)
 
 Side = Literal["above", "below", "within"]
 """Side of the threshold that is claimed; `within` means closer to 0 than the threshold."""
+
+Unit = Literal["correlation", "ratio", "share", "points", "relative"]
+"""How a number is written: with three decimals, as a factor, in per cent, as a difference in
+percentage points, or as a difference in per cent of a mean."""
 
 
 class Evidence:
@@ -102,6 +106,10 @@ class Claim:
     ----------
     section, sentence
         The paper's section, and its sentence in short words that keep the meaning.
+    short
+        The sentence in a few words.
+    unit, words
+        How the number is written, and the words around it.
     rule
         How the number is computed.
     side, threshold
@@ -117,12 +125,18 @@ class Claim:
         an interval already.
     activation
         `relu`, or `smooth` for any other, if the sentence is about such networks.
+    finding
+        What was measured, as a clause around the number that is true whatever the verdict; empty
+        for a claim that no summary names.
     command
         The command that computes what `estimate` reads, where that is no part of a study.
     """
 
     section: str
     sentence: str
+    short: str
+    unit: Unit
+    words: str
     rule: str
     side: Side
     threshold: float
@@ -132,6 +146,7 @@ class Claim:
     never: str = ""
     point: bool = False
     activation: Literal["", "relu", "smooth"] = ""
+    finding: str = ""
     command: str = ""
 
 

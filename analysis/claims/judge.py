@@ -15,6 +15,7 @@ import xarray as xr
 
 from sampimp.analysis.claims.evidence import NO_ESTIMATE, Claim, Estimate, Evidence, Side
 from sampimp.analysis.claims.table import CLAIMS
+from sampimp.analysis.claims.wording import write_claim, write_finding
 from sampimp.analysis.influence_runs import has_influence
 from sampimp.analysis.runs import PAPER, codes_of_labels, short_name
 from sampimp.analysis.subset_runs import has_subsets
@@ -80,8 +81,9 @@ def judge_claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Data
     Returns
     -------
     Dataset, in memory, on dim claim
-        section, sentence, scope (data set, or "all"), number (value and interval as text, or the
-        command that computes it), value, low, high, rule, side, threshold, verdict.
+        section, sentence, scope (data set, or "all"), short (the sentence in a few words), number
+        (value and interval in words, or the command that computes it), finding (what was measured,
+        as a clause; empty for most claims), value, low, high, rule, side, threshold, verdict.
 
     Examples
     --------
@@ -105,10 +107,9 @@ def judge_claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Data
         "section": [claim.section for claim in applicable],
         "sentence": [claim.sentence for claim in applicable],
         "scope": [claim.only or "all" for claim in applicable],
-        "number": [
-            _format_number(claim, estimate)
-            for claim, estimate in zip(applicable, estimates, strict=True)
-        ],
+        "short": [claim.short for claim in applicable],
+        "number": list(map(write_claim, applicable, estimates)),
+        "finding": list(map(write_finding, applicable, estimates)),
         "rule": [_format_rule(claim) for claim in applicable],
         "side": [claim.side for claim in applicable],
         "verdict": [
@@ -139,7 +140,9 @@ def judge_claims(cube: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Data
         "section": "section of the paper",
         "sentence": "claim",
         "scope": "data set that the claim is about",
-        "number": "our number, with its 95 % interval",
+        "short": "claim in a few words",
+        "number": "our number in words, with its 95 % interval",
+        "finding": "what was measured, as a clause",
         "rule": "how the number is made and judged",
         "side": "side of the threshold that is claimed",
         "verdict": "verdict",
@@ -164,23 +167,6 @@ def _applies(claim: Claim, cube: xr.Dataset) -> bool:
         return False
     activation = cube["importance"].attrs.get("activation") if "importance" in cube else None
     return not claim.activation or (claim.activation == "relu") == (activation == "relu")
-
-
-def _format_number(claim: Claim, estimate: Estimate) -> str:
-    """Return an estimate as text, or how to compute it."""
-    if claim.command and np.isnan(estimate[0]):
-        return f"not computed: {claim.command}"
-    return _format_estimate(estimate)
-
-
-def _format_estimate(estimate: Estimate) -> str:
-    """Return a number with its interval as text."""
-    value, low, high = estimate
-    if np.isnan(value):
-        return "none"
-    if np.isnan([low, high]).any():
-        return f"{value:.3g}"
-    return f"{value:.3g} ({low:.3g} to {high:.3g})"
 
 
 def _format_rule(claim: Claim) -> str:

@@ -15,7 +15,7 @@ and `draw_share_left` (15) are in `influence_by_epoch`, `draw_removal_effects` (
 `draw_method_scores` (14) and `draw_removal_sizes` (16) in `removals`, and
 `draw_influential_samples` (17) in `influential_images`; of section 5, `draw_subset_errors` (18) and
 `draw_selected_samples` (19) in `subsets`. `style` has colours, line styles and
-`encode` (PNG, PDF), `axes` the parts that figures share.
+`encode` (PNG, PDF), `axes` the parts that figures share, `pictures` images of samples in one PNG.
 """
 
 from sampimp._renamed import moved
@@ -23,6 +23,7 @@ from sampimp.errors import require_package
 
 require_package("matplotlib", "report")
 
+from sampimp.analysis.figures.axes import ticks_between  # noqa: E402
 from sampimp.analysis.figures.class_clusters import draw_clusters  # noqa: E402
 from sampimp.analysis.figures.influence_by_epoch import (  # noqa: E402
     draw_influence_by_layer,
@@ -32,6 +33,7 @@ from sampimp.analysis.figures.influential_images import (  # noqa: E402
     draw_influential_samples,
     shown_targets,
 )
+from sampimp.analysis.figures.pictures import encode_pictures  # noqa: E402
 from sampimp.analysis.figures.reference_runs import (  # noqa: E402
     draw_decomposition,
     draw_groups,
@@ -77,10 +79,12 @@ __all__ = [
     "draw_stability",
     "draw_subset_errors",
     "encode",
+    "encode_pictures",
     "name_kind",
     "shown_targets",
     "strategy_name",
     "strategy_style",
+    "ticks_between",
 ]
 
 __getattr__ = moved(__name__)

@@ -5,7 +5,8 @@ logarithmic where its values span more than one decade, as importance does.
 
 Map: `plot_line`, `plot_layer_lines`, `plot_class_lines`, `plot_mesh`, `plot_layer_mesh` (into one
 axes); `plot_layers`, `plot_panel`, `label_panels` (lines or a heat map, with legend or colour bar);
-`format_epoch_axis`, `scale_by_decades`, `color_norm`, `name_ticks` (scales and ticks);
+`format_epoch_axis`, `scale_by_decades`, `color_norm`, `name_ticks`, `ticks_between` (scales and
+ticks);
 `add_legend_beside`, `add_legend_below`; `split_halves`, `draw_message` (whole figures).
 """
 
@@ -19,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from sampimp.analysis.figures.style import CATEGORIES, MOST_LINES, WIDTH, Style, ordered_styles
 
@@ -219,6 +220,20 @@ def color_norm(values: np.ndarray) -> Normalize | None:
     if most < 10 * least or (values[np.isfinite(values)] < 0).any():
         return Normalize(float(np.nanmin(values)), most)
     return LogNorm(max(least, most * 1e-12), most)
+
+
+def ticks_between(low: float, high: float, *, logarithmic: bool = False) -> list[float]:
+    """Return round numbers from `low` to `high`, at most six.
+
+    Examples
+    --------
+    >>> ticks_between(1.62, 2.07), ticks_between(1.5, 60, logarithmic=True)
+    ([1.7, 1.8, 1.9, 2.0], [2.0, 5.0, 10.0, 20.0, 50.0])
+    """
+    locator = LogLocator(subs=(1, 2, 5)) if logarithmic else MaxNLocator(5, steps=[1, 2, 5, 10])
+    ticks = [float(f"{tick:.10g}") for tick in locator.tick_values(low, high)]
+    inside = [tick for tick in ticks if low <= tick <= high]
+    return inside[:: -(-len(inside) // 6) or 1]
 
 
 def names_of_labels(labels: np.ndarray, names: Sequence[str]) -> list[str]:

@@ -8,12 +8,14 @@ seeds, a study that still runs), the page gives the reason in its place. `OUT` i
 
     python -m sampimp.analysis.report OUT [--scheduler threads|distributed|ray]
 
-Map: `write` (`write_report`, `find_cubes`), `contents` (`Report`, `Section` and their tables),
-`drawing` (`FIGURES`, `draw_figures`: which figure from which result), `influence_figures` and
-`subset_figures` (those of sections 4 and 5), `method_table` and `subset_table` (scores of section 4
-and errors of section 5 as text), `sample_images`, `trial_facts` (machine,
-versions and fingerprints of the trials), `page` (`render_page`, with the Jinja templates and
-`page.css` in `templates/`), `terminal` (`print_summary`), `cli` (`main`, the command line).
+Map: `write` (`write_report`, `find_cubes`), `contents` (`Report`, `Section` and their tables). The
+first screen: `findings` (one sentence), `sample_strip` and `sample_rows` (the most and the least
+important samples), `strategy_dots`. Figures: `drawing` (`FIGURES`, `draw_figures`: which figure
+from which result), `influence_figures` and `subset_figures` (those of sections 4 and 5),
+`sample_images`. Text: `method_table` and `subset_table` (scores of section 4 and errors of section
+5), `trial_facts` (machine, versions and fingerprints of the trials), `page_text` (no path of the
+machine). `page` (`render_page`, with the Jinja templates and `page.css` in `templates/`),
+`terminal` (`print_summary`), `cli` (`main`, the command line).
 """
 
 from typing import TYPE_CHECKING

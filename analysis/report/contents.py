@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from sampimp.analysis.figures import strategy_name
+from sampimp.analysis.report.sample_strip import SampleStrip
 
 VERDICT_MARKS = {
     "holds": ("✓", "holds", "green"),
@@ -53,6 +54,8 @@ class Section:
         The figures of section 4; none if no influence was computed.
     drawn_subsets
         The figures of section 5; none if no subset was trained on.
+    strip
+        The most and the least important samples; None without a complete run.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Section:
     drawn: Sequence[Drawn] = ()
     drawn_influence: Sequence[Drawn] = ()
     drawn_subsets: Sequence[Drawn] = ()
+    strip: SampleStrip | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +137,7 @@ def claim_rows(results: Mapping[str, xr.Dataset]) -> list[dict[str, str]]:
     claims = results.get("claims")
     if claims is None:
         return []
-    keys = ("section", "sentence", "scope", "number", "rule", "verdict")
+    keys = ("section", "sentence", "short", "scope", "number", "finding", "rule", "verdict")
     rows = []
     for index in range(claims.sizes.get("claim", 0)):
         claim = claims.isel(claim=index)

@@ -21,9 +21,9 @@ PER_TRIAL_KEYS = (
 
 
 def count_planned(out: str) -> Counter[str]:
-    """Return the number of trials in the plan, by data set."""
+    """Return the number of trials in the plan, by node of the cube."""
     plan = read_plan(Folder.of(out))
-    return Counter(trial.dataset for trial in plan.trials()) if plan else Counter()
+    return Counter(plan.node(trial.dataset) for trial in plan.trials()) if plan else Counter()
 
 
 def describe_trials(out: str) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from sampimp.analysis.report.contents import Report, Section, describe_runs
 from sampimp.analysis.report.drawing import draw_figures
 from sampimp.analysis.report.influence_figures import INFLUENCE_FIGURES
 from sampimp.analysis.report.page import render_page
+from sampimp.analysis.report.sample_rows import row_reader
+from sampimp.analysis.report.sample_strip import SampleStrip, rank_samples
 from sampimp.analysis.report.subset_figures import SUBSET_FIGURES
 from sampimp.analysis.report.trial_facts import count_planned, describe_trials
 from sampimp.analysis.results.analyse import analyse
@@ -65,12 +67,16 @@ def write_report(out: str, *, progress: Callable[[str], None] | None = None) -> 
     planned = count_planned(out)
     sections = []
     for name, cube in cubes.items():
-        sections.append(_write_section(name, cube, planned.get(name), folder, report_progress))
+        strip = rank_samples(cube, row_reader(out, name))
+        sections.append(
+            _write_section(name, cube, planned.get(name), strip, folder, report_progress)
+        )
     report_progress("writing the page")
     facts = describe_trials(out)
+    has_explorer = "index.html" in (Folder.of(out) / "analysis" / "explore").files()
     attributes = {key: value for key, value in _plain(tree.attrs).items() if key not in facts}
     provenance = {**attributes, **facts}
-    page = render_page(sections, provenance, out)
+    page = render_page(sections, provenance, has_explorer=has_explorer)
     path = folder.write_bytes("report.html", page.encode())
     write_manifest(Folder.of(out), "analysis")
     return Report(path=path, sections=sections, provenance=provenance)
@@ -80,6 +86,7 @@ def _write_section(
     name: str,
     cube: xr.Dataset,
     planned: int | None,
+    strip: SampleStrip | None,
     folder: "_AnalysisFolder",
     report_progress: Callable[[str], None],
 ) -> Section:
@@ -115,6 +122,7 @@ def _write_section(
         drawn=drawn,
         drawn_influence=drawn_influence,
         drawn_subsets=drawn_subsets,
+        strip=strip,
     )
 
 

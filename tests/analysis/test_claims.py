@@ -225,7 +225,7 @@ def test_the_fixed_point_is_judged_by_the_paired_difference(influence):
     scores["unrolled_minus_fixed_point_interval"].loc[{"kind": "random"}] = [0.6, 0.8]
     claims = section_4(cube, {**results, "method_scores": scores})
     (found,) = [found for sentence, found in claims.items() if "fixed point" in sentence]
-    assert found == ("0.7 (0.6 to 0.8)", "holds")
+    assert found == ("TSLOO, unrolled minus fixed point: 0.700 (0.600 to 0.800)", "holds")
 
 
 def test_a_claim_that_was_not_computed_names_its_command(influence):

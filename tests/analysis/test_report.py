@@ -170,13 +170,13 @@ def test_a_second_report_replaces_the_first(written, page_text, cube, monkeypatc
 
 
 def test_numbers_verdicts_and_rules_are_on_the_page(section):
-    text = Page(render_page([section], {}, "/study")).text
+    text = Page(render_page([section], {})).text
     assert "0.97 [0.96, 0.98] at epoch 50" in text
     assert "✓ holds" in text
     assert "✗ does not hold" in text
     assert "? not enough data" in text
     assert "lower bound > 0.9" in text
-    assert "1 holds, 1 does not hold, 1 not enough data" in text
+    assert "1 holds, 1 does not hold, 1 lacks data" in text
     curves = section.results["strategy_curves"].sel(strategy="rnlo").isel(epoch=-1)
     error, spread = 100 * float(curves["test_error"]), 100 * float(curves["test_error_se"])
     assert f"RNLO {error:.2f} ± {spread:.2f} % 3 2" in text
@@ -186,7 +186,7 @@ def test_numbers_verdicts_and_rules_are_on_the_page(section):
 
 def test_text_is_escaped(section):
     provenance = {"code": {"note": "<script>alert(1)</script>", "quoted": "\"a\" & 'b'"}}
-    text = render_page([section], provenance, "/a&b<c>")
+    text = render_page([section], provenance)
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "high importance &lt;b&gt;exist&lt;/b&gt;" in text
@@ -203,7 +203,7 @@ def test_provenance_is_flattened_and_long_lists_are_folded():
         "versions": {"torch": "2.13.0", "deep": {"a": 1}},
         "fingerprints": {f"trial-{i}": "ab" for i in range(40)},
     }
-    text = render_page([], provenance, "/study")
+    text = render_page([], provenance)
     page = Page(text)
     assert "hidden 512, 512" in page.text
     assert "torch 2.13.0 deep.a 1" in page.text
