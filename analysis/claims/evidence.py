@@ -9,8 +9,8 @@ A run that diverged has no test error at the end. In differences of test error i
 error of guessing, 1 - 1/C for C classes. A run that collapsed without diverging counts with its
 measured error. A missing run is left out, and with it the other run of its seed.
 
-Map: `Estimate` and `NO_ESTIMATE`; `Unit`; `Claim` (an entry of the table); `Evidence` (results,
-test errors and distances); `third`, `smallest`, `early_and_late_means`, `subtract`,
+Map: `Estimate` and `NO_ESTIMATE`; `NumberForm`; `Claim` (an entry of the table); `Evidence`
+(results, test errors and distances); `third`, `smallest`, `early_and_late_means`, `subtract`,
 `late_over_early`, `stored_correlation` (estimates for several sections of the paper).
 """
 
@@ -31,7 +31,7 @@ NO_ESTIMATE: Estimate = (np.nan, np.nan, np.nan)
 Side = Literal["above", "below", "within"]
 """Side of the threshold that is claimed; `within` means closer to 0 than the threshold."""
 
-Unit = Literal["correlation", "ratio", "share", "points", "relative"]
+NumberForm = Literal["correlation", "ratio", "share", "points", "relative"]
 """How a number is written: with three decimals, as a factor, in per cent, as a difference in
 percentage points, or as a difference in per cent of a mean."""
 
@@ -135,7 +135,7 @@ class Claim:
     section: str
     sentence: str
     short: str
-    unit: Unit
+    unit: NumberForm
     words: str
     rule: str
     side: Side

@@ -8,7 +8,7 @@ Map: `write_number` (an estimate), `write_claim` (in the words of a claim), `wri
 
 import numpy as np
 
-from sampimp.analysis.claims.evidence import Claim, Estimate, Unit
+from sampimp.analysis.claims.evidence import Claim, Estimate, NumberForm
 
 _PER_CENT = {"share": 100, "points": 100, "relative": 100}
 _SUFFIX = {"share": " %", "points": " points", "relative": " %"}
@@ -16,7 +16,7 @@ _SIGNED = ("points", "relative")
 """Units of differences, which are written as "higher by" or "lower by"."""
 
 
-def write_number(unit: Unit, estimate: Estimate) -> str:
+def write_number(unit: NumberForm, estimate: Estimate) -> str:
     """Return a number with its unit and, in brackets, its interval, if it has one.
 
     Examples
@@ -54,7 +54,7 @@ def write_finding(claim: Claim, estimate: Estimate) -> str:
     return claim.finding.format(write_number(claim.unit, (estimate[0], np.nan, np.nan)))
 
 
-def _decimals(unit: Unit, value: float) -> int:
+def _decimals(unit: NumberForm, value: float) -> int:
     """Return how many decimals of a number are written."""
     if unit == "correlation":
         return 3

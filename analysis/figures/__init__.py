@@ -15,7 +15,8 @@ and `draw_share_left` (15) are in `influence_by_epoch`, `draw_removal_effects` (
 `draw_method_scores` (14) and `draw_removal_sizes` (16) in `removals`, and
 `draw_influential_samples` (17) in `influential_images`; of section 5, `draw_subset_errors` (18) and
 `draw_selected_samples` (19) in `subsets`. `style` has colours, line styles and
-`encode` (PNG, PDF), `axes` the parts that figures share, `pictures` images of samples in one PNG.
+`encode` (PNG, PDF), `axes` the parts that figures share, `pictures` images of samples in one PNG,
+`inline_svg` figures as SVG for a page.
 """
 
 from sampimp._renamed import moved
@@ -33,6 +34,7 @@ from sampimp.analysis.figures.influential_images import (  # noqa: E402
     draw_influential_samples,
     shown_targets,
 )
+from sampimp.analysis.figures.inline_svg import dark_colors, inline_svg  # noqa: E402
 from sampimp.analysis.figures.pictures import encode_pictures  # noqa: E402
 from sampimp.analysis.figures.reference_runs import (  # noqa: E402
     draw_decomposition,
@@ -61,6 +63,7 @@ from sampimp.analysis.figures.subsets import (  # noqa: E402
 
 __all__ = [
     "BUDGET_NAMES",
+    "dark_colors",
     "draw_class_nll",
     "draw_clusters",
     "draw_curves",
@@ -80,6 +83,7 @@ __all__ = [
     "draw_subset_errors",
     "encode",
     "encode_pictures",
+    "inline_svg",
     "name_kind",
     "shown_targets",
     "strategy_name",

@@ -55,6 +55,9 @@ from sampimp.analysis.figures.style import (
 MOST_POINTS = 5_000
 """A scatter of more samples than this is drawn as the density of hexagonal bins."""
 
+MOST_VECTORS = 300
+"""More points than this are pixels in SVG and PDF: each would be a shape of 100 bytes."""
+
 
 @matplotlib.rc_context(RC_PARAMS)
 def draw_stability(stability: xr.Dataset) -> Figure:
@@ -328,7 +331,16 @@ def _draw_scatter(figure: Any, ax: Axes, against: xr.Dataset) -> None:
         )
         figure.colorbar(hexagons, ax=ax, label="samples in a bin")
     else:
-        ax.scatter(nll[drawn], overall[drawn], s=9, color=BLUE, alpha=0.35, linewidths=0)
+        rasterized = bool(drawn.sum() > MOST_VECTORS)
+        ax.scatter(
+            nll[drawn],
+            overall[drawn],
+            s=9,
+            color="#3590c9",  # seen on white and on the page's dark background
+            alpha=0.45,
+            linewidths=0,
+            rasterized=rasterized,
+        )
         ax.set_xscale("log")
         ax.set_yscale("log")
     ax.set_xlabel("negative log-likelihood after the last epoch (nat)")

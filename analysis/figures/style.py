@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 MOST_LINES = 8
 """More layers than this are drawn as a heat map: a ninth colour cannot be distinguished."""
 
-MOST_CLASSES = 10
-"""More classes than this are drawn as a heat map (colours and line styles distinguish ten)."""
+MOST_CLASSES = 5
+"""More classes than this are drawn as a heat map: their curves lie on top of each other."""
 
 WIDTH = 10.0
 """Width of every figure in inches: at 1,000 CSS pixels a 10-point font reads as 14 pixels."""

@@ -26,7 +26,10 @@ VERDICT_MARKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A figure of the report: its files, or (in `caption`) the reason that there are none."""
+    """A figure of the report: its files, or (in `caption`) the reason that there are none.
+
+    `svg` is an element for the page.
+    """
 
     number: str
     name: str
@@ -34,6 +37,7 @@ class Drawn:
     caption: str
     png: bytes = b""
     pdf: bytes = b""
+    svg: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,11 @@ class Section:
     drawn_influence: Sequence[Drawn] = ()
     drawn_subsets: Sequence[Drawn] = ()
     strip: SampleStrip | None = None
+
+    @property
+    def figures(self) -> list[Drawn]:
+        """All figures."""
+        return [*self.drawn, *self.drawn_influence, *self.drawn_subsets]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,6 +145,7 @@ def draw_figures(
     results: Mapping[str, xr.Dataset],
     report_progress: Callable[[str], None] = lambda _: None,
     plans: Sequence[FigurePlan] | None = None,
+    prefix: str = "figure",
 ) -> list[Drawn]:
     """Draw every figure for which the results have the data; for the others, state what they need.
 
@@ -158,6 +159,8 @@ def draw_figures(
         Called with a few words before each figure.
     plans
         The figures to draw, such as those of section 4 (`INFLUENCE_FIGURES`). Default: `FIGURES`.
+    prefix
+        Start of the ids in the figures' SVG; unique in the page.
 
     Returns
     -------
@@ -191,6 +194,7 @@ def draw_figures(
                 caption=_caption(plan, result),
                 png=png,
                 pdf=figures.encode(figure, "pdf"),
+                svg=figures.inline_svg(figure, plan.title, f"{prefix}-{name}"),
             )
         )
     return drawn

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from sampimp.analysis.figures import strategy_name
+from sampimp.analysis.figures import dark_colors, strategy_name
 from sampimp.analysis.influence_runs import INFLUENCE, RETRAIN
 from sampimp.analysis.report.contents import (
     VERDICT_MARKS,
-    Drawn,
     Section,
     claim_rows,
     join_values,
@@ -81,6 +80,7 @@ def render_page(
         has_provenance=bool(provenance),
         longest_open_list=LONGEST_OPEN_LIST,
         explorer=EXPLORER if has_explorer else "",
+        dark_colors=dark_colors(figure.svg for section in sections for figure in section.figures),
         example=example,
     )
 
@@ -101,12 +101,12 @@ def _section_values(section: Section, has_explorer: bool) -> dict[str, Any]:
         "plot": place_dots(strategy_rows(section.results)),
         "strategy_name": strategy_name,
         "claims": claims,
-        "figures": _figure_values(section.drawn),
-        "influence_figures": _figure_values(section.drawn_influence),
+        "figures": section.drawn,
+        "influence_figures": section.drawn_influence,
         "methods": method_table(section.results),
         "influence_command": INFLUENCE,
         "retrain_command": RETRAIN,
-        "subset_figures": _figure_values(section.drawn_subsets),
+        "subset_figures": section.drawn_subsets,
         "subsets": subset_tables(section.results),
         "claims_5": [claim for claim in claims if claim["section"] == "5"],
         "subset_command": SUBSET,
@@ -145,20 +145,11 @@ def _strip_values(section: Section, strip: SampleStrip, has_explorer: bool) -> d
             )
             for words, samples in (("most", strip.most), ("least", strip.least))
         ],
-        "sprite": _base64(strip.sprite),
+        "sprite": base64.b64encode(strip.sprite).decode("ascii"),
         "columns": max(1, len(strip.most)),
         "aspect": f"{strip.width} / {strip.height}",
         "is_small": strip.width <= 40,
     }
-
-
-def _figure_values(drawn: Sequence[Drawn]) -> list[dict[str, Any]]:
-    """Return figures with their images as text."""
-    return [{"figure": figure, "data": _base64(figure.png)} for figure in drawn]
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
 
 
 def _provenance_groups(

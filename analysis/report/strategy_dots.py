@@ -16,7 +16,7 @@ from sampimp.analysis.report.contents import StrategyRow
 REFERENCE = "rand"
 """The strategy with which the paper compares all others."""
 
-MARGIN = 0.05
+EDGE = 0.05
 """Empty part of the scale at each end (arbitrary)."""
 
 
@@ -89,7 +89,7 @@ def place_dots(rows: Sequence[StrategyRow]) -> DotPlot:
 
     def place(value: float) -> float:
         position = (np.log(value) if is_logarithmic else value) - low
-        return float(100 * (MARGIN + (1 - 2 * MARGIN) * position / width))
+        return float(100 * (EDGE + (1 - 2 * EDGE) * position / width))
 
     dots = [
         Dot(

@@ -5,17 +5,19 @@ Map: `write_report`, `find_cubes`.
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from sampimp.analysis.influence_runs import has_influence
-from sampimp.analysis.report.contents import Report, Section, describe_runs
-from sampimp.analysis.report.drawing import draw_figures
+from sampimp.analysis.report.contents import Drawn, Report, Section, describe_runs
+from sampimp.analysis.report.drawing import FIGURES, draw_figures
+from sampimp.analysis.report.figure_plan import FigurePlan
 from sampimp.analysis.report.influence_figures import INFLUENCE_FIGURES
 from sampimp.analysis.report.page import render_page
+from sampimp.analysis.report.page_text import anchor
 from sampimp.analysis.report.sample_rows import row_reader
 from sampimp.analysis.report.sample_strip import SampleStrip, rank_samples
 from sampimp.analysis.report.subset_figures import SUBSET_FIGURES
@@ -102,20 +104,13 @@ def _write_section(
     def report_drawing(words: str) -> None:
         report_progress(f"{name}: {words}")
 
-    drawn = draw_figures(cube, results, report_drawing)
-    drawn_influence = (
-        draw_figures(cube, results, report_drawing, INFLUENCE_FIGURES)
-        if has_influence(cube)
-        else []
-    )
-    drawn_subsets = (
-        draw_figures(cube, results, report_drawing, SUBSET_FIGURES) if has_subsets(cube) else []
-    )
-    for figure in (*drawn, *drawn_influence, *drawn_subsets):
-        if figure.png:
-            folder.write_bytes(f"{name}/{figure.name}.png", figure.png)
-            folder.write_bytes(f"{name}/{figure.name}.pdf", figure.pdf)
-    return Section(
+    def draw(plans: Sequence[FigurePlan]) -> list[Drawn]:
+        return draw_figures(cube, results, report_drawing, plans, anchor(name))
+
+    drawn = draw(FIGURES)
+    drawn_influence = draw(INFLUENCE_FIGURES) if has_influence(cube) else []
+    drawn_subsets = draw(SUBSET_FIGURES) if has_subsets(cube) else []
+    section = Section(
         name=name,
         facts=describe_runs(cube, results, planned),
         results=results,
@@ -124,6 +119,11 @@ def _write_section(
         drawn_subsets=drawn_subsets,
         strip=strip,
     )
+    for figure in section.figures:
+        if figure.png:
+            folder.write_bytes(f"{name}/{figure.name}.png", figure.png)
+            folder.write_bytes(f"{name}/{figure.name}.pdf", figure.pdf)
+    return section
 
 
 def find_cubes(tree: xr.DataTree) -> dict[str, xr.Dataset]:

@@ -48,7 +48,7 @@ def cube():
     cube = example_cube(strategies=("shuffle", "rand"), seeds=2, epochs=3, samples=70, missing=())
     pixels = np.random.default_rng(0).integers(0, 256, (70, 5, 4, 1), dtype=np.uint8)
     cube = cube.assign(image=(("sample", "row", "column", "channel"), pixels))
-    return cube.assign_attrs(class_names=[EVIL, "b", "c"], dataset="folder:/home/me/secret/pets")
+    return cube.assign_attrs(class_names=[EVIL, "b", "c"], dataset="folder:/data/me/secret/pets")
 
 
 def section_of(cube, results=None, strip=None):
@@ -214,7 +214,7 @@ def written(cube, tmp_path_factory):
     (out / "analysis/explore").mkdir(parents=True)
     (out / "analysis/explore/index.html").write_text("")
     tree = xr.DataTree.from_dict({"pets": cube})
-    tree.attrs = {"study": str(out), "source": "/home/me/secret/pets", "note": "from /home/me/x.py"}
+    tree.attrs = {"study": str(out), "source": "/data/me/secret/pets", "note": "from /data/me/x.py"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "open_cube", lambda _: tree)
         made = write.write_report(str(out))
@@ -253,7 +253,7 @@ def test_headings_are_in_order(written):
 def test_no_path_of_the_machine_is_in_the_page(written):
     out, _, text = written
     assert str(out) not in text
-    assert "/home" not in text
+    assert "/data/me" not in text
     assert "secret" not in text
     assert "from x.py" in text
     assert "open_cube(&#39;OUT&#39;)" in text
