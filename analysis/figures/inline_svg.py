@@ -57,6 +57,8 @@ def inline_svg(figure: Figure, label: str, prefix: str) -> str:
     size = root.get("viewBox", "")
     root.attrib.clear()
     root.attrib.update({"viewBox": size, "role": "img", "aria-label": label})
+    if figure.get_figheight() > figure.get_figwidth():
+        root.set("class", "tall")
     _simplify(root)
     _rename_ids(root, prefix)
     return ElementTree.tostring(root, encoding="unicode")

@@ -49,7 +49,7 @@ def write_findings(claims: Sequence[Mapping[str, str]]) -> str:
     'Of 2 claims, 1 holds, 1 does not hold: a is 1; against the paper, b is 2.'
     """
     if not claims or all(claim["verdict"] == "not enough data" for claim in claims):
-        return "No claim can be judged yet: the study has too few runs."
+        return "No claim can be judged yet: too few runs are complete."
     held: dict[str, str] = {}
     for claim in claims:
         if claim["finding"] and claim["verdict"] == "holds":
