@@ -69,7 +69,11 @@ HOMES = {
         "sampimp/analysis/figures/",
         *(f"sampimp/analysis/report/{name}.py" for name in ("figure_plan", "influence_figures")),
     ),
-    "PIL": ("sampimp/data/", "sampimp/analysis/explorer/sprites.py"),
+    "PIL": (
+        "sampimp/data/",
+        "sampimp/analysis/explorer/sprites.py",
+        "sampimp/analysis/figures/pictures.py",
+    ),
     "jinja2": ("sampimp/analysis/report/",),
     "lightning": ("sampimp/integrations/lightning.py",),
     "transformers": ("sampimp/integrations/huggingface.py",),

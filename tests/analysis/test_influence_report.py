@@ -251,10 +251,11 @@ def test_a_report_without_influence_gains_one_line(cube, written, tmp_path):
     assert len(lines) == 1
     assert "<code>sampimp influence OUT</code>, <code>sampimp retrain OUT</code>" in lines[0]
     # The other figures, and the claims of section 3, are the same ones.
-    images = [re.findall(r"<img.*?>", page) for page in pages.values()]
-    assert images[0][: len(images[1])] == images[1]
-    claims = [re.findall(r"<tr><td>3\.\d</td>.*?</tr>", page, re.DOTALL) for page in pages.values()]
-    assert claims[0] == claims[1]
+    images = [re.findall(r"<svg [^>]*role=\"img\".*?</svg>", page) for page in pages.values()]
+    assert images[0][: len(images[1])] == images[1] != []
+    row = re.compile(r"<tr id=\"[^\"]*\"><td>3\.\d</td>.*?</tr>", re.DOTALL)
+    claims = [row.findall(page) for page in pages.values()]
+    assert claims[0] == claims[1] != []
     assert not list((tmp_path / "analysis/mnist").glob("fig1[2-7]*"))
 
 

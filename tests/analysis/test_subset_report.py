@@ -260,7 +260,7 @@ def test_the_page_has_the_section_and_without_subsets_one_line(cube, tmp_path):
     table = subset_tables(made.sections[0].results)
     for value, _, _ in table["budgets"][1]["rows"][2][1]:
         assert f'<td class="number">{value}' in text[heading:]
-    assert text.count("A small subset, chosen by importance") == 2
+    assert text.count("A small subset, chosen by importance") == 3  # verdict, section, table
     plain = example_cube(**SHAPE)
     without = Path(write_page(plain, tmp_path / "without").path).read_text()
     lines = [line for line in without.splitlines() if "ubset" in line]
