@@ -9,9 +9,9 @@ the figure and the section of the paper: "Sample Importance in Training Deep Neu
 Map: `results` (a module for each subject; `results.analyse` computes all of them), `claims` (the
 paper's sentences, and the verdict on each), `figures` (drawing; it computes nothing), `report`
 (results, figures and one HTML page); `runs` (trials and sums of a cube), `influence_runs` (runs
-with influence, and removals), `removal_prediction` (`predicted_removal`), `kernels`, `pca` and
-`prediction` (array arithmetic), `schedulers` (where dask computes), `example_cube` (a synthetic
-cube).
+with influence, and removals), `removal_prediction` (`predicted_removal`), `sample_frame`
+(`to_frame`), `kernels`, `pca` and `prediction` (array arithmetic), `schedulers` (where dask
+computes), `example_cube` (a synthetic cube).
 """
 
 if __name__ == "analysis":

@@ -9,8 +9,8 @@ Go backward through a recorded run
 Influence on the final model of a study's runs
     `compute_influence` (of targets, by epoch and layer), `final_importance` (of all parameters)
 Read a study
-    `open_cube` (all runs as one lazy, labelled cube), `load_dataset` and `Dataset` (the arrays
-    that training reads)
+    `open_cube` (all runs as one lazy, labelled cube), `to_frame` (a run as a table),
+    `load_dataset` and `Dataset` (the arrays that training reads)
 Train in an order of the paper
     `StrategyBatchSampler` (the batches of a strategy, by any score, for a `DataLoader`)
 Extend
@@ -40,6 +40,7 @@ from sampimp.schema import __version__
 
 if TYPE_CHECKING:
     from sampimp.analysis.removal_prediction import predicted_removal
+    from sampimp.analysis.sample_frame import to_frame
     from sampimp.data import Dataset, load_dataset
     from sampimp.importance.optimizers import derivative_rule
     from sampimp.importance.recorder import ImportanceRecorder
@@ -72,6 +73,7 @@ __all__ = [
     "open_cube",
     "predicted_removal",
     "snapshot_importance",
+    "to_frame",
 ]
 
 _HOMES = {
@@ -91,6 +93,7 @@ _HOMES = {
     "open_cube": "sampimp.store.cube",
     "predicted_removal": "sampimp.analysis.removal_prediction",
     "snapshot_importance": "sampimp.importance.snapshot",
+    "to_frame": "sampimp.analysis.sample_frame",
 }
 
 __getattr__, __dir__ = import_on_use(__name__, _HOMES)
