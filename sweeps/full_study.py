@@ -1,4 +1,4 @@
-"""Train the paper's study, or one of your own, and write its report.
+"""Train the paper's study, or one of your own, and write its page of samples and its report.
 
 python sweeps/full_study.py                       the paper's study
 python sweeps/full_study.py --preset digits       the same on 1,797 digits, in minutes
@@ -9,10 +9,17 @@ python sweeps/full_study.py --help                all options
 """
 
 import io
+from importlib.util import find_spec
 
 from rich.console import Console
 
-from sampimp.errors import MissingPackageError, UserError, printable, require_package
+from sampimp.errors import (
+    MissingPackageError,
+    UserError,
+    printable,
+    redacted,
+    require_package,
+)
 from sampimp.schema import __version__, digest_json
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER
 from sampimp.store.location import Folder
@@ -31,7 +38,7 @@ def main(arguments: list[str], prog: str = "full_study.py") -> int:
     int
         0 if every planned trial is committed (done or diverged), 1 if one is missing, 2 for a
         mistake that the user can correct, 130 after Ctrl-C. The packages of the extra `report` are
-        optional: without them the report is left out.
+        optional: without them the report is left out. The page of samples is optional too.
     """
     console = Console(soft_wrap=True)
     errors = Console(stderr=True, soft_wrap=True)
@@ -44,6 +51,7 @@ def main(arguments: list[str], prog: str = "full_study.py") -> int:
             return send(config, arguments, console)
         code = run_or_describe(config, console)
         if not config.dry_run:
+            write_study_explorer(config.out, console, errors)
             try:
                 write_study_report(config.out, console)
             except MissingPackageError as error:
@@ -69,6 +77,27 @@ def run_or_describe(config: StudyConfig, console: Console) -> int:
     from sampimp.sweeps.run import run_study
 
     return run_study(config, console)
+
+
+def write_study_explorer(out: str, console: Console, errors: Console) -> None:
+    """Write the page of samples, before the report, which refers to it; print a failure."""
+    try:
+        require_package("PIL.Image", "study")
+        # As in `write_study_report`.
+        from sampimp.analysis.explorer import write_explorer
+
+        with console.status("Writing the samples") as status:
+            explorer = write_explorer(
+                out,
+                has_report=find_spec("matplotlib") is not None,
+                progress=lambda words: status.update(printable(words)),
+            )
+    except Exception as error:  # whatever it is: the study is complete without this page
+        errors.print("The study is stored, and its page of samples is not written.")
+        words = str(error) if isinstance(error, UserError) else redacted(repr(error))
+        errors.print(printable(words), markup=False, highlight=False)
+    else:
+        console.print(f"Samples: {explorer.page}", markup=False, highlight=False)
 
 
 def write_study_report(out: str, console: Console) -> None:

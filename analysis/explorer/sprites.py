@@ -94,7 +94,8 @@ class SpriteSheet:
         picture = Image.fromarray(pixels[..., 0] if self.grey else pixels)
         content = io.BytesIO()
         if self.ending == "png":
-            picture.save(content, "png", compress_level=9)
+            # Level 9 takes ten times as long, and saves 3 % of MNIST.
+            picture.save(content, "png", compress_level=6)
         else:
             picture.save(content, "jpeg", quality=QUALITY, subsampling=0)
         return content.getvalue()

@@ -15,8 +15,9 @@ from rich.console import Console
 from torch.nn import functional
 
 import sampimp
+from sampimp.analysis import explorer
 from sampimp.data import load_source
-from sampimp.errors import MissingPackageError
+from sampimp.errors import MissingPackageError, StoreError
 from sampimp.store.location import Folder
 from sampimp.store.plan import PlannedTrial
 from sampimp.store.plan_files import read_plan
@@ -53,6 +54,10 @@ def test_one_command_trains_everything_and_reports(finished):
     report = finished.out / "analysis" / "report.html"
     assert lines[-1] == f"Report: {report}"
     assert report.stat().st_size > 100_000
+    page = finished.out / "analysis" / "explore" / "index.html"
+    assert f"Samples: {page}" in lines
+    assert page.is_file()
+    assert '<a href="explore/index.html">' in report.read_text()
     for words in ("strategy", "NLO", "Rand", "test error (mean ± s.e.)", "verdict"):
         assert words in finished.text
     # The tables are readable in 80 columns; a path, and a line of a log, are not cut.
@@ -213,6 +218,22 @@ def test_without_the_packages_of_the_report_the_study_keeps_its_exit_code(
     error = capsys.readouterr().err
     assert "report is not written" in error
     assert "Expected the Python package jinja2" in error
+
+
+@pytest.mark.parametrize("error", [StoreError("room", "a full disk", "x", "y"), KeyError("z")])
+def test_without_its_page_of_samples_the_study_keeps_its_exit_code(
+    monkeypatch, tmp_path, capsys, error
+):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(full_study, "run_or_describe", lambda config, console: 0)
+    monkeypatch.setattr(full_study, "write_study_report", lambda out, console: None)
+    monkeypatch.setattr(explorer, "write_explorer", fail)
+    assert full_study.main(["--preset", "digits", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().err
+    assert "page of samples is not written" in printed
+    assert ("a full disk" if isinstance(error, StoreError) else "KeyError('z')") in printed
 
 
 def test_a_failed_trial_blocks_only_the_trials_that_wait_for_it(
