@@ -57,7 +57,7 @@ def test_one_command_trains_everything_and_reports(finished):
     page = finished.out / "analysis" / "explore" / "index.html"
     assert f"Samples: {page}" in lines
     assert page.is_file()
-    assert '<a href="explore/index.html">' in report.read_text()
+    assert '<a href="explore/index.html#node=digits">' in report.read_text()
     for words in ("strategy", "NLO", "Rand", "test error (mean ± s.e.)", "verdict"):
         assert words in finished.text
     # The tables are readable in 80 columns; a path, and a line of a log, are not cut.
