@@ -1,15 +1,21 @@
 """Recorded importance by epoch, until it is read.
 
-Map: `EpochParts`.
+Map: `EpochParts`; `importance_dataset` (its values with labels).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sampimp.errors import ConfigError
 from sampimp.importance.sample_index import sum_by_sample
+from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 class EpochParts:
@@ -64,7 +70,8 @@ class EpochParts:
         """
         parts = [index_N for epoch in self.epochs for index_N, _ in self._parts[epoch]]
         largest = max((int(index_N.max()) for index_N in parts if len(index_N)), default=-1)
-        used = len(torch.cat(parts).unique()) if parts else 0
+        # Sorting all indices after each epoch would take time: only where they could be sparse.
+        used = len(torch.cat(parts).unique()) if largest > 10**6 else 0
         if largest > 10**6 + 1000 * used:  # arbitrary: sparser than any data set
             raise ConfigError(
                 expected="positions in the training set, so that the largest is about their number",
@@ -83,3 +90,28 @@ class EpochParts:
             for epoch in self.epochs
             if not all(bool(beta[defined].isfinite().all()) for _, beta in self._parts[epoch])
         ]
+
+
+def importance_dataset(
+    values: Sequence[np.ndarray],
+    epochs: Sequence[int],
+    layers: Sequence[str],
+    sample_count: int,
+    attrs: Mapping[str, object],
+) -> "xr.Dataset":
+    """Return the importance of epochs, each of shape (layer, sample), as a labelled Dataset."""
+    import xarray as xr  # here, so that recording alone does not import it
+
+    empty = np.empty((0, len(layers), sample_count))
+    variable = VARIABLES["importance"]
+    described = {"units": variable.units, "long_name": variable.long_name, **attrs}
+    return xr.Dataset(
+        {"importance": (variable.dims, np.stack(values) if values else empty, described)},
+        coords={
+            "epoch": list(epochs),
+            # As objects: Zarr 3 has no specification of strings of a fixed length, and warns.
+            "layer": np.array(layers, dtype=object),
+            "sample": np.arange(sample_count),
+        },
+        attrs={"schema_version": SCHEMA_VERSION, "sampimp_version": __version__},
+    )

@@ -14,19 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sampimp.config import check_choice
 from sampimp.errors import UnsupportedError
-from sampimp.importance.epoch_parts import EpochParts
+from sampimp.importance.epoch_parts import EpochParts, importance_dataset
 from sampimp.importance.recorded_step import RandomState, RecordedStep
 from sampimp.importance.sample_index import Index, check_index, split_passes
 from sampimp.importance.step import Capture
 from sampimp.importance.update import UpdateDerivative
 from sampimp.importance.update_hooks import UpdateHooks
-from sampimp.schema import SCHEMA_VERSION, VARIABLES, __version__
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -59,6 +57,10 @@ class ImportanceRecorder:
         Keep in `steps` what each step was made of, so that `sampimp.ReversePass` can take the steps
         again: the samples, the settings of optimizer and modules, the norm of each gradient and, if
         the step drew random numbers (dropout), PyTorch's random state of 5 KB.
+
+    on_epoch
+        Called with each finished epoch: its number, and a Dataset with its `importance` (layer,
+        sample) and `coverage`, the share of the samples with importance. See `end_epoch`.
 
     Raises
     ------
@@ -102,6 +104,7 @@ class ImportanceRecorder:
         batch_norm: str = "refuse",
         coupled_loss: str = "refuse",
         keep_steps: bool = False,
+        on_epoch: "Callable[[int, xr.Dataset], object] | None" = None,
     ) -> None:
         check_choice(loss_reduction, ("mean", "sum"), "loss_reduction")
         self._derivative = UpdateDerivative(optimizer)
@@ -118,7 +121,9 @@ class ImportanceRecorder:
                 where="ImportanceRecorder",
                 todo="make the optimizer from this model's parameters",
             )
+        self._on_epoch = on_epoch
         self._epoch: int | None = None  # of the last step
+        self._is_reported = True  # whether on_epoch has seen all its steps
         self._checked: int | None = None  # the epoch whose first step was compared
         self._indices: list[Tensor] = []  # of the epoch's steps since the last flush
         self._parts = EpochParts()
@@ -178,6 +183,7 @@ class ImportanceRecorder:
                 index_N = whole_N
 
         if epoch != self._epoch:
+            self.end_epoch()
             self._flush()
             self._epoch = epoch
         before = RandomState.now(self._device) if self._keeps_steps else None
@@ -214,6 +220,7 @@ class ImportanceRecorder:
         if before is not None and hooks.updates:
             self._keep_step(epoch, hooks.settings, before)
         self._indices.append(index_N)
+        self._is_reported = False
         self._largest_batch = max(self._largest_batch, len(index_N))
 
     def _keep_step(self, epoch: int, settings: Mapping[str, Any], before: RandomState) -> None:
@@ -247,6 +254,24 @@ class ImportanceRecorder:
                 stacklevel=4,
             )
 
+    def end_epoch(self) -> None:
+        """Call `on_epoch` with the epoch of the last step, unless it has seen all its steps.
+
+        A step of another epoch ends an epoch, and so do `to_dataset` and `pop_epoch`; call it to
+        see the last epoch before. If steps of an epoch follow after its end, it is reported again
+        as a whole. An exception of `on_epoch` reaches the caller. The steps themselves do no more
+        work than without `on_epoch`.
+        """
+        epoch = self._epoch
+        if self._on_epoch is None or self._is_reported or epoch is None:
+            return
+        self._is_reported = True  # before the call, which may read or forget the epoch
+        self._flush()
+        dataset = self._dataset([epoch], self._parts.count_samples()).isel(epoch=0)
+        dataset["coverage"] = dataset["importance"].notnull().any("layer").mean("sample")
+        dataset["coverage"].attrs = {"units": "1", "long_name": "share of samples with importance"}
+        self._on_epoch(epoch, dataset)
+
     def pop_epoch(self, epoch: int, sample_count: int) -> Tensor:
         """Return an epoch's importance on the CPU and forget it.
 
@@ -262,6 +287,7 @@ class ImportanceRecorder:
         ConfigError
             A step named a sample beyond `sample_count`.
         """
+        self.end_epoch()
         self._flush()
         summed = self._parts.summed(epoch, sample_count)
         self._parts.forget(epoch)
@@ -295,39 +321,27 @@ class ImportanceRecorder:
         ConfigError
             A step named a sample beyond `sample_count`.
         """
-        import xarray as xr  # here, so that recording alone does not import it
-
+        self.end_epoch()
         self._flush()
-        if sample_count is None:
-            sample_count = self._parts.count_samples()
-        order, epochs = self._forward_order, self._parts.epochs
-        values = [
-            self._parts.summed(epoch, sample_count)[order].float().numpy() for epoch in epochs
-        ]
-        empty = np.empty((0, len(self.layers), sample_count))
-        variable = VARIABLES["importance"]
-        attrs = {"units": variable.units, "long_name": variable.long_name, **self._attrs()}
-        return xr.Dataset(
-            {"importance": (variable.dims, np.stack(values) if values else empty, attrs)},
-            coords={
-                "epoch": epochs,
-                # As objects: Zarr 3 has no specification of strings of a fixed length, and warns.
-                "layer": np.array(self.layers, dtype=object),
-                "sample": np.arange(sample_count),
-            },
-            attrs={"schema_version": SCHEMA_VERSION, "sampimp_version": __version__},
-        )
+        count = self._parts.count_samples() if sample_count is None else sample_count
+        return self._dataset(self._parts.epochs, count)
 
-    def _attrs(self) -> dict[str, object]:
-        """Return how importance was recorded."""
-        rates = sorted({float(group["lr"]) for group in self.optimizer.param_groups})
-        undefined = self._capture.norms.undefined_layers
-        return {
-            "learning_rate": rates[0] if len(rates) == 1 else rates,
-            "batch_size": self._largest_batch,
-            "loss_reduction": self.loss_reduction,
-            "weight_decay": float(self.optimizer.param_groups[0].get("weight_decay", 0.0)),
-            "optimizer": type(self.optimizer).__name__,
-            "loss": self._capture.loss,
-            "not_finite_epochs": self._parts.not_finite(len(self._capture.layers), undefined),
-        }
+    def _dataset(self, epochs: Sequence[int], sample_count: int) -> "xr.Dataset":
+        summed = (self._parts.summed(epoch, sample_count) for epoch in epochs)
+        values = [beta[self._forward_order].float().numpy() for beta in summed]
+        return importance_dataset(values, epochs, self.layers, sample_count, _recording_attrs(self))
+
+
+def _recording_attrs(recorder: ImportanceRecorder) -> dict[str, object]:
+    """Return how importance was recorded."""
+    rates = sorted({float(group["lr"]) for group in recorder.optimizer.param_groups})
+    undefined = recorder._capture.norms.undefined_layers
+    return {
+        "learning_rate": rates[0] if len(rates) == 1 else rates,
+        "batch_size": recorder._largest_batch,
+        "loss_reduction": recorder.loss_reduction,
+        "weight_decay": float(recorder.optimizer.param_groups[0].get("weight_decay", 0.0)),
+        "optimizer": type(recorder.optimizer).__name__,
+        "loss": recorder._capture.loss,
+        "not_finite_epochs": recorder._parts.not_finite(len(recorder._capture.layers), undefined),
+    }

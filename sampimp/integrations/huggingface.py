@@ -32,7 +32,7 @@ class HuggingFaceImportance(RecordedSteps, TrainerCallback):
     index
         The key under which a batch contains the permanent index of its samples, shape (N,).
     **options
-        `loss_reduction`, `batch_dim`, `batch_norm`, `coupled_loss` and `keep_steps` of
+        `loss_reduction`, `batch_dim`, `batch_norm`, `coupled_loss`, `keep_steps` and `on_epoch` of
         `ImportanceRecorder`.
 
     Attributes
@@ -99,8 +99,9 @@ class HuggingFaceImportance(RecordedSteps, TrainerCallback):
         self._finish_step()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Abandon a step that the end of training has interrupted."""
+        """Abandon a step that the end of training has interrupted, and report the epoch."""
         self._abandon_step()
+        self.recorder.end_epoch()
 
     def _on_call(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Remove the index from a batch; a training batch begins a step, or adds a pass to it."""

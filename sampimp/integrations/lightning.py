@@ -27,7 +27,7 @@ class LightningImportance(RecordedSteps, Callback):
         Where a batch contains the permanent index of its samples, shape (N,): the key of a dict,
         the position in a tuple, or a function of the batch.
     **options
-        `loss_reduction`, `batch_dim`, `batch_norm`, `coupled_loss` and `keep_steps` of
+        `loss_reduction`, `batch_dim`, `batch_norm`, `coupled_loss`, `keep_steps` and `on_epoch` of
         `ImportanceRecorder`.
 
     Attributes
@@ -99,8 +99,9 @@ class LightningImportance(RecordedSteps, Callback):
             self._finish_step()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Abandon a step that the end of training has interrupted."""
+        """Abandon a step that the end of training has interrupted, and report the epoch."""
         self._abandon_step()
+        self.recorder.end_epoch()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Abandon the step that failed."""

@@ -189,6 +189,21 @@ def test_lightning_takes_the_index_from_a_position_or_by_a_function(pl, lightnin
     assert datasets[0].identical(datasets[1])
 
 
+def test_lightning_reports_each_epoch_at_its_end(pl, lightning_model):
+    reported = {}
+    importance = LightningImportance(2, on_epoch=lambda epoch, data: reported.update({epoch: data}))
+    fit(pl, lightning_model(), importance)
+    check_reports(reported, importance.recorder)
+
+
+def check_reports(reported, recorder):
+    assert list(reported) == [1, 2]
+    whole = recorder.to_dataset()["importance"]
+    for epoch, dataset in reported.items():
+        assert dataset["importance"].equals(whole.sel(epoch=epoch))
+        assert float(dataset["coverage"]) == 1
+
+
 def test_lightning_without_an_index_is_refused(pl, lightning_model):
     with pytest.raises(ConfigError, match=r"batch\['index'\](.|\n)*list without(.|\n)*index=2"):
         fit(pl, lightning_model(), LightningImportance())
@@ -268,6 +283,7 @@ def train(hf, tmp_path):
         with_index=True,
         inside=lambda trainer: None,
         compute_loss_func=None,
+        on_epoch=None,
         **options,
     ):
         words = sentences()
@@ -309,7 +325,7 @@ def train(hf, tmp_path):
         if not record:
             trainer.train()
             return None
-        with HuggingFaceImportance(trainer) as importance:
+        with HuggingFaceImportance(trainer, on_epoch=on_epoch) as importance:
             inside(trainer)
             trainer.train()
         return importance.recorder
@@ -372,6 +388,12 @@ def test_hugging_face_is_recorded_as_it_trains(train, gpt, accumulated, loss, fi
     assert oracles.close(recorded_importance(recorder), expected, tolerance)
     assert not model._forward_pre_hooks
     assert not is_watched()
+
+
+def test_hugging_face_reports_each_epoch_at_its_end(train, gpt):
+    reported = {}
+    recorder = train(gpt(), record=True, on_epoch=lambda epoch, d: reported.update({epoch: d}))
+    check_reports(reported, recorder)
 
 
 def test_hugging_face_without_an_index_is_refused(train, gpt):
