@@ -85,7 +85,9 @@ def place_dots(rows: Sequence[StrategyRow]) -> DotPlot:
     is_logarithmic = bool(low > 0 and high > 10 * low)
     if is_logarithmic:
         low, high = np.log([low, high])
-    width = (high - low) or 1.0
+    if low == high:  # one mean without a standard error is drawn in the middle
+        low, high = low - 0.5, high + 0.5
+    width = high - low
 
     def place(value: float) -> float:
         position = (np.log(value) if is_logarithmic else value) - low
