@@ -243,7 +243,9 @@ def test_without_an_explorer_its_command_is_shown(cube):
     assert "explore/index.html" not in text
 
 
-def test_headings_are_in_order(written):
+def test_headings_are_in_order_and_regions_have_names_of_their_own(written):
+    names = re.findall(r'role="region" aria-label="([^"]*)"', written[2])
+    assert len(names) == len(set(names)) > 5
     levels = Outline(written[2]).levels
     assert levels[0] == 1
     assert levels.count(1) == 1
