@@ -1,0 +1,145 @@
+// Line charts by epoch (uPlot), and heatmaps of layer by epoch.
+
+import uPlot from "uplot";
+import { sequenceColour, themeColour } from "./colours.js";
+import { powerText, unitText } from "./axes.js";
+import { element, valueText } from "./dom.js";
+
+const positive = (values) => values.map((value) => (value > 0 && value < Infinity ? value : null));
+
+/** A chart of lines by epoch that keeps the width of its element. Values at or below 0 are gaps. */
+export class EpochChart {
+  constructor(root, height = 190) {
+    Object.assign(this, { root, height });
+    new ResizeObserver(() => {
+      if (this.plot && this.root.clientWidth !== this.plot.width) {
+        this.plot.setSize({ width: this.root.clientWidth, height: this.height });
+      }
+    }).observe(root);
+  }
+
+  /**
+   * @param epochs [E]
+   * @param lines [{label, values [E], colour (a custom property), low, high (optional)}, ...]
+   * @param label of the vertical axis
+   */
+  draw(epochs, lines, label) {
+    const key = JSON.stringify([label, lines.map((line) => [line.label, line.colour, !line.low])]);
+    const data = [epochs];
+    for (const { values, low, high } of lines) {
+      data.push(positive(values), ...(low ? [positive(low), positive(high)] : []));
+    }
+    if (this.key === key) this.plot.setData(data);
+    else this.create(key, data, lines, label);
+  }
+
+  /** Draw again in the colours of the present scheme. */
+  restyle() {
+    this.key = null;
+  }
+
+  create(key, data, lines, label) {
+    this.plot?.destroy();
+    this.key = key;
+    const text = themeColour("--text");
+    const line = { stroke: themeColour("--line"), width: 1 };
+    const font = { font: "11px system-ui", labelFont: "12px system-ui", labelSize: 18, stroke: text };
+    const series = [{ label: "epoch" }];
+    const bands = [];
+    for (const { label: name, colour, low } of lines) {
+      const stroke = themeColour(colour);
+      series.push({ label: name, stroke, width: 2, value: (_, value) => valueText(value ?? NaN) });
+      if (!low) continue;
+      const first = series.length;
+      const edge = { stroke: "transparent", points: { show: false }, value: (_, value) => valueText(value ?? NaN) };
+      series.push({ ...edge, label: "10 %" }, { ...edge, label: "90 %" });
+      bands.push({ series: [first + 1, first], fill: `${stroke}33` });
+    }
+    this.plot = new uPlot(
+      {
+        width: Math.max(200, this.root.clientWidth),
+        height: this.height,
+        series,
+        bands,
+        legend: { show: false },
+        cursor: { drag: { x: false, y: false } },
+        scales: { x: { time: false }, y: { distr: 3 } },
+        axes: [
+          { ...font, label: "epoch", size: 28, grid: line, ticks: line },
+          {
+            ...font,
+            label,
+            size: 42,
+            filter: labelled,
+            grid: { ...line, filter: labelled },
+            ticks: { ...line, filter: labelled },
+            values: (_, splits) => splits.map((value) => (value === null ? "" : isPower(value) ? powerText(Math.round(Math.log10(value))) : valueText(value))),
+          },
+        ],
+      },
+      data,
+      this.root,
+    );
+  }
+}
+
+const isPower = (value) => value > 0 && Math.abs(Math.log10(value) - Math.round(Math.log10(value))) < 1e-9;
+
+/** The values of a logarithmic axis that get a label: powers of ten, or every fourth value if there is only one. */
+function labelled(_, splits) {
+  const powers = splits.filter(isPower).length;
+  const step = Math.ceil(powers / 6);
+  return splits.map((value, i) =>
+    (powers > 1 ? isPower(value) && Math.round(Math.log10(value)) % step === 0 : i % 4 === 0) ? value : null,
+  );
+}
+
+/**
+ * Heatmap of layer by epoch: logarithmic colours from the smallest to the largest positive value, zero in the lowest
+ * colour, empty where nothing was measured.
+ * @param rows [{name, values [E]}, ...]
+ */
+export function heatmap(rows, epochs, unit) {
+  const values = rows.flatMap((row) => Array.from(row.values)).filter((value) => value > 0 && value < Infinity);
+  const [low, high] = [Math.min(...values), Math.max(...values)].map(Math.log);
+  const height = rows.length > 20 ? 8 : 18;
+  const canvas = element("canvas", { width: epochs.length, height: rows.length, class: "heatmap", role: "img" });
+  canvas.style.height = `${height * rows.length}px`;
+  canvas.setAttribute("aria-label", `importance by layer (${rows.length}) and epoch (${epochs.length})`);
+  const context = canvas.getContext("2d");
+  rows.forEach((row, r) =>
+    row.values.forEach((value, e) => {
+      if (Number.isNaN(value)) return;
+      const share = value > 0 ? (Math.log(value) - low) / (high - low || 1) : 0;
+      context.fillStyle = `rgb(${sequenceColour(share)})`;
+      context.fillRect(e, r, 1, 1);
+    }),
+  );
+  canvas.onmousemove = (event) => {
+    const e = Math.floor((event.offsetX / canvas.clientWidth) * epochs.length);
+    const r = Math.floor((event.offsetY / canvas.clientHeight) * rows.length);
+    if (rows[r] && e in epochs) canvas.title = `${rows[r].name}, epoch ${epochs[e]}: ${valueText(rows[r].values[e])} ${unit}`;
+  };
+  const names = rows.map((row, r) =>
+    element("span", { style: `height:${height}px` }, rows.length <= 20 || r % 5 === 0 ? row.name : ""),
+  );
+  const scale = element(
+    "div",
+    { class: "scale" },
+    element("span", {}, values.length ? valueText(Math.exp(low)) : ""),
+    element("span", { class: "ramp" }),
+    element("span", {}, values.length ? `${valueText(Math.exp(high))} ${unitText(unit)}` : "nothing measured"),
+  );
+  return element(
+    "figure",
+    { class: "heat" },
+    element("div", { class: "names" }, ...names),
+    element(
+      "div",
+      { class: "cells" },
+      canvas,
+      element("div", { class: "epochs" }, element("span", {}, `epoch ${epochs[0]}`), element("span", {}, `${epochs.at(-1)}`)),
+    ),
+    scale,
+  );
+}

@@ -1,0 +1,509 @@
+// One data set on the page: its views, and what happens when the state changes.
+
+import { unitText } from "./axes.js";
+import { EpochChart, heatmap } from "./charts.js";
+import { classPalette, sequencePalette, sequenceSteps, themeColour } from "./colours.js";
+import { RunComparison } from "./compare.js";
+import { SampleDetail } from "./detail.js";
+import { element, fillOptions, picker } from "./dom.js";
+import { EXPORTS, toSnippet } from "./exports.js";
+import { ClassChips, RangeFilter } from "./filters.js";
+import { History, TOTAL } from "./history.js";
+import { Scatter } from "./scatter.js";
+import { Selection } from "./selection.js";
+import { decodeState, encodeState } from "./state.js";
+import { SampleTable } from "./table.js";
+import { picture, ThumbnailGrid } from "./thumbnails.js";
+import { everySample, NamedSelections, Toolbar } from "./toolbar.js";
+
+const UNDO_STEPS = 50;
+const URL_DELAY = 150; // milliseconds between a change and the URL
+const by = (id) => document.getElementById(id);
+
+export class Explorer {
+  /** @param node loaded NodeData; @param text fragment of the URL; @param fail shows a message */
+  constructor(study, node, text, fail) {
+    Object.assign(this, { study, node, fail, undone: [] });
+    this.state = decodeState(node, text);
+    this.histories = new Map();
+    this.build();
+  }
+
+  /** Load what the state needs and draw everything; resolves once the page reacts. */
+  async open() {
+    await this.loadRuns();
+    if (this.state.sample < 0) this.state.sample = this.sorted()[0];
+    this.fillPickers();
+    this.chips.setData(this.node);
+    await this.showRun();
+    this.loadHistory();
+  }
+
+  async loadRuns() {
+    for (const run of new Set([this.state.run, ...this.state.compare.runs])) await this.node.loadRun(run);
+  }
+
+  build() {
+    const { state } = this;
+    const select = (samples, mode, step) => this.select(samples, mode ?? this.state.mode, step);
+    const gestures = (onView) => ({
+      select,
+      pick: (sample, mode) => this.pick(sample, mode ?? this.state.mode),
+      hover: (sample, event) => this.hover(sample, event),
+      view: onView,
+    });
+    const tool = () => this.state.tool;
+    this.scatters = state.plots.map((plot, k) => {
+      const scatter = new Scatter(by(`scatter-${k}`), gestures(() => this.keepView(k)), tool);
+      if (plot.view) scatter.view = plot.view;
+      return scatter;
+    });
+    this.toolbar = new Toolbar(by("tools"), {
+      tool: (key) => this.change({ tool: key }),
+      mode: (key) => this.change({ mode: key }),
+      clear: () => this.setSelection(Selection.none(this.node.count)),
+      all: () => this.setSelection(everySample(this.node.count)),
+      invert: () => this.setSelection(this.state.selection.invert()),
+      undo: () => this.undo(),
+      reset: () => this.resetViews(),
+    });
+    this.chips = new ClassChips(by("classes"), (samples, step) => select(samples, null, step));
+    this.grid = new ThumbnailGrid(by("grid"), (sample) => this.show(sample));
+    this.detail = new SampleDetail(by("sample"));
+    this.historyChart = new EpochChart(by("history"));
+    this.ranges = state.ranges.map(
+      (_, k) =>
+        new RangeFilter({
+          select: (samples, step) => select(samples, null, step),
+          column: (name) => {
+            this.state.ranges[k] = name;
+            this.showRange(k);
+            this.keepUrl();
+          },
+        }),
+    );
+    by("ranges").replaceChildren(...this.ranges.map((range) => range.node));
+    this.comparison = new RunComparison(by("compare"), gestures(() => {}), tool);
+    this.table = new SampleTable(by("table"), {
+      sort: (name) => this.sortBy(name),
+      toggle: (sample) => this.select([sample], this.state.selection.mask[sample] ? "remove" : "add", { tool: "row", sample: this.node.id(sample) }),
+      pick: (sample) => this.show(sample),
+    });
+    this.named = new NamedSelections(by("named"), {
+      save: (name) => this.changeNamed((named) => named.set(name, this.state.selection)),
+      drop: (name) => this.changeNamed((named) => named.delete(name)),
+      use: (name, mode) => select(this.state.named.get(name).indices, mode, { tool: "named", name }),
+    });
+    by("exports").replaceChildren(
+      ...Object.entries(EXPORTS).map(([name, save]) => element("button", { type: "button", onclick: () => save(this.context()) }, name)),
+      element("button", { type: "button", onclick: () => this.copyUrl() }, "Copy link"),
+    );
+  }
+
+  context() {
+    return { study: this.study, node: this.node, runId: this.state.run, selection: this.state.selection };
+  }
+
+  fillPickers() {
+    const { state, node } = this;
+    const runs = node.manifest.runs.map((run) => [run.id, runText(run)]);
+    const columns = this.columnOptions();
+    const run = picker("Run", runs, state.run, (id) => this.changeRun(id));
+    const colour = picker("Colour", { class: [["class", "class"]], ...columns }, state.colour, (name) => {
+      this.state.colour = name;
+      this.showPlots();
+    });
+    by("pickers").querySelector(".of-node")?.remove();
+    by("pickers").append(element("div", { class: "of-node" }, run.node, " ", colour.node));
+    state.plots.forEach((plot, k) => {
+      const axis = (end) => [
+        picker(end, columns, plot[end], (name) => {
+          plot[end] = name;
+          plot.linear = plot.linear.replace(end, "");
+          this.resetView(k);
+          this.fillPickers();
+          this.showPlots();
+        }).node,
+        this.scaleBox(plot, k, end),
+      ];
+      by(`axes-${k}`).replaceChildren(...[...axis("x"), ...axis("y")].filter(Boolean));
+    });
+    const sort = picker("Sorted by", columns, state.sort.name, (name) => this.change({ sort: { ...this.state.sort, name } }));
+    const direction = picker("", [["down", "largest first"], ["up", "smallest first"]], state.sort.descending ? "down" : "up", (value) =>
+      this.change({ sort: { ...this.state.sort, descending: value === "down" } }),
+    );
+    direction.select.setAttribute("aria-label", "Order");
+    this.sortPicker = sort.select;
+    this.directionPicker = direction.select;
+    by("sorting").replaceChildren(sort.node, direction.node);
+    this.ranges.forEach((range, k) => fillOptions(range.picker.select, columns, state.ranges[k]));
+    const compare = (label, options, value, set) => picker(label, options, value, (chosen) => this.changeComparison(set, chosen)).node;
+    by("compare-pickers").replaceChildren(
+      compare("Rank by", columns, state.compare.column, (next, name) => (next.column = name)),
+      compare("Run A", runs, state.compare.runs[0], (next, id) => (next.runs = [id, next.runs[1]])),
+      compare("Run B", runs, state.compare.runs[1], (next, id) => (next.runs = [next.runs[0], id])),
+    );
+  }
+
+  columnOptions() {
+    const options = {};
+    for (const column of this.node.columns(this.state.run)) {
+      options[column.group] = [...(options[column.group] ?? []), [column.name, column.label]];
+    }
+    return options;
+  }
+
+  scaleBox(plot, k, end) {
+    const column = this.node.column(this.state.run, plot[end]);
+    if (column.scale !== "log") return null;
+    const box = element("input", {
+      type: "checkbox",
+      checked: !plot.linear.includes(end),
+      onchange: () => {
+        plot.linear = box.checked ? plot.linear.replace(end, "") : plot.linear.includes("y") && end === "x" ? "xy" : plot.linear + end;
+        this.resetView(k);
+        this.showPlots();
+      },
+    });
+    return element("label", { class: "check" }, box, "log");
+  }
+
+  // Drawing.
+
+  async showRun() {
+    this.ranges.forEach((_, k) => this.showRange(k));
+    this.showHistoryPicker();
+    await this.showPlots();
+  }
+
+  colours() {
+    const { node, state } = this;
+    const grey = themeColour("--grey");
+    if (state.colour === "class") {
+      const palette = classPalette(node.manifest.classes.slice(0, 250));
+      return { colours: Uint8Array.from(node.labels, (label) => label % palette.length), palette, grey };
+    }
+    const steps = sequenceSteps(node.order(state.run, state.colour), node.values(state.run, state.colour));
+    return { colours: steps, palette: sequencePalette(), grey };
+  }
+
+  async showPlots() {
+    const { node, state } = this;
+    const colours = this.colours();
+    const axis = (plot, end) => {
+      const column = node.column(state.run, plot[end]);
+      return { column, values: node.values(state.run, plot[end]), scale: plot.linear.includes(end) ? "linear" : column.scale };
+    };
+    const painted = this.scatters.map((scatter, k) =>
+      scatter.setData({ x: axis(state.plots[k], "x"), y: axis(state.plots[k], "y"), ...colours }),
+    );
+    const [a, b] = state.compare.runs;
+    const name = node.column(a, state.compare.column) && node.column(b, state.compare.column) ? state.compare.column : "importance";
+    painted.push(this.comparison.setData({ node, column: node.column(a, name), runs: [a, b], ...colours }));
+    await Promise.all([...painted, this.showSelection()]);
+  }
+
+  /** Draw what depends on the selection; resolves once the points are drawn. */
+  async showSelection() {
+    const { state, scatters } = this;
+    const painted = scatters.map((scatter) => scatter.setSelection(state.selection));
+    painted.push(this.comparison.setSelection(state.selection, state.sample));
+    this.showTools();
+    this.showSamples();
+    this.ranges.forEach((range) => range.setSelection(state.selection));
+    this.showHistory();
+    this.named.show(state.named);
+    by("snippet").textContent = toSnippet(this.context());
+    scatters.forEach((scatter) => scatter.mark(state.sample));
+    await Promise.all(painted);
+    this.showDetail();
+    this.keepUrl();
+  }
+
+  showTools() {
+    const { tool, mode, selection } = this.state;
+    this.toolbar.show({ tool, mode, selection, canUndo: this.undone.length > 0 });
+  }
+
+  /** Samples of the selection, or all, in the chosen order. */
+  sorted() {
+    const { node, state } = this;
+    const order = node.order(state.run, state.sort.name);
+    const values = node.values(state.run, state.sort.name);
+    const { mask, count } = state.selection;
+    const measured = order.filter((i) => (!count || mask[i]) && !Number.isNaN(values[i]));
+    const others = order.filter((i) => (!count || mask[i]) && Number.isNaN(values[i]));
+    if (state.sort.descending) measured.reverse();
+    const samples = new Int32Array(measured.length + others.length);
+    samples.set(measured);
+    samples.set(others, measured.length);
+    return samples;
+  }
+
+  showSamples() {
+    const { node, state } = this;
+    const order = this.sorted();
+    this.grid.show(node, order);
+    this.grid.mark(state.sample);
+    this.table.show({ node, runId: state.run, order, columns: node.columns(state.run), sort: state.sort, selection: state.selection });
+  }
+
+  showRange(k) {
+    const { node, state } = this;
+    const name = state.ranges[k];
+    this.ranges[k].setData(node.column(state.run, name), node.values(state.run, name), node.order(state.run, name));
+    this.ranges[k].setSelection(state.selection);
+  }
+
+  get history() {
+    return this.histories.get(this.state.run);
+  }
+
+  async loadHistory() {
+    const manifest = this.node.manifest.histories.find((history) => history.run === this.state.run);
+    if (manifest && !this.history) {
+      const history = new History(this.node, manifest);
+      this.histories.set(manifest.run, history);
+      try {
+        await history.load();
+      } catch (error) {
+        this.fail(error.message);
+        return;
+      }
+    }
+    this.showHistoryPicker();
+    this.showHistory();
+    this.showDetail();
+    document.documentElement.dataset.history = "ready";
+  }
+
+  showHistoryPicker() {
+    const { history, state } = this;
+    if (!history) {
+      const held = this.node.manifest.histories.map((other) => other.run).join(", ");
+      by("history-row").replaceChildren(held ? `This folder holds the history of ${held}.` : "This folder holds no history.");
+      return;
+    }
+    const rows = [
+      ["total", "importance, all layers"],
+      ...history.layers.map((r) => [String(r), `importance, ${history.rows[r].layer}`]),
+      ...(history.nll >= 0 ? [[String(history.nll), "NLL"]] : []),
+    ];
+    if (!rows.some(([key]) => key === state.row)) state.row = "total";
+    by("history-row").replaceChildren(picker("Mean of", rows, state.row, (row) => this.change({ row })).node);
+  }
+
+  showHistory() {
+    const { history, state, node } = this;
+    const isShown = Boolean(history?.isLoaded);
+    for (const id of ["history", "history-legend", "history-heat"]) by(id).hidden = !isShown;
+    if (!isShown) return;
+    const row = state.row === "total" ? TOTAL : Number(state.row);
+    const { selected, rest } = history.compare(state.selection, row);
+    const line = (label, summary, colour) => ({ label, values: summary.mean, low: summary.low, high: summary.high, colour });
+    const lines = state.selection.count ? [line("selection", selected, "--accent")] : [];
+    if (state.selection.count < node.count) lines.push(line("rest", rest, "--rest"));
+    const unit = row === history.nll ? node.manifest.units.nll : node.manifest.units.importance;
+    this.historyChart.draw(history.epochs, lines, `${row === history.nll ? "NLL" : "importance"} (${unitText(unit)})`);
+    const rest1 = state.selection.count ? "the rest" : "all samples";
+    by("history-legend").replaceChildren(
+      ...(state.selection.count ? [element("b", {}, "selection"), " and "] : []),
+      element("i", {}, rest1),
+      ": mean; band from the 10th to the 90th percentile",
+    );
+    if (row === history.nll) {
+      by("history-heat").replaceChildren();
+      return;
+    }
+    const { layers } = state.selection.count ? selected : rest;
+    const rows = layers.map((values, k) => ({ name: history.rows[history.layers[k]].layer, values }));
+    by("history-heat").replaceChildren(heatmap(rows, history.epochs, unit));
+  }
+
+  showDetail() {
+    const { node, state, history } = this;
+    this.detail.show(node, state.run, state.sample, history).catch((error) => this.fail(error.message));
+  }
+
+  // Changes.
+
+  /** Combine the samples of a tool with the selection. */
+  select(samples, mode, step) {
+    return this.setSelection(this.state.selection.combine(samples, mode, { ...step, mode }));
+  }
+
+  async setSelection(selection) {
+    this.undone.push(this.state.selection);
+    if (this.undone.length > UNDO_STEPS) this.undone.shift();
+    this.state.selection = selection;
+    this.chips.release();
+    await this.showSelection();
+    requestAnimationFrame(() =>
+      setTimeout(() => {
+        if (performance.getEntriesByName("lasso").length) {
+          performance.measure("lasso to paint", "lasso");
+          performance.clearMarks("lasso");
+        }
+      }),
+    );
+  }
+
+  undo() {
+    if (!this.undone.length) return;
+    this.state.selection = this.undone.pop();
+    this.chips.release();
+    this.showSelection();
+  }
+
+  pick(sample, mode) {
+    this.state.sample = sample;
+    this.select([sample], mode, { tool: "click", sample: this.node.id(sample) });
+  }
+
+  /** Show one sample in detail; the selection stays. */
+  show(sample) {
+    this.state.sample = sample;
+    this.scatters.forEach((scatter) => scatter.mark(sample));
+    this.comparison.setSelection(this.state.selection, sample);
+    this.grid.mark(sample);
+    this.showDetail();
+    this.keepUrl();
+  }
+
+  /** Change parts of the state that need neither other columns nor another selection. */
+  change(parts) {
+    Object.assign(this.state, parts);
+    this.showTools();
+    if (parts.sort) {
+      this.sortPicker.value = parts.sort.name;
+      this.directionPicker.value = parts.sort.descending ? "down" : "up";
+      this.showSamples();
+    }
+    if (parts.row) this.showHistory();
+    this.keepUrl();
+  }
+
+  sortBy(name) {
+    const { sort } = this.state;
+    this.change({ sort: { name, descending: sort.name === name ? !sort.descending : true } });
+  }
+
+  changeNamed(edit) {
+    edit(this.state.named);
+    this.named.show(this.state.named);
+    this.keepUrl();
+  }
+
+  async changeRun(id) {
+    try {
+      await this.node.loadRun(id);
+    } catch (error) {
+      this.fail(error.message);
+      this.fillPickers();
+      return;
+    }
+    // Columns that the run does not have (influence, subsets) are replaced by their defaults.
+    this.state.run = id;
+    this.state = { ...decodeState(this.node, encodeState(this.node, this.state)) };
+    this.fillPickers();
+    await this.showRun();
+    this.loadHistory();
+  }
+
+  async changeComparison(set, value) {
+    const next = structuredClone(this.state.compare);
+    set(next, value);
+    try {
+      for (const run of next.runs) await this.node.loadRun(run);
+    } catch (error) {
+      this.fail(error.message);
+      return;
+    }
+    this.state.compare = next;
+    await this.showPlots();
+  }
+
+  /** Take over a study that has grown: other runs and columns; the selection stays. */
+  async grow(study, manifest) {
+    this.study = study;
+    this.node.update(manifest);
+    if (manifest.shared && manifest.shared.file !== this.node.sharedFile) await this.node.loadShared();
+    this.fillPickers();
+    this.showHistoryPicker();
+    this.loadHistory();
+  }
+
+  // Views of the plots, hovering, and the URL.
+
+  keepView(k) {
+    const { view } = this.scatters[k];
+    this.state.plots[k].view = view.scale === 1 && !view.shiftX && !view.shiftY ? null : view;
+    this.keepUrl();
+  }
+
+  resetView(k) {
+    this.scatters[k].resetView();
+    this.state.plots[k].view = null;
+  }
+
+  resetViews() {
+    this.scatters.forEach((_, k) => this.resetView(k));
+    this.keepUrl();
+  }
+
+  hover(sample, event) {
+    const tip = by("tip");
+    tip.hidden = sample < 0;
+    if (sample < 0) {
+      this.hovered = -1;
+      return;
+    }
+    if (sample !== this.hovered) {
+      const { node } = this;
+      const words = [`sample ${node.id(sample)}, ${node.className(sample)}`, node.name(sample)].filter(Boolean);
+      tip.replaceChildren(picture(node, sample, 56), element("span", {}, words.join(", ")));
+      this.hovered = sample;
+    }
+    const isRight = event.clientX > window.innerWidth - 260;
+    tip.style.left = isRight ? "" : `${event.clientX + 14}px`;
+    tip.style.right = isRight ? `${window.innerWidth - event.clientX + 14}px` : "";
+    tip.style.top = `${Math.min(event.clientY + 12, window.innerHeight - 90)}px`;
+  }
+
+  keepUrl() {
+    clearTimeout(this.urlTimer);
+    this.urlTimer = setTimeout(() => this.writeUrl(), URL_DELAY);
+  }
+
+  writeUrl() {
+    clearTimeout(this.urlTimer);
+    this.text = encodeState(this.node, this.state);
+    history.replaceState(null, "", `#${this.text}`);
+  }
+
+  async copyUrl() {
+    this.writeUrl();
+    try {
+      await navigator.clipboard.writeText(location.href);
+      this.fail("");
+    } catch {
+      this.fail("The browser did not allow copying; copy the address of this page instead.");
+    }
+  }
+
+  /** Free the canvases for another data set. */
+  close() {
+    for (const scatter of [...this.scatters, this.comparison.scatter]) scatter.close();
+  }
+
+  /** Draw again in the colours of the present scheme. */
+  restyle() {
+    this.historyChart.restyle();
+    this.detail.chart.restyle();
+    this.showPlots();
+  }
+}
+
+function runText({ id, status, diverged_epoch: epoch }) {
+  return status === "diverged" ? `${id} (diverged in epoch ${epoch})` : id;
+}

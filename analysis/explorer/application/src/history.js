@@ -1,0 +1,149 @@
+// Histories of a run: importance by layer and epoch, and NLL by epoch, of every sample.
+//
+// Values are stored as codes of 16 bits on a logarithmic scale by row (a layer, or the NLL), within 0.1 %. Summaries of a set
+// of samples go through a table of the values of all codes; of a set with more than half of the samples, the others are summed
+// and subtracted from the sums of all.
+
+const CODES = 65536;
+const BIN_SHIFT = 18; // of the bits of a float32: bins of 3 %
+const BINS = 8192;
+const TOTAL = -1; // row: importance summed over the layers
+
+const bits = new Uint32Array(1);
+const float = new Float32Array(bits.buffer);
+
+/** Values of all codes of a row. */
+function decodeTable({ low, high }, table) {
+  table[0] = NaN;
+  table[1] = 0;
+  for (let code = 2; code < CODES - 1; code++) {
+    table[code] = Math.exp(low + ((code - 2) / (CODES - 4)) * (high - low));
+  }
+  table[CODES - 1] = Infinity;
+}
+
+export class History {
+  constructor(node, manifest) {
+    Object.assign(this, { node, manifest, epochs: manifest.epochs, rows: manifest.rows });
+    this.tables = new Float32Array(this.rows.length * CODES);
+    this.rows.forEach((row, r) => decodeTable(row, this.tables.subarray(r * CODES, (r + 1) * CODES)));
+    this.layers = this.rows.flatMap((row, r) => (row.variable === "importance" ? [r] : []));
+    this.nll = this.rows.findIndex((row) => row.variable === "nll");
+    this.pages = [];
+    this.ofAll = new Map(); // row -> summary of all samples
+  }
+
+  /** Load every page. */
+  async load() {
+    for (let page = 0; page < this.manifest.files.length; page++) await this.loadPage(page);
+    this.isLoaded = true;
+  }
+
+  async loadPage(page) {
+    this.pages[page] ??= await this.node.historyPage(this.manifest, page);
+    return this.pages[page];
+  }
+
+  /** Values of one sample, Float32Array [rows * epochs]. */
+  async sample(sample) {
+    const { page } = this.manifest;
+    const codes = await this.loadPage(Math.floor(sample / page));
+    const cells = this.rows.length * this.epochs.length;
+    const stride = codes.length / cells;
+    return Float32Array.from({ length: cells }, (_, cell) => {
+      const row = Math.floor(cell / this.epochs.length);
+      return this.tables[row * CODES + codes[cell * stride + (sample % page)]];
+    });
+  }
+
+  /**
+   * Summaries of the selected samples and of the rest, for one row.
+   * @param row a row, or TOTAL
+   * @returns {selected, rest}, each {mean, low, high [epochs], layers [rows][epochs]}
+   */
+  compare(selection, row) {
+    if (!this.ofAll.has(row)) this.ofAll.set(row, this.accumulate(everything(selection.mask.length), row));
+    const all = this.ofAll.get(row);
+    const isLarge = selection.count > selection.mask.length / 2;
+    const part = this.accumulate(isLarge ? selection.invert().indices : selection.indices, row);
+    const others = subtract(all, part);
+    const [selected, rest] = isLarge ? [others, part] : [part, others];
+    return { selected: this.summarise(selected), rest: this.summarise(rest) };
+  }
+
+  accumulate(samples, row) {
+    const { length: epochs } = this.epochs;
+    const rows = row === this.nll ? [row] : this.layers;
+    const sums = new Float64Array(this.rows.length * epochs);
+    const terms = new Float64Array(rows.length);
+    const total = new Float64Array(epochs);
+    const counts = new Uint32Array(epochs);
+    const histogram = new Uint32Array(epochs * BINS);
+    for (const { codes, places } of this.byPage(samples)) {
+      const stride = codes.length / (this.rows.length * epochs);
+      for (let epoch = 0; epoch < epochs; epoch++) {
+        for (const place of places) {
+          let value = 0;
+          for (let k = 0; k < rows.length; k++) {
+            const r = rows[k];
+            terms[k] = this.tables[r * CODES + codes[(r * epochs + epoch) * stride + place]];
+            value += terms[k];
+          }
+          if (!(value < Infinity)) continue; // not measured, or infinite
+          for (let k = 0; k < rows.length; k++) sums[rows[k] * epochs + epoch] += terms[k];
+          if (row !== TOTAL) value = terms[rows.indexOf(row)];
+          total[epoch] += value;
+          counts[epoch]++;
+          float[0] = value;
+          histogram[epoch * BINS + (bits[0] >>> BIN_SHIFT)]++;
+        }
+      }
+    }
+    return { sums, total, counts, histogram };
+  }
+
+  /** Positions within each page of ascending samples. */
+  *byPage(samples) {
+    const { page } = this.manifest;
+    let start = 0;
+    for (let p = 0; p < this.pages.length; p++) {
+      let end = start;
+      while (end < samples.length && samples[end] < (p + 1) * page) end++;
+      if (end > start) {
+        yield { codes: this.pages[p], places: samples.subarray(start, end).map((i) => i - p * page) };
+      }
+      start = end;
+    }
+  }
+
+  summarise({ sums, total, counts, histogram }) {
+    const epochs = this.epochs.length;
+    const mean = Array.from(total, (sum, epoch) => (counts[epoch] ? sum / counts[epoch] : NaN));
+    const quantile = (share) =>
+      Array.from(counts, (count, epoch) => {
+        if (!count) return NaN;
+        let left = share * count;
+        const first = epoch * BINS;
+        let bin = 0;
+        while (bin < BINS - 1 && (left -= histogram[first + bin]) > 0) bin++;
+        bits[0] = bin ? (bin << BIN_SHIFT) | (1 << (BIN_SHIFT - 1)) : 0;
+        return float[0];
+      });
+    const layers = this.layers.map((r) =>
+      Array.from(counts, (count, epoch) => (count ? sums[r * epochs + epoch] / count : NaN)),
+    );
+    return { mean, low: quantile(0.1), high: quantile(0.9), layers };
+  }
+}
+
+function everything(size) {
+  return Int32Array.from({ length: size }, (_, i) => i);
+}
+
+function subtract(all, part) {
+  return Object.fromEntries(
+    Object.entries(all).map(([key, values]) => [key, values.map((value, i) => value - part[key][i])]),
+  );
+}
+
+export { TOTAL };
