@@ -1,6 +1,6 @@
 // One sample: its picture, its columns, its history by layer and epoch, and its NLL.
 
-import { unitText } from "./axes.js";
+import { axisLabel } from "./axes.js";
 import { EpochChart, heatmap } from "./charts.js";
 import { element, valueText } from "./dom.js";
 import { picture, rowText } from "./thumbnails.js";
@@ -23,8 +23,8 @@ export class SampleDetail {
       ["class", node.className(sample)],
       ...(node.name(sample) ? [["file", node.name(sample)]] : []),
       ...node.columns(runId).map((column) => [
-        column.label,
-        `${valueText(node.values(runId, column.name)[sample])}${column.unit && column.unit !== "1" ? ` ${unitText(column.unit)}` : ""}`,
+        axisLabel(column),
+        valueText(node.values(runId, column.name)[sample]),
       ]),
     ];
     const list = element("dl", {}, ...facts.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));

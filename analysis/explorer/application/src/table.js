@@ -1,7 +1,7 @@
 // The selected samples as a table: pages of rows, sorted by any column, with a box that adds or removes a sample.
 
 import { countText, element, valueText } from "./dom.js";
-import { unitText } from "./axes.js";
+import { axisLabel } from "./axes.js";
 
 const ROWS = 20;
 
@@ -41,7 +41,7 @@ export class SampleTable {
       plain("sample"),
       plain("class"),
       ...(node.names ? [plain("file")] : []),
-      ...columns.map((column) => heading(column.name, `${column.label}${column.unit === "1" ? "" : ` (${unitText(column.unit)})`}`)),
+      ...columns.map((column) => heading(column.name, axisLabel(column))),
     );
     const rows = Array.from(order.subarray(this.page * ROWS, (this.page + 1) * ROWS), (sample) => {
       const label = `sample ${node.id(sample)}`;

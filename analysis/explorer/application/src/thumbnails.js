@@ -30,8 +30,9 @@ export function picture(node, sample, edge) {
 
 /** Text of a row of a table ("column value, ..."), or the text itself. */
 export function rowText(row, columns) {
+  if (row === null) return "cannot be read";
   if (typeof row === "string") return row;
-  return row.map((value, i) => (columns ? `${columns[i]} ${valueText(value)}` : valueText(value))).join(", ");
+  return row.map((value, i) => (columns ? `${columns[i]} ${valueText(value ?? NaN)}` : valueText(value ?? NaN))).join(", ");
 }
 
 /** A grid of samples that scrolls; only the rows in view are in the page. */
