@@ -36,6 +36,7 @@ help:
 	@echo "make fuzz    10,000 changed files of a study: readers raise named errors only (an hour)"
 	@echo "make faults  every operation of the store fails once, on a disk and on S3 (half an hour)"
 	@echo "make soak    studies and readers on an S3 server with faults: memory must be flat (half an hour)"
+	@echo "make explore-bench   50,000 samples in the explorer: from lasso to paint, in a browser on one core (minutes)"
 	@echo "make cluster-test   ray up on hosts in namespaces: one loses its network, one dies (root; 4 minutes)"
 	@echo "make bench   training steps with and without recording, against BackPACK and Opacus"
 	@echo "make influence   influence on the final model against retrainings, other packages, cost (3 hours)"
@@ -47,6 +48,7 @@ study: $(VENV)/.installed
 	@$(BIN)/python sweeps/full_study.py --preset digits --out results/digits
 
 test: $(VENV)/.installed-test
+	@tests/browser/install.sh
 	@$(BIN)/python -m pytest -n 2 --dist loadscope
 
 cluster-test: $(VENV)/.installed-test
@@ -65,6 +67,10 @@ docs: $(VENV)/.installed-docs
 
 power: $(VENV)/.installed-test
 	@$(BIN)/python tests/store/power_loss.py
+
+explore-bench: $(VENV)/.installed-test
+	@tests/browser/install.sh
+	@$(BIN)/python benchmarks/explore.py
 
 chaos: $(VENV)/.installed-test
 	@$(BIN)/python tests/chaos/chaos.py

@@ -48,10 +48,10 @@ export class EpochChart {
     const bands = [];
     for (const { label: name, colour, low } of lines) {
       const stroke = themeColour(colour);
-      series.push({ label: name, stroke, width: 2, value: (_, value) => valueText(value ?? NaN) });
+      series.push({ label: name, stroke, width: 2, value: legendText });
       if (!low) continue;
       const first = series.length;
-      const edge = { stroke: "transparent", points: { show: false }, value: (_, value) => valueText(value ?? NaN) };
+      const edge = { stroke: "transparent", points: { show: false }, value: legendText };
       series.push({ ...edge, label: "10 %" }, { ...edge, label: "90 %" });
       bands.push({ series: [first + 1, first], fill: `${stroke}33` });
     }
@@ -61,7 +61,7 @@ export class EpochChart {
         height: this.height,
         series,
         bands,
-        legend: { show: false },
+        legend: { live: true },
         cursor: { drag: { x: false, y: false } },
         scales: { x: { time: false }, y: { distr: 3 } },
         axes: [
@@ -69,7 +69,7 @@ export class EpochChart {
           {
             ...font,
             label,
-            size: 42,
+            size: 50,
             filter: labelled,
             grid: { ...line, filter: labelled },
             ticks: { ...line, filter: labelled },
@@ -82,6 +82,8 @@ export class EpochChart {
     );
   }
 }
+
+const legendText = (_, value) => (value === null || value === undefined ? "–" : valueText(value));
 
 const isPower = (value) => value > 0 && Math.abs(Math.log10(value) - Math.round(Math.log10(value))) < 1e-9;
 

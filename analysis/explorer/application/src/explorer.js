@@ -296,21 +296,15 @@ export class Explorer {
   showHistory() {
     const { history, state, node } = this;
     const isShown = Boolean(history?.isLoaded);
-    for (const id of ["history", "history-legend", "history-heat"]) by(id).hidden = !isShown;
+    for (const id of ["history", "history-note", "history-heat"]) by(id).hidden = !isShown;
     if (!isShown) return;
     const row = state.row === "total" ? TOTAL : Number(state.row);
     const { selected, rest } = history.compare(state.selection, row);
     const line = (label, summary, colour) => ({ label, values: summary.mean, low: summary.low, high: summary.high, colour });
     const lines = state.selection.count ? [line("selection", selected, "--accent")] : [];
-    if (state.selection.count < node.count) lines.push(line("rest", rest, "--rest"));
+    if (state.selection.count < node.count) lines.push(line(state.selection.count ? "rest" : "all", rest, "--rest"));
     const unit = row === history.nll ? node.manifest.units.nll : node.manifest.units.importance;
     this.historyChart.draw(history.epochs, lines, `${row === history.nll ? "NLL" : "importance"} (${unitText(unit)})`);
-    const rest1 = state.selection.count ? "the rest" : "all samples";
-    by("history-legend").replaceChildren(
-      ...(state.selection.count ? [element("b", {}, "selection"), " and "] : []),
-      element("i", {}, rest1),
-      ": mean; band from the 10th to the 90th percentile",
-    );
     if (row === history.nll) {
       by("history-heat").replaceChildren();
       return;

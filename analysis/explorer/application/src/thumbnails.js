@@ -3,7 +3,7 @@
 import { classColour } from "./colours.js";
 import { element, valueText } from "./dom.js";
 
-const FALLBACK_EDGE = 44; // pixels of a cell where an image is shown small
+const CELL_EDGE = 44; // pixels of an image in the grid
 
 /** Create the picture of a sample in a box of an edge. The pixels of a sprite are never read. */
 export function picture(node, sample, edge) {
@@ -43,6 +43,7 @@ export class ThumbnailGrid {
     this.inner = element("div", { class: "inner" });
     root.replaceChildren(this.inner);
     root.addEventListener("scroll", () => this.paint());
+    root.addEventListener("keydown", (event) => this.step(event));
     new ResizeObserver(() => this.paint()).observe(root);
   }
 
@@ -59,12 +60,31 @@ export class ThumbnailGrid {
     this.paint();
   }
 
+  measure() {
+    const hasImages = Boolean(this.node.manifest.sprites);
+    const width = hasImages ? CELL_EDGE + 6 : this.root.clientWidth - 16;
+    const height = hasImages ? CELL_EDGE + 9 : 34;
+    return { width, height, columns: Math.max(1, Math.floor(this.root.clientWidth / width)) };
+  }
+
+  /** Arrow keys: show the next sample in that direction. */
+  step(event) {
+    const { height, columns } = this.measure();
+    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns }[event.key];
+    if (!step || !this.order.length) return;
+    event.preventDefault();
+    const place = this.order.indexOf(this.marked) + step;
+    const next = Math.min(this.order.length - 1, Math.max(0, place));
+    const top = Math.floor(next / columns) * height;
+    const { scrollTop, clientHeight } = this.root;
+    if (top < scrollTop) this.root.scrollTop = top;
+    else if (top + height > scrollTop + clientHeight) this.root.scrollTop = top + height - clientHeight;
+    this.onPick(this.order[next]);
+  }
+
   paint() {
     if (!this.order) return;
-    const hasImages = Boolean(this.node.manifest.sprites);
-    const width = hasImages ? FALLBACK_EDGE + 6 : this.root.clientWidth - 16;
-    const height = hasImages ? FALLBACK_EDGE + 9 : 34;
-    const columns = Math.max(1, Math.floor(this.root.clientWidth / width));
+    const { width, height, columns } = this.measure();
     const first = Math.floor(this.root.scrollTop / height);
     const visible = Math.ceil(this.root.clientHeight / height) + 1;
     this.inner.style.height = `${Math.ceil(this.order.length / columns) * height}px`;
@@ -77,11 +97,12 @@ export class ThumbnailGrid {
         {
           type: "button",
           class: sample === this.marked ? "cell marked" : "cell",
+          tabindex: -1, // the grid takes the focus, and arrow keys move within
           title: [name, node.name(sample)].filter(Boolean).join(", "),
           "aria-label": name,
           onclick: () => this.onPick(sample),
         },
-        picture(node, sample, FALLBACK_EDGE),
+        picture(node, sample, CELL_EDGE),
       );
       Object.assign(cell.style, {
         left: `${(k % columns) * width}px`,

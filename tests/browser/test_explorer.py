@@ -1,0 +1,261 @@
+"""The explorer in a browser, opened from its folder: selections, histories, exports, the URL, the keyboard."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from browser import draw_lasso, file_url, wait_ready
+
+from sampimp import open_cube
+
+LASSO = [(0.2, 0.9), (0.25, 0.4), (0.6, 0.2), (0.8, 0.5), (0.5, 0.5), (0.6, 0.8)]
+"""Corners of a lasso that is not convex, as shares of the scatter."""
+
+
+@pytest.fixture(scope="module")
+def cube(digits_study):
+    return open_cube(digits_study)["digits"].to_dataset()
+
+
+@pytest.fixture
+def explorer(page, explorer_page):
+    """Return the page with the explorer of the digits, ready."""
+    page.goto(file_url(explorer_page))
+    wait_ready(page)
+    return page
+
+
+def count(page) -> int:
+    return int(page.locator("#count").inner_text().split()[0].replace(",", ""))
+
+
+def save(page, button, path):
+    """Press a button of the exports, and return the file."""
+    with page.expect_download() as download:
+        page.get_by_role("button", name=button, exact=True).click()
+    target = path / download.value.suggested_filename
+    download.value.save_as(target)
+    return target
+
+
+def even_odd(x, y, corners):
+    """Return whether each point is inside of a polygon: crossings of a ray to the right, odd."""
+    inside = np.zeros(len(x), bool)
+    for (x0, y0), (x1, y1) in zip(corners, [*corners[1:], corners[0]], strict=True):
+        crosses = (y0 > y) != (y1 > y)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            at = x0 + (y - y0) / (y1 - y0) * (x1 - x0)
+        inside ^= crosses & (x < at)
+    return inside
+
+
+def test_page_opens_from_its_folder_alone(explorer, log, explorer_page):
+    assert log.errors == []
+    folder = file_url(explorer_page.parent)
+    outside = [url for url in log.requests if not url.startswith((folder, "data:", "blob:"))]
+    assert outside == []
+    assert len(log.requests) > 5
+    assert count(explorer) == 0
+    assert explorer.locator("#progress").inner_text() == "3 runs"
+
+
+def test_first_canvas_is_the_scatter_on_the_first_screen(explorer):
+    box = explorer.locator("canvas").first.bounding_box()
+    assert box["y"] + box["height"] < 900
+    assert box["x"] + box["width"] < 1280
+    assert min(box["width"], box["height"]) > 250
+
+
+@pytest.mark.parametrize("scale", ["log", "linear"])
+def test_exported_lasso_is_an_even_odd_test(explorer, cube, tmp_path, scale):
+    if scale == "linear":
+        for box in explorer.locator("#axes-0 input[type=checkbox]").all():
+            box.uncheck()
+    corners = LASSO if scale == "log" else [(x * 0.3, 1 - (1 - y) * 0.3) for x, y in LASSO]
+    draw_lasso(explorer, corners)
+    selection = json.loads(save(explorer, "JSON", tmp_path).read_text())
+    assert selection["count"] == count(explorer) == len(selection["indices"])
+    (step,) = selection["steps"]
+    assert step["tool"] == "lasso"
+    assert (step["x"]["column"], step["y"]["column"]) == ("nll", "importance")
+    run = cube.sel(strategy="shuffle", seed=1)
+    nll = run["nll"].isel(epoch=-1).values
+    tau = run["importance"].sum(("epoch", "layer"), dtype=np.float64).values.astype(np.float32)
+    axis = np.log10 if scale == "log" else np.asarray
+    polygon = [(axis(x), axis(y)) for x, y in np.asarray(step["polygon"], np.float64)]
+    with np.errstate(divide="ignore"):
+        x, y = axis(nll.astype(np.float64)), axis(tau.astype(np.float64))
+    inside = even_odd(x, y, polygon)
+    assert 20 < inside.sum() < 1500
+    assert np.flatnonzero(inside).tolist() == selection["indices"]
+    assert step["x"]["scale"] == step["y"]["scale"] == scale
+
+
+def cells(page, selector):
+    """Return the values that a heatmap shows under the pointer, [layer][epoch]."""
+    heat = page.locator(f"{selector} canvas.heatmap")
+    heat.scroll_into_view_if_needed()
+    box = heat.bounding_box()
+    layers, epochs = (int(heat.get_attribute(name)) for name in ("height", "width"))
+    values = np.empty((layers, epochs))
+    for layer in range(layers):
+        for epoch in range(epochs):
+            page.mouse.move(
+                box["x"] + (epoch + 0.5) / epochs * box["width"],
+                box["y"] + (layer + 0.5) / layers * box["height"],
+            )
+            text = heat.get_attribute("title")
+            assert f"epoch {epoch + 1}:" in text
+            values[layer, epoch] = float(text.split(": ")[1].split()[0].replace("−", "-"))
+    return values
+
+
+ROUNDED = 1e-3 + 5e-3
+"""A code is within 0.1 %; below 1e-3 a value is shown with three digits."""
+
+
+def test_history_of_a_sample_is_that_of_the_cube(explorer, cube):
+    explorer.locator("#grid button").nth(3).click()
+    sample = int(explorer.locator("#sample dd").first.inner_text())
+    explorer.wait_for_function(
+        "s => document.querySelector('#sample dd').textContent === s", arg=str(sample)
+    )
+    stored = cube["importance"].sel(strategy="shuffle", seed=1, sample=sample)
+    shown = cells(explorer, "#sample")
+    np.testing.assert_allclose(shown, stored.transpose("layer", "epoch").values, rtol=ROUNDED)
+
+
+def test_mean_history_of_a_selection_is_that_of_the_cube(explorer, cube, tmp_path):
+    draw_lasso(explorer, LASSO)
+    indices = json.loads(save(explorer, "JSON", tmp_path).read_text())["indices"]
+    run = cube["importance"].sel(strategy="shuffle", seed=1)
+    expected = run.isel(sample=indices).mean("sample", dtype=np.float64).transpose("layer", "epoch")
+    np.testing.assert_allclose(cells(explorer, "#history-heat"), expected.values, rtol=ROUNDED)
+
+
+def test_ways_to_combine(explorer):
+    size = 1500
+    chip = explorer.locator("#classes button").first
+    chip.click()
+    first = count(explorer)
+    explorer.locator("#classes button").nth(1).click()
+    both = count(explorer)
+    assert first < both < size
+    explorer.get_by_role("button", name="Invert").click()
+    assert count(explorer) == size - both
+    explorer.get_by_role("button", name="Undo").click()
+    assert count(explorer) == both
+    explorer.get_by_role("textbox", name="Name of the selection").fill("zeros and ones")
+    explorer.get_by_role("button", name="Keep the selection").click()
+    draw_lasso(explorer, LASSO)
+    lasso = count(explorer)
+    explorer.get_by_role("button", name="Intersect: zeros and ones").click()
+    common = count(explorer)
+    explorer.get_by_role("button", name="Undo").click()
+    explorer.get_by_role("button", name="Remove: zeros and ones").click()
+    assert count(explorer) == lasso - common
+    explorer.get_by_role("button", name="Add: zeros and ones").click()
+    assert count(explorer) == lasso - common + both
+    explorer.keyboard.press("Escape")
+    assert count(explorer) == 0
+
+
+def test_click_selects_a_sample_and_shows_it(explorer):
+    ring = explorer.locator("#scatter-0 .ring").bounding_box()
+    explorer.mouse.click(ring["x"] + ring["width"] / 2, ring["y"] + ring["height"] / 2)
+    assert count(explorer) == 1
+
+
+def test_copied_url_restores_everything(explorer, explorer_page, chromium):
+    draw_lasso(explorer, LASSO)
+    explorer.locator("#axes-1 select").first.select_option("variability")
+    explorer.locator("#pickers select").nth(1).select_option("importance")
+    explorer.get_by_role("button", name="Add", exact=True).click()
+    explorer.locator("#grid button").nth(2).click()
+    explorer.locator("#sorting select").nth(1).select_option("up")
+    explorer.get_by_role("textbox", name="Name of the selection").fill("mine, 100 % & more")
+    explorer.get_by_role("button", name="Keep the selection").click()
+    box = explorer.locator("canvas").first.bounding_box()
+    explorer.mouse.move(box["x"] + 100, box["y"] + 100)
+    explorer.mouse.wheel(0, -300)
+    explorer.wait_for_timeout(500)
+
+    def state(page):
+        return page.evaluate(
+            """() => ({
+                count: document.querySelector("#count").textContent,
+                picked: [...document.querySelectorAll("select")].map((each) => each.value),
+                pressed: [...document.querySelectorAll("[aria-pressed=true]")].map((e) => e.textContent),
+                sample: document.querySelector("#sample dd").textContent,
+                first: document.querySelector("#grid button").title,
+                named: document.querySelector("#named li").textContent,
+                ticks: [...document.querySelectorAll("#scatter-0 text")].map((each) => each.textContent),
+            })"""
+        )
+
+    before = state(explorer)
+    other = chromium.new_page(viewport={"width": 1280, "height": 900})
+    other.goto(explorer.url)
+    wait_ready(other)
+    assert state(other) == before
+    assert "mine, 100 % & more" in before["named"]
+    other.close()
+
+
+def test_exported_snippet_trains_on_the_selection(explorer, cube, tmp_path):
+    draw_lasso(explorer, LASSO)
+    indices = json.loads(save(explorer, "JSON", tmp_path).read_text())["indices"]
+    np.testing.assert_array_equal(np.load(save(explorer, ".npy", tmp_path)), indices)
+    snippet = save(explorer, "Python", tmp_path).read_text()
+    script = (
+        "import torch\n"
+        "train_set = torch.utils.data.TensorDataset(torch.arange(1500))\n"
+        f"{snippet}\n"
+        "kept = [int(sample[0]) for sample in train_subset]\n"
+        "print(kept == selected.tolist(), len(train_subset) + len(train_rest))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["True", "1500"]
+    rows = list(csv.DictReader(save(explorer, "CSV", tmp_path).open(newline="")))
+    assert [int(row["sample"]) for row in rows] == indices
+    nll = cube["nll"].sel(strategy="shuffle", seed=1).isel(epoch=-1, sample=indices).values
+    np.testing.assert_array_equal([np.float32(row["nll"]) for row in rows], nll)
+
+
+def test_selection_by_keyboard_alone(explorer):
+    announced = explorer.locator("#count")
+    assert announced.get_attribute("aria-live") == "polite"
+
+    def tab_to(selector):
+        for _ in range(120):
+            if explorer.evaluate("s => document.activeElement?.matches(s) ?? false", selector):
+                return
+            explorer.keyboard.press("Tab")
+        raise AssertionError(f"{selector} cannot be reached by Tab")
+
+    tab_to(".chip")
+    explorer.keyboard.press("Space")
+    of_class = count(explorer)
+    assert 100 < of_class < 200
+    tab_to("#ranges input[type=range]")
+    explorer.keyboard.press("End")
+    explorer.keyboard.press("ArrowLeft")
+    assert 1 <= count(explorer) < 10
+    tab_to("#table input[type=checkbox]")
+    before = count(explorer)
+    explorer.keyboard.press("Space")
+    assert count(explorer) == before - 1
+
+
+def test_touching_every_run_leaves_no_error(explorer, log):
+    run = explorer.locator("#pickers select").first
+    for value in ("nlo-seed1", "shuffle-seed2"):
+        run.select_option(value)
+        explorer.wait_for_function("v => location.hash.includes(v)", arg=value)
+    assert "holds the history of shuffle-seed1" in explorer.locator("#history-row").inner_text()
+    assert log.errors == []
