@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, PageLog, open_browser
+from playwright.sync_api import sync_playwright
 from study_here import command, make_config
 
 from sampimp.data.digits import load_digits
@@ -34,8 +35,14 @@ def explorer_page(digits_study):
 
 
 @pytest.fixture(scope="session")
-def chromium():
-    with open_browser() as browser:
+def playwright():
+    with sync_playwright() as running:  # a process has one at a time
+        yield running
+
+
+@pytest.fixture(scope="session")
+def chromium(playwright):
+    with open_browser(playwright) as browser:
         yield browser
 
 

@@ -1,4 +1,4 @@
-"""The explorer in a browser, opened from its folder: selections, histories, exports, the URL, the keyboard."""
+"""The explorer, opened from its folder: selections, histories, exports, URL and keyboard."""
 
 import csv
 import json
@@ -109,7 +109,7 @@ def cells(page, selector):
             )
             text = heat.get_attribute("title")
             assert f"epoch {epoch + 1}:" in text
-            values[layer, epoch] = float(text.split(": ")[1].split()[0].replace("−", "-"))
+            values[layer, epoch] = float(text.split(": ")[1].split()[0])
     return values
 
 
@@ -185,15 +185,17 @@ def test_copied_url_restores_everything(explorer, explorer_page, chromium):
 
     def state(page):
         return page.evaluate(
-            """() => ({
+            """() => {
+            const texts = (css) => [...document.querySelectorAll(css)].map((e) => e.textContent);
+            return ({
                 count: document.querySelector("#count").textContent,
                 picked: [...document.querySelectorAll("select")].map((each) => each.value),
-                pressed: [...document.querySelectorAll("[aria-pressed=true]")].map((e) => e.textContent),
+                pressed: texts("[aria-pressed=true]"),
                 sample: document.querySelector("#sample dd").textContent,
                 first: document.querySelector("#grid button").title,
                 named: document.querySelector("#named li").textContent,
-                ticks: [...document.querySelectorAll("#scatter-0 text")].map((each) => each.textContent),
-            })"""
+                ticks: texts("#scatter-0 text"),
+            }); }"""
         )
 
     before = state(explorer)

@@ -25,17 +25,13 @@ FLAGS = (
 
 
 @contextlib.contextmanager
-def open_browser(*flags: str) -> Iterator[Any]:
+def open_browser(playwright: Any, *flags: str) -> Iterator[Any]:
     """Start Chromium with more flags, and stop it."""
-    from playwright.sync_api import sync_playwright
-
-    assert CHROMIUM is not None
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *flags])
-        try:
-            yield browser
-        finally:
-            browser.close()
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *flags])
+    try:
+        yield browser
+    finally:
+        browser.close()
 
 
 @dataclass

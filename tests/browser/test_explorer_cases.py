@@ -1,0 +1,175 @@
+"""The explorer of damaged, hostile and growing studies and without images; its accessibility."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from browser import draw_lasso, file_url, open_browser, wait_ready
+from oracles import make_source
+from study_here import command, make_config
+
+from sampimp.analysis.explorer import write_explorer
+from sampimp.analysis.explorer.growing_study import serve_folder
+from sampimp.data import Source
+
+SCRIPT = "<script>alert(1)</script>"
+
+
+def explore(out: Path, source: Source | None = None, **options) -> Path:
+    """Train a small study, and return the page of its explorer."""
+    command(make_config(out), source=source)
+    return Path(write_explorer(str(out), **options).page)
+
+
+def serious(page) -> list[str]:
+    """Return the serious violations that axe finds, with the elements."""
+    found = Axe().run(page).response["violations"]
+    return [
+        f"{each['id']}: {node['target']}"
+        for each in found
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 420])
+def test_axe_finds_nothing_serious(chromium, explorer_page, scheme, width):
+    context = chromium.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, bypass_csp=True
+    )
+    page = context.new_page()
+    page.goto(file_url(explorer_page))
+    wait_ready(page)
+    page.locator("#classes button").first.click()
+    page.get_by_role("textbox", name="Name of the selection").fill("zeros")
+    page.get_by_role("button", name="Keep the selection").click()
+    assert serious(page) == []
+    overflow = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+    assert overflow <= 0
+    context.close()
+
+
+def test_class_names_are_text(page, log, tmp_path):
+    source = make_source(name="digits")
+    source = Source(**{**vars(source), "class_names": (SCRIPT, "=1+1", 'a"b,c')})
+    page.on("dialog", lambda dialog: pytest.fail("a script of the data ran"))
+    page.goto(file_url(explore(tmp_path, source)))
+    wait_ready(page)
+    assert page.locator("#classes button").first.inner_text().startswith(SCRIPT)
+    page.locator("#classes button").nth(1).click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="CSV", exact=True).click()
+    text = Path(download.value.path()).read_text()
+    assert ",'=1+1," in text  # a spreadsheet shows the text and computes nothing
+    assert log.errors == []
+
+
+def test_without_webgl_the_plots_are_drawn_on_a_canvas(playwright, explorer_page):
+    with open_browser(playwright, "--disable-3d-apis") as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(file_url(explorer_page))
+        wait_ready(page)
+        draw_lasso(page, [(0.2, 0.2), (0.8, 0.2), (0.8, 0.8), (0.2, 0.8)])
+        assert page.locator("#count").inner_text() != "0 of 1,500 selected"
+        painted = page.evaluate(
+            """() => {
+                const canvas = document.querySelector("canvas");
+                const { width, height } = canvas;
+                const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+                return data.filter((_, i) => i % 4 === 3 && data[i] > 0).length;
+            }"""
+        )
+        assert painted > 1000
+
+
+def test_data_without_images_show_their_values(page, log, tmp_path):
+    source = make_source(name="digits", shape=(3,))
+    page.goto(file_url(explore(tmp_path, source)))
+    wait_ready(page)
+    cell = page.locator("#grid button").first
+    sample = int(cell.get_attribute("aria-label").split()[1].rstrip(","))
+    expected = ", ".join(str(value) for value in source.train_values[sample])
+    page.wait_for_function(
+        "text => document.querySelector('#grid button').textContent === text", arg=expected
+    )
+    assert page.locator("#sample .words").inner_text() == expected
+    assert log.errors == []
+
+
+def test_damaged_chunk_is_named_and_not_zero(page, tmp_path):
+    command(make_config(tmp_path))
+    (chunk,) = tmp_path.glob("trials/*shuffle-seed1-*/record.zarr/nll/c/2/0")
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    page.goto(file_url(write_explorer(str(tmp_path)).page))
+    wait_ready(page)
+    words = page.locator("#messages").inner_text()
+    assert "Damaged: " in words
+    assert "nll" in words
+    assert "shuffle-seed1" in words
+    shown = page.locator("#sample dl").inner_text()
+    assert "not measured" in shown
+
+
+def test_selection_stays_while_the_study_grows(page, log, tmp_path):
+    class StoppedError(Exception):
+        pass
+
+    def stop(label: str) -> None:
+        raise StoppedError
+
+    config = make_config(tmp_path)
+    with pytest.raises(StoppedError):
+        command(config, committed=stop)
+    folder = write_explorer(str(tmp_path)).folder
+    with serve_folder(folder) as address:
+        page.goto(address)
+        wait_ready(page)
+        assert page.locator("#progress").inner_text() == "1 of 3 runs"
+        draw_lasso(page, [(0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9)])
+        before = page.locator("#count").inner_text()
+        assert not before.startswith("0 ")
+        command(config)
+        write_explorer(str(tmp_path))
+        page.wait_for_function("document.querySelector('#progress').textContent === '3 runs'")
+        assert page.locator("#count").inner_text() == before
+        run = page.locator("#pickers select").first
+        assert run.locator("option").count() == 3
+        run.select_option("nlo-seed1")
+        page.wait_for_function("location.hash.includes('nlo-seed1')")
+        assert page.locator("#count").inner_text() == before
+    assert log.errors == []
+
+
+def test_bundle_is_made_from_its_source(tmp_path):
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("needs node and npm")
+    source = Path(__file__).parents[2] / "analysis/explorer/application"
+    copy = tmp_path / "application"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("node_modules", "dist"))
+    install = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+    if subprocess.run(install, cwd=copy, capture_output=True, timeout=200).returncode:
+        pytest.skip("npm reaches no registry")
+    subprocess.run([npm, "run", "--silent", "build"], cwd=copy, check=True, timeout=60)
+    built = {path.name: path.read_bytes() for path in (copy / "dist").iterdir()}
+    stored = {path.name: path.read_bytes() for path in (source / "dist").iterdir()}
+    assert built == stored
+
+
+def test_lasso_of_many_samples_is_quick(page, log, tmp_path):
+    """A wide bound, since the machine of the tests is shared; `make explore-bench` measures."""
+    source = make_source(samples=6000, name="digits")
+    command(make_config(tmp_path, batch_size=500), source=source)
+    page.goto(file_url(write_explorer(str(tmp_path)).page))
+    wait_ready(page)
+    for _ in range(4):
+        draw_lasso(page, [(0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9)])
+        page.wait_for_timeout(400)
+    times = page.evaluate("performance.getEntriesByName('lasso to paint').map((e) => e.duration)")
+    assert len(times) == 4
+    assert min(times) < 1500
