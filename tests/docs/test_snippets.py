@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sampimp
 from sampimp.analysis import report
+from sampimp.analysis.explorer import explore
 from sampimp.data import load_source
 from sampimp.store.location import Folder
 from sampimp.sweeps import (
@@ -314,6 +315,7 @@ PROGRAMS = {
     "sampimp subset": subset.main,
     "sampimp consolidate": consolidate.main,
     "sampimp report": report.main,
+    "sampimp explore": explore.main,
     "benchmarks/study_overhead.py": functools.partial(call_script, "benchmarks/study_overhead.py"),
 }
 """Function that parses the arguments of a program."""
@@ -332,7 +334,7 @@ SCRIPTS = {
 
 CHEAP = (
     *("sampimp status OUT", "sampimp status OUT --verify", "sampimp consolidate OUT"),
-    "sampimp report OUT",
+    *("sampimp report OUT", "sampimp explore OUT"),
 )
 """Commands that are also run, on a small study."""
 
@@ -384,7 +386,7 @@ def check_pip(words):
 
 
 def check_options(words):
-    """Options without a program: of a study, a report, scores or subsets, or of any program."""
+    """Options without a program: of a study, a page, scores or subsets, or of any program."""
     if all(word.startswith("--") for word in words):
         assert set(words) <= set().union(*map(options_of, PROGRAMS))
     else:
@@ -393,6 +395,7 @@ def check_options(words):
             or parses("sampimp report", ["OUT", *words])
             or parses("sampimp score", ["OUT", *words])
             or parses("sampimp subset", ["OUT", *words])
+            or parses("sampimp explore", ["OUT", *words])
         )
 
 
