@@ -32,6 +32,7 @@ def load_npz(name: str, path: Path) -> Source:
         As in `sampimp.data.load_source`.
     path
         The .npz file. Floating-point inputs of any precision become float32, integer labels int64.
+        Labels that are texts or truth values are the names of their classes, in sorted order.
 
     Raises
     ------
@@ -57,10 +58,7 @@ def load_npz(name: str, path: Path) -> Source:
             path, f"{size} that NumPy cannot read: {error or type(error).__name__}"
         ) from None
     train, test = _as_values(train), _as_values(test)
-    train_labels, test_labels = _as_labels(train_labels), _as_labels(test_labels)
-    largest = [int(labels.max()) for labels in (train_labels, test_labels) if _countable(labels)]
-    # At most as many classes as training samples, so that a label of 10^12 makes no 10^12 names.
-    classes = max(1, min(max(largest, default=0) + 1, train_labels.size))
+    train_labels, test_labels, class_names = _as_classes(train_labels, test_labels, path)
     return Source(
         name=name,
         train_values=train,
@@ -68,7 +66,7 @@ def load_npz(name: str, path: Path) -> Source:
         test_values=test,
         test_labels=test_labels,
         full_scale=255.0 if train.dtype == np.uint8 else 1.0,
-        class_names=tuple(str(label) for label in range(classes)),
+        class_names=class_names,
     )
 
 
@@ -114,7 +112,10 @@ def check_headers(file: Path | io.BytesIO, size: int, keys: Sequence[str] = ()) 
                 shape, _, dtype = reader(stream)
                 header = stream.tell()
             if dtype.hasobject:
-                raise ValueError(f"{member.filename} has pickled objects, which are not read")
+                raise ValueError(
+                    f"{member.filename} has pickled objects, which are not read; save texts with "
+                    "array.astype(str)"
+                )
             claimed = math.prod(shape) * dtype.itemsize
             total += claimed
             if (
@@ -156,7 +157,43 @@ def _as_values(inputs: np.ndarray) -> np.ndarray:
     return np.asarray(inputs, order="C")
 
 
-def _as_labels(labels: np.ndarray) -> np.ndarray:
+def _as_classes(
+    train: np.ndarray, test: np.ndarray, path: Path
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Return the labels of both parts as int64, and the name of each class.
+
+    What is no label of a class stays as it is: `Source` refuses it.
+    """
+    for part, labels in (("train", train), ("test", test)):
+        if np.issubdtype(labels.dtype, np.floating):
+            raise DataError(
+                expected="classes as labels, integers from 0 or texts: a study trains classifiers",
+                got=f"{labels.dtype} {list(labels.shape)}, {len(np.unique(labels)):,} different "
+                "values",
+                where=f"{path}, {part}_labels",
+                todo="save classes as integers (labels.astype(int)), or bin a regression's targets "
+                "into classes (np.digitize(targets, np.quantile(targets, [0.25, 0.5, 0.75]))); to "
+                "keep the targets, record your own training loop (sampimp.ImportanceRecorder)",
+            )
+    train, test = _as_texts(train), _as_texts(test)
+    if train.dtype.kind == test.dtype.kind == "U" and train.ndim == test.ndim == 1:
+        names, numbers = np.unique(np.concatenate([train, test]), return_inverse=True)
+        return numbers[: len(train)], numbers[len(train) :], tuple(names.tolist())
+    train, test = _as_integers(train), _as_integers(test)
+    largest = [int(labels.max()) for labels in (train, test) if _countable(labels)]
+    # At most as many classes as training samples, so that a label of 10^12 makes no 10^12 names.
+    classes = max(1, min(max(largest, default=0) + 1, train.size))
+    return train, test, tuple(str(label) for label in range(classes))
+
+
+def _as_texts(labels: np.ndarray) -> np.ndarray:
+    """Return bytes and truth values of each sample as texts, and other labels unchanged."""
+    if labels.dtype.kind == "S" and labels.ndim == 1:
+        return np.char.decode(labels, "utf-8", "backslashreplace")
+    return labels.astype(str) if labels.dtype.kind == "b" and labels.ndim == 1 else labels
+
+
+def _as_integers(labels: np.ndarray) -> np.ndarray:
     """Return integers as int64 and other types unchanged."""
     return labels.astype(np.int64) if np.issubdtype(labels.dtype, np.integer) else labels
 

@@ -97,9 +97,9 @@ def _check_part(name: str, part: str, values: np.ndarray, labels: np.ndarray, cl
         )
     if labels.dtype != np.int64 or labels.ndim != 1:
         raise error(
-            expected="integer labels [N]",
+            expected="one label for each sample [N], integers in both parts or texts in both",
             got=f"{labels.dtype} {list(labels.shape)}",
-            todo="save one integer per sample as int64, not one-hot vectors or floats",
+            todo="save one integer per sample as int64, not one-hot vectors (labels.argmax(1))",
         )
     if len(values) != len(labels):
         raise error(

@@ -26,6 +26,7 @@ import xarray as xr
 from sampimp.config import OPTIMIZERS, RELU_MODELS
 from sampimp.errors import RecordError
 from sampimp.schema import CURVES, REFERENCES, STRATEGIES, VARIABLES, Layout, digest_json
+from sampimp.store.cube_tree import DataTree
 from sampimp.store.datasets import StoredSource, open_source, require_planned_shape
 from sampimp.store.influence_cube import influence_variables
 from sampimp.store.influence_records import CommittedRecord, read_records
@@ -68,25 +69,6 @@ COORDINATE_ATTRS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """Units and meaning of each coordinate."""
-
-
-class DataTree(xr.DataTree):
-    """xarray's tree, whose HTML opens with attributes and groups expanded.
-
-    By default xarray collapses ten attributes or 20 items, and a notebook shows the names of the
-    groups alone. The class has xarray's name, since the name is the heading of the HTML.
-    """
-
-    __slots__ = ()
-
-    def _repr_html_(self) -> str:
-        options = xr.get_options()
-        expanded: dict[str, Any] = {"display_max_items": max(100, options["display_max_items"])}
-        if options["display_expand_attrs"] == "default":
-            expanded["display_expand_attrs"] = True
-        with xr.set_options(**expanded):
-            html: str = super()._repr_html_()
-            return html
 
 
 def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:

@@ -33,6 +33,24 @@ def test_float64_inputs_and_integer_labels_are_converted(tmp_path):
     assert source.class_names == ("0", "1", "2")
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "names", "numbers"),
+    [
+        (["no", "é", "no", "yes"], ["yes", "no"], ("no", "yes", "é"), [0, 2, 0, 1]),
+        ([b"b", b"a", b"\xff", b"b"], [b"b", b"a"], ("\\xff", "a", "b"), [2, 1, 0, 2]),
+        ([True, False, False, True], [True, False], ("False", "True"), [1, 0, 0, 1]),
+    ],
+)
+def test_texts_and_truth_values_are_the_names_of_classes(tmp_path, train, test, names, numbers):
+    name = save_npz(tmp_path / "a.npz", train_labels=np.array(train), test_labels=np.array(test))
+    source = load_source(name)
+    assert source.class_names == names
+    np.testing.assert_array_equal(source.train_labels, np.array(numbers), strict=True)
+    np.testing.assert_array_equal(
+        source.test_labels, source.train_labels[[train.index(each) for each in test]]
+    )
+
+
 def test_dtypes_and_memory_layouts(tmp_path):
     images = np.arange(24, dtype=np.uint8).reshape(4, 3, 2)
     name = save_npz(tmp_path / "a.npz", train_inputs=images, test_inputs=images[:2])
@@ -55,8 +73,15 @@ def test_dtypes_and_memory_layouts(tmp_path):
         ({"train_inputs": np.zeros((4, 3), np.int64)}, r"int64 \[4, 3\]"),
         ({"train_inputs": np.full((4, 3), 1e300)}, "inf at sample 0"),
         ({"train_inputs": np.float64(3)}, r"float32 \[\]"),
-        ({"train_labels": np.array(["a", "b", "c", "d"])}, r"<U1 \[4\]"),
-        ({"train_labels": np.array([0.0, np.nan, 1, 1])}, r"float64 \[4\]"),
+        ({"train_labels": np.array(["a", "b", "c", "d"])}, r"texts in both\n.*<U1 \[4\]"),
+        ({"train_labels": np.eye(4, dtype=int)}, r"int64 \[4, 4\]\n.*\n.*argmax"),
+        ({"train_labels": np.array([[["a"]]]), "test_labels": np.array("a")}, r"<U1 \[1, 1, 1\]"),
+        ({"train_labels": np.array([0.0, np.nan, 1, 1])}, r"float64 \[4\], 3 different values"),
+        (
+            {"test_labels": np.array([0.5, 1])},
+            r"(?s)a study trains classifiers.*test_labels\n.*bin",
+        ),
+        ({"train_labels": np.array(["a", None])}, r"train_labels.npy has .*array.astype\(str\)"),
         ({"train_labels": np.array([0, 10**12, 0, 1])}, r"labels in 0..3\n.*1000000000000 at"),
         ({"train_labels": np.array([], dtype=np.int64)}, "4 inputs and 0 labels"),
         ({"test_labels": np.array([1, -3])}, "-3 at sample 1"),

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import time
+import warnings
 
 import numpy as np
 import oracles
@@ -360,6 +361,18 @@ def test_every_coordinate_is_described(tree):
     label = tree["one"]["label"].attrs
     assert label["flag_values"] == [0, 1, 2]
     assert label["flag_meanings"] == "class_0 class_1 class_2"
+
+
+def test_it_is_written_to_zarr_without_a_warning(tree, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tree.to_zarr(tmp_path / "tree.zarr")
+        again = xr.open_datatree(tmp_path / "tree.zarr", engine="zarr")
+        assert again.attrs == tree.attrs
+        for node in tree.leaves:
+            assert again[node.path].to_dataset().identical(node.to_dataset().load())
+            node.to_dataset().to_zarr(tmp_path / f"{node.name}.zarr")
+            assert xr.open_zarr(tmp_path / f"{node.name}.zarr").identical(node.to_dataset().load())
 
 
 def test_the_html_shows_its_content_at_first_sight(tree):
