@@ -19,7 +19,7 @@ define install
 @touch $@
 endef
 
-.PHONY: help study test check docs bench influence power chaos drivers fuzz faults soak cluster-test gpu gpu-wheels clean
+.PHONY: help study test check docs recipes bench influence power chaos drivers fuzz faults soak cluster-test gpu gpu-wheels clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # With make -j, two concurrent installs would break the environment.
@@ -30,6 +30,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make check   format, lint, types, doctests, tests"
 	@echo "make docs    the documentation, into docs/_build/html; warnings are errors"
+	@echo "make recipes the recipes for other tools of docs/tools.md, in .venv-recipes (2 GB)"
 	@echo "make power   a study whose power is cut 200 times, against an undisturbed one (minutes)"
 	@echo "make chaos   a study with injected deaths and faults, against an undisturbed one (minutes)"
 	@echo "make drivers four drivers of one study, started, killed and restarted: DRIVERS_OPTIONS='--seeds 10' (minutes)"
@@ -64,6 +65,15 @@ docs: $(VENV)/.installed-docs
 	@rm -rf docs/api/generated  # pages of modules that are gone
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+# Not in $(VENV): the tools ask for other versions of what they share with the tests' environment.
+RECIPES := .venv-recipes
+recipes: | $(VENV)/.created
+	@test -d $(RECIPES) || $(BIN)/python -m venv $(RECIPES)
+	@grep -E '^(torch|xarray|zarr|numpy|pandas)==' constraints.txt > $(RECIPES)/constraints.txt
+	@$(RECIPES)/bin/python -m pip install -qq --disable-pip-version-check -c $(RECIPES)/constraints.txt \
+		-e . -r tests/docs/recipes.txt hypothesis pillow pyarrow pytest pytest-timeout pytest-xdist scikit-learn
+	@RECIPES=all WANDB_MODE=offline $(RECIPES)/bin/python -m pytest -n0 tests/docs/test_tools.py
 
 power: $(VENV)/.installed-test
 	@$(BIN)/python tests/store/power_loss.py
@@ -109,7 +119,7 @@ gpu:
 	PYTHONPATH="$$site:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu.py $(GPU_OPTIONS)
 
 clean:
-	rm -rf $(VENV) docs/_build docs/gallery docs/api/generated .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(RECIPES) docs/_build docs/gallery docs/api/generated .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is touched once pip is installed; `venv` repairs an environment that was interrupted.
