@@ -203,21 +203,29 @@ export class Explorer {
     await Promise.all([...painted, this.showSelection()]);
   }
 
-  /** Draw what depends on the selection; resolves once the points are drawn. */
+  /** Draw what depends on the selection; resolves once the plots, images and history are drawn. */
   async showSelection() {
     const { state, scatters } = this;
     const painted = scatters.map((scatter) => scatter.setSelection(state.selection));
-    painted.push(this.comparison.setSelection(state.selection, state.sample));
+    scatters.forEach((scatter) => scatter.mark(state.sample));
     this.showTools();
     this.showSamples();
-    this.ranges.forEach((range) => range.setSelection(state.selection));
     this.showHistory();
+    await Promise.all(painted);
+    this.keepUrl();
+    clearTimeout(this.laterTimer);
+    this.laterTimer = setTimeout(() => this.showLater());
+  }
+
+  /** Draw what is below the first screen, in a task of its own. */
+  showLater() {
+    const { state } = this;
+    this.ranges.forEach((range) => range.setSelection(state.selection));
+    this.comparison.setSelection(state.selection, state.sample);
+    this.showTable();
     this.named.show(state.named);
     by("snippet").textContent = toSnippet(this.context());
-    scatters.forEach((scatter) => scatter.mark(state.sample));
-    await Promise.all(painted);
     this.showDetail();
-    this.keepUrl();
   }
 
   showTools() {
@@ -242,9 +250,12 @@ export class Explorer {
 
   showSamples() {
     const { node, state } = this;
-    const order = this.sorted();
-    this.grid.show(node, order);
-    this.grid.mark(state.sample);
+    this.order = this.sorted();
+    this.grid.show(node, this.order, state.sample);
+  }
+
+  showTable() {
+    const { node, state, order } = this;
     this.table.show({ node, runId: state.run, order, columns: node.columns(state.run), sort: state.sort, selection: state.selection });
   }
 
@@ -372,6 +383,7 @@ export class Explorer {
       this.sortPicker.value = parts.sort.name;
       this.directionPicker.value = parts.sort.descending ? "down" : "up";
       this.showSamples();
+      this.showTable();
     }
     if (parts.row) this.showHistory();
     this.keepUrl();

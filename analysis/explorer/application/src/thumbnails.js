@@ -42,15 +42,24 @@ export class ThumbnailGrid {
     Object.assign(this, { root, onPick });
     this.inner = element("div", { class: "inner" });
     root.replaceChildren(this.inner);
-    root.addEventListener("scroll", () => this.paint());
+    root.addEventListener("scroll", () => {
+      this.top = root.scrollTop;
+      this.paint();
+    });
     root.addEventListener("keydown", (event) => this.step(event));
-    new ResizeObserver(() => this.paint()).observe(root);
+    // Sizes are kept: to read them after a change of the page would lay it out at once.
+    this.top = 0;
+    new ResizeObserver(() => {
+      Object.assign(this, { width: root.clientWidth, height: root.clientHeight });
+      this.paint();
+    }).observe(root);
   }
 
-  /** @param order samples in the order to show them. */
-  show(node, order) {
-    Object.assign(this, { node, order });
-    this.root.scrollTop = 0;
+  /** @param order samples in the order to show them; @param marked the sample of the detail pane. */
+  show(node, order, marked) {
+    Object.assign(this, { node, order, marked });
+    if (this.top) this.root.scrollTop = 0;
+    this.top = 0;
     this.paint();
   }
 
@@ -62,9 +71,9 @@ export class ThumbnailGrid {
 
   measure() {
     const hasImages = Boolean(this.node.manifest.sprites);
-    const width = hasImages ? CELL_EDGE + 6 : this.root.clientWidth - 16;
+    const width = hasImages ? CELL_EDGE + 6 : this.width - 16;
     const height = hasImages ? CELL_EDGE + 9 : 34;
-    return { width, height, columns: Math.max(1, Math.floor(this.root.clientWidth / width)) };
+    return { width, height, columns: Math.max(1, Math.floor(this.width / width)) };
   }
 
   /** Arrow keys: show the next sample in that direction. */
@@ -76,17 +85,16 @@ export class ThumbnailGrid {
     const place = this.order.indexOf(this.marked) + step;
     const next = Math.min(this.order.length - 1, Math.max(0, place));
     const top = Math.floor(next / columns) * height;
-    const { scrollTop, clientHeight } = this.root;
-    if (top < scrollTop) this.root.scrollTop = top;
-    else if (top + height > scrollTop + clientHeight) this.root.scrollTop = top + height - clientHeight;
+    if (top < this.top) this.root.scrollTop = top;
+    else if (top + height > this.top + this.height) this.root.scrollTop = top + height - this.height;
     this.onPick(this.order[next]);
   }
 
   paint() {
-    if (!this.order) return;
+    if (!this.order || !this.width) return;
     const { width, height, columns } = this.measure();
-    const first = Math.floor(this.root.scrollTop / height);
-    const visible = Math.ceil(this.root.clientHeight / height) + 1;
+    const first = Math.floor(this.top / height);
+    const visible = Math.ceil(this.height / height) + 1;
     this.inner.style.height = `${Math.ceil(this.order.length / columns) * height}px`;
     const samples = this.order.subarray(first * columns, (first + visible) * columns);
     const cells = Array.from(samples, (sample, k) => {
