@@ -67,22 +67,57 @@ def test_class_names_are_text(page, log, tmp_path):
     assert log.errors == []
 
 
-def test_without_webgl_the_plots_are_drawn_on_a_canvas(playwright, explorer_page):
-    with open_browser(playwright, "--disable-3d-apis") as browser:
+NO_NAME = """
+    // The name of the graphics processor is hidden, so that WebGL in software is taken for one.
+    const getExtension = WebGLRenderingContext.prototype.getExtension;
+    WebGLRenderingContext.prototype.getExtension = function (name) {
+        return name === "WEBGL_debug_renderer_info" ? null : getExtension.call(this, name);
+    };
+    window.drawn = 0;
+    const drawArrays = WebGLRenderingContext.prototype.drawArrays;
+    WebGLRenderingContext.prototype.drawArrays = function (...rest) {
+        window.drawn += 1;
+        return drawArrays.apply(this, rest);
+    };
+"""
+
+COLOURED = """() => {
+    const canvas = document.querySelector("canvas");
+    const { width, height } = canvas;
+    const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+    let [coloured, painted] = [0, 0];
+    for (let i = 0; i < data.length; i += 4) {
+        if (data[i + 3] < 100) continue;
+        painted += 1;
+        const [r, g, b] = data.slice(i, i + 3);
+        if (Math.max(r, g, b) - Math.min(r, g, b) > 40) coloured += 1;
+    }
+    return [coloured, painted];
+}"""
+
+
+@pytest.mark.parametrize("has_webgl", [True, False])
+def test_points_are_drawn_with_and_without_webgl(playwright, explorer_page, has_webgl):
+    flags = [] if has_webgl else ["--disable-3d-apis"]
+    with open_browser(playwright, *flags) as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
+        if has_webgl:
+            page.add_init_script(NO_NAME)
         page.goto(file_url(explorer_page))
         wait_ready(page)
-        draw_lasso(page, [(0.2, 0.2), (0.8, 0.2), (0.8, 0.8), (0.2, 0.8)])
-        assert page.locator("#count").inner_text() != "0 of 1,500 selected"
-        painted = page.evaluate(
-            """() => {
-                const canvas = document.querySelector("canvas");
-                const { width, height } = canvas;
-                const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
-                return data.filter((_, i) => i % 4 === 3 && data[i] > 0).length;
-            }"""
-        )
+        page.wait_for_timeout(500)
+        coloured, painted = page.evaluate(COLOURED)
         assert painted > 1000
+        assert coloured > 0.7 * painted
+        draw_lasso(page, [(0.4, 0.4), (0.6, 0.4), (0.6, 0.6), (0.4, 0.6)])
+        page.wait_for_timeout(500)
+        count = int(page.locator("#count").inner_text().split()[0])
+        assert 10 < count < 700
+        fewer, still_painted = page.evaluate(COLOURED)
+        assert 0 < fewer < 0.7 * coloured  # the others are grey
+        assert still_painted > 0.8 * painted
+        if has_webgl:
+            assert page.evaluate("window.drawn") > 0
 
 
 def test_data_without_images_show_their_values(page, log, tmp_path):
