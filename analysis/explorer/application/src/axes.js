@@ -35,7 +35,8 @@ export function axisTicks([low, high], scale, count) {
   if (scale !== "log") return ticks(low, high, count).map((u) => [u, valueText(u)]);
   if (high - low > 1.2) {
     const step = Math.max(1, Math.ceil((high - low) / count));
-    const exponents = ticks(Math.ceil(low), Math.floor(high), count).filter((u) => u % step === 0);
+    const first = Math.ceil(low / step);
+    const exponents = Array.from({ length: Math.floor(high / step) - first + 1 }, (_, i) => (first + i) * step);
     return exponents.map((u) => [u, powerText(u)]);
   }
   return ticks(10 ** low, 10 ** high, count).map((value) => [Math.log10(value), valueText(value)]);
