@@ -1,6 +1,6 @@
 """Screenshots of a study's report and explorer for README and docs, at 1280 and 420 pixels.
 
-    python tests/browser/screenshots.py results/digits docs/images
+python tests/browser/screenshots.py results/digits docs/images
 """
 
 import sys
