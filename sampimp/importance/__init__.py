@@ -28,5 +28,5 @@ The measurement:
 ================== ==========================================================================
 
 Helpers of these: `per_sample`, `model_tensors`, `forward_pass`, `signature`, `sample_index`,
-`output_hooks`, `epoch_parts`, `evaluation`.
+`output_hooks`, `epoch_parts`, `recorder_state`, `evaluation`.
 """

@@ -51,8 +51,8 @@ class NormBuffer:
         self._rates.append((size, rates))
         self._filled += size
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Return the numbers of all steps since the last call, and empty the buffer.
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return the numbers of all steps since the last `take`.
 
         Returns
         -------
@@ -64,9 +64,14 @@ class NormBuffer:
         rows = self._table[:, : self._filled].cpu()
         sizes = torch.tensor([size for size, _ in self._rates])
         rates = torch.tensor([rates for _, rates in self._rates], dtype=rows.dtype)
+        return rows, rates.repeat_interleave(sizes, 0).T
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Return what `read` returns, and empty the buffer."""
+        rows, rates = self.read()
         self._filled = 0
         self._rates = []
-        return rows, rates.repeat_interleave(sizes, 0).T
+        return rows, rates
 
 
 class StepNorms:
@@ -225,11 +230,17 @@ class StepNorms:
         """Keep the finished step."""
         self._buffer.accept(*self._finished)
 
-    def take(self) -> Tensor:
-        """Return beta (layer, samples) of all steps since the last call, and forget them.
+    def read(self) -> Tensor:
+        """Return beta (layer, samples) of all steps since the last `take`, and keep them.
 
-        On the CPU, with the layers in the order of registration.
+        On the CPU, with the layers in the order of registration. A step may be under way.
         """
-        rows, rates = self._buffer.take()
+        return self._beta(*self._buffer.read())
+
+    def take(self) -> Tensor:
+        """Return what `read` returns, and forget the steps."""
+        return self._beta(*self._buffer.take())
+
+    def _beta(self, rows: Tensor, rates: Tensor) -> Tensor:
         beta = rows.new_zeros(len(self._tensors.layers), rows.shape[1])
         return beta.index_add_(0, self._tensors.layer_of_row, rows * rates.square())

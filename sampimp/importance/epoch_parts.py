@@ -1,6 +1,6 @@
 """Recorded importance by epoch, until it is read.
 
-Map: `EpochParts`; `importance_dataset` (its values with labels).
+Map: `EpochParts`; `importance_dataset` (its values with labels), `describe_epochs`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +24,7 @@ class EpochParts:
     def __init__(self) -> None:
         # By epoch: sample indices (N,) and importance (layer, N).
         self._parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._complete: frozenset[int] = frozenset()  # epochs that were restored as complete
 
     @property
     def epochs(self) -> list[int]:
@@ -55,6 +56,42 @@ class EpochParts:
                 "positions in it",
             )
         return sum_by_sample(index_N, torch.cat(betas, dim=1), sample_count)
+
+    def state(
+        self, recent: Mapping[int, tuple[Tensor, Tensor]] | None = None
+    ) -> dict[int, dict[str, Tensor]]:
+        """Return `index` (N,) and `importance` (layer, N) of each epoch, in the order of its steps.
+
+        `recent` has what would be added next, by epoch.
+        """
+        epochs = dict(self._parts)
+        for epoch, part in (recent or {}).items():
+            epochs[epoch] = [*epochs.get(epoch, []), part]
+        return {
+            int(epoch): {
+                "index": torch.cat([index_N for index_N, _ in parts]),
+                "importance": torch.cat([beta_LN for _, beta_LN in parts], dim=1),
+            }
+            for epoch, parts in epochs.items()
+        }
+
+    def restore(self, state: Mapping[int, Mapping[str, Tensor]], open_epoch: int | None) -> None:
+        """Take the epochs of a state; all but `open_epoch` are complete."""
+        for epoch, part in state.items():
+            self.add(epoch, part["index"].cpu(), part["importance"].cpu())
+        self._complete = frozenset(state) - {open_epoch}
+
+    def require_open(self, epoch: int) -> None:
+        """Raise ConfigError if the epoch was restored as complete: it would count twice."""
+        if epoch in self._complete:
+            raise ConfigError(
+                expected="a step of an epoch that follows those of the restored state",
+                got=f"epoch {epoch}, which the state holds as complete; it holds "
+                f"{describe_epochs(self._complete)}",
+                where="ImportanceRecorder.step",
+                todo="load the model, the optimizer and the recorder from one checkpoint, and go "
+                "on with the epoch that follows it",
+            )
 
     def forget(self, epoch: int) -> None:
         """Drop an epoch."""
@@ -90,6 +127,22 @@ class EpochParts:
             for epoch in self.epochs
             if not all(bool(beta[defined].isfinite().all()) for _, beta in self._parts[epoch])
         ]
+
+
+def describe_epochs(epochs: Collection[int]) -> str:
+    """Return the numbers of epochs for messages.
+
+    Examples
+    --------
+    >>> describe_epochs([1, 2, 3]), describe_epochs([4]), describe_epochs([1, 3])
+    ('epochs 1 to 3', 'epoch 4', 'epochs 1, 3')
+    """
+    numbers = sorted(epochs)
+    if len(numbers) < 2:
+        return f"epoch {numbers[0]}" if numbers else "no epoch"
+    if numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"epochs {numbers[0]} to {numbers[-1]}"
+    return f"epochs {', '.join(map(str, numbers))}"
 
 
 def importance_dataset(

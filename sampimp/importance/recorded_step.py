@@ -1,7 +1,7 @@
 """What a recorded step was made of: enough to take it again, and to tell whether it is the same.
 
 Map: `RecordedStep` (one training step), `RandomState` (PyTorch's generators), `gradient_norms`
-(what tells two gradients apart).
+(what tells two gradients apart), `steps_state` and `restored_steps` (steps in a checkpoint).
 """
 
 from collections.abc import Mapping, Sequence
@@ -89,3 +89,48 @@ def gradient_norms(gradients: Sequence[Tensor | None]) -> Tensor:
 def _entries(gradient: Tensor) -> Tensor:
     is_sparse = gradient.layout == torch.sparse_coo
     return gradient.coalesce().values() if is_sparse else gradient
+
+
+def steps_state(steps: Sequence[RecordedStep]) -> list[dict[str, Any]]:
+    """Return steps as tensors, numbers and texts, which `torch.load(weights_only=True)` reads."""
+    names: dict[int, list[str]] = {}  # by id: steps share a set, and pickle a list, only once
+    return [
+        {
+            "epoch": int(step.epoch),
+            "passes": [torch.from_numpy(index) for index in step.passes],
+            "groups": [
+                {
+                    name: value.item() if isinstance(value, np.generic) else value
+                    for name, value in group.items()
+                }
+                for group in step.groups
+            ],
+            "random_state": None
+            if step.random_state is None
+            else {
+                "cpu": step.random_state.cpu,
+                "gpu": step.random_state.gpu,
+                "device": str(step.random_state.device),
+            },
+            "is_scaled": step.is_scaled,
+            "training": names.setdefault(id(step.training), sorted(step.training)),
+            "gradient_norms": step.gradient_norms,
+        }
+        for step in steps
+    ]
+
+
+def restored_steps(state: Sequence[Mapping[str, Any]]) -> list[RecordedStep]:
+    """Return the steps of `steps_state`."""
+    steps: list[RecordedStep] = []
+    for values in state:
+        training, random = frozenset(values["training"]), values["random_state"]
+        if steps and steps[-1].training == training:
+            training = steps[-1].training  # one set for all steps
+        if random is not None:
+            gpu = None if random["gpu"] is None else random["gpu"].cpu()
+            random = RandomState(random["cpu"].cpu(), gpu, torch.device(random["device"]))
+        passes = [index.cpu().numpy() for index in values["passes"]]
+        restored = {"passes": passes, "random_state": random, "training": training}
+        steps.append(RecordedStep(**{**values, **restored}))
+    return steps

@@ -21,6 +21,7 @@ from sampimp.config import check_choice
 from sampimp.errors import UnsupportedError
 from sampimp.importance.epoch_parts import EpochParts, importance_dataset
 from sampimp.importance.recorded_step import RandomState, RecordedStep
+from sampimp.importance.recorder_state import recorder_state, restore_recorder
 from sampimp.importance.sample_index import Index, check_index, split_passes
 from sampimp.importance.step import Capture
 from sampimp.importance.update import UpdateDerivative
@@ -57,7 +58,6 @@ class ImportanceRecorder:
         Keep in `steps` what each step was made of, so that `sampimp.ReversePass` can take the steps
         again: the samples, the settings of optimizer and modules, the norm of each gradient and, if
         the step drew random numbers (dropout), PyTorch's random state of 5 KB.
-
     on_epoch
         Called with each finished epoch: its number, and a Dataset with its `importance` (layer,
         sample) and `coverage`, the share of the samples with importance. See `end_epoch`.
@@ -129,6 +129,10 @@ class ImportanceRecorder:
         self._parts = EpochParts()
         self._largest_batch = 0
         self._moved_layers: set[int] = set()  # layers that another optimizer moves
+        self._open_step: UpdateHooks | None = None  # until the step is recorded
+        self._step_count = 0
+        self._resumes = False  # whether a state was loaded, and no step followed yet
+        self._resumed_at: list[int] = []  # epochs of the first step after each resume
         self._keeps_steps = keep_steps
         self.steps: list[RecordedStep] = []
         """The steps so far, under `keep_steps`."""
@@ -136,11 +140,7 @@ class ImportanceRecorder:
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers, in forward order once a step was recorded."""
-        return tuple(self._capture.layers[i] for i in self._forward_order)
-
-    @property
-    def _forward_order(self) -> list[int]:
-        return self._capture.tensors.forward_order
+        return tuple(self._capture.layers[i] for i in self._capture.tensors.forward_order)
 
     @contextmanager
     def step(
@@ -183,15 +183,14 @@ class ImportanceRecorder:
                 index_N = whole_N
 
         if epoch != self._epoch:
+            self._parts.require_open(epoch)
             self.end_epoch()
             self._flush()
             self._epoch = epoch
-        before = RandomState.now(self._device) if self._keeps_steps else None
-        hooks = UpdateHooks(
-            self.optimizer,
-            self._capture,
-            self._derivative,
-            keeps_settings=self._keeps_steps,
+        device = self._capture.tensors.parameters[0].device
+        before = RandomState.now(device) if self._keeps_steps else None
+        hooks = self._open_step = UpdateHooks(
+            self.optimizer, self._capture, self._derivative, keeps_settings=self._keeps_steps
         )
         with (
             hooks,
@@ -215,44 +214,17 @@ class ImportanceRecorder:
         else:
             self._checked = epoch
         for kind, moved in hooks.moved_by.items():
-            self._leave_out(kind, moved)
+            _leave_out(self, kind, moved)
         self._capture.norms.accept()
         if before is not None and hooks.updates:
-            self._keep_step(epoch, hooks.settings, before)
+            _keep_step(self, epoch, hooks.settings, before)
         self._indices.append(index_N)
         self._is_reported = False
         self._largest_batch = max(self._largest_batch, len(index_N))
-
-    def _keep_step(self, epoch: int, settings: Mapping[str, Any], before: RandomState) -> None:
-        """Keep what the finished step was made of."""
-        if self.steps and self.steps[-1].training == settings["training"]:
-            settings = {**settings, "training": self.steps[-1].training}  # one set for all steps
-        self.steps.append(
-            RecordedStep(
-                epoch=epoch,
-                passes=[index.cpu().numpy() for index in self._capture.indices],
-                **settings,
-                random_state=None if before.equals(RandomState.now(self._device)) else before,
-                is_scaled=any(float(factor) != 1 for _, _, factor in self._capture.checks.scales),
-            )
-        )
-
-    @property
-    def _device(self) -> torch.device:
-        return self._capture.tensors.parameters[0].device
-
-    def _leave_out(self, kind: str, moved: Sequence[Tensor]) -> None:
-        """Record NaN for layers that another optimizer moved in the step, and warn once."""
-        layers = sorted(self._capture.norms.leave_out(moved) - self._moved_layers)
-        self._moved_layers.update(layers)
-        if layers:
-            names = ", ".join(self._capture.layers[layer] for layer in layers)
-            warnings.warn(
-                f"{kind} also updates {names}, which the recorder of "
-                f"{type(self.optimizer).__name__} ignores: their importance is NaN; make a "
-                "recorder for each optimizer, or call its step() outside the block",
-                stacklevel=4,
-            )
+        self._step_count += 1
+        if self._resumes:
+            self._resumed_at.append(epoch)
+        self._open_step, self._resumes = None, False
 
     def end_epoch(self) -> None:
         """Call `on_epoch` with the epoch of the last step, unless it has seen all its steps.
@@ -267,7 +239,7 @@ class ImportanceRecorder:
             return
         self._is_reported = True  # before the call, which may read or forget the epoch
         self._flush()
-        dataset = self._dataset([epoch], self._parts.count_samples()).isel(epoch=0)
+        dataset = _dataset(self, [epoch], self._parts.count_samples()).isel(epoch=0)
         dataset["coverage"] = dataset["importance"].notnull().any("layer").mean("sample")
         dataset["coverage"].attrs = {"units": "1", "long_name": "share of samples with importance"}
         self._on_epoch(epoch, dataset)
@@ -293,7 +265,7 @@ class ImportanceRecorder:
         self._parts.forget(epoch)
         if epoch == self._epoch:
             self._epoch = self._checked = None  # its next step is checked as an epoch's first one
-        return summed[self._forward_order]
+        return summed[self._capture.tensors.forward_order]
 
     def _flush(self) -> None:
         """Turn the norms of the steps so far into importance."""
@@ -324,12 +296,84 @@ class ImportanceRecorder:
         self.end_epoch()
         self._flush()
         count = self._parts.count_samples() if sample_count is None else sample_count
-        return self._dataset(self._parts.epochs, count)
+        return _dataset(self, self._parts.epochs, count)
 
-    def _dataset(self, epochs: Sequence[int], sample_count: int) -> "xr.Dataset":
-        summed = (self._parts.summed(epoch, sample_count) for epoch in epochs)
-        values = [beta[self._forward_order].float().numpy() for beta in summed]
-        return importance_dataset(values, epochs, self.layers, sample_count, _recording_attrs(self))
+    def state_dict(self, sample_count: int | None = None) -> dict[str, Any]:
+        """Return all that was recorded, for a checkpoint; `torch.load` reads it as `weights_only`.
+
+        It has the importance of each epoch that was not popped (so its size is that of the
+        result), what the result says of it, and the digest of the model's present parameters.
+
+        Parameters
+        ----------
+        sample_count
+            Size of the training set, which `load_state_dict` compares.
+
+        Raises
+        ------
+        ConfigError
+            A step has made its update, and is not recorded: its block has not ended, or has failed.
+        """
+        with torch._C.DisableTorchFunction(), torch.no_grad():  # a step may be under way
+            return recorder_state(self, sample_count)
+
+    def load_state_dict(self, state: Mapping[str, Any], sample_count: int | None = None) -> None:
+        """Go on from a state, bit for bit; the model is loaded first, from the same checkpoint.
+
+        `resumed_at_epoch` in the attrs of the result has the epoch of the first step that follows.
+        `on_epoch` is not called again for epochs that it has seen.
+
+        Raises
+        ------
+        ConfigError
+            The state is of another network, kind of optimizer, `loss_reduction`, `keep_steps` or
+            `sample_count`; of a time when the parameters had other values; or this recorder has
+            steps already.
+        """
+        restore_recorder(self, state, sample_count)
+
+
+def _keep_step(
+    recorder: ImportanceRecorder, epoch: int, settings: Mapping[str, Any], before: RandomState
+) -> None:
+    """Keep what the finished step was made of."""
+    steps, capture = recorder.steps, recorder._capture
+    if steps and steps[-1].training == settings["training"]:
+        settings = {**settings, "training": steps[-1].training}  # one set for all steps
+    steps.append(
+        RecordedStep(
+            epoch=epoch,
+            passes=[index.cpu().numpy() for index in capture.indices],
+            **settings,
+            random_state=None if before.equals(RandomState.now(before.device)) else before,
+            is_scaled=any(float(factor) != 1 for _, _, factor in capture.checks.scales),
+        )
+    )
+
+
+def _leave_out(recorder: ImportanceRecorder, kind: str, moved: Sequence[Tensor]) -> None:
+    """Record NaN for layers that another optimizer moved in the step, and warn once."""
+    capture = recorder._capture
+    layers = sorted(capture.norms.leave_out(moved) - recorder._moved_layers)
+    recorder._moved_layers.update(layers)
+    if layers:
+        names = ", ".join(capture.layers[layer] for layer in layers)
+        warnings.warn(
+            f"{kind} also updates {names}, which the recorder of "
+            f"{type(recorder.optimizer).__name__} ignores: their importance is NaN; make a "
+            "recorder for each optimizer, or call its step() outside the block",
+            stacklevel=4,
+        )
+
+
+def _dataset(
+    recorder: ImportanceRecorder, epochs: Sequence[int], sample_count: int
+) -> "xr.Dataset":
+    """Return epochs as a labelled Dataset."""
+    order, attrs = recorder._capture.tensors.forward_order, _recording_attrs(recorder)
+    summed = (recorder._parts.summed(epoch, sample_count) for epoch in epochs)
+    values = [beta[order].float().numpy() for beta in summed]
+    return importance_dataset(values, epochs, recorder.layers, sample_count, attrs)
 
 
 def _recording_attrs(recorder: ImportanceRecorder) -> dict[str, object]:
@@ -344,4 +388,5 @@ def _recording_attrs(recorder: ImportanceRecorder) -> dict[str, object]:
         "optimizer": type(recorder.optimizer).__name__,
         "loss": recorder._capture.loss,
         "not_finite_epochs": recorder._parts.not_finite(len(recorder._capture.layers), undefined),
+        "resumed_at_epoch": list(recorder._resumed_at),
     }

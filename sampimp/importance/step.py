@@ -96,6 +96,10 @@ class Capture:
         """
         return self._layouts.loss
 
+    @loss.setter
+    def loss(self, finding: str) -> None:
+        self._layouts.loss = finding
+
     @contextmanager
     def step(
         self,

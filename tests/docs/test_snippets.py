@@ -108,6 +108,7 @@ def check_record(names):
     stored = xr.open_zarr("importance.zarr", consolidated=False)
     xr.testing.assert_equal(stored["importance"], names["importance"]["importance"])
     assert names["snapshot"].shape == (1, SAMPLES)
+    xr.testing.assert_identical(names["resumed"].to_dataset(), names["importance"])
     accumulated = names["recorder"].to_dataset()["importance"].sel(epoch=10)
     assert bool((accumulated > names["importance"]["importance"].sel(epoch=10))[:, :10].all())
     weight = nn.Parameter(torch.rand(3))
