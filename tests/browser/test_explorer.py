@@ -113,8 +113,8 @@ def cells(page, selector):
     return values
 
 
-ROUNDED = 1e-3 + 5e-3
-"""A code is within 0.1 %; below 1e-3 a value is shown with three digits."""
+ROUNDED = 1e-3 + 5e-4
+"""A code is within 0.1 %, and a value is shown with four digits."""
 
 
 def test_history_of_a_sample_is_that_of_the_cube(explorer, cube):

@@ -40,7 +40,7 @@ export function valueText(value) {
   if (Number.isNaN(value) || value === undefined) return "not measured";
   if (value === 0 || !Number.isFinite(value)) return String(value);
   const size = Math.abs(value);
-  if (size < 1e-3 || size >= 1e5) return value.toExponential(2).replace("e+", "e");
+  if (size < 1e-3 || size >= 1e5) return value.toExponential(3).replace("e+", "e");
   return Number(value.toPrecision(4)).toString();
 }
 

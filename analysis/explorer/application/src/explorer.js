@@ -1,14 +1,13 @@
 // One data set on the page: its views, and what happens when the state changes.
 
-import { unitText } from "./axes.js";
-import { EpochChart, heatmap } from "./charts.js";
 import { classPalette, sequencePalette, sequenceSteps, themeColour } from "./colours.js";
 import { RunComparison } from "./compare.js";
 import { SampleDetail } from "./detail.js";
 import { element, fillOptions, picker } from "./dom.js";
 import { EXPORTS, toSnippet } from "./exports.js";
 import { ClassChips, RangeFilter } from "./filters.js";
-import { History, TOTAL } from "./history.js";
+import { History } from "./history.js";
+import { HistoryPanel } from "./history_panel.js";
 import { Scatter } from "./scatter.js";
 import { Selection } from "./selection.js";
 import { decodeState, encodeState } from "./state.js";
@@ -70,7 +69,7 @@ export class Explorer {
     this.chips = new ClassChips(by("classes"), (samples, step) => select(samples, null, step));
     this.grid = new ThumbnailGrid(by("grid"), (sample) => this.show(sample));
     this.detail = new SampleDetail(by("sample"));
-    this.historyChart = new EpochChart(by("history"));
+    this.historyPanel = new HistoryPanel((row) => this.change({ row }));
     this.ranges = state.ranges.map(
       (_, k) =>
         new RangeFilter({
@@ -289,40 +288,11 @@ export class Explorer {
   }
 
   showHistoryPicker() {
-    const { history, state } = this;
-    if (!history) {
-      const held = this.node.manifest.histories.map((other) => other.run).join(", ");
-      by("history-row").replaceChildren(held ? `This folder holds the history of ${held}.` : "This folder holds no history.");
-      return;
-    }
-    const rows = [
-      ["total", "importance, all layers"],
-      ...history.layers.map((r) => [String(r), `importance, ${history.rows[r].layer}`]),
-      ...(history.nll >= 0 ? [[String(history.nll), "NLL"]] : []),
-    ];
-    if (!rows.some(([key]) => key === state.row)) state.row = "total";
-    by("history-row").replaceChildren(picker("Mean of", rows, state.row, (row) => this.change({ row })).node);
+    this.state.row = this.historyPanel.showPicker(this.node, this.history, this.state.row);
   }
 
   showHistory() {
-    const { history, state, node } = this;
-    const isShown = Boolean(history?.isLoaded);
-    for (const id of ["history", "history-note", "history-heat"]) by(id).hidden = !isShown;
-    if (!isShown) return;
-    const row = state.row === "total" ? TOTAL : Number(state.row);
-    const { selected, rest } = history.compare(state.selection, row);
-    const line = (label, summary, colour) => ({ label, values: summary.mean, low: summary.low, high: summary.high, colour });
-    const lines = state.selection.count ? [line("selection", selected, "--accent")] : [];
-    if (state.selection.count < node.count) lines.push(line(state.selection.count ? "rest" : "all", rest, "--rest"));
-    const unit = row === history.nll ? node.manifest.units.nll : node.manifest.units.importance;
-    this.historyChart.draw(history.epochs, lines, `${row === history.nll ? "NLL" : "importance"} (${unitText(unit)})`);
-    if (row === history.nll) {
-      by("history-heat").replaceChildren();
-      return;
-    }
-    const { layers } = state.selection.count ? selected : rest;
-    const rows = layers.map((values, k) => ({ name: history.rows[history.layers[k]].layer, values }));
-    by("history-heat").replaceChildren(heatmap(rows, history.epochs, unit));
+    this.historyPanel.show(this.node, this.history, this.state.selection, this.state.row);
   }
 
   showDetail() {
@@ -504,7 +474,7 @@ export class Explorer {
 
   /** Draw again in the colours of the present scheme. */
   restyle() {
-    this.historyChart.restyle();
+    this.historyPanel.chart.restyle();
     this.detail.chart.restyle();
     this.showPlots();
   }
