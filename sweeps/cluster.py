@@ -30,9 +30,9 @@ from sampimp.sweeps.machines import (
     Cluster,
     Machines,
     check_answers,
+    find_address,
     machines_to_come,
     named_address,
-    noted_address,
 )
 
 # Ray reads these when it is imported. A study reports no usage, and does not fill a terminal.
@@ -65,8 +65,8 @@ def connect(address: str | None = None) -> Cluster:
         ray.init, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True
     )
     named = named_address(address)
-    address = noted_address() if named in (None, "auto") else named
-    local = address == "local" or (address is None and named is None)
+    address = find_address(address)
+    local = address == "local"
     _bind_to_loopback(local)
     with warnings.catch_warnings(), _kept_sigterm():
         warnings.simplefilter("ignore")  # Ray's own deprecations, of no use to a user

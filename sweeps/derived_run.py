@@ -52,7 +52,6 @@ def run_on_cluster(
     study: DerivedStudy,
     machines: MachineOptions,
     console: Console,
-    connected: Cluster | None = None,
 ) -> int:
     """Perform the units that the store lacks on a Ray cluster; return 0 if none is missing, else 1.
 
@@ -64,8 +63,6 @@ def run_on_cluster(
         Which cluster, and what a unit takes of it.
     console
         Where progress is shown.
-    connected
-        The cluster, if this process is connected to it.
 
     Raises
     ------
@@ -78,7 +75,7 @@ def run_on_cluster(
     missing = [unit for unit in units if unit.commit is None]
     if missing:
         is_first = not is_connected()
-        cluster = connected or connect(machines.address)
+        cluster = connect(machines.address)
         if is_first:
             console.print(f"{cluster}.", markup=False, highlight=False)
         check_cluster(machines, cluster)

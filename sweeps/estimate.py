@@ -1,9 +1,9 @@
 """Estimate of a study: the measured time of an epoch, the total time, and the storage.
 
-`--dry-run` prints it and ends, without Ray: it counts this machine, and asks no cluster. Before a
-study trains on this machine alone, `suggest_cluster` uses the same measurement.
+`--dry-run` prints it and ends, without Ray: it counts this machine, and asks no cluster. A study
+that trains on this machine alone prints the time of the same measurement before it starts Ray.
 
-Map: `describe_study` (`--dry-run`), `suggest_cluster`, `measure_epoch`, `format_duration`.
+Map: `describe_study` (`--dry-run`), `announce_time`, `measure_epoch`, `format_duration`.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import Source, load_source, scale_inputs
 from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY
 from sampimp.store.plan import Plan
-from sampimp.sweeps.machines import Cluster, named_address, noted_address, this_machine
+from sampimp.sweeps.machines import Cluster, find_address, this_machine
 from sampimp.sweeps.options import StudyConfig
 from sampimp.sweeps.preflight import check_cluster
 from sampimp.sweeps.study import Study, prepare_study
@@ -36,8 +36,7 @@ def describe_study(config: StudyConfig, console: Console) -> int:
     A Ray cluster that the options name, or that runs here, is neither asked nor started: the time
     is that of this machine.
     """
-    address = named_address(config.address)
-    address = noted_address() if address in (None, "auto") else address
+    address = find_address(config.address)
 
     def count_this_machine() -> Cluster:
         machine = this_machine("This machine")
@@ -101,17 +100,25 @@ def _print_plan(study: Study, console: Console) -> None:
     console.print(f"Storage   at most {study.bytes_needed / 1e9:.2f} GB", highlight=False)
 
 
-def suggest_cluster(study: Study, console: Console) -> None:
-    """Print how to send the study to a cluster, if it would train long on this machine alone."""
-    if not study.cluster.started_here:
-        return
-    seconds = total_seconds(study, measure_epochs(study)) / study.slots
+def announce_time(study: Study, console: Console) -> float:
+    """Print how long the study trains on this machine alone; return the seconds.
+
+    If it is long, the line says how to send the study to a cluster.
+    """
+    with console.status("Measuring an epoch"):
+        seconds = total_seconds(study, measure_epochs(study)) / study.slots
+    at_once = min(study.slots, len(study.missing))
+    text = (
+        f"This trains on this machine, for about {format_duration(seconds)}: "
+        f"{len(study.missing)} trials, {at_once} at a time."
+    )
     if seconds > LONG_STUDY:
-        console.print(
-            f"This trains on this machine, for about {format_duration(seconds)}. To send it to a "
-            "cluster: ray up cluster.yaml, then this command with --cluster cluster.yaml and "
-            "--out s3://BUCKET/NAME (docs/clusters.md)."
+        text += (
+            " To send it to a cluster: ray up cluster.yaml, then this command with "
+            "--cluster cluster.yaml and --out s3://BUCKET/NAME (docs/clusters.md)."
         )
+    console.print(text, highlight=False)
+    return seconds
 
 
 def measure_epochs(study: Study) -> dict[str, float]:

@@ -21,11 +21,6 @@ from sampimp.errors import (
     require_package,
 )
 from sampimp.schema import __version__, digest_json
-from sampimp.store.influence_layouts import INFLUENCE_FOLDER
-from sampimp.store.location import Folder
-from sampimp.store.manifests import write_manifest
-from sampimp.store.plan import read_commits
-from sampimp.store.snapshots import SNAPSHOTS
 from sampimp.sweeps.door import INTERRUPTED, run_door
 from sampimp.sweeps.options import StudyConfig, parse
 
@@ -68,15 +63,27 @@ def main(arguments: list[str], prog: str = "full_study.py") -> int:
 
 def run_or_describe(config: StudyConfig, console: Console) -> int:
     """Run a study, or print its plan if that is asked for; return the exit code."""
-    # The imports are here so that a dry run, and a mistake in the options, need no Ray.
+    # The imports are here so that a mistake in the options, and the first line, need no PyTorch.
     if config.dry_run:
         from sampimp.sweeps.estimate import describe_study
 
         return describe_study(config, console)
-    require_package("ray", "study")
+    console.print(_describe(config), markup=False, highlight=False)
+    if find_spec("ray") is None:  # its import takes seconds: the data sets are read before
+        require_package("ray", "study")
     from sampimp.sweeps.run import run_study
 
     return run_study(config, console)
+
+
+def _describe(config: StudyConfig) -> str:
+    """Return in words what the options ask for."""
+    trials = len(config.datasets) * sum(map(len, config.grid().values()))
+    epochs = f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
+    return printable(
+        f"{trials} trial{'s' if trials > 1 else ''} of {epochs} on {', '.join(config.datasets)}, "
+        f"into {config.out}."
+    )
 
 
 def write_study_explorer(out: str, console: Console, errors: Console) -> None:
@@ -102,9 +109,14 @@ def write_study_explorer(out: str, console: Console, errors: Console) -> None:
 
 def write_study_report(out: str, console: Console) -> None:
     """Analyse the study unless its report is of the same records, and print the summary."""
-    # The import is here so that training waits for none of the packages of the analyses.
+    # The imports are here so that training waits for none of the packages of the analyses.
     require_package("matplotlib", "report")
     from sampimp.analysis.report import print_summary, write_report
+    from sampimp.store.influence_layouts import INFLUENCE_FOLDER
+    from sampimp.store.location import Folder
+    from sampimp.store.manifests import write_manifest
+    from sampimp.store.plan import read_commits
+    from sampimp.store.snapshots import SNAPSHOTS
 
     folder = Folder.of(out)
     commits = [sorted(read_commits(folder, records)) for records in ("trials", INFLUENCE_FOLDER)]

@@ -5,7 +5,8 @@ scales from zero has no room for a trial until a trial waits for it. `sampimp.sw
 both from Ray; `this_machine` counts the machine of the process.
 
 Map: `Machines` (some machines of one kind), `Cluster`, `this_machine`, `machines_to_come` (from the
-autoscaler's configuration), `named_address` and `noted_address` (where a cluster is).
+autoscaler's configuration), `find_address`, `named_address` and `noted_address` (where a cluster
+is).
 """
 
 import math
@@ -140,6 +141,17 @@ def machines_to_come(
 def named_address(address: str | None) -> str | None:
     """Return the address that an option or the environment names; None if neither does."""
     return address or os.environ.get("RAY_ADDRESS")
+
+
+def find_address(address: str | None) -> str | None:
+    """Return the address of the cluster that a study uses: "local" if it starts its own Ray.
+
+    None if "auto" is named, and this machine is not a node of a cluster.
+    """
+    named = named_address(address)
+    if named not in (None, "auto"):
+        return named
+    return noted_address() or ("local" if named is None else None)
 
 
 def address_file() -> Path:

@@ -28,6 +28,10 @@ from sampimp.sweeps.work import Unit
 LINE_EVERY = 30.0
 """Seconds between two lines if the output is no terminal (arbitrary; a log stays short)."""
 
+SETTLED = 10.0
+"""Seconds in which a time that was measured before is shown: the first steps wait for the start of
+the workers, of some seconds (arbitrary)."""
+
 
 class Progress(Callback):
     """Displays the progress of a study, from the callbacks of Ray Tune.
@@ -45,6 +49,8 @@ class Progress(Callback):
         Where the display is printed.
     words
         What the units and their steps are called, in the plural.
+    seconds
+        The time left before the first step is done, if it was measured.
     """
 
     def __init__(
@@ -54,9 +60,10 @@ class Progress(Callback):
         committed: Mapping[str, str],
         console: Console,
         words: tuple[str, str] = ("trials", "epochs"),
+        seconds: float | None = None,
     ) -> None:
         self._given_up, self._committed, self._console = given_up, committed, console
-        self._nouns = words
+        self._nouns, self._expected = words, seconds
         self._state = {unit.label: unit.state for unit in units}
         self._steps = {unit.label: unit.steps for unit in units}
         self._step = {unit.label: unit.steps if unit.commit else 0 for unit in units}
@@ -71,6 +78,8 @@ class Progress(Callback):
                 get_renderable=self._render, console=self._console, refresh_per_second=2
             )
             self._live.start()
+        else:
+            self._console.print(self._line(), highlight=False)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -141,6 +150,8 @@ class Progress(Callback):
         elapsed = time.monotonic() - self._start
         finished = sum(self._step.values()) - self._started_with
         left = sum(self._steps.values()) - sum(self._step.values())
+        if self._expected is not None and (not finished or elapsed < SETTLED):
+            return f"about {format_clock(max(self._expected - elapsed, 0))} left"
         if not finished:
             return "time left: measuring"
         return f"about {format_clock(elapsed / finished * left)} left"

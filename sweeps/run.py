@@ -1,8 +1,9 @@
 """The run of a study: train the missing trials, score snapshots, add what is derived, conclude.
 
-One call of Ray Tune's `fit` trains everything (`sampimp.sweeps.tuning`).
+One call of Ray Tune's `fit` trains everything (`sampimp.sweeps.tuning`). A study that starts a Ray
+of its own reads its data sets, and prints how long it trains, before it imports and starts Ray.
 
-Map: `run_study`, `train`, `add_influence`, `add_subsets`, `conclude`.
+Map: `run_study`, `connect`, `train`, `add_influence`, `add_subsets`, `conclude`.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,28 +11,22 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from sampimp.data import scale_inputs
+from sampimp.data import Source, load_source, scale_inputs
 from sampimp.errors import UserError
 from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY
 from sampimp.store.datasets import store_source
 from sampimp.store.plan import PlannedTrial, read_commits
 from sampimp.store.plan_files import store_plan
-from sampimp.sweeps.cluster import connect
 from sampimp.sweeps.derived_run import run_on_cluster
 from sampimp.sweeps.derived_study import DerivedStudy
-from sampimp.sweeps.estimate import suggest_cluster
+from sampimp.sweeps.estimate import announce_time
 from sampimp.sweeps.influence_study import InfluenceRequest, prepare_influence
 from sampimp.sweeps.influence_units import list_targets
-from sampimp.sweeps.ingest import ingest
-from sampimp.sweeps.machines import Cluster
+from sampimp.sweeps.machines import Cluster, find_address, this_machine
 from sampimp.sweeps.options import StudyConfig
 from sampimp.sweeps.preflight import check_cluster, check_disk
-from sampimp.sweeps.progress import Progress
-from sampimp.sweeps.scoring import score_snapshots
-from sampimp.sweeps.searcher import UnitSearcher
 from sampimp.sweeps.study import Study, prepare_study
 from sampimp.sweeps.subset_study import SubsetRequest, prepare_subsets
-from sampimp.sweeps.tuning import tune_units
 from sampimp.sweeps.work import Unit, training_units
 
 
@@ -51,15 +46,23 @@ def run_study(config: StudyConfig, console: Console) -> int:
         check_cluster(config, cluster)
         return cluster
 
-    study = prepare_study(config, connect_to_cluster, ingest, console)
+    starts_ray = find_address(config.address) == "local"
+    if starts_ray:
+        study = prepare_study(config, lambda: this_machine("This machine"), load_source, console)
+    else:
+        study = prepare_study(config, connect_to_cluster, _ingest, console)
     check_influence(study)
+    seconds = announce_time(study, console) if starts_ray and study.missing else None
+    if starts_ray and (study.missing or config.snapshot_every):
+        study = replace(study, cluster=connect_to_cluster())
     study = write_plan(study, console)
     trials = study.trials
     if study.missing:
-        suggest_cluster(study, console)
-        train(study, console)
+        train(study, console, seconds)
         trials = study.plan.resolve(read_commits(study.folder))
     if config.snapshot_every:
+        from sampimp.sweeps.scoring import score_snapshots  # as in `connect`
+
         score_snapshots(
             str(study.folder),
             config.snapshot_every,
@@ -74,6 +77,20 @@ def run_study(config: StudyConfig, console: Console) -> int:
     if config.subsets and runs:
         add_subsets(study, runs, console)
     return conclude(trials, console)
+
+
+def connect(address: str | None) -> Cluster:
+    """Connect to a cluster, as `sampimp.sweeps.cluster.connect`; Ray is imported then."""
+    from sampimp.sweeps import cluster
+
+    return cluster.connect(address)
+
+
+def _ingest(name: str, data_dir: str | None) -> Source:
+    """Read a data set on all machines of the cluster that this process is connected to."""
+    from sampimp.sweeps.ingest import ingest  # as in `connect`
+
+    return ingest(name, data_dir)
 
 
 def add_influence(study: Study, runs: tuple[str, ...], console: Console) -> None:
@@ -122,7 +139,7 @@ def _add(study: Study, words: str, prepare: Callable[[], DerivedStudy], console:
         )
         return
     if any(unit.commit is None for unit in derived.units.resolve()):
-        run_on_cluster(derived, study.config, console, connected=study.cluster)
+        run_on_cluster(derived, study.config, console)
 
 
 def check_influence(study: Study) -> None:
@@ -154,8 +171,15 @@ def write_plan(study: Study, console: Console) -> Study:
     return replace(study, plan=plan, trials=plan.resolve(read_commits(study.folder)))
 
 
-def train(study: Study, console: Console) -> None:
+def train(study: Study, console: Console, seconds: float | None = None) -> None:
     """Train the trials that the store lacks, in one `fit`.
+
+    Parameters
+    ----------
+    study, console
+        The study, and where its progress is shown.
+    seconds
+        How long it takes by `announce_time`, if that was measured.
 
     Raises
     ------
@@ -164,6 +188,10 @@ def train(study: Study, console: Console) -> None:
     ResourceError
         Trials that ran at the same time needed more memory than the machine has.
     """
+    from sampimp.sweeps.progress import Progress  # as in `connect`
+    from sampimp.sweeps.searcher import UnitSearcher
+    from sampimp.sweeps.tuning import tune_units
+
     plan, folder, config = study.plan, study.folder, study.config
 
     def resolve() -> list[Unit]:
@@ -173,7 +201,7 @@ def train(study: Study, console: Console) -> None:
     units = training_units(plan, study.trials)
     tune_units(
         searcher,
-        Progress(units, searcher.failed, searcher.committed, console),
+        Progress(units, searcher.failed, searcher.committed, console, seconds=seconds),
         folder=folder,
         plan=plan,
         sources=study.sources,

@@ -100,7 +100,8 @@ def run_untrained(monkeypatch: pytest.MonkeyPatch) -> RunStudy:
     machines = Cluster("no cluster", (Machines(1, cpus=2, gpus=0),))
     monkeypatch.setattr(run, "connect", lambda address: machines)
     monkeypatch.setattr(estimate, "this_machine", lambda origin: machines)
-    monkeypatch.setattr(estimate, "noted_address", lambda: None)
+    for module in (estimate, run):
+        monkeypatch.setattr(module, "find_address", lambda address: address or "local")
     monkeypatch.setattr(run, "train", refuse)
     return partial(_run, ())
 

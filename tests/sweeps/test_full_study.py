@@ -1,6 +1,7 @@
 """The whole command, from an empty folder to the report, with failures and divergence."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -48,8 +49,9 @@ def test_one_command_trains_everything_and_reports(finished):
     assert finished.code == 0, finished.text
     assert_quiet(finished.text)
     lines = finished.text.splitlines()
-    assert lines[0].startswith("Ray cluster at 127.0.0.1:")
-    assert lines[0].endswith(": 1 node, 2 CPUs, 0 GPUs.")
+    assert lines[0] == f"5 trials of 3 epochs on digits, into {finished.out}."
+    assert lines[1].startswith("Ray cluster at 127.0.0.1:")
+    assert lines[1].endswith(": 1 node, 2 CPUs, 0 GPUs.")
     assert "5 of 5 trials are committed." in lines
     report = finished.out / "analysis" / "report.html"
     assert lines[-1] == f"Report: {report}"
@@ -184,6 +186,32 @@ def test_a_dry_run_imports_no_ray_and_asks_no_cluster(tiny, tmp_path, address):
     assert (lines[1] == asked) is (address is not None)
     assert lines[-1] == "False"
     assert not out.exists()
+
+
+def test_the_first_line_and_a_mistake_in_the_data_need_neither_torch_nor_ray(tmp_path):
+    code = (
+        "import sys; from sampimp.sweeps import full_study; from rich.console import Console\n"
+        "printed = Console.print\n"
+        "def spy(*words, **how):\n"
+        "    printed(*words, **how)\n"
+        "    printed(words[0], [name for name in ('torch', 'ray') if name in sys.modules])\n"
+        "Console.print = spy\n"
+        "sys.exit(full_study.main(sys.argv[1:]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--datasets", "npz:none.npz", "--out", "mine"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={name: text for name, text in os.environ.items() if name != "RAY_ADDRESS"},
+    )
+    assert result.returncode == 2
+    lines = result.stdout.splitlines()
+    assert lines[:2] == ["41 trials of 50 epochs on npz:none.npz, into mine.", "[]"]
+    assert "no such file" in result.stderr
+    assert "['torch']" in result.stderr  # the data were read without Ray
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_of_an_existing_study_changes_nothing(tiny, finished, run_untrained):

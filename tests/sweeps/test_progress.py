@@ -53,11 +53,15 @@ def planned(strategy, seed, commit=None, blocked=False, dataset="digits"):
     return PlannedTrial(trial, None if blocked else f"{strategy}{seed}", None, None, commit)
 
 
-def make(trials, terminal=False, given_up=(), committed=None):
+def make(trials, terminal=False, given_up=(), committed=None, seconds=None):
     console = Console(file=StringIO(), force_terminal=terminal, width=80, soft_wrap=True)
     plan = Plan(datasets={}, training=TrainingConfig(epochs=10), grid={})
     progress = Progress(
-        training_units(plan, trials), given_up, {} if committed is None else committed, console
+        training_units(plan, trials),
+        given_up,
+        {} if committed is None else committed,
+        console,
+        seconds=seconds,
     )
     return progress, console.file
 
@@ -86,14 +90,16 @@ def test_counts_and_time_left(clock):
         clock.now += 31
         report(progress, "digits-shuffle-seed1", 4)
         # 20 epochs were there; 4 of the 30 others took 31 s, so that 26 take 201.5 s.
-        assert file.getvalue() == (
+        first, line = file.getvalue().splitlines(keepends=True)
+        assert first.startswith("0:00  5 trials: ")
+        assert line == (
             "0:31  5 trials: 1 done, 2 running, 1 blocked, 1 diverged; 24 of 50 epochs; "
             "about 3:22 left\n"
         )
         report(progress, "digits-shuffle-seed1", 10, done=True)
         report(progress, "digits-rand-seed2", 3, done=True, diverged=True)
         progress.on_trial_error(0, [], tune_trial("digits-nlo-seed1"))
-        assert file.getvalue().splitlines()[1:] == [
+        assert file.getvalue().splitlines()[2:] == [
             "digits-nlo-seed1 failed: its process did not start"
         ]
     assert (
@@ -107,9 +113,21 @@ def test_no_time_left_before_the_first_epoch(clock):
     progress, file = make([planned("rand", 1), planned("sim", 1, blocked=True)])
     with progress:
         pass
-    assert file.getvalue() == (
-        "0:00  2 trials: 0 done, 1 waiting, 1 blocked; 0 of 20 epochs; time left: measuring\n"
-    )
+    line = "0:00  2 trials: 0 done, 1 waiting, 1 blocked; 0 of 20 epochs; time left: measuring\n"
+    assert file.getvalue() == 2 * line  # at the start and at the end
+
+
+def test_a_time_that_was_measured_before_is_shown_until_the_rate_is_known(clock):
+    progress, file = make([planned("rand", 1)], seconds=100)
+    with progress:
+        assert "; about 1:40 left\n" in file.getvalue()
+        clock.now += 4
+        report(progress, "digits-rand-seed1", 1)
+        assert progress._line().endswith("; about 1:36 left")
+        clock.now += 8
+        report(progress, "digits-rand-seed1", 3)
+        # 3 of 10 epochs took 12 s, so that 7 take 28 s.
+        assert progress._line().endswith("; about 0:28 left")
 
 
 def test_a_log_gets_a_line_now_and_then(clock):
@@ -118,8 +136,9 @@ def test_a_log_gets_a_line_now_and_then(clock):
         for epoch in range(1, 10):
             clock.now += LINE_EVERY / 3
             report(progress, "digits-rand-seed1", epoch)
-    # After 40 s and 80 s, and at the end.
-    assert [line[:4] for line in file.getvalue().splitlines()] == ["0:40", "1:20", "1:30"]
+    # At the start, after 40 s and 80 s, and at the end.
+    lines = file.getvalue().splitlines()
+    assert [line[:4] for line in lines] == ["0:00", "0:40", "1:20", "1:30"]
 
 
 def test_a_retry_counts_from_its_checkpoint(clock):
