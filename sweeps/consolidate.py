@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sampimp.errors import UserError
 from sampimp.sweeps.door import run_door
+from sampimp.sweeps.inspection import format_bytes
 
 _HELP = """Write each data set of a finished study as one sharded Zarr store.
 
@@ -49,7 +50,7 @@ def write_stores(
         stores = consolidate(out, to, progress=status.update)
     for store in stores:
         how = "written and compared" if store.written else "there already, of the same records"
-        console.print(f"{store.path}: {store.bytes / 1e9:.2f} GB, {how}.", highlight=False)
+        console.print(f"{store.path}: {format_bytes(store.bytes)}, {how}.", highlight=False)
         if store.left_out:
             console.print(f"  left out: {', '.join(store.left_out)}", highlight=False)
     return 0

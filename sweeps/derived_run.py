@@ -13,6 +13,7 @@ from sampimp.errors import require_package
 from sampimp.store.plan import Plan
 from sampimp.sweeps.derived_study import DerivedStudy
 from sampimp.sweeps.estimate import format_duration
+from sampimp.sweeps.inspection import format_bytes
 from sampimp.sweeps.machines import Cluster, this_machine
 from sampimp.sweeps.options import MachineOptions
 from sampimp.sweeps.preflight import check_cluster, check_disk
@@ -179,5 +180,5 @@ def describe_units(study: DerivedStudy, machines: MachineOptions, console: Conso
     duration = format_duration(seconds / slots)
     console.print(f"Time      about {duration} on this machine, {slots} at a time", highlight=False)
     needed = sum(map(study.units.bytes_of, missing))
-    console.print(f"Storage   at most {needed / 1e9:.2f} GB", highlight=False)
+    console.print(f"Storage   at most {format_bytes(needed)}", highlight=False)
     return 0

@@ -16,6 +16,7 @@ from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import Source, load_source, scale_inputs
 from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY
 from sampimp.store.plan import Plan
+from sampimp.sweeps.inspection import format_bytes
 from sampimp.sweeps.machines import Cluster, find_address, this_machine
 from sampimp.sweeps.options import StudyConfig
 from sampimp.sweeps.preflight import check_cluster
@@ -97,7 +98,7 @@ def _print_plan(study: Study, console: Console) -> None:
             markup=False,
             highlight=False,
         )
-    console.print(f"Storage   at most {study.bytes_needed / 1e9:.2f} GB", highlight=False)
+    console.print(f"Storage   at most {format_bytes(study.bytes_needed)}", highlight=False)
 
 
 def announce_time(study: Study, console: Console) -> float:

@@ -169,6 +169,17 @@ def _inspect_record(place: Folder, name: str, plan: Plan) -> RecordStatus | None
     return RecordStatus(name, begun["kind"], *_judge_sign(sign, noun, steps))
 
 
+def format_bytes(count: float) -> str:
+    """Return a number of bytes in MB, or from one GB in GB.
+
+    Examples
+    --------
+    >>> format_bytes(317_640), format_bytes(4.72e9)
+    ('0.3 MB', '4.72 GB')
+    """
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def format_clock(seconds: float) -> str:
     """Return a duration as minutes and seconds, or hours and minutes.
 

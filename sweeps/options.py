@@ -90,6 +90,10 @@ class MachineOptions:
 class StudyConfig(MachineOptions, StorageOptions, RunOptions, TrainingConfig):
     """All options of a study, checked against each other."""
 
+    may_thin_states: bool = False
+    """Whether a study may store fewer states than `parameters_every`, which is then the default and
+    not the user's choice (`sampimp.sweeps.study.thin_states`)."""
+
     def __post_init__(self) -> None:
         """Raise ConfigError for a contradiction, before anything is read."""
         super().__post_init__()
@@ -271,7 +275,8 @@ def parse(arguments: list[str], prog: str = "full_study.py") -> StudyConfig:
     values: dict[str, Any] = {}
     for group in vars(groups).values():
         values |= vars(group)
-    return StudyConfig(**values)
+    names = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    return StudyConfig(**values, may_thin_states="--parameters-every" not in names)
 
 
 def _values(config: StudyConfig, group: type) -> dict[str, Any]:

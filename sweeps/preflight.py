@@ -13,6 +13,7 @@ from sampimp.errors import ResourceError, StoreError
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan
 from sampimp.store.plan_files import find_plan
+from sampimp.sweeps.inspection import format_bytes
 from sampimp.sweeps.machines import Cluster
 from sampimp.sweeps.options import MachineOptions
 
@@ -71,8 +72,8 @@ def check_disk(folder: Folder, needed: int) -> None:
     free = shutil.disk_usage(str(folder)).free
     if free < needed:
         raise ResourceError(
-            expected=f"{needed / 1e9:.1f} GB free for the trials that are missing",
-            got=f"{free / 1e9:.1f} GB",
+            expected=f"{format_bytes(needed)} free for the trials that are missing",
+            got=format_bytes(free),
             where=str(folder),
             todo="free some, choose another --out, or store fewer --parameters-every",
         )

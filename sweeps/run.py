@@ -3,7 +3,7 @@
 One call of Ray Tune's `fit` trains everything (`sampimp.sweeps.tuning`). A study that starts a Ray
 of its own reads its data sets, and prints how long it trains, before it imports and starts Ray.
 
-Map: `run_study`, `connect`, `train`, `add_influence`, `add_subsets`, `conclude`.
+Map: `run_study`, `join_cluster`, `train`, `add_influence`, `add_subsets`, `conclude`.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ def run_study(config: StudyConfig, console: Console) -> int:
 
     def connect_to_cluster() -> Cluster:
         with console.status("Looking for a Ray cluster"):
-            cluster = connect(config.address)
+            cluster = join_cluster(config.address)
         console.print(f"{cluster}.", markup=False, highlight=False)
         check_cluster(config, cluster)
         return cluster
@@ -61,7 +61,7 @@ def run_study(config: StudyConfig, console: Console) -> int:
         train(study, console, seconds)
         trials = study.plan.resolve(read_commits(study.folder))
     if config.snapshot_every:
-        from sampimp.sweeps.scoring import score_snapshots  # as in `connect`
+        from sampimp.sweeps.scoring import score_snapshots  # as in `join_cluster`
 
         score_snapshots(
             str(study.folder),
@@ -79,7 +79,7 @@ def run_study(config: StudyConfig, console: Console) -> int:
     return conclude(trials, console)
 
 
-def connect(address: str | None) -> Cluster:
+def join_cluster(address: str | None) -> Cluster:
     """Connect to a cluster, as `sampimp.sweeps.cluster.connect`; Ray is imported then."""
     from sampimp.sweeps import cluster
 
@@ -88,7 +88,7 @@ def connect(address: str | None) -> Cluster:
 
 def _ingest(name: str, data_dir: str | None) -> Source:
     """Read a data set on all machines of the cluster that this process is connected to."""
-    from sampimp.sweeps.ingest import ingest  # as in `connect`
+    from sampimp.sweeps.ingest import ingest  # as in `join_cluster`
 
     return ingest(name, data_dir)
 
@@ -188,7 +188,7 @@ def train(study: Study, console: Console, seconds: float | None = None) -> None:
     ResourceError
         Trials that ran at the same time needed more memory than the machine has.
     """
-    from sampimp.sweeps.progress import Progress  # as in `connect`
+    from sampimp.sweeps.progress import Progress  # as in `join_cluster`
     from sampimp.sweeps.searcher import UnitSearcher
     from sampimp.sweeps.tuning import tune_units
 

@@ -27,7 +27,14 @@ from sampimp.errors import UserError, printable
 from sampimp.store.location import Folder
 from sampimp.store.plan_files import require_plan
 from sampimp.sweeps.door import run_door
-from sampimp.sweeps.inspection import STATES, RecordStatus, Status, inspect, inspect_records
+from sampimp.sweeps.inspection import (
+    STATES,
+    RecordStatus,
+    Status,
+    format_bytes,
+    inspect,
+    inspect_records,
+)
 from sampimp.sweeps.verification import Findings, verify_study, withdraw_damaged
 
 SYMBOLS: Mapping[str, tuple[str, str, str]] = {
@@ -189,8 +196,8 @@ def show_status(
     describe_records(records, console)
     if size:
         with console.status("Adding up its size"):
-            gigabytes = folder.size() / 1e9
-        console.print(f"{gigabytes:.2f} GB", highlight=False)
+            text = format_bytes(folder.size())
+        console.print(text, highlight=False)
     if verify or withdraw or root:
         findings = verify_study(folder, plan, console, workers=workers, done_file=done_file)
         if findings.damaged and withdraw:

@@ -51,7 +51,7 @@ def cube(tmp_path_factory):
         )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            run, "connect", lambda address: Cluster("tests", (Machines(1, cpus=2, gpus=0),))
+            run, "join_cluster", lambda address: Cluster("tests", (Machines(1, cpus=2, gpus=0),))
         )
         config = parse([*ARGUMENTS, "--out", str(out)])
         assert run.run_study(config, Console(file=StringIO())) == 0

@@ -86,7 +86,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def run_study(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> RunStudy:
     """Run a study on the tests' cluster; return its exit code and output."""
-    monkeypatch.setattr(run, "connect", lambda address: cluster)
+    monkeypatch.setattr(run, "join_cluster", lambda address: cluster)
     return partial(_run, ONE_BY_ONE)
 
 
@@ -98,7 +98,7 @@ def run_untrained(monkeypatch: pytest.MonkeyPatch) -> RunStudy:
         raise AssertionError("this study must train nothing")
 
     machines = Cluster("no cluster", (Machines(1, cpus=2, gpus=0),))
-    monkeypatch.setattr(run, "connect", lambda address: machines)
+    monkeypatch.setattr(run, "join_cluster", lambda address: machines)
     monkeypatch.setattr(estimate, "this_machine", lambda origin: machines)
     for module in (estimate, run):
         monkeypatch.setattr(module, "find_address", lambda address: address or "local")

@@ -162,7 +162,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path, run_untrai
     assert "3 in all, 3 of them missing" in text
     assert "2 trials at a time" in text
     assert "Epoch     digits: about" in text
-    assert "Storage   at most 0.00 GB" in text
+    assert "Storage   at most 0.3 MB" in text
 
 
 @pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])

@@ -122,7 +122,7 @@ def stored(server, cluster, finished) -> Stored:
         contextlib.redirect_stderr(out),
         ThreadPoolExecutor(1) as pool,
     ):
-        patch.setattr(run, "connect", lambda address: cluster)
+        patch.setattr(run, "join_cluster", lambda address: cluster)
         # The study `finished` draws all figures; two suffice for a bucket.
         two = [plan for plan in drawing.FIGURES if plan.number in "27"]
         patch.setattr(drawing, "FIGURES", two)

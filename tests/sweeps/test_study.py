@@ -31,8 +31,8 @@ from sampimp.sweeps.cluster import connect
 from sampimp.sweeps.machines import Cluster, Machines
 from sampimp.sweeps.options import StudyConfig, parse
 from sampimp.sweeps.preflight import check_cluster
-from sampimp.sweeps.run import conclude
-from sampimp.sweeps.study import concurrent_trials, make_plan, trial_bytes
+from sampimp.sweeps.run import conclude, write_plan
+from sampimp.sweeps.study import concurrent_trials, make_plan, prepare_study, trial_bytes
 
 DIGITS = ("--preset", "digits", "--hidden", "16", "--epochs", "3", "--influence", "--subsets")
 
@@ -379,7 +379,7 @@ def test_a_fraction_of_a_gpu_puts_several_trials_on_one():
 def test_too_little_disk(run_untrained, monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 10**5, 10**5))
-    with pytest.raises(ResourceError, match="GB free") as caught:
+    with pytest.raises(ResourceError, match="MB free") as caught:
         run_untrained(tmp_path / "study", *DIGITS)
     four_parts(caught.value)
     assert not (tmp_path / "study" / "study.json").exists()
@@ -390,6 +390,44 @@ def test_bytes_of_a_trial():
     # An epoch: 1,500 samples x (2 layers + NLL + batch) x 4 bytes = 24,000. Parameters: 1,210 x 4
     # bytes in 4 states, in two checkpoints and in the third while it is written.
     assert trial_bytes(plan, plan.trials()[0]) == 3 * 24_000 + (4 + 3) * 4 * 1_210
+
+
+def test_a_small_table_stores_few_states_unless_the_option_or_the_plan_says_more(tmp_path):
+    rng = np.random.default_rng(0)
+    file = tmp_path / "table.npz"
+    labels = {"train_labels": np.arange(60) % 3, "test_labels": np.arange(30) % 3}
+    inputs = {name: rng.normal(size=(n, 10)) for name, n in (("train", 60), ("test", 30))}
+    write_npz(file, **labels, **{f"{part}_inputs": values for part, values in inputs.items()})
+
+    def states(*more, out="study", store=False):
+        options = ["--datasets", f"npz:{file}", "--strategies", "rand", "--epochs", "12"]
+        console = Console(file=StringIO(), width=300)
+        config = parse([*options, *more, "--out", str(tmp_path / out)])
+        machine = Cluster("x", (Machines(1, cpus=2, gpus=0),))
+        study = prepare_study(config, lambda: machine, load_source, console)
+        if store:
+            write_plan(study, console)
+        return study.plan.training.stored_states(), console.file.getvalue()
+
+    # The paper's network: 10 x 512 + 512 + 2 (512 x 512 + 512) + 512 x 3 + 3 = 532,483 parameters
+    # in 13 states, and 60 samples x (4 layers + 2) in 12 epochs: 1,602 times.
+    every, said = states()
+    assert every == [0, 3, 6, 9, 12]
+    assert "after every 3 epochs" in said
+    assert "1,602 times" in said
+    assert states("--parameters-every", "1")[0] == list(range(13))
+    assert states("--parameters_every=6")[0] == [0, 6, 12]
+    assert states("--snapshot-every", "1")[0] == list(range(13))
+    # 10 x 4 + 4 + 4 x 3 + 3 = 59 parameters: all states have a fourth of the importance's bytes.
+    every, said = states("--hidden", "4")
+    assert every == list(range(13))
+    assert said == (
+        "npz-table: 60 samples are no multiple of 100, so there is one batch of 60 samples, each "
+        "sample in one of them.\n"
+    )
+    # A study goes on with the states of its plan.
+    assert states("--parameters-every", "1", store=True)[0] == list(range(13))
+    assert states() == (list(range(13)), "")
 
 
 def test_out_of_memory_names_the_trials_at_a_time(run_study, monkeypatch, tmp_path):

@@ -43,7 +43,7 @@ def together(cluster, tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("workers") / "study"
     console = Console(file=StringIO(), width=200)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "connect", lambda address: cluster)
+        patch.setattr(run, "join_cluster", lambda address: cluster)
         code = run.run_study(parse([*tiny, *TWO, "--out", str(out)]), console)
     assert code == 0, console.file.getvalue()
     return out
