@@ -109,8 +109,9 @@ def announce_time(study: Study, console: Console) -> float:
     with console.status("Measuring an epoch"):
         seconds = total_seconds(study, measure_epochs(study)) / study.slots
     at_once = min(study.slots, len(study.missing))
+    about = f"about {format_duration(seconds)}" if seconds > 30 else "less than a minute"
     text = (
-        f"This trains on this machine, for about {format_duration(seconds)}: "
+        f"This trains on this machine, for {about}: "
         f"{len(study.missing)} trials, {at_once} at a time."
     )
     if seconds > LONG_STUDY:

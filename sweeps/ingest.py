@@ -41,6 +41,7 @@ from sampimp.errors import DataError
 def ingest(
     name: str,
     data_dir: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Source:
@@ -50,7 +51,7 @@ def ingest(
 
     Parameters
     ----------
-    name, data_dir
+    name, data_dir, image_size
         As in `sampimp.data.load_source`.
     progress
         Called with the number of images decoded so far, and the number of all images.
@@ -63,7 +64,7 @@ def ingest(
     kind, _, path = name.partition(":")
     if kind != "folder" or not path:
         return load_source(name, data_dir)
-    images = list_images(path)
+    images = list_images(path, image_size)
     return images_source(name, images, _decode_with_ray(images, progress))
 
 
@@ -81,7 +82,9 @@ def _decode_with_ray(images: ImageList, progress: Callable[[int, int], None] | N
     done = 0
     with quiet_ray_data():
         rows = ray.data.from_arrow(tables).map_batches(
-            partial(decode_block, shape=shape), batch_size=None, batch_format="numpy"
+            partial(decode_block, shape=shape, image_size=images.image_size),
+            batch_size=None,
+            batch_format="numpy",
         )
         for batch in rows.iter_batches(batch_size=None, batch_format="numpy"):
             values[batch["sample"]] = batch["image"]
@@ -96,7 +99,9 @@ def _decode_with_ray(images: ImageList, progress: Callable[[int, int], None] | N
 
 
 def decode_block(
-    batch: dict[str, np.ndarray], shape: tuple[int, int, int]
+    batch: dict[str, np.ndarray],
+    shape: tuple[int, int, int],
+    image_size: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Return the images of a block of paths; the first row has the error of the first bad image.
 
@@ -106,6 +111,8 @@ def decode_block(
         `sample` int64 [N], the permanent indices; `path` [N].
     shape
         Channels, height and width that every image must have.
+    image_size
+        Height and width to which each is resized first.
 
     Returns
     -------
@@ -116,7 +123,7 @@ def decode_block(
     images = np.zeros((len(batch["path"]), *shape), dtype=np.uint8)
     errors = np.full(len(images), "", dtype=object)
     try:
-        decode_images(batch["path"].tolist(), images)
+        decode_images(batch["path"].tolist(), images, image_size)
     except DataError as error:
         errors[0] = json.dumps(error.args)
     return {"sample": batch["sample"], "image": images, "error": errors}

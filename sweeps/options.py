@@ -60,6 +60,8 @@ class StorageOptions:
     """Folder or s3:// URL of the study."""
     data_dir: Annotated[str | None, unset_option("PATH")] = None
     """Folder with MNIST and CIFAR-10. Default: $SAMPIMP_DATA, else they are downloaded."""
+    image_size: Annotated[int | None, unset_option("N")] = None
+    """Resize the images of folder:PATH to N x N pixels. Default: they have one size already."""
     snapshot_every: int = 0
     """Also compute importance at the fixed parameters of every N-th epoch; 0 for never."""
     influence: tuple[str, ...] = ()
@@ -115,6 +117,13 @@ class StudyConfig(MachineOptions, StorageOptions, RunOptions, TrainingConfig):
                 )
         for dataset in self.datasets:
             dataset_key(dataset)
+        if self.image_size is not None and self.image_size < 1:
+            raise ConfigError(
+                expected="at least 1 pixel",
+                got=str(self.image_size),
+                where="option --image-size",
+                todo="change the value",
+            )
         for strategy in self.strategies:
             check_choice(strategy, (*REFERENCES, *STRATEGIES), "strategy")
 

@@ -150,8 +150,9 @@ class Progress(Callback):
         elapsed = time.monotonic() - self._start
         finished = sum(self._step.values()) - self._started_with
         left = sum(self._steps.values()) - sum(self._step.values())
-        if self._expected is not None and (not finished or elapsed < SETTLED):
-            return f"about {format_clock(max(self._expected - elapsed, 0))} left"
+        expected = (self._expected or 0) - elapsed
+        if expected >= 1 and (not finished or elapsed < SETTLED):
+            return f"about {format_clock(expected)} left"
         if not finished:
             return "time left: measuring"
         return f"about {format_clock(elapsed / finished * left)} left"

@@ -86,11 +86,11 @@ def join_cluster(address: str | None) -> Cluster:
     return cluster.connect(address)
 
 
-def _ingest(name: str, data_dir: str | None) -> Source:
+def _ingest(name: str, data_dir: str | None, image_size: int | None) -> Source:
     """Read a data set on all machines of the cluster that this process is connected to."""
     from sampimp.sweeps.ingest import ingest  # as in `join_cluster`
 
-    return ingest(name, data_dir)
+    return ingest(name, data_dir, image_size)
 
 
 def add_influence(study: Study, runs: tuple[str, ...], console: Console) -> None:

@@ -32,8 +32,9 @@ from sampimp.sweeps.preflight import check_out
 from sampimp.training.identity import identify_network
 from sampimp.training.models import build_model, parameter_layers
 
-LoadSource = Callable[[str, str | None], Source]
-"""From the name of a data set, and the folder of MNIST and CIFAR-10, to its arrays."""
+LoadSource = Callable[[str, str | None, int | None], Source]
+"""From the name of a data set, the folder of MNIST and CIFAR-10, and the size to which images are
+resized, to its arrays."""
 
 MOST_STATE_BYTES = 10
 """Bytes of all states, in those of the importance, above which fewer are stored (arbitrary: 3.2 for
@@ -189,8 +190,25 @@ def _read_sources(
             )
         with console.status(f"Reading {escape(name)}"):
             source = read_source(folder / "datasets" / f"{key}.zarr")
-            sources[key] = source or load(name, config.data_dir)
+            if source is not None and key.startswith("folder-"):
+                _require_same_size(source, config.image_size, str(folder))
+            sources[key] = source or load(name, config.data_dir, config.image_size)
     return sources
+
+
+def _require_same_size(source: Source, image_size: int | None, where: str) -> None:
+    """Raise ConfigError if the option is not that of the stored images."""
+    if source.image_size != image_size:
+        words = [
+            f"--image-size {size}" if size else "no --image-size"
+            for size in (source.image_size, image_size)
+        ]
+        raise ConfigError(
+            expected=f"{words[0]}, with which {source.name} was stored",
+            got=words[1],
+            where=where,
+            todo="run with the same options, or choose another --out",
+        )
 
 
 def make_plan(config: StudyConfig, sources: Mapping[str, Source]) -> Plan:

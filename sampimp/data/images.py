@@ -4,6 +4,10 @@ A sample's permanent index is its position in the list sorted by class and file 
 thread or machine decodes it. Listing, decoding and assembling are separate functions, so that a
 cluster decodes the same list in parallel (`sampimp.sweeps.ingest`) with the same result.
 
+Images of different sizes are resized to one if that is asked for: turned as their EXIF data say,
+scaled so that the shorter side fits, cropped to the centre, and decoded to RGB. If all pixels of
+all images are grey, one channel is kept.
+
 Map: `ImageList`, `list_images` (find and sort the images); `decode_image`, `decode_images` (read
 their pixels); `image_blocks` (split the list into units of work); `images_source` (the `Source` of
 decoded images); `load_folder` (all these steps, in threads).
@@ -48,6 +52,8 @@ class ImageList:
         [N], sorted by class and file name. A position is the sample's permanent index.
     train_labels, test_labels
         int64 [N].
+    image_size
+        Height and width to which all are resized; None if they have one size.
     """
 
     root: Path
@@ -56,6 +62,7 @@ class ImageList:
     train_labels: np.ndarray
     test_paths: tuple[str, ...]
     test_labels: np.ndarray
+    image_size: int | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -63,10 +70,11 @@ class ImageList:
         return self.train_paths + self.test_paths
 
 
-def list_images(path: str | os.PathLike[str]) -> ImageList:
+def list_images(path: str | os.PathLike[str], image_size: int | None = None) -> ImageList:
     """Return the images under PATH/train/CLASS and PATH/test/CLASS, in their permanent order.
 
-    Hidden files and files without a suffix of `IMAGE_SUFFIXES` are skipped.
+    Hidden files and files without a suffix of `IMAGE_SUFFIXES` are skipped. `image_size` is an
+    attribute of the list.
 
     Raises
     ------
@@ -84,6 +92,7 @@ def list_images(path: str | os.PathLike[str]) -> ImageList:
         train_labels=_labels(class_names, train),
         test_paths=_paths(root / "test", class_names, test),
         test_labels=_labels(class_names, test),
+        image_size=image_size,
     )
 
 
@@ -174,8 +183,10 @@ def _text(name: str, folder: str | os.PathLike[str]) -> str:
     return name
 
 
-def decode_image(path: str | os.PathLike[str]) -> np.ndarray:
+def decode_image(path: str | os.PathLike[str], image_size: int | None = None) -> np.ndarray:
     """Return the pixels of an image, uint8 [H, W, C]; a grayscale image has C = 1, others C = 3.
+
+    With `image_size`, the image is resized and cropped to it, and has C = 3.
 
     Raises
     ------
@@ -186,14 +197,17 @@ def decode_image(path: str | os.PathLike[str]) -> np.ndarray:
         Pillow is not installed.
     """
     require_package("PIL.Image", "study")
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
             if math.prod(image.size) > LARGEST_IMAGE:
                 raise ValueError(f"{image.width}x{image.height} pixels in the file's header")
             mode = image.mode + (" with transparency" if "transparency" in image.info else "")
-            if mode in ("L", "RGB"):
+            if mode in ("L", "RGB", "1", "P") and image_size is not None:
+                upright = ImageOps.exif_transpose(image).convert("RGB")
+                pixels = np.asarray(ImageOps.fit(upright, (image_size, image_size)))
+            elif mode in ("L", "RGB"):
                 pixels = np.asarray(image)
             elif mode in ("1", "P"):
                 pixels = np.asarray(image.convert("L" if mode == "1" else "RGB"))  # lossless
@@ -220,8 +234,10 @@ def decode_image(path: str | os.PathLike[str]) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def decode_images(paths: Sequence[str], out: np.ndarray) -> None:
+def decode_images(paths: Sequence[str], out: np.ndarray, image_size: int | None = None) -> None:
     """Decode images into `out`, uint8 [N, C, H, W]; each must be C x H x W.
+
+    With `image_size`, each is resized to it first.
 
     Raises
     ------
@@ -230,24 +246,25 @@ def decode_images(paths: Sequence[str], out: np.ndarray) -> None:
     """
     channels, height, width = out.shape[1:]
     for path, target in zip(paths, out, strict=True):
-        pixels = decode_image(path)
+        pixels = decode_image(path, image_size)
         if pixels.shape != (height, width, channels):
             raise DataError(
                 expected="images of one size and mode: the folder's first has "
                 f"{width}x{height} pixels of {channels} channels",
                 got=f"{pixels.shape[1]}x{pixels.shape[0]} pixels of {pixels.shape[2]} channels",
                 where=str(path),
-                todo="resize or convert the folder's images to one size and mode first",
+                todo="choose a size for all of them, such as --image-size 64 (in Python, "
+                "image_size=64), or resize or convert them first",
             )
         target[...] = pixels.transpose(2, 0, 1)
 
 
 def image_blocks(images: ImageList) -> tuple[tuple[int, int, int], list[slice]]:
-    """Return the shape [C, H, W] of the first image, and the slices of `images.paths` to decode.
+    """Return the shape [C, H, W] of all images, and the slices of `images.paths` to decode.
 
     A block has at most 32 MiB of pixels and 1,000 images (CIFAR-10: a few tenths of a second).
     """
-    height, width, channels = decode_image(images.train_paths[0]).shape
+    height, width, channels = decode_image(images.train_paths[0], images.image_size).shape
     total = len(images.train_paths) + len(images.test_paths)
     rows = min(1000, max(1, _BLOCK_BYTES // (height * width * channels)))
     blocks = [slice(start, min(start + rows, total)) for start in range(0, total, rows)]
@@ -267,6 +284,10 @@ def images_source(name: str, images: ImageList, values: np.ndarray) -> Source:
         uint8 [N, C, H, W], in the order of `images.paths`.
     """
     train = len(images.train_paths)
+    if images.image_size is not None and all(
+        np.array_equal(values[:, channel], values[:, 0]) for channel in (1, 2)
+    ):
+        values = np.ascontiguousarray(values[:, :1])
     return Source(
         name=name,
         train_values=values[:train],
@@ -275,10 +296,11 @@ def images_source(name: str, images: ImageList, values: np.ndarray) -> Source:
         test_labels=images.test_labels,
         full_scale=255.0,
         class_names=images.class_names,
+        image_size=images.image_size,
     )
 
 
-def load_folder(name: str, path: str | os.PathLike[str]) -> Source:
+def load_folder(name: str, path: str | os.PathLike[str], image_size: int | None = None) -> Source:
     """Return the source of a folder of images, decoded by threads.
 
     Parameters
@@ -287,6 +309,8 @@ def load_folder(name: str, path: str | os.PathLike[str]) -> Source:
         As in `sampimp.data.load_source`.
     path
         The folder.
+    image_size
+        As for `list_images`.
 
     Raises
     ------
@@ -295,11 +319,15 @@ def load_folder(name: str, path: str | os.PathLike[str]) -> Source:
     MissingPackageError
         Pillow is not installed.
     """
-    images = list_images(path)
+    images = list_images(path, image_size)
     shape, blocks = image_blocks(images)
     paths = images.paths
     values = np.empty((len(paths), *shape), dtype=np.uint8)
+
+    def decode(block: slice) -> None:
+        decode_images(paths[block], values[block], image_size)
+
     with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
-        for _ in pool.map(lambda block: decode_images(paths[block], values[block]), blocks):
+        for _ in pool.map(decode, blocks):
             pass  # results come in order, so the error raised is that of the first bad image
     return images_source(name, images, values)

@@ -14,7 +14,11 @@ from sampimp.data.scaling import Dataset, Scaling, scale_inputs
 from sampimp.data.source import Source
 
 
-def load_source(name: str, data_dir: str | os.PathLike[str] | None = None) -> Source:
+def load_source(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+) -> Source:
     """Return a data set as stored, read from disk or downloaded.
 
     Official files are searched under `data_dir`, or else under the directory in the environment
@@ -31,6 +35,9 @@ def load_source(name: str, data_dir: str | os.PathLike[str] | None = None) -> So
     data_dir
         Directory of the official files: DIR, DIR/mnist, DIR/MNIST/raw or DIR/cifar10, compressed or
         not.
+    image_size
+        Height and width to which the images of a `folder:PATH` are resized, and cropped at the
+        centre; None if they have one size.
 
     Raises
     ------
@@ -48,17 +55,21 @@ def load_source(name: str, data_dir: str | os.PathLike[str] | None = None) -> So
         return load_cifar10(data_dir)
     if kind == "digits":
         return load_digits()
-    return load_npz(name, path) if kind == "npz" else load_folder(name, path)
+    return load_npz(name, path) if kind == "npz" else load_folder(name, path, image_size)
 
 
 def load_dataset(
-    name: str, *, data_dir: str | os.PathLike[str] | None = None, scaling: Scaling = "unit"
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    scaling: Scaling = "unit",
+    image_size: int | None = None,
 ) -> Dataset:
     """Return the arrays that training reads: float32 inputs, scaled, and labels.
 
     Parameters
     ----------
-    name, data_dir
+    name, data_dir, image_size
         As in `load_source`.
     scaling
         As in `scale_inputs`; the paper does not state its scaling.
@@ -69,4 +80,4 @@ def load_dataset(
     >>> digits.train_inputs.shape, digits.test_labels.shape, float(digits.train_inputs.max())
     ((1500, 1, 8, 8), (297,), 1.0)
     """
-    return scale_inputs(load_source(name, data_dir), scaling)
+    return scale_inputs(load_source(name, data_dir, image_size), scaling)

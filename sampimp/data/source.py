@@ -33,6 +33,9 @@ class Source:
         float inputs.
     class_names
         The name of each label.
+    image_size
+        Height and width to which images were resized; None if they were not. The digest has the
+        resized values.
 
     Raises
     ------
@@ -48,6 +51,7 @@ class Source:
     test_labels: np.ndarray
     full_scale: float
     class_names: tuple[str, ...]
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         _check_part(self.name, "train", self.train_values, self.train_labels, len(self.class_names))

@@ -103,12 +103,14 @@ def write_source(folder: Folder, source: Source) -> dict[str, str]:
         write_array(folder, name, values, (stored["rows"], *values.shape[1:]), scale, note)
     folder.sync()
     # Last, and by one put: without them the data set is not complete.
-    attributes = {
+    attributes: dict[str, Any] = {
         "name": source.name,
         "class_names": list(source.class_names),
         "digest": source.digest,
         "chunks": table,
     }
+    if source.image_size is not None:
+        attributes["image_size"] = source.image_size
     group = json_bytes({"attributes": attributes, "zarr_format": 3, "node_type": "group"})
     folder.write_bytes("zarr.json", group)
     note("zarr.json", group)
@@ -269,6 +271,7 @@ def read_source(folder: Folder) -> Source | None:
         name=stored.attrs["name"],
         full_scale=stored.table["full_scale"],
         class_names=tuple(stored.attrs["class_names"]),
+        image_size=stored.attrs.get("image_size"),
         **{name: stored.read(name) for name in SOURCE_ARRAYS},
     )
     if source.digest != stored.attrs["digest"]:

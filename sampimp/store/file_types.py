@@ -206,6 +206,7 @@ class SourceAttrs(TypedDict):
     class_names: list[str]
     digest: str
     chunks: NotRequired[ChunkTable]
+    image_size: NotRequired[Count]
 
 
 _FILES: tuple[tuple[re.Pattern[str], Any], ...] = (

@@ -55,6 +55,45 @@ def test_folder_is_read_in_sorted_order(tmp_path, mode):
     assert source.full_scale == 255
 
 
+def save_image(path: Path, pixels: np.ndarray, **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def test_images_of_different_sizes_are_turned_scaled_and_cropped_to_the_centre(tmp_path):
+    rng = np.random.default_rng(0)
+    centre = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    wide = np.concatenate([np.zeros_like(centre), centre, np.full_like(centre, 255)], axis=1)
+    plain = np.full((24, 12, 3), (10, 20, 30), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter: the first row is the right column
+    save_image(tmp_path / "train/cat/1.png", wide)
+    save_image(tmp_path / "train/cat/2.png", centre, exif=exif)
+    save_image(tmp_path / "train/dog/1.png", plain)
+    save_image(tmp_path / "train/dog/2.png", centre[:, :, 0])
+    for name in ("cat", "dog"):
+        save_image(tmp_path / "test" / name / "1.png", np.full((9, 7), 77, dtype=np.uint8))
+    source = load_source(f"folder:{tmp_path}", image_size=6)
+    grey = np.repeat(centre[:, :, :1], 3, axis=2)
+    expected = [centre, np.rot90(centre, -1), np.full_like(centre, (10, 20, 30)), grey]
+    np.testing.assert_array_equal(source.train_values.transpose(0, 2, 3, 1), expected, strict=True)
+    np.testing.assert_array_equal(source.test_values, np.full((2, 3, 6, 6), 77))
+    assert source.image_size == 6
+
+
+def test_resized_grey_images_have_one_channel(tmp_path):
+    save_folder(tmp_path, "L")
+    assert load_source(f"folder:{tmp_path}", image_size=3).train_values.shape == (6, 1, 3, 3)
+
+
+def test_the_refusal_of_different_sizes_names_the_option(tmp_path):
+    save_folder(tmp_path)
+    save_image(tmp_path / "train/dog/a.PNG", np.zeros((4, 6, 3), dtype=np.uint8))
+    with pytest.raises(DataError, match="6x4 pixels of 3 channels") as caught:
+        load_source(f"folder:{tmp_path}")
+    assert "--image-size 64" in caught.value.todo
+
+
 def test_relative_folder_has_absolute_paths(tmp_path, monkeypatch):
     save_folder(tmp_path / "pets")
     monkeypatch.chdir(tmp_path)

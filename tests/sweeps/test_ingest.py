@@ -56,6 +56,9 @@ def test_same_bytes_as_the_plain_loader(cluster, small_blocks, folder):
     calls = []
     source = ingest(f"folder:{folder}", progress=lambda done, total: calls.append((done, total)))
     plain = load_source(f"folder:{folder}")
+    resized = ingest(f"folder:{folder}", None, 4)
+    assert resized.train_values.shape[1:] == (3, 4, 4)
+    assert resized.digest == load_source(f"folder:{folder}", image_size=4).digest
     np.testing.assert_array_equal(source.train_values, plain.train_values, strict=True)
     np.testing.assert_array_equal(source.test_labels, plain.test_labels, strict=True)
     assert source.digest == plain.digest

@@ -510,6 +510,35 @@ def test_a_missing_class_folder_ends_with_2(run_untrained, tmp_path, capsys):
     assert not (tmp_path / "study").exists()
 
 
+def test_stored_images_keep_their_size(tmp_path):
+    for part, sides in (("train", (9, 14)), ("test", (20,))):
+        for name in ("ant", "bee"):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for side in sides:
+                image = Image.new("RGB", (side, 10), "red")
+                image.save(tmp_path / "images" / part / name / f"{side}.png")
+    machine = Cluster("x", (Machines(1, cpus=2, gpus=0),))
+
+    def prepare(*more):
+        options = ["--datasets", f"folder:{tmp_path / 'images'}", "--out", str(tmp_path / "study")]
+        console = Console(file=StringIO())
+        return prepare_study(parse([*options, *more]), lambda: machine, load_source, console)
+
+    with pytest.raises(ConfigError, match="at least 1 pixel"):
+        parse(["--image-size", "0"])
+    first = prepare("--image-size", "8")
+    assert first.plan.datasets["folder-images"].input_shape == (3, 8, 8)
+    write_plan(first, Console(file=StringIO()))
+    shutil.rmtree(tmp_path / "images")  # a restart reads the store
+    again = prepare("--image-size", "8").sources["folder-images"]
+    assert again.image_size == 8
+    assert again.digest == first.sources["folder-images"].digest
+    for more, got in (((), "no --image-size"), (("--image-size", "9"), "--image-size 9")):
+        with pytest.raises(ConfigError, match=f"Got {got}") as caught:
+            prepare(*more)
+        assert "--image-size 8, with which" in four_parts(caught.value)
+
+
 def test_a_truncated_image_ends_with_2(cluster, run_untrained, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     for name in ("train/ant", "train/bee", "test/ant", "test/bee"):
