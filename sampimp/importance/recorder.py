@@ -123,7 +123,7 @@ class ImportanceRecorder:
             )
         self._on_epoch = on_epoch
         self._epoch: int | None = None  # of the last step
-        self._is_reported = True  # whether on_epoch has seen all its steps
+        self._is_reported = True  # whether it has ended after its last step
         self._checked: int | None = None  # the epoch whose first step was compared
         self._indices: list[Tensor] = []  # of the epoch's steps since the last flush
         self._parts = EpochParts()
@@ -234,10 +234,10 @@ class ImportanceRecorder:
         as a whole. An exception of `on_epoch` reaches the caller. The steps themselves do no more
         work than without `on_epoch`.
         """
-        epoch = self._epoch
-        if self._on_epoch is None or self._is_reported or epoch is None:
-            return
+        epoch, is_reported = self._epoch, self._is_reported
         self._is_reported = True  # before the call, which may read or forget the epoch
+        if self._on_epoch is None or is_reported or epoch is None:
+            return
         self._flush()
         dataset = _dataset(self, [epoch], self._parts.count_samples()).isel(epoch=0)
         dataset["coverage"] = dataset["importance"].notnull().any("layer").mean("sample")
@@ -321,7 +321,7 @@ class ImportanceRecorder:
         """Go on from a state, bit for bit; the model is loaded first, from the same checkpoint.
 
         `resumed_at_epoch` in the attrs of the result has the epoch of the first step that follows.
-        `on_epoch` is not called again for epochs that it has seen.
+        `on_epoch` is not called again for epochs that had ended.
 
         Raises
         ------

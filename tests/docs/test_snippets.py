@@ -135,7 +135,7 @@ def lightning_names(finished):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    return loop_names(finished) | {"module": Module()}
+    return loop_names(finished) | {"module": Module(), "epochs": [1, 2, 3, 4]}
 
 
 def hugging_face_names(finished):
@@ -155,11 +155,13 @@ def hugging_face_names(finished):
     )
     gpt = transformers.GPT2LMHeadModel(config)
     trainer = transformers.Trainer(gpt, arguments, train_dataset=rows)
-    return {"sampimp": sampimp, "trainer": trainer}
+    return {"sampimp": sampimp, "trainer": trainer, "epochs": [1]}
 
 
 def check_trainer(names):
-    assert names["importance"].recorder.to_dataset().sizes["sample"] == SAMPLES
+    dataset = names["importance"].recorder.to_dataset()
+    assert dataset.sizes["sample"] == SAMPLES
+    assert dataset["epoch"].values.tolist() == names["epochs"]
 
 
 def cube_names(finished):
