@@ -27,6 +27,7 @@ from rich.console import Console
 from seaweed import KEY, SECRET, Proxy, Server, find_server
 
 import sampimp
+from sampimp.analysis.explorer import write_explorer
 from sampimp.analysis.report import drawing
 from sampimp.errors import StoreError
 from sampimp.store import buckets, location
@@ -213,12 +214,22 @@ def test_results_and_report_are_read_from_the_bucket(stored, finished):
 def test_no_secret_is_stored_printed_or_logged(stored):
     assert SECRET not in stored.text
     everything = objects(stored.url)
-    assert {"study.json", "analysis/report.html"} <= set(everything)
+    pages = {"study.json", "analysis/report.html", "analysis/explore/index.html"}
+    assert pages <= set(everything)
     assert not [path for path, content in everything.items() if SECRET.encode() in content]
     session = ray.get_runtime_context().get_session_name()
     logs = [path for path in Path("/tmp/ray", session, "logs").rglob("*") if path.is_file()]
     assert logs
     assert not [path for path in logs if SECRET.encode() in path.read_bytes()]
+
+
+def test_the_explorer_names_no_key_and_no_server(stored, server, tmp_path):
+    written = write_explorer(stored.url, to=str(tmp_path / "explore"))
+    files = [path for path in (tmp_path / "explore").rglob("*") if path.is_file()]
+    assert written.runs == written.planned
+    assert len(files) > written.runs
+    for text in (KEY, SECRET, server.endpoint.partition("://")[2], stored.url):
+        assert not [path for path in files if text.encode() in path.read_bytes()]
 
 
 def test_the_server_honours_conditional_puts_in_a_race(server):
