@@ -4,7 +4,8 @@ A part has 12 digits of a digest of what it is made from in its name. It is kept
 which is written when all parts are on the disk, names it. A part with damage has the damage in its
 digest: it is made again each time, so that the damage is found again, or is gone.
 
-Map: `ExplorerFolder`, `script` (an object as a script), `read_script`, `encode_array`.
+Map: `ExplorerFolder`, `read_application` (the page), `script` (an object as a script),
+`read_script`, `encode_array`.
 """
 
 import base64
@@ -155,8 +156,7 @@ class ExplorerFolder:
         """Write the manifest and the page, and remove the parts that are no longer named."""
         if self.changes:
             self.folder.sync()
-        application = resources.files(__package__) / "application" / "dist"
-        pages = {each.name: each.read_bytes() for each in application.iterdir()}
+        pages = read_application()
         page = pages.pop(PAGE_FILE)
         for file, content in (*sorted(pages.items()), (STUDY, script(manifest)), (PAGE_FILE, page)):
             if self.folder.read_bytes(file) != content:
@@ -177,6 +177,12 @@ class ExplorerFolder:
         if not self.changes and self._study is not None:
             remove_manifest(self._study, "analysis")
         self.changes += 1
+
+
+def read_application() -> dict[str, bytes]:
+    """Return the files of the page by name."""
+    application = resources.files(__package__) / "application" / "dist"
+    return {each.name: each.read_bytes() for each in application.iterdir()}
 
 
 def _entries_of(value: Any) -> Iterator[dict[str, Any]]:

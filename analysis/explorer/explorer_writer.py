@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from sampimp.analysis.explorer.explored_study import check_runs, choose_histories, open_study
-from sampimp.analysis.explorer.explorer_folder import PAGE_FILE, ExplorerFolder
+from sampimp.analysis.explorer.explorer_folder import PAGE_FILE, ExplorerFolder, read_application
 from sampimp.analysis.explorer.node_parts import NodeParts, measure_node
 from sampimp.analysis.explorer.thinning import choose_thinning
 from sampimp.errors import require_package
@@ -103,7 +103,8 @@ def write_explorer(
     ]
     show_progress("choosing what is shown")
     sizes = [measure_node(n, count) for n, count in zip(study.nodes, expected, strict=True)]
-    thinning = choose_thinning(sizes, megabytes)
+    page_bytes = sum(map(len, read_application().values()))
+    thinning = choose_thinning(sizes, megabytes - page_bytes / 1e6)
     entries = []
     for node, chosen in zip(study.nodes, histories, strict=True):
         parts = NodeParts(node, files, thinning, show_progress)

@@ -9,7 +9,7 @@ from sampimp.sweeps.consolidate import main
 
 def test_a_finished_study_is_one_store(finished, tmp_path, capsys):
     assert main([str(finished.out), "--to", str(tmp_path)]) == 0
-    assert f"{tmp_path}/digits.zarr: 0.0" in capsys.readouterr().out
+    assert f"{tmp_path}/digits.zarr: 0.7 MB" in capsys.readouterr().out
     store, cube = xr.open_zarr(tmp_path / "digits.zarr"), open_cube(finished.out)["digits"]
     np.testing.assert_array_equal(store["importance"], cube["importance"])
     assert main([str(finished.out), "--to", str(tmp_path)]) == 0
