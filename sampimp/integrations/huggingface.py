@@ -155,7 +155,8 @@ class HuggingFaceImportance(RecordedSteps, TrainerCallback):
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise ConfigError(
                 expected="the recording of a checkpoint",
-                got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                # Not the text of the error, which advises to load the file as code.
+                got=f"a file of {path.stat().st_size} bytes that torch.load cannot read",
                 where=str(path),
                 todo="resume from another checkpoint, or delete this file: the recording then "
                 "begins at the checkpoint",

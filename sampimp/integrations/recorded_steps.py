@@ -103,8 +103,8 @@ class RecordedSteps:
         """Warn that a checkpoint contains no recording; training goes on in `epoch`."""
         missing = f"; {describe_epochs(range(1, epoch))} will be missing" if epoch > 1 else ""
         warnings.warn(
-            f"{where} contains no recording by {type(self).__name__}: it begins after step "
-            f"{self._position}, in epoch {epoch}{missing}",
+            f"{where} contains no recording by {type(self).__name__}: the new one begins "
+            f"after step {self._position}, in epoch {epoch}{missing}",
             stacklevel=3,
         )
 
