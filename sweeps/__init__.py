@@ -22,6 +22,7 @@ A study, from its options to its exit code
 `preflight`           checks of the folder, the machines and the disk
 `estimate`            time and storage; `--dry-run`
 `run`                 train what is missing
+`first_report`        the report of the first run, while others train
 `work`                units of work: training runs, and what is computed from them
 `tuning`              perform units of work, through Ray Tune
 `trial`               a unit of work as Tune sees it

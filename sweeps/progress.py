@@ -7,7 +7,7 @@ Map: `Progress`, a callback of Ray Tune.
 
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class Progress(Callback):
         What the units and their steps are called, in the plural.
     seconds
         The time left before the first step is done, if it was measured.
+    watch
+        Called with this display whenever Ray Tune has done something.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class Progress(Callback):
         console: Console,
         words: tuple[str, str] = ("trials", "epochs"),
         seconds: float | None = None,
+        watch: Callable[["Progress"], None] = lambda progress: None,
     ) -> None:
         self._given_up, self._committed, self._console = given_up, committed, console
-        self._nouns, self._expected = words, seconds
+        self._nouns, self._expected, self._watch = words, seconds, watch
         self._state = {unit.label: unit.state for unit in units}
         self._steps = {unit.label: unit.steps for unit in units}
         self._step = {unit.label: unit.steps if unit.commit else 0 for unit in units}
@@ -89,8 +92,8 @@ class Progress(Callback):
             self._console.print(self._line(), highlight=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the terminal: Tune pickles its callbacks."""
-        return {**vars(self), "_live": None, "_console": None}
+        """Leave out the terminal and the watch: Tune pickles its callbacks."""
+        return {**vars(self), "_live": None, "_console": None, "_watch": None}
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Count a trial as running."""
@@ -118,6 +121,7 @@ class Progress(Callback):
             self._step[label] = self._steps[label]
             self._set(label, state)
         self._print_now_and_then()
+        self._watch(self)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Print why a trial failed, and whether it is tried again."""
@@ -146,16 +150,23 @@ class Progress(Callback):
         words = [f"{counts[state]} {state}" for state in shown if counts[state] or state == "done"]
         return f"{len(self._state)} {self._nouns[0]}: {', '.join(words)}"
 
-    def _time_left(self) -> str:
+    def is_done(self, label: str) -> bool:
+        """Return whether a unit is committed, and has not diverged."""
+        return self._state[label] == "done"
+
+    def seconds_left(self) -> float | None:
+        """Return the time left; None while it is unknown."""
         elapsed = time.monotonic() - self._start
         finished = sum(self._step.values()) - self._started_with
         left = sum(self._steps.values()) - sum(self._step.values())
         expected = (self._expected or 0) - elapsed
         if expected >= 1 and (not finished or elapsed < SETTLED):
-            return f"about {format_clock(expected)} left"
-        if not finished:
-            return "time left: measuring"
-        return f"about {format_clock(elapsed / finished * left)} left"
+            return expected
+        return elapsed / finished * left if finished else None
+
+    def _time_left(self) -> str:
+        seconds = self.seconds_left()
+        return "time left: measuring" if seconds is None else f"about {format_clock(seconds)} left"
 
     def _line(self) -> str:
         return (

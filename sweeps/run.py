@@ -20,6 +20,7 @@ from sampimp.store.plan_files import store_plan
 from sampimp.sweeps.derived_run import run_on_cluster
 from sampimp.sweeps.derived_study import DerivedStudy
 from sampimp.sweeps.estimate import announce_time
+from sampimp.sweeps.first_report import FirstReport
 from sampimp.sweeps.influence_study import InfluenceRequest, prepare_influence
 from sampimp.sweeps.influence_units import list_targets
 from sampimp.sweeps.machines import Cluster, find_address, this_machine
@@ -199,18 +200,27 @@ def train(study: Study, console: Console, seconds: float | None = None) -> None:
 
     searcher = UnitSearcher(folder, resolve)
     units = training_units(plan, study.trials)
-    tune_units(
-        searcher,
-        Progress(units, searcher.failed, searcher.committed, console, seconds=seconds),
-        folder=folder,
-        plan=plan,
-        sources=study.sources,
-        worker={"CPU": float(config.cpus_per_trial), "GPU": config.gpus_per_trial},
-        workers=config.workers_per_trial,
-        cluster=study.cluster,
-        slots=study.slots,
-        at_once=config.max_concurrent or len(study.missing),
-    )
+    references = [trial.label for trial in study.trials if plan.is_reference(trial.config)]
+    with FirstReport(folder, references, console) as first:
+        tune_units(
+            searcher,
+            Progress(
+                units,
+                searcher.failed,
+                searcher.committed,
+                console,
+                seconds=seconds,
+                watch=first.look,
+            ),
+            folder=folder,
+            plan=plan,
+            sources=study.sources,
+            worker={"CPU": float(config.cpus_per_trial), "GPU": config.gpus_per_trial},
+            workers=config.workers_per_trial,
+            cluster=study.cluster,
+            slots=study.slots,
+            at_once=config.max_concurrent or len(study.missing),
+        )
 
 
 def conclude(trials: Sequence[PlannedTrial], console: Console) -> int:
