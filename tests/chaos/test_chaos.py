@@ -48,6 +48,6 @@ def test_a_study_with_faults_has_the_bytes_of_a_plain_loop(tmp_path, monkeypatch
     assert first.startswith("3 trials of 8 epochs on digits, into ")
     assert time.startswith("This trains on this machine, for ")
     assert machines.startswith("Ray started here: 1 node, ")
-    assert " of 24 epochs; about " in start
-    assert all(" of 24 epochs; about " in line for line in more), more
+    assert " of 24 epochs; " in start
+    assert all(" of 24 epochs; " in line for line in more), more
     assert last == "3 of 3 trials are committed."
