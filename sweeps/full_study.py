@@ -68,12 +68,24 @@ def run_or_describe(config: StudyConfig, console: Console) -> int:
         from sampimp.sweeps.estimate import describe_study
 
         return describe_study(config, console)
+    from sampimp.store.buckets import check_url
+
+    if "://" in config.out:
+        check_url(config.out)  # before a line that repeats it
     console.print(_describe(config), markup=False, highlight=False)
-    if find_spec("ray") is None:  # its import takes seconds: the data sets are read before
+    if not _is_installed("ray"):  # its import takes seconds: the data sets are read before
         require_package("ray", "study")
     from sampimp.sweeps.run import run_study
 
     return run_study(config, console)
+
+
+def _is_installed(package: str) -> bool:
+    """Return whether a package can be imported, without an import."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _describe(config: StudyConfig) -> str:

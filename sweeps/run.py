@@ -53,7 +53,10 @@ def run_study(config: StudyConfig, console: Console) -> int:
     else:
         study = prepare_study(config, connect_to_cluster, _ingest, console)
     check_influence(study)
-    seconds = announce_time(study, console) if starts_ray and study.missing else None
+    # Without room for a trial here, what cannot be measured is an error of the cluster below.
+    has_room = study.cluster.room(config.cpus_per_trial, config.gpus_per_trial) > 0
+    is_measured = starts_ray and has_room and bool(study.missing)
+    seconds = announce_time(study, console) if is_measured else None
     if starts_ray and (study.missing or config.snapshot_every):
         study = replace(study, cluster=connect_to_cluster())
     study = write_plan(study, console)

@@ -44,7 +44,7 @@ RAY = (
 )
 """Test files that share one Ray cluster and one finished study."""
 
-BY_FILE = ("tests/analysis/", "tests/integrations/", "tests/test_wheel.py")
+BY_FILE = ("tests/analysis/", "tests/browser/", "tests/integrations/", "tests/test_wheel.py")
 """Folders and files whose tests share results, an environment, or libraries slow to import."""
 
 

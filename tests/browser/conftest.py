@@ -34,13 +34,14 @@ def explorer_page(digits_study):
     return Path(write_explorer(str(digits_study)).page)
 
 
-@pytest.fixture(scope="session")
+# Stopped after each file: its event loop would be in the way of other tests' own.
+@pytest.fixture(scope="module")
 def playwright():
     with sync_playwright() as running:  # a process has one at a time
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium(playwright):
     with open_browser(playwright) as browser:
         yield browser

@@ -197,7 +197,7 @@ def test_the_cube_is_opened_without_reading_an_array(stored, proxy):
 def test_results_and_report_are_read_from_the_bucket(stored, finished):
     analysis = Folder.of(stored.url) / "analysis"
     page = analysis.read_bytes("report.html")
-    assert page.count(b"data:image/png;base64,") == 2
+    assert page.count(b"<figure") >= 2
     for kind, head in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
         drawn = analysis.read_bytes(f"digits/fig02_decomposition.{kind}")
         assert drawn is not None
@@ -345,7 +345,8 @@ def test_errors_are_printed_before_anything_is_trained(
     monkeypatch.setattr(location, "OPENING_PATIENCE", timedelta(seconds=0.5))
     assert full_study.main([*tiny, "--out", out]) == 2
     text = "".join(capsys.readouterr())
-    lines = [line for line in text.splitlines() if " trials of 3 epochs on " not in line]
+    plan = (" trials of 3 epochs on ", "This trains on this machine", "no cluster: ")
+    lines = [line for line in text.splitlines() if not any(words in line for words in plan)]
     heads = ("Expected ", "     Got ", "   Where ", "   To do ")
     assert [line[:9] for line in lines] == list(heads), text
     assert all(word in text for word in words), text
