@@ -9,5 +9,9 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
 fi
 echo "Installing chromium for the tests in a browser ..."
 export DEBIAN_FRONTEND=noninteractive
-{ apt-get update && apt-get install -y --no-install-recommends chromium; } >/tmp/sampimp-chromium.log 2>&1 ||
-    echo "Chromium could not be installed (/tmp/sampimp-chromium.log): the tests in a browser will be skipped."
+log=$(mktemp)
+if { apt-get update && apt-get install -y --no-install-recommends chromium; } >"$log" 2>&1; then
+    rm "$log"
+else
+    echo "Chromium could not be installed ($log): the tests in a browser will be skipped."
+fi
