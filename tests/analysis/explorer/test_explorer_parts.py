@@ -74,6 +74,19 @@ def test_columns_equal_sums_of_the_cube_in_float64(made, number):
     )
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_columns_are_those_of_a_frame(made, number):
+    written, cube, _ = made
+    columns, entry = written.run(number)
+    frame = sampimp.to_frame(cube, strategy=entry["strategy"], seed=entry["seed"])
+    named = {name.replace(":", "_", 1): values for name, values in columns.items()}
+    named["final_nll"] = named.pop("nll")
+    assert set(frame) - set(named) == {"label", "class_name", "correctness_bound"}
+    for name, values in named.items():
+        column = frame[name].to_numpy().astype(np.float32)
+        np.testing.assert_allclose(values, column, rtol=2e-7, err_msg=name)
+
+
 def test_influence_is_that_of_the_cube(made):
     written, cube, _ = made
     columns, entry = written.run(0)
