@@ -212,11 +212,18 @@ export class Explorer {
     this.showHistory();
     await Promise.all(painted);
     this.keepUrl();
-    clearTimeout(this.laterTimer);
-    this.laterTimer = setTimeout(() => this.showLater());
+    // The plots were drawn in this frame, which is painted before the next task.
+    const { selection } = state;
+    setTimeout(() => {
+      if (performance.getEntriesByName("lasso").length) {
+        performance.measure("lasso to paint", "lasso");
+        performance.clearMarks("lasso");
+      }
+      if (this.state.selection === selection) this.showLater();
+    });
   }
 
-  /** Draw what is below the first screen, in a task of its own. */
+  /** Draw what is below the first screen, after the frame with the selection is painted. */
   showLater() {
     const { state } = this;
     this.ranges.forEach((range) => range.setSelection(state.selection));
@@ -238,12 +245,16 @@ export class Explorer {
     const order = node.order(state.run, state.sort.name);
     const values = node.values(state.run, state.sort.name);
     const { mask, count } = state.selection;
-    const measured = order.filter((i) => (!count || mask[i]) && !Number.isNaN(values[i]));
-    const others = order.filter((i) => (!count || mask[i]) && Number.isNaN(values[i]));
-    if (state.sort.descending) measured.reverse();
-    const samples = new Int32Array(measured.length + others.length);
-    samples.set(measured);
-    samples.set(others, measured.length);
+    const samples = new Int32Array(count || order.length);
+    let size = 0;
+    const put = (i) => {
+      if (!count || mask[i]) samples[size++] = i;
+    };
+    let measured = order.length; // NaN is last, in both directions
+    while (measured && Number.isNaN(values[order[measured - 1]])) measured--;
+    if (state.sort.descending) for (let k = measured - 1; k >= 0; k--) put(order[k]);
+    else for (let k = 0; k < measured; k++) put(order[k]);
+    for (let k = measured; k < order.length; k++) put(order[k]);
     return samples;
   }
 
@@ -313,14 +324,6 @@ export class Explorer {
     this.state.selection = selection;
     this.chips.release();
     await this.showSelection();
-    requestAnimationFrame(() =>
-      setTimeout(() => {
-        if (performance.getEntriesByName("lasso").length) {
-          performance.measure("lasso to paint", "lasso");
-          performance.clearMarks("lasso");
-        }
-      }),
-    );
   }
 
   undo() {

@@ -80,33 +80,30 @@ export class History {
   accumulate(samples, row) {
     const { length: epochs } = this.epochs;
     const rows = row === this.nll ? [row] : this.layers;
-    const sums = new Float64Array(this.rows.length * epochs);
-    const factors = rows.map((r) => this.factors[r]);
-    const terms = new Float64Array(rows.length);
+    const cells = this.rows.length * epochs;
+    const sums = new Float64Array(cells);
+    const measured = new Uint32Array(cells);
     const total = new Float64Array(epochs);
     const counts = new Uint32Array(epochs);
     const histogram = new Uint32Array(epochs * BINS);
+    const values = new Float32Array(this.manifest.page);
     for (const { codes, places } of this.byPage(samples)) {
-      const stride = codes.length / (this.rows.length * epochs);
+      const stride = codes.length / cells;
       for (let epoch = 0; epoch < epochs; epoch++) {
-        for (let p = 0; p < places.length; p++) {
-          const place = places[p];
-          let value = 0;
-          for (let k = 0; k < rows.length; k++) {
-            terms[k] = decodeValue(factors[k], codes[(rows[k] * epochs + epoch) * stride + place]);
-            value += terms[k];
-          }
-          if (!(value < Infinity)) continue; // not measured, or infinite
-          for (let k = 0; k < rows.length; k++) sums[rows[k] * epochs + epoch] += terms[k];
-          if (row !== TOTAL) value = terms[rows.indexOf(row)];
-          total[epoch] += value;
-          counts[epoch]++;
-          float[0] = value;
-          histogram[epoch * BINS + (bits[0] >>> BIN_SHIFT)]++;
+        values.fill(0, 0, places.length);
+        for (const r of rows) {
+          const cell = r * epochs + epoch;
+          const isShown = row === TOTAL || row === r;
+          const [sum, count] = addRow(codes, cell * stride, places, this.factors[r], isShown ? values : null);
+          sums[cell] += sum;
+          measured[cell] += count;
         }
+        const [sum, count] = countBins(values.subarray(0, places.length), histogram, epoch * BINS);
+        total[epoch] += sum;
+        counts[epoch] += count;
       }
     }
-    return { sums, total, counts, histogram };
+    return { sums, measured, total, counts, histogram };
   }
 
   /** Positions within each page of ascending samples. */
@@ -123,7 +120,7 @@ export class History {
     }
   }
 
-  summarise({ sums, total, counts, histogram }) {
+  summarise({ sums, measured, total, counts, histogram }) {
     const epochs = this.epochs.length;
     const mean = Array.from(total, (sum, epoch) => (counts[epoch] ? sum / counts[epoch] : NaN));
     const quantile = (share) =>
@@ -137,10 +134,36 @@ export class History {
         return float[0];
       });
     const layers = this.layers.map((r) =>
-      Array.from(counts, (count, epoch) => (count ? sums[r * epochs + epoch] / count : NaN)),
+      Array.from(counts, (_, epoch) => sums[r * epochs + epoch] / measured[r * epochs + epoch]),
     );
     return { mean, low: quantile(0.1), high: quantile(0.9), layers };
   }
+}
+
+/** Add the values of some places of a row to `values`, unless that is null. Returns sum and number of the finite ones. */
+function addRow(codes, start, places, factors, values) {
+  let [sum, count] = [0, 0];
+  for (let p = 0; p < places.length; p++) {
+    const value = decodeValue(factors, codes[start + places[p]]);
+    if (values) values[p] += value;
+    if (!(value < Infinity)) continue; // not measured, or infinite
+    sum += value;
+    count++;
+  }
+  return [sum, count];
+}
+
+/** Count values by bins of 3 %. Returns the sum and number of those that were measured. */
+function countBins(values, histogram, first) {
+  const patterns = new Uint32Array(values.buffer, 0, values.length);
+  let [sum, count] = [0, 0];
+  for (let p = 0; p < values.length; p++) {
+    if (!(values[p] < Infinity)) continue;
+    sum += values[p];
+    count++;
+    histogram[first + (patterns[p] >>> BIN_SHIFT)]++;
+  }
+  return [sum, count];
 }
 
 function everything(size) {
