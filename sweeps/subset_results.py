@@ -3,6 +3,7 @@
 Map: `next_sizes` (of the bisection); `diverged_trainings`, `export_subsets`.
 """
 
+import csv
 import io
 import re
 from collections.abc import Iterator
@@ -143,14 +144,22 @@ def export_subsets(folder: Folder, request: SubsetRequest) -> dict[str, list[str
                 buffer = io.BytesIO()
                 np.save(buffer, indices)
                 folder.write_bytes(f"{name}.npy", buffer.getvalue())
-                rows = zip(indices.tolist(), labels[indices].tolist(), strict=True)
-                lines = ["sample,label", *(f"{sample},{label}" for sample, label in rows)]
-                folder.write_bytes(f"{name}.csv", ("\n".join(lines) + "\n").encode())
+                folder.write_bytes(f"{name}.csv", _as_csv(cube, indices))
                 absent = np.setdiff1d(present, labels[indices])
                 classes_without[f"{folder}/{name}.npy"] = [names[label] for label in absent]
     if classes_without:
         write_manifest(folder, f"{INFLUENCE_FOLDER}/selected")
     return classes_without
+
+
+def _as_csv(cube: xr.Dataset, indices: np.ndarray) -> bytes:
+    """Return a table of samples: position, label, and file if the samples are files."""
+    columns = [indices, *(cube[name].values[indices] for name in ("label", "file") if name in cube)]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["sample", "label", "file"][: len(columns)])
+    table.writerows(zip(*(column.tolist() for column in columns), strict=True))
+    return text.getvalue().encode()
 
 
 def _runs(folder: Folder, request: SubsetRequest) -> Iterator[tuple[PlannedTrial, xr.Dataset]]:

@@ -148,7 +148,7 @@ class NodeParts:
     def _write_names(self) -> dict[str, Any] | None:
         if "file" not in self.node.cube.coords:
             return None
-        names = [str(name) for name in self.node.cube["file"].values[:: self.step]]
+        names = self.node.cube["file"].values[:: self.step].tolist()
         content = self._script("names", values=names)
         return self._add("names", names, lambda _: ({}, content))
 
@@ -347,8 +347,8 @@ def _sample_bytes(node: ExploredNode) -> float:
     """Return the bytes of a sample's image or values, of the first page, and of its name."""
     names = 0.0
     if "file" in node.cube.coords:
-        files = node.cube["file"].values
-        names = sum(len(str(file)) + 3 for file in files[:PAGE]) / len(files[:PAGE])
+        files = node.cube["file"].values[:PAGE].tolist()
+        names = sum(len(file) + 3 for file in files) / len(files)
     if "image" in node.cube:
         page = next(read_pages(node, 1, []))
         return names + len(sheet_of(node).encode(page)) / len(page)

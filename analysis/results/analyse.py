@@ -171,6 +171,8 @@ def analyse(cube: xr.Dataset) -> dict[str, xr.Dataset]:
     >>> sorted(name for name in set(RESULTS) - set(results) if RESULTS[name].section not in "45")
     ['parameter_paths', 'snapshot_stability']
     """
+    # Results name samples by their position; every stored result would have all names.
+    cube = cube.drop_vars(["file", "test_file"], errors="ignore")
     results: dict[str, xr.Dataset] = {}
     reasons: dict[str, str] = {}
 

@@ -69,6 +69,10 @@ class ImageList:
         """All paths, training images first."""
         return self.train_paths + self.test_paths
 
+    def files(self, paths: Sequence[str]) -> tuple[str, ...]:
+        """Return paths below `root`, as `train/cat/0001.png`."""
+        return tuple(Path(path).relative_to(self.root).as_posix() for path in paths)
+
 
 def list_images(path: str | os.PathLike[str], image_size: int | None = None) -> ImageList:
     """Return the images under PATH/train/CLASS and PATH/test/CLASS, in their permanent order.
@@ -297,6 +301,8 @@ def images_source(name: str, images: ImageList, values: np.ndarray) -> Source:
         full_scale=255.0,
         class_names=images.class_names,
         image_size=images.image_size,
+        train_files=images.files(images.train_paths),
+        test_files=images.files(images.test_paths),
     )
 
 

@@ -36,6 +36,9 @@ class Source:
     image_size
         Height and width to which images were resized; None if they were not. The digest has the
         resized values.
+    train_files, test_files
+        Path of each sample's file in the data set's folder, [N]; None if samples are not files.
+        They are not in the digest: a file that was renamed is the same sample.
 
     Raises
     ------
@@ -52,6 +55,8 @@ class Source:
     full_scale: float
     class_names: tuple[str, ...]
     image_size: int | None = None
+    train_files: tuple[str, ...] | None = None
+    test_files: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_part(self.name, "train", self.train_values, self.train_labels, len(self.class_names))

@@ -50,6 +50,8 @@ COORDINATE_ATTRS: Mapping[str, Mapping[str, str]] = {
     "order_seed": {"units": "1", "long_name": "seed of the order of the batches"},
     "label": {"units": "1", "long_name": "class of the sample"},
     "test_label": {"units": "1", "long_name": "class of the test sample"},
+    "file": {"long_name": "path of the sample's file in the data set's folder"},
+    "test_file": {"long_name": "path of the test sample's file in the data set's folder"},
     "layer_of_parameter": {"long_name": "layer that the parameter belongs to"},
     "target": {"long_name": "function of the final parameters whose influence is computed"},
     "target_units": {"long_name": "unit of the target"},
@@ -87,10 +89,11 @@ def open_cube(out: str | os.PathLike[str] | Folder) -> xr.DataTree:
         lazily. Missing and unfinished trials are NaN.
         `diverged_epoch` (strategy, seed) is NaN if a run did not diverge; `trial` names the
         folder of each committed trial; `image` (sample, row, column, channel) shows the training
-        samples if they are images. The variables of `sampimp.schema.INFLUENCE_VARIABLES` are there
-        where influence or retrainings were computed for any run, with `test_image` and
-        `test_label` (test_sample), since targets can be test samples. The attrs `flag_values` and
-        `flag_meanings` of `label` name the classes. The tree's attrs hold the study's
+        samples if they are images, and the coordinate `file` (sample) names the files that
+        they were read from. The variables of `sampimp.schema.INFLUENCE_VARIABLES` are there
+        where influence or retrainings were computed for any run, with `test_image`, `test_label`
+        and `test_file` (test_sample), since targets can be test samples. The attrs `flag_values`
+        and `flag_meanings` of `label` name the classes. The tree's attrs hold the study's
         configuration.
 
     Raises
@@ -165,12 +168,16 @@ def _open_node(
     }
     if source is not None:
         coords["label"] = ("sample", source.read("train_labels"))
+        if source.has_files:
+            coords["file"] = ("sample", source.read("train_files"))
         if _is_image(values := _StoredValues(source, "train_values")):
             variables["image"] = _images(values, "sample", "training sample")
             if "target" in influence_coords:  # some targets are test samples
                 test_values = _StoredValues(source, "test_values")
                 variables["test_image"] = _images(test_values, "test_sample", "test sample")
                 coords["test_label"] = ("test_sample", source.read("test_labels"))
+                if source.has_files:
+                    coords["test_file"] = ("test_sample", source.read("test_files"))
     if layout_states := plan.layout(key).states:
         coords["state"] = ("state", list(layout_states))
         layers, counts = zip(*info.layers, strict=True)

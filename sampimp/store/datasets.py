@@ -1,6 +1,7 @@
 """Data sets in a study's store: values before scaling and labels, with a digest of each chunk.
 
     OUT/datasets/mnist.zarr    train_values, train_labels, test_values, test_labels
+                               train_files, test_files where the samples are files
 
 The attributes of the group are written last, by one put: a data set without them is not complete.
 A study keeps its data so that a reader needs no other source, and so that every number can be
@@ -24,6 +25,7 @@ from sampimp.data.npz import machine_memory
 from sampimp.errors import RecordError, ResourceError, StoreError
 from sampimp.schema import digest, digest_json
 from sampimp.store.array_forms import ArrayForm
+from sampimp.store.file_names import LONGEST_NAME, decode_names, encode_names
 from sampimp.store.file_types import SourceAttrs
 from sampimp.store.json_types import require_type
 from sampimp.store.location import Folder
@@ -33,6 +35,9 @@ from sampimp.store.zarr_arrays import first_line, open_uncached, write_array
 
 SOURCE_ARRAYS = ("train_values", "train_labels", "test_values", "test_labels")
 """The arrays of a data set."""
+
+FILE_ARRAYS = ("train_files", "test_files")
+"""The arrays of file names that a data set may have, of `sampimp.store.file_names`."""
 
 PARTS = ("train", "test")
 
@@ -45,18 +50,19 @@ LARGEST_SOURCE_CHUNK = 2**26
 
 def chunk_table(source: Source) -> dict[str, Any]:
     """Return the layout of a stored data set and each chunk's digest, as JSON values."""
-    arrays = {}
-    for name in SOURCE_ARRAYS:
-        values = getattr(source, name)
-        rows = max(1, min(len(values), SOURCE_CHUNK // max(1, values[0].nbytes)))
-        starts = range(0, len(values), rows)
-        arrays[name] = {
-            "shape": list(values.shape),
-            "dtype": values.dtype.str,
-            "rows": rows,
-            "digests": [digest(values[start : start + rows]) for start in starts],
-        }
+    arrays = {name: _chunks_of(getattr(source, name)) for name in SOURCE_ARRAYS}
     return {"full_scale": source.full_scale, "arrays": arrays}
+
+
+def _chunks_of(values: np.ndarray) -> dict[str, Any]:
+    """Return the entry of an array in a table of chunks."""
+    rows = max(1, min(len(values), SOURCE_CHUNK // max(1, values[0].nbytes)))
+    return {
+        "shape": list(values.shape),
+        "dtype": values.dtype.str,
+        "rows": rows,
+        "digests": [digest(values[start : start + rows]) for start in range(0, len(values), rows)],
+    }
 
 
 def store_source(study: Folder, key: str, source: Source) -> None:
@@ -101,6 +107,10 @@ def write_source(folder: Folder, source: Source) -> dict[str, str]:
         values = getattr(source, name)
         scale = {"full_scale": source.full_scale} if name.endswith("values") else {}
         write_array(folder, name, values, (stored["rows"], *values.shape[1:]), scale, note)
+    names = _encoded_names(source)
+    names_table = {name: _chunks_of(rows) for name, rows in names.items()}
+    for name, rows in names.items():
+        write_array(folder, name, rows, (names_table[name]["rows"], rows.shape[1]), {}, note)
     folder.sync()
     # Last, and by one put: without them the data set is not complete.
     attributes: dict[str, Any] = {
@@ -111,10 +121,21 @@ def write_source(folder: Folder, source: Source) -> dict[str, str]:
     }
     if source.image_size is not None:
         attributes["image_size"] = source.image_size
+    if names_table:
+        attributes["files"] = names_table
     group = json_bytes({"attributes": attributes, "zarr_format": 3, "node_type": "group"})
     folder.write_bytes("zarr.json", group)
     note("zarr.json", group)
     return files
+
+
+def _encoded_names(source: Source) -> dict[str, np.ndarray]:
+    """Return the arrays of the file names of a data set; none if its samples are not files."""
+    if source.train_files is None or source.test_files is None:
+        return {}
+    return dict(
+        zip(FILE_ARRAYS, map(encode_names, (source.train_files, source.test_files)), strict=True)
+    )
 
 
 def _attributes(folder: Folder) -> dict[str, Any]:
@@ -140,7 +161,8 @@ class StoredSource:
     attrs
         The attributes of its group.
     table
-        As `chunk_table`; without "digests" if the data set was stored by an earlier version.
+        As `chunk_table`, with the arrays of file names if there are any; without "digests" if the
+        data set was stored by an earlier version.
     """
 
     folder: Folder
@@ -148,23 +170,35 @@ class StoredSource:
     table: Mapping[str, Any]
 
     @property
+    def has_files(self) -> bool:
+        """Whether the names of the samples' files are stored."""
+        return "files" in self.attrs
+
+    @property
     def is_verifiable(self) -> bool:
         """Whether its chunks have digests."""
         return "chunks" in self.attrs
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return the rows of one array from `start` to `stop`.
+        """Return the rows of one array from `start` to `stop`; of `FILE_ARRAYS` the names, [N].
 
         Raises
         ------
         RecordError
-            A stored chunk differs from the one that was written.
+            A stored chunk differs from the one that was written, or a name is not UTF-8.
         """
         shape, rows = self.table["arrays"][name]["shape"], self.table["arrays"][name]["rows"]
         stop = shape[0] if stop is None else stop
         first, last = start // rows, -(-stop // rows)
         chunks = [self._read_chunk(name, number) for number in range(first, last)]
-        return np.concatenate(chunks)[start - first * rows : stop - first * rows]
+        values = np.concatenate(chunks)[start - first * rows : stop - first * rows]
+        if name not in FILE_ARRAYS:
+            return values
+        try:
+            return decode_names(values)
+        except UnicodeDecodeError as error:
+            where = f"{self.folder}, {name}"
+            raise _source_error("file names in UTF-8", str(error), where) from None
 
     def damage(self) -> Iterator[str]:
         """Yield a description of each chunk that differs from the one that was written."""
@@ -241,6 +275,7 @@ def open_source(
             )
     if table is None:
         table = _table_without_digests(folder)
+    table = {**table, "arrays": {**table["arrays"], **attrs.get("files", {})}}
     _check_table(table, folder)
     return StoredSource(folder, attrs, table)
 
@@ -258,7 +293,7 @@ def read_source(folder: Folder) -> Source | None:
     stored = open_source(folder)
     if stored is None:
         return None
-    size = sum(math.prod(_form(stored.table["arrays"][name]).shape) for name in SOURCE_ARRAYS)
+    size = sum(math.prod(_form(array).shape) for array in stored.table["arrays"].values())
     memory = machine_memory()
     if size > memory:  # at least one byte a value
         raise ResourceError(
@@ -267,11 +302,16 @@ def read_source(folder: Folder) -> Source | None:
             where=str(folder),
             todo="use a machine with more memory, or restore the data set from a copy",
         )
+    files = [
+        tuple(stored.read(name).tolist()) if stored.has_files else None for name in FILE_ARRAYS
+    ]
     source = Source(
         name=stored.attrs["name"],
         full_scale=stored.table["full_scale"],
         class_names=tuple(stored.attrs["class_names"]),
         image_size=stored.attrs.get("image_size"),
+        train_files=files[0],
+        test_files=files[1],
         **{name: stored.read(name) for name in SOURCE_ARRAYS},
     )
     if source.digest != stored.attrs["digest"]:
@@ -295,9 +335,11 @@ def _check_table(table: Mapping[str, Any], folder: Folder) -> None:
     With as many digests as chunks, and chunks of limited size, no few bytes can claim many.
     """
     arrays = table["arrays"]
-    if set(arrays) != set(SOURCE_ARRAYS):
-        raise _source_error(", ".join(SOURCE_ARRAYS), ", ".join(arrays)[:80], str(folder))
-    shapes = {name: tuple(arrays[name]["shape"]) for name in SOURCE_ARRAYS}
+    if set(arrays) not in (set(SOURCE_ARRAYS), {*SOURCE_ARRAYS, *FILE_ARRAYS}):
+        expected = f"{', '.join(SOURCE_ARRAYS)}, and both of {', '.join(FILE_ARRAYS)} or neither"
+        raise _source_error(expected, ", ".join(arrays)[:80], str(folder))
+    shapes = {name: tuple(array["shape"]) for name, array in arrays.items()}
+    files = [name for name in FILE_ARRAYS if name in arrays]
     wrong = {
         "labels of other lengths than values": any(
             shapes[f"{part}_labels"] != shapes[f"{part}_values"][:1] for part in PARTS
@@ -306,6 +348,13 @@ def _check_table(table: Mapping[str, Any], folder: Folder) -> None:
         != shapes["test_values"][1:],
         "labels that are not integers": {arrays[f"{part}_labels"]["dtype"] for part in PARTS}
         != {"<i8"},
+        f"file names that are not one row of at most {LONGEST_NAME} bytes for each sample": any(
+            arrays[name]["dtype"] != "|u1"
+            or len(shapes[name]) != 2
+            or shapes[name][0] != shapes[name.replace("files", "labels")][0]
+            or not 0 < shapes[name][1] <= LONGEST_NAME
+            for name in files
+        ),
         "another number of digests than chunks": any(
             len(stored["digests"]) != -(-stored["shape"][0] // stored["rows"])
             for stored in arrays.values()

@@ -207,6 +207,7 @@ class SourceAttrs(TypedDict):
     digest: str
     chunks: NotRequired[ChunkTable]
     image_size: NotRequired[Count]
+    files: NotRequired[dict[str, _StoredArray]]
 
 
 _FILES: tuple[tuple[re.Pattern[str], Any], ...] = (

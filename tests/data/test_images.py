@@ -53,6 +53,8 @@ def test_folder_is_read_in_sorted_order(tmp_path, mode):
     np.testing.assert_array_equal(source.test_labels, np.array([0, 1]), strict=True)
     assert source.train_values.flags.c_contiguous
     assert source.full_scale == 255
+    assert source.train_files[:2] == ("train/cat/10.png", "train/cat/a.PNG")
+    assert source.test_files == ("test/cat/x.png", "test/dog/x.png")
 
 
 def save_image(path: Path, pixels: np.ndarray, **options: object) -> None:

@@ -175,7 +175,7 @@ def importance_by_update(model, optimizer, gradients):
 
 
 def make_source(samples=24, tests=9, classes=3, shape=(1, 2, 2), seed=0, name="made"):
-    """Return a small data set of 8-bit images in which every class occurs."""
+    """Return a small data set of files of 8-bit images in which every class occurs."""
     rng = np.random.default_rng(seed)
 
     def part(count):
@@ -191,6 +191,8 @@ def make_source(samples=24, tests=9, classes=3, shape=(1, 2, 2), seed=0, name="m
         test_labels=test_labels,
         full_scale=255.0,
         class_names=tuple(f"class {number}" for number in range(classes)),
+        train_files=tuple(f"train/classé {label}/{n}.png" for n, label in enumerate(train_labels)),
+        test_files=tuple(f"test/classé {label}/{n}.png" for n, label in enumerate(test_labels)),
     )
 
 

@@ -140,6 +140,11 @@ def test_images_equal_the_training_samples(study, tree):
     assert "image" not in tree["two"]
 
 
+def test_file_names_are_those_of_the_data_set(study, tree):
+    _, _, sources, _ = study
+    assert tuple(tree["one"]["file"].values) == sources["one"].train_files
+
+
 def test_labels_equal_those_of_training(study, tree):
     _, _, sources, _ = study
     data = scale_inputs(sources["one"], "unit")
@@ -164,7 +169,7 @@ def reads(monkeypatch):
 
 def test_opening_and_showing_reads_no_record(study, reads):
     tree = sampimp.open_cube(study[0])
-    assert all(path.endswith("train_labels") for path in reads)  # a coordinate
+    assert all(path.endswith(("train_labels", "train_files")) for path in reads)  # coordinates
     reads.clear()
     text, html = str(tree), tree._repr_html_()
     tree["one"]["importance"].sel(strategy="nlo").mean("sample")
@@ -308,7 +313,8 @@ def test_three_hundred_trials(tmp_path, reads):
     tree = sampimp.open_cube(tmp_path)
     print(f"300 trials opened in {time.perf_counter() - start:.2f} s")
     str(tree), tree._repr_html_()
-    assert all(path.endswith("train_labels") for path in reads)  # the records do not exist
+    # The records do not exist.
+    assert all(path.endswith(("train_labels", "train_files")) for path in reads)
     node = tree["one"]
     assert node["importance"].shape == (9, 40, 50, 3, 24)
     assert (node["trial"] != "").sum() == 7 * 40 + 2 * 10

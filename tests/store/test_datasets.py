@@ -1,5 +1,6 @@
 """Stored data sets are read as they were written, or not at all."""
 
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,10 +8,20 @@ import numpy as np
 import oracles
 import pytest
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sampimp.errors import RecordError
+from sampimp.schema import digest
 from sampimp.store import disk
-from sampimp.store.datasets import read_source, write_source
+from sampimp.store.datasets import (
+    FILE_ARRAYS,
+    chunk_table,
+    open_source,
+    read_source,
+    write_source,
+)
+from sampimp.store.file_names import LONGEST_NAME, decode_names, encode_names
 from sampimp.store.location import Folder
 
 
@@ -30,6 +41,76 @@ def test_a_data_set_round_trips(tmp_path, shape):
     for name in ("train_values", "train_labels", "test_values", "test_labels"):
         np.testing.assert_array_equal(getattr(again, name), getattr(source, name))
         assert getattr(again, name).dtype == getattr(source, name).dtype
+    assert (again.train_files, again.test_files) == (source.train_files, source.test_files)
+
+
+def test_a_data_set_without_file_names_has_none(tmp_path):
+    made = oracles.make_source()
+    source = dataclasses.replace(made, train_files=None, test_files=None)
+    write_source(Folder.of(tmp_path), source)
+    assert read_source(Folder.of(tmp_path)).train_files is None
+    assert chunk_table(source) == chunk_table(made)  # as the plans of such data sets have it
+
+
+names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), min_size=1)
+
+
+@given(st.lists(names, min_size=1))
+def test_file_names_round_trip(files):
+    rows = encode_names(files)
+    assert rows.dtype == np.uint8
+    assert rows.shape[0] == len(files)
+    assert decode_names(rows).tolist() == files
+
+
+@pytest.mark.parametrize("name", FILE_ARRAYS)
+def test_a_changed_file_name_is_found(tmp_path, name):
+    write_source(Folder.of(tmp_path), oracles.make_source())
+    array = zarr.open_array(str(tmp_path / name), mode="r+")
+    array[3, 0] = ord("x")
+    stored = open_source(Folder.of(tmp_path))
+    assert [words.partition(":")[0] for words in stored.damage()] == [
+        f"{name}, rows 0 to {array.shape[0] - 1}"
+    ]
+    with pytest.raises(RecordError, match=name):
+        stored.read(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("train_files", {"shape": [24, 0]}),
+        ("train_files", {"shape": [24, LONGEST_NAME + 1]}),
+        ("train_files", {"shape": [23, 20]}),
+        ("test_files", {"shape": [9]}),
+        ("test_files", {"dtype": "<i8"}),
+        ("test_files", None),
+        ("values", {}),
+    ],
+)
+def test_a_table_of_file_names_that_does_not_fit_is_refused(tmp_path, name, change):
+    write_source(Folder.of(tmp_path), oracles.make_source())
+    group = zarr.open_group(str(tmp_path), mode="r+")
+    tables = dict(group.attrs["files"])
+    if change is None:
+        del tables[name]
+    else:
+        tables[name] = tables.get(name, tables["train_files"]) | change
+    group.attrs["files"] = tables
+    with pytest.raises(RecordError, match=r"fit together|train_values|whole number"):
+        open_source(Folder.of(tmp_path))
+
+
+def test_a_file_name_that_is_not_utf8_is_an_error(tmp_path):
+    write_source(Folder.of(tmp_path), oracles.make_source())
+    array = zarr.open_array(str(tmp_path / "train_files"), mode="r+")
+    array[0, 0] = 0xFF
+    group = zarr.open_group(str(tmp_path), mode="r+")
+    tables = group.attrs["files"]
+    tables["train_files"]["digests"] = [digest(array[:])]
+    group.attrs["files"] = tables
+    with pytest.raises(RecordError, match="UTF-8"):
+        open_source(Folder.of(tmp_path)).read("train_files")
 
 
 def test_writing_a_data_set_again_deletes_and_changes_nothing(tmp_path, monkeypatch):

@@ -87,6 +87,7 @@ def test_test_samples_are_shown_where_they_can_be_targets(study, write):
     node = node_of(study)
     assert node["test_image"].dims == ("test_sample", "row", "column", "channel")
     np.testing.assert_array_equal(node["test_image"], np.moveaxis(source.test_values, 1, 3))
+    assert tuple(node["test_file"].values) == source.test_files
     np.testing.assert_array_equal(node["image"], np.moveaxis(source.train_values, 1, 3))
     np.testing.assert_array_equal(node["test_label"], source.test_labels)
 

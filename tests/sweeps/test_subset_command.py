@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import oracles
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -122,9 +123,10 @@ def test_selected_samples_are_exported(study, command):
                 indices = np.load(place)
                 mask = cube.selected.sel(rule=rule, size=size).values
                 assert indices.tolist() == np.flatnonzero(mask).tolist()
-                table = np.loadtxt(place.with_suffix(".csv"), delimiter=",", skiprows=1, dtype=int)
-                np.testing.assert_array_equal(table[:, 0], indices)
-                np.testing.assert_array_equal(table[:, 1], cube.label.values[indices])
+                table = pd.read_csv(place.with_suffix(".csv"), index_col="sample")
+                assert table.index.tolist() == indices.tolist()
+                assert table["label"].tolist() == cube.label.values[indices].tolist()
+                assert table["file"].tolist() == cube.file.values[indices].tolist()
     line = next(line for line in text.splitlines() if "torch.utils.data.Subset" in line)
     part = eval(line.strip(), {"torch": torch, "numpy": np, "train_set": list(range(24))})
     assert len(part) == 6

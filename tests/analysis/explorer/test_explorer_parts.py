@@ -1,5 +1,6 @@
 """Every part of an explorer, decoded by NumPy alone, against the cube and the data set."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_columns_are_those_of_a_frame(made, number):
     frame = sampimp.to_frame(cube, strategy=entry["strategy"], seed=entry["seed"])
     named = {name.replace(":", "_", 1): values for name, values in columns.items()}
     named["final_nll"] = named.pop("nll")
-    assert set(frame) - set(named) == {"label", "class_name", "correctness_bound"}
+    assert set(frame) - set(named) == {"label", "class_name", "file", "correctness_bound"}
     for name, values in named.items():
         column = frame[name].to_numpy().astype(np.float32)
         np.testing.assert_allclose(values, column, rtol=2e-7, err_msg=name)
@@ -227,14 +228,10 @@ def test_a_part_of_the_epochs_then_of_the_samples_is_left_out(tmp_path):
     np.testing.assert_array_equal(np.concatenate(cells(few, ".png"))[: len(images)], images)
 
 
-def test_files_of_samples_are_named_where_the_cube_names_them(tmp_path, monkeypatch):
-    from sampimp.analysis.explorer import explored_study
-
-    make_study(tmp_path)
-    names = [f"a/<{number}>.png" for number in range(40)]
-    tree = sampimp.open_cube(tmp_path)
-    tree["one"] = tree["one"].to_dataset().assign_coords(file=("sample", names))
-    monkeypatch.setattr(explored_study, "open_cube", lambda _: tree)
+def test_files_of_samples_are_named(tmp_path):
+    names = tuple(f"a/<{number}>.png" for number in range(40))
+    source = dataclasses.replace(oracles.make_source(samples=40), train_files=names)
+    make_study(tmp_path, source=source)
     written, _ = write(tmp_path)
-    assert written.part(written.node["names"]["file"])["values"] == names
+    assert written.part(written.node["names"]["file"])["values"] == list(names)
     assert isinstance(written, Written)
