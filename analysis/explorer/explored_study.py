@@ -7,9 +7,9 @@ Map: `open_study`, `ExploredStudy`, `ExploredNode`, `ExploredRun`, `choose_histo
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +19,7 @@ from sampimp.errors import ConfigError
 from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY, digest_json
 from sampimp.store.attempts import read_claim
 from sampimp.store.cube import open_cube
+from sampimp.store.influence_layouts import labelled_target
 from sampimp.store.influence_records import CommittedRecord, read_records
 from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
@@ -42,6 +43,8 @@ class ExploredRun:
         What identifies its importance and NLL.
     derived
         What identifies its influence and subsets.
+    influence
+        What identifies its influence on each target.
     """
 
     name: str
@@ -50,6 +53,7 @@ class ExploredRun:
     diverged_epoch: int | None
     record: Any
     derived: Any
+    influence: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, array: xr.DataArray) -> xr.DataArray:
         """Return the run's values of a variable of the cube."""
@@ -187,14 +191,25 @@ def _is_in(cube: xr.Dataset, trial: PlannedTrial) -> bool:
 
 def _explored_run(trial: PlannedTrial, records: Sequence[CommittedRecord]) -> ExploredRun:
     assert trial.commit is not None
+    influence: dict[str, list[Any]] = {}
+    for record in records:
+        if record.kind == "influence":
+            for target in record.commit["targets"]:
+                name = labelled_target(target, record.commit["smoothing"])
+                influence.setdefault(name, []).append(_identity(record))
     return ExploredRun(
         name=_name(trial),
         strategy=trial.config.strategy,
         seed=trial.config.seed,
         diverged_epoch=trial.commit["diverged_epoch"],
         record=[trial.trial_id, record_digest(trial.commit)],
-        derived=[[record.name, digest_json(record.commit["digests"])] for record in records],
+        derived=[_identity(record) for record in records],
+        influence=influence,
     )
+
+
+def _identity(record: CommittedRecord) -> list[str]:
+    return [record.name, digest_json(record.commit["digests"])]
 
 
 def _newest(

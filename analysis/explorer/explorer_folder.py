@@ -27,7 +27,7 @@ ENCODING = 1
 STUDY, PAGE_FILE = "data/study.js", "index.html"
 _CALL = "sampimpData("
 _PART = re.compile(
-    r"data/[A-Za-z0-9_-]+/(labels|names|ids|rows|sprites|shared|run-.+|history-.+)"
+    r"data/[A-Za-z0-9_-]+/(labels|names|ids|rows|sprites|shared|(run|history|influence)-.+)"
     r"-[0-9a-f]{12}(-\d{4,})?\.(js|png|jpg)"
 )
 

@@ -102,7 +102,10 @@ def write_explorer(
         for node in study.nodes
     ]
     show_progress("choosing what is shown")
-    sizes = [measure_node(n, count) for n, count in zip(study.nodes, expected, strict=True)]
+    sizes = [
+        measure_node(node, count, chosen)
+        for node, count, chosen in zip(study.nodes, expected, histories, strict=True)
+    ]
     page_bytes = sum(map(len, read_application().values()))
     thinning = choose_thinning(sizes, megabytes - page_bytes / 1e6)
     entries = []

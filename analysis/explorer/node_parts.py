@@ -1,20 +1,19 @@
-"""The parts of one node: labels, images or values, columns of each run, and histories.
+"""The parts of one node: labels, images or values, columns of each run, histories and influence.
 
 Map: `NodeParts` (`write`), `measure_node` (what the size of a node follows from).
 """
 
 import base64
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from sampimp.analysis.explorer.explored_study import ExploredNode, ExploredRun, safe_name
 from sampimp.analysis.explorer.explorer_folder import ExplorerFolder, encode_array, script
-from sampimp.analysis.explorer.histories import PAGE, read_history
+from sampimp.analysis.explorer.histories import PAGE, read_history, read_influence
 from sampimp.analysis.explorer.run_columns import (
-    MOST_TARGETS,
     Columns,
     as_json,
     count_derived,
@@ -24,7 +23,7 @@ from sampimp.analysis.explorer.run_columns import (
     trained_columns,
 )
 from sampimp.analysis.explorer.sprites import PAGE_SAMPLES, PER_ROW, SpriteSheet
-from sampimp.analysis.explorer.thinning import NodeSize, Thinning
+from sampimp.analysis.explorer.thinning import MOST_TARGETS, NodeSize, Thinning
 from sampimp.errors import RecordError
 from sampimp.store.datasets import open_source
 
@@ -97,6 +96,11 @@ class NodeParts:
         entry["runs"] = [self._write_run(place, run) for place, run in enumerate(node.runs)]
         entry["shared"] = self._write_shared(entry["runs"])
         entry["histories"] = [self._write_history(run) for run in histories]
+        entry["influence"] = [
+            self._write_influence(run, target)
+            for run in histories
+            for target in targets_of_run(node, run)[: self.thinning.targets]
+        ]
         return entry
 
     def notes(self) -> list[str]:
@@ -241,25 +245,51 @@ class NodeParts:
         return self._tau[run]
 
     def _write_history(self, run: ExploredRun) -> dict[str, Any]:
-        last = run.diverged_epoch or self.node.cube.sizes["epoch"]
-        kept = self.thinning.epochs(self.node.cube.sizes["epoch"])
-        epochs = [epoch for epoch in kept if epoch <= last]
+        epochs = self._epochs(run)
         self._progress(f"{self.node.name}: history of {run.name}")
 
         def make(damage: list[str]) -> _Parts:
             rows, codes = read_history(self.node, run, epochs, self.step, damage)
-            pages = [
-                self._script(
-                    "history",
-                    run=run.name,
-                    page=page,
-                    array=encode_array(codes[:, :, start : start + PAGE]),
-                )
-                for page, start in enumerate(range(0, self.samples, PAGE))
-            ]
-            return {"run": run.name, "epochs": epochs, "page": PAGE, "rows": rows}, pages
+            described = {"run": run.name, "epochs": epochs, "page": PAGE, "rows": rows}
+            return described, self._pages("history", codes, run=run.name)
 
         return self._add(f"history-{safe_name(run.name)}", [run.record, epochs], make)
+
+    def _write_influence(self, run: ExploredRun, place: int) -> dict[str, Any]:
+        target = str(self.node.cube["target"].values[place])
+        unit = str(self.node.cube["target_units"].values[place])
+        epochs = self._epochs(run)
+        self._progress(f"{self.node.name}: influence of {run.name} on {target}")
+
+        def make(damage: list[str]) -> _Parts:
+            rows, codes = read_influence(self.node, run, place, epochs, self.step, damage)
+            described = {
+                "run": run.name,
+                "target": target,
+                "unit": f"{unit} per unit of sample weight",
+                "epochs": epochs,
+                "page": PAGE,
+                "rows": rows,
+            }
+            return described, self._pages("influence", codes, run=run.name, target=target)
+
+        name = f"influence-{safe_name(run.name)}-{safe_name(target)}"
+        return self._add(name, [run.influence[target], unit, epochs], make)
+
+    def _epochs(self, run: ExploredRun) -> list[int]:
+        """Return the epochs that are shown: of a run that diverged, up to the divergence."""
+        last = run.diverged_epoch or self.node.cube.sizes["epoch"]
+        kept = self.thinning.epochs(self.node.cube.sizes["epoch"])
+        return [epoch for epoch in kept if epoch <= last]
+
+    def _pages(self, kind: str, codes: np.ndarray, **more: Any) -> list[bytes]:
+        """Return the codes [row, epoch, sample] as scripts of `PAGE` samples."""
+        return [
+            self._script(
+                kind, page=page, array=encode_array(codes[:, :, start:][:, :, :PAGE]), **more
+            )
+            for page, start in enumerate(range(0, self.samples, PAGE))
+        ]
 
 
 def sheet_of(node: ExploredNode) -> SpriteSheet:
@@ -319,15 +349,17 @@ def decode_column(encoded: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(encoded), "<f4")
 
 
-def measure_node(node: ExploredNode, histories: int) -> NodeSize:
+def measure_node(node: ExploredNode, planned: int, chosen: Sequence[ExploredRun]) -> NodeSize:
     """Return what the size of a node follows from.
 
     Parameters
     ----------
     node
         The node.
-    histories
-        Number of runs whose history is written.
+    planned
+        Number of runs whose history is written once they are committed.
+    chosen
+        Those of them that are.
     """
     layers = node.cube.sizes["layer"]
     plain, by_layer = 5, 2 * layers
@@ -337,9 +369,11 @@ def measure_node(node: ExploredNode, histories: int) -> NodeSize:
         samples=node.info.sample_count,
         epochs=node.cube.sizes["epoch"],
         columns=others + per_layer + len(node.cube["strategy"]),
-        histories=histories,
+        histories=planned,
         rows=layers + 1,
         others=_sample_bytes(node),
+        influence=tuple(len(targets_of_run(node, run)) for run in chosen),
+        layers=layers,
     )
 
 

@@ -15,11 +15,9 @@ import numpy as np
 
 from sampimp.analysis.explorer.epoch_blocks import read_block, read_epochs
 from sampimp.analysis.explorer.explored_study import ExploredNode, ExploredRun
+from sampimp.analysis.explorer.thinning import MOST_TARGETS
 from sampimp.analysis.kernels import rank
 from sampimp.schema import ALL_SAMPLES
-
-MOST_TARGETS = 32
-"""Targets of influence that have a column (arbitrary)."""
 
 
 class Column(NamedTuple):
@@ -137,7 +135,7 @@ def count_derived(node: ExploredNode, run: ExploredRun) -> int:
 
 def targets_of_run(node: ExploredNode, run: ExploredRun) -> list[int]:
     """Return the positions of the targets whose influence a run has."""
-    if not run.derived or "influence_total" not in node.cube:
+    if not run.influence or "influence_total" not in node.cube:
         return []
     measured = run.of(node.cube["adjoint_norm"]).notnull().any("epoch")
     return [int(place) for place in np.flatnonzero(measured.values)]

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from browser import draw_lasso, file_url, wait_ready
+from browser import SHOWN_ERROR, draw_lasso, file_url, read_heatmap, wait_ready
 
 from sampimp import open_cube
 
@@ -94,29 +94,6 @@ def test_exported_lasso_is_an_even_odd_test(explorer, cube, tmp_path, scale):
     assert step["x"]["scale"] == step["y"]["scale"] == scale
 
 
-def cells(page, selector):
-    """Return the values that a heatmap shows under the pointer, [layer][epoch]."""
-    heat = page.locator(f"{selector} canvas.heatmap")
-    heat.scroll_into_view_if_needed()
-    box = heat.bounding_box()
-    layers, epochs = (int(heat.get_attribute(name)) for name in ("height", "width"))
-    values = np.empty((layers, epochs))
-    for layer in range(layers):
-        for epoch in range(epochs):
-            page.mouse.move(
-                box["x"] + (epoch + 0.5) / epochs * box["width"],
-                box["y"] + (layer + 0.5) / layers * box["height"],
-            )
-            text = heat.get_attribute("title")
-            assert f"epoch {epoch + 1}:" in text
-            values[layer, epoch] = float(text.split(": ")[1].split()[0])
-    return values
-
-
-ROUNDED = 1e-3 + 5e-4
-"""A code is within 0.1 %, and a value is shown with four digits."""
-
-
 def test_history_of_a_sample_is_that_of_the_cube(explorer, cube):
     explorer.locator("#grid button").nth(3).click()
     sample = int(explorer.locator("#sample dd").first.inner_text())
@@ -124,8 +101,8 @@ def test_history_of_a_sample_is_that_of_the_cube(explorer, cube):
         "s => document.querySelector('#sample dd').textContent === s", arg=str(sample)
     )
     stored = cube["importance"].sel(strategy="shuffle", seed=1, sample=sample)
-    shown = cells(explorer, "#sample")
-    np.testing.assert_allclose(shown, stored.transpose("layer", "epoch").values, rtol=ROUNDED)
+    shown = read_heatmap(explorer, "#sample")
+    np.testing.assert_allclose(shown, stored.transpose("layer", "epoch").values, rtol=SHOWN_ERROR)
 
 
 def test_mean_history_of_a_selection_is_that_of_the_cube(explorer, cube, tmp_path):
@@ -133,7 +110,9 @@ def test_mean_history_of_a_selection_is_that_of_the_cube(explorer, cube, tmp_pat
     indices = json.loads(save(explorer, "JSON", tmp_path).read_text())["indices"]
     run = cube["importance"].sel(strategy="shuffle", seed=1)
     expected = run.isel(sample=indices).mean("sample", dtype=np.float64).transpose("layer", "epoch")
-    np.testing.assert_allclose(cells(explorer, "#history-heat"), expected.values, rtol=ROUNDED)
+    np.testing.assert_allclose(
+        read_heatmap(explorer, "#history-heat"), expected.values, rtol=SHOWN_ERROR
+    )
 
 
 def test_ways_to_combine(explorer):

@@ -4,9 +4,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from browser import draw_lasso, file_url, open_browser, wait_ready
+from browser import SHOWN_ERROR, draw_lasso, file_url, open_browser, read_heatmap, wait_ready
+from explored import commit_influence, make_study
 from oracles import make_source
 from study_here import command, make_config
 
@@ -132,6 +134,77 @@ def test_data_without_images_show_their_values(page, log, tmp_path):
     )
     assert page.locator("#sample .words").inner_text() == expected
     assert log.errors == []
+
+
+def test_influence_of_a_sample_is_that_of_the_cube(page, log, tmp_path):
+    folder, plan, _ = make_study(tmp_path)
+    values = commit_influence(folder, plan, "shuffle-seed1", ["mean", "class:1"])
+    page.goto(file_url(write_explorer(str(tmp_path), runs=["all"]).page))
+    wait_ready(page)
+
+    def show(sample: int) -> None:
+        page.evaluate("s => { location.hash = `sample=${s}` }", sample)
+        page.wait_for_function(
+            "s => document.querySelector('#sample dd').textContent === s", arg=str(sample)
+        )
+        page.wait_for_selector("#sample .influence canvas")
+
+    heat = page.locator("#sample .influence canvas")
+    for sample in (0, 3, 6):  # 3 is zero, 6 not measured in one cell of the second layer
+        show(sample)
+        expected = values[:, 0, :, sample].T
+        shown = read_heatmap(page, "#sample .influence")
+        np.testing.assert_allclose(shown, expected, rtol=SHOWN_ERROR)
+        assert heat.get_attribute("aria-label").startswith("influence on mean by layer (3)")
+    target = page.get_by_role("combobox", name="Target of influence")
+    assert target.locator("option").all_inner_texts() == ["mean", "class:1"]
+    target.focus()
+    page.keyboard.press("ArrowDown")
+    page.wait_for_selector("#sample .influence canvas[aria-label^='influence on class:1']")
+    assert target.evaluate("select => document.activeElement === select")
+    shown = read_heatmap(page, "#sample .influence")
+    np.testing.assert_allclose(shown, values[:, 1, :, 6].T, rtol=SHOWN_ERROR)
+    page.wait_for_function("location.hash.includes('target=class')")
+    page.reload()
+    wait_ready(page)
+    page.wait_for_selector("#sample .influence canvas")
+    assert "on class:1 by layer" in heat.get_attribute("aria-label")
+    page.locator("#pickers select").first.select_option("rand-seed1")
+    page.wait_for_selector("#sample .influence", state="hidden")
+    page.locator("#pickers select").first.select_option("shuffle-seed1")
+    page.wait_for_selector("#sample .influence", state="visible")
+    assert log.errors == []
+    assert serious(page) == []
+
+
+def pixel(page, place: tuple[int, int]) -> list[int]:
+    """Return the colour of a pixel of the heatmap of influence."""
+    return page.locator("#sample .influence canvas").evaluate(
+        "(canvas, [x, y]) => [...canvas.getContext('2d').getImageData(x, y, 1, 1).data]", place
+    )
+
+
+def test_colours_of_influence_diverge_from_zero(page, tmp_path):
+    folder, plan, _ = make_study(tmp_path)
+    values = commit_influence(folder, plan, "shuffle-seed1", ["mean"])
+    page.goto(file_url(write_explorer(str(tmp_path)).page) + "#sample=0")
+    wait_ready(page)
+    page.wait_for_selector("#sample .influence canvas")
+    shown = values[:, 0, :, 0]
+    epoch, layer = np.unravel_index(np.abs(shown).argmax(), shown.shape)
+    red, _, blue, alpha = pixel(page, (int(epoch), int(layer)))
+    assert (red > 150 > blue) if shown[epoch, layer] > 0 else (blue > 150 > red)
+    assert alpha == 255
+    epoch, layer = np.unravel_index(np.abs(shown).argmin(), shown.shape)
+    assert min(pixel(page, (int(epoch), int(layer)))) > 240
+    page.evaluate("location.hash = 'sample=6'")
+    page.wait_for_function("document.querySelector('#sample dd').textContent === '6'")
+    page.wait_for_selector("#sample .influence canvas")
+    assert pixel(page, (1, 1))[3] == 0  # NaN: not painted
+    page.evaluate("location.hash = 'sample=3'")
+    page.wait_for_function("document.querySelector('#sample dd').textContent === '3'")
+    page.wait_for_selector("#sample .influence canvas")
+    assert min(pixel(page, (0, 0))) > 240  # zero
 
 
 def test_damaged_chunk_is_named_and_not_zero(page, tmp_path):

@@ -1,6 +1,7 @@
 """Debian's Chromium under Playwright, for tests of the pages that people open.
 
-Map: `open_browser`, `PageLog` (errors and requests of a page), `wait_ready`, `draw_lasso`.
+Map: `open_browser`, `PageLog` (errors and requests of a page), `wait_ready`, `draw_lasso`,
+`read_heatmap`.
 """
 
 import contextlib
@@ -10,7 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 CHROMIUM = shutil.which("chromium")
+
+SHOWN_ERROR = 1e-3 + 5e-4
+"""A code is within 0.1 %, and a value is shown with four digits."""
 
 FLAGS = (
     "--no-sandbox",
@@ -75,3 +81,23 @@ def draw_lasso(page: Any, corners: Sequence[tuple[float, float]]) -> None:
 def file_url(path: os.PathLike[str] | str) -> str:
     """Return the URL of a page on this machine."""
     return f"file://{os.fspath(path)}"
+
+
+def read_heatmap(page: Any, selector: str) -> np.ndarray:
+    """Return the values that a heatmap shows under the pointer, [layer, epoch]."""
+    heat = page.locator(f"{selector} canvas.heatmap")
+    heat.scroll_into_view_if_needed()
+    box = heat.bounding_box()
+    layers, epochs = (int(heat.get_attribute(name)) for name in ("height", "width"))
+    values = np.empty((layers, epochs))
+    for layer in range(layers):
+        for epoch in range(epochs):
+            page.mouse.move(
+                box["x"] + (epoch + 0.5) / epochs * box["width"],
+                box["y"] + (layer + 0.5) / layers * box["height"],
+            )
+            text = heat.get_attribute("title")
+            assert f"epoch {epoch + 1}:" in text
+            word = text.split(": ")[1]
+            values[layer, epoch] = np.nan if word == "not measured" else float(word.split()[0])
+    return values

@@ -1,7 +1,7 @@
 """Studies of made values for tests of the explorer, and a reader of its parts without its code.
 
-Map: `make_study`, `commit_trial` (made values), `damage_chunk`; `write`, and `Written`
-(what was written, decoded by NumPy).
+Map: `make_study`, `commit_trial` and `commit_influence` (made values), `damage_chunk`; `write`, and
+`Written` (what was written, decoded by NumPy).
 """
 
 import base64
@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+import influence_made
 import numpy as np
 import oracles
 
@@ -55,10 +56,37 @@ def commit_trial(folder, plan, name, *, diverged=None):
     record.commit(diverged)
 
 
+def commit_influence(folder, plan, name, targets):
+    """Commit influence [epoch, target, layer, sample] of both signs over 25 decades; return it."""
+    (run,) = (
+        trial
+        for trial in plan.resolve(read_commits(folder))
+        if f"{trial.config.strategy}-seed{trial.config.seed}" == name
+    )
+    identity = influence_made.identity_of(run, "influence", targets)
+    record, layout = influence_made.begin(folder, plan, run, identity)
+    rng = np.random.default_rng(len(targets))
+    shape = layout.shape("influence")
+    values = (rng.choice([-1, 1], shape) * 10 ** rng.uniform(-20, 5, shape)).astype(np.float32)
+    values[..., 3] = 0
+    values[0, 0, 0, 4:6] = np.inf, -np.inf
+    values[1, 0, 1, 6] = np.nan
+    for step in influence_made.steps_of(layout):
+        step.arrays["influence"] = values[layout.epoch - step.step]
+        if "influence_total" in step.arrays:
+            step.arrays["influence_total"] = values.sum((0, 2))
+        record.write(step)
+    record.commit(None, {"growth_epochs": {}})
+    return values
+
+
 def damage_chunk(out, run, variable, epoch):
     """Change a byte in the stored chunk of an epoch."""
-    (trial,) = (out / "trials").glob(f"one-{run}-*")
-    chunks = sorted((trial / f"record.zarr/{variable}/c/{epoch - 1}").rglob("*"))
+    if variable == "influence":
+        (record,) = (out / "influence").glob(f"one-{run}-influence-*")
+    else:
+        (record,) = (out / "trials").glob(f"one-{run}-*")
+    chunks = sorted((record / f"record.zarr/{variable}/c/{epoch - 1}").rglob("*"))
     (chunk,) = (path for path in chunks if path.is_file())
     content = bytearray(chunk.read_bytes())
     content[-3] ^= 0xFF
@@ -102,6 +130,26 @@ class Written:
         high = np.array([row["high"] for row in entry["rows"]])[:, None, None]
         values = np.exp(low + (codes - 2) / 65532 * (high - low))
         values[codes == 0], values[codes == 1], values[codes == 65535] = np.nan, 0, np.inf
+        return values, entry
+
+    def influence(self, number=0):
+        """Return the influence of a run on a target [layer, epoch, sample], and its entry."""
+        entry = self.node["influence"][number]
+        pages = []
+        for page, file in enumerate(entry["files"]):
+            part = self.part(file)
+            assert (part["kind"], part["page"]) == ("influence", page)
+            assert (part["run"], part["target"]) == (entry["run"], entry["target"])
+            codes = array(part["array"], "<u2")
+            pages.append(codes.reshape(len(entry["rows"]), len(entry["epochs"]), -1))
+        codes = np.concatenate(pages, axis=-1).astype(np.float64)
+        low = np.array([row["low"] for row in entry["rows"]])[:, None, None]
+        high = np.array([row["high"] for row in entry["rows"]])[:, None, None]
+        negative = codes < 32768
+        magnitude = np.exp(low + (codes - np.where(negative, 2, 32768)) / 32765 * (high - low))
+        values = np.where(negative, -magnitude, magnitude)
+        values[codes == 0], values[codes == 1] = np.nan, 0
+        values[codes == 65534], values[codes == 65535] = -np.inf, np.inf
         return values, entry
 
     def files(self):

@@ -6,7 +6,14 @@ import shutil
 import numpy as np
 import oracles
 import pytest
-from explored import Written, commit_trial, damage_chunk, make_study, write
+from explored import (
+    Written,
+    commit_influence,
+    commit_trial,
+    damage_chunk,
+    make_study,
+    write,
+)
 from memory_bucket import serving
 
 from sampimp.analysis.explorer import explore, write_explorer
@@ -53,6 +60,36 @@ def test_one_more_run_writes_its_parts_alone(tmp_path):
     (shared,) = (name for name in after if "/shared-" in name)
     assert new == own | {"data/study.js", shared}
     assert_listed(folder)
+
+
+def test_influence_writes_its_parts_and_the_columns_of_its_run_alone(tmp_path):
+    folder, plan, _ = make_study(tmp_path)
+    before = write(tmp_path, runs=["all"])[0].files()
+    commit_influence(folder, plan, "rand-seed1", ["mean"])
+    middle = write(tmp_path, runs=["all"])[0].files()
+    new = changed(before, middle) - {"data/study.js"}
+    assert {name.split("/")[-1][:14] for name in new} == {"influence-rand", "run-rand-seed1"}
+    commit_influence(folder, plan, "rand-seed1", ["class:0", "class:1"])
+    written, _ = write(tmp_path, runs=["all"])
+    new = changed(middle, written.files())
+    assert not [name for name in new if "/influence-rand-seed1-mean-" in name]
+    assert len([name for name in new if "/influence-" in name]) == 2
+    write(tmp_path, runs=["shuffle:1"])
+    assert not [name for name in written.files() if "/influence-" in name]
+    assert_listed(folder)
+
+
+def test_damaged_influence_is_named_and_nan(tmp_path):
+    folder, plan, _ = make_study(tmp_path)
+    values = commit_influence(folder, plan, "shuffle-seed1", ["mean"])
+    damage_chunk(tmp_path, "shuffle-seed1", "influence", 3)
+    written, made = write(tmp_path)
+    words = "influence of shuffle-seed1 on mean, epoch 3, samples 0 to 39: the digest differs"
+    assert made.damaged == written.node["damaged"] == [words]
+    shown, expected = written.influence()[0], values[:, 0].swapaxes(0, 1)
+    assert np.isnan(shown[:, 2]).all()
+    whole = [0, 1, 3]
+    np.testing.assert_allclose(shown[:, whole], expected[:, whole], rtol=1e-3)
 
 
 def test_parts_that_are_not_named_are_removed_and_others_are_not(tmp_path):

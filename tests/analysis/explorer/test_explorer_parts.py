@@ -6,7 +6,7 @@ import io
 import numpy as np
 import oracles
 import pytest
-from explored import Written, array, commit_trial, make_study, write
+from explored import Written, array, commit_influence, commit_trial, make_study, write
 from influence_made import write_made
 from PIL import Image
 
@@ -130,6 +130,66 @@ def test_histories_are_within_a_thousandth_of_the_cube(made, number):
     if entry["run"] == "rand-seed2":
         assert np.isinf(values).sum() == 1
         assert np.isnan(values).sum() == 1
+
+
+def test_influence_by_epoch_is_within_a_thousandth_of_the_cube(tmp_path):
+    folder, plan, _ = make_study(tmp_path)
+    made = commit_influence(folder, plan, "shuffle-seed1", ["mean", "class:1"])
+    written, _ = write(tmp_path)
+    assert [(each["run"], each["target"]) for each in written.node["influence"]] == [
+        ("shuffle-seed1", "mean"),
+        ("shuffle-seed1", "class:1"),
+    ]
+    run = sampimp.open_cube(tmp_path)["one"].to_dataset().sel(strategy="shuffle", seed=1)
+    for place, target in enumerate(("mean", "class:1")):
+        values, entry = written.influence(place)
+        assert entry["epochs"] == [1, 2, 3, 4]
+        assert entry["unit"] == "nat per unit of sample weight"
+        assert [row["layer"] for row in entry["rows"]] == run["layer"].values.tolist()
+        stored = run["influence"].sel(target=target).transpose("layer", "epoch", "sample").values
+        np.testing.assert_array_equal(stored, made[:, place].swapaxes(0, 1))
+        np.testing.assert_allclose(values, stored.astype(np.float64), rtol=1e-3)
+        np.testing.assert_array_equal(np.sign(values), np.sign(stored))  # zero, NaN, infinities
+    assert (stored == 0).any()
+    assert np.isnan(written.influence(0)[0]).sum() == 1
+    assert np.isinf(written.influence(0)[0]).sum() == 2
+
+
+def test_influence_by_epoch_is_that_of_the_chosen_runs(tmp_path):
+    folder, plan, _ = make_study(tmp_path)
+    commit_influence(folder, plan, "rand-seed1", ["mean"])
+    assert write(tmp_path)[0].node["influence"] == []
+    written, _ = write(tmp_path, runs=["rand:1"])
+    assert [each["run"] for each in written.node["influence"]] == ["rand-seed1"]
+
+
+def test_epochs_then_targets_then_samples_are_left_out(tmp_path):
+    source = oracles.make_source(samples=3000, shape=(1, 2, 2))
+    folder, plan, _ = make_study(tmp_path, source=source, commit=("shuffle-seed1",), epochs=20)
+    commit_influence(folder, plan, "shuffle-seed1", ["mean", "class:0", "class:1", "class:2"])
+    whole, made = write(tmp_path, to=str(tmp_path / "whole"))
+    assert made.notes == []
+    assert len(whole.node["influence"]) == 4
+    full = whole.influence(1)[0]
+    seen = []
+    for megabytes in (3.6, 2.2, 0.9):
+        some, made = write(tmp_path, to=str(tmp_path / f"{megabytes}"), megabytes=megabytes)
+        assert made.bytes < 1e6 * megabytes
+        assert made.notes == some.node["notes"]
+        step = -(-3000 // some.run()[0]["importance"].size)
+        held = [each["target"] for each in some.node["influence"]]
+        assert held == [each["target"] for each in whole.node["influence"]][: len(held)]
+        assert any("Influence by epoch" in note for note in made.notes) == (len(held) < 4)
+        entry = some.node["influence"][0]
+        assert entry["epochs"] == some.node["histories"][0]["epochs"] == [*range(1, 20, 2), 20]
+        seen.append((len(held), step > 1))
+        if len(held) > 1:
+            values, at = some.influence(1)[0], [epoch - 1 for epoch in entry["epochs"]]
+            np.testing.assert_allclose(values, full[:, at][..., ::step], rtol=2e-3)
+    assert seen[0] == (4, False)
+    assert 1 <= seen[1][0] < 4
+    assert not seen[1][1]
+    assert seen[2] == (1, True)
 
 
 def cells(written, form):

@@ -1,7 +1,7 @@
 // Line charts by epoch (uPlot), and heatmaps of layer by epoch.
 
 import uPlot from "uplot";
-import { sequenceColour, themeColour } from "./colours.js";
+import { divergingColour, sequenceColour, themeColour } from "./colours.js";
 import { powerText, unitText } from "./axes.js";
 import { element, valueText } from "./dom.js";
 
@@ -96,31 +96,54 @@ function labelled(_, splits) {
   );
 }
 
+/** Logarithmic colours from the smallest to the largest positive value, and zero in the lowest colour. */
+export function sequenceColours(values) {
+  const shown = values.filter((value) => value > 0 && value < Infinity);
+  const [low, high] = [Math.min(...shown), Math.max(...shown)].map(Math.log);
+  return {
+    colour: (value) => sequenceColour(value > 0 ? (Math.log(value) - low) / (high - low || 1) : 0),
+    ends: shown.length ? [Math.exp(low), Math.exp(high)] : null,
+    ramp: "ramp",
+  };
+}
+
+/** Linear colours about 0, as far in both directions as the largest magnitude. */
+export function divergingColours(values) {
+  const most = Math.max(0, ...values.filter(Number.isFinite).map(Math.abs));
+  return {
+    colour: (value) => divergingColour(value / (most || 1)),
+    ends: values.every(Number.isNaN) ? null : [-most, most],
+    ramp: "ramp diverging",
+  };
+}
+
 /**
- * Heatmap of layer by epoch: logarithmic colours from the smallest to the largest positive value, zero in the lowest
- * colour, empty where nothing was measured.
+ * Heatmap of layer by epoch, empty where nothing was measured.
  * @param rows [{name, values [E]}, ...]
+ * @param name of what is shown, for its label; @param colours function of the values: {colour(value), ends, ramp}
  */
-export function heatmap(rows, epochs, unit) {
-  const values = rows.flatMap((row) => Array.from(row.values)).filter((value) => value > 0 && value < Infinity);
-  const [low, high] = [Math.min(...values), Math.max(...values)].map(Math.log);
+export function heatmap(rows, epochs, unit, { name = "importance", colours = sequenceColours } = {}) {
+  const { colour, ends, ramp } = colours(rows.flatMap((row) => Array.from(row.values)));
+  const [low, high, units] = ends ? [...ends.map(valueText), unitText(unit)] : ["", "nothing measured", ""];
   const height = rows.length > 20 ? 8 : 18;
   const canvas = element("canvas", { width: epochs.length, height: rows.length, class: "heatmap", role: "img" });
   canvas.style.height = `${height * rows.length}px`;
-  canvas.setAttribute("aria-label", `importance by layer (${rows.length}) and epoch (${epochs.length})`);
+  const range = ends ? `${low} to ${high} ${units}` : high;
+  canvas.setAttribute("aria-label", `${name} by layer (${rows.length}) and epoch (${epochs.length}), ${range}`);
   const context = canvas.getContext("2d");
   rows.forEach((row, r) =>
     row.values.forEach((value, e) => {
       if (Number.isNaN(value)) return;
-      const share = value > 0 ? (Math.log(value) - low) / (high - low || 1) : 0;
-      context.fillStyle = `rgb(${sequenceColour(share)})`;
+      context.fillStyle = `rgb(${colour(value)})`;
       context.fillRect(e, r, 1, 1);
     }),
   );
   canvas.onmousemove = (event) => {
     const e = Math.floor((event.offsetX / canvas.clientWidth) * epochs.length);
     const r = Math.floor((event.offsetY / canvas.clientHeight) * rows.length);
-    if (rows[r] && e in epochs) canvas.title = `${rows[r].name}, epoch ${epochs[e]}: ${valueText(rows[r].values[e])} ${unit}`;
+    if (!rows[r] || !(e in epochs)) return;
+    const value = rows[r].values[e];
+    canvas.title = `${rows[r].name}, epoch ${epochs[e]}: ${valueText(value)}${Number.isNaN(value) ? "" : ` ${unitText(unit)}`}`;
   };
   const names = rows.map((row, r) =>
     element("span", { style: `height:${height}px` }, rows.length <= 20 || r % 5 === 0 ? row.name : ""),
@@ -128,9 +151,10 @@ export function heatmap(rows, epochs, unit) {
   const scale = element(
     "div",
     { class: "scale" },
-    element("span", {}, values.length ? valueText(Math.exp(low)) : ""),
-    element("span", { class: "ramp" }),
-    element("span", {}, values.length ? `${valueText(Math.exp(high))} ${unitText(unit)}` : "nothing measured"),
+    element("span", {}, low),
+    element("span", { class: ramp }),
+    element("span", {}, high),
+    element("span", {}, units),
   );
   return element(
     "figure",

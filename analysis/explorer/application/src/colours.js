@@ -11,6 +11,9 @@ const SEQUENCE = [
   "#440154", "#482475", "#414487", "#355f8d", "#2a788e", "#21918c", "#22a884", "#44bf70", "#7ad151", "#bddf26", "#fde725",
 ];
 
+/** Brewer's RdBu without its darkest ends, from negative (blue) over zero to positive (red). */
+const DIVERGING = ["#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "#f4a582", "#d6604d", "#b2182b"];
+
 const STEPS = 64;
 
 export function classPalette(classes) {
@@ -20,10 +23,15 @@ export function classPalette(classes) {
 export const classColour = (label) => CLASS_COLOURS[label % CLASS_COLOURS.length];
 
 /** Colour of a share in [0, 1] on viridis, as [r, g, b]. */
-export function sequenceColour(share) {
-  const position = Math.min(1, Math.max(0, share)) * (SEQUENCE.length - 1);
-  const low = Math.min(SEQUENCE.length - 2, Math.floor(position));
-  const [a, b] = [rgb(SEQUENCE[low]), rgb(SEQUENCE[low + 1])];
+export const sequenceColour = (share) => between(SEQUENCE, share);
+
+/** Colour of a share in [-1, 1], as [r, g, b]: blue, nearly white at 0, red. */
+export const divergingColour = (share) => between(DIVERGING, (share + 1) / 2);
+
+function between(colours, share) {
+  const position = Math.min(1, Math.max(0, share)) * (colours.length - 1);
+  const low = Math.min(colours.length - 2, Math.floor(position));
+  const [a, b] = [rgb(colours[low]), rgb(colours[low + 1])];
   return a.map((value, i) => Math.round(value + (b[i] - value) * (position - low)));
 }
 

@@ -68,7 +68,7 @@ export class Explorer {
     });
     this.chips = new ClassChips(by("classes"), (samples, step) => select(samples, null, step));
     this.grid = new ThumbnailGrid(by("grid"), (sample) => this.show(sample));
-    this.detail = new SampleDetail(by("sample"));
+    this.detail = new SampleDetail(by("sample"), (target) => this.change({ target }));
     this.historyPanel = new HistoryPanel((row) => this.change({ row }));
     this.ranges = state.ranges.map(
       (_, k) =>
@@ -308,7 +308,12 @@ export class Explorer {
 
   showDetail() {
     const { node, state, history } = this;
-    this.detail.show(node, state.run, state.sample, history).catch((error) => this.fail(error.message));
+    this.detail.show(node, state.run, state.sample, history, state.target).catch((error) => this.fail(error.message));
+  }
+
+  showInfluence() {
+    const { node, state } = this;
+    this.detail.influence.show(node, state.run, state.sample, state.target).catch((error) => this.fail(error.message));
   }
 
   // Changes.
@@ -359,6 +364,7 @@ export class Explorer {
       this.showTable();
     }
     if (parts.row) this.showHistory();
+    if (parts.target) this.showInfluence();
     this.keepUrl();
   }
 

@@ -25,6 +25,7 @@ export function initialState(node) {
     sample: -1, // the first of the sorted samples
     sort: { name: known("importance", 0), descending: true },
     row: "total",
+    target: "", // of influence by epoch; the first one that the run has
     ranges: RANGES.map(known),
     compare: { column: known("importance", 0), runs: [run, (node.manifest.runs[1] ?? node.manifest.runs[0]).id] },
   };
@@ -54,6 +55,7 @@ export function encodeState(node, state) {
   if (state.sample >= 0) parts.set("sample", node.id(state.sample));
   put("sort", `${state.sort.name}${state.sort.descending ? "" : ":ascending"}`, initial.sort.name);
   put("row", state.row, initial.row);
+  put("target", state.target, initial.target);
   state.ranges.forEach((name, k) => put(`range${k}`, name, initial.ranges[k]));
   put("compare", JSON.stringify(state.compare), JSON.stringify(initial.compare));
   if (state.selection.count) parts.set("select", encodeSet(positions(node, state.selection)));
@@ -86,6 +88,7 @@ export function decodeState(node, text) {
   const [sort, direction] = (parts.get("sort") ?? state.sort.name).split(/:(ascending)$/);
   if (names.includes(sort)) state.sort = { name: sort, descending: direction !== "ascending" };
   state.row = parts.get("row") ?? state.row;
+  state.target = parts.get("target") ?? state.target;
   state.ranges = state.ranges.map((name, k) => take(`range${k}`, names, name));
   const compare = parseJson(parts.get("compare"));
   if (names.includes(compare?.column)) state.compare.column = compare.column;
