@@ -93,6 +93,7 @@ def score_snapshots(
         return 0
     keys = {str(row["dataset"]) for row in rows}  # another driver may yet store what the plan lists
     sources = {key: ray.put(require_source(folder, key)) for key in keys}
+    computed: dict[str, dict[str, list[str]]] = {}
     columns = (TextColumn("Scoring snapshots"), BarColumn(), MofNCompleteColumn())
     with (
         quiet_ray_data(),
@@ -105,10 +106,13 @@ def score_snapshots(
         )
         task = progress.add_task("", total=len(rows))
         for row in job.iter_rows():
-            scored.setdefault(row["trial"], {})[str(row["epoch"])] = list(row["digests"])
+            computed.setdefault(row["trial"], {})[str(row["epoch"])] = list(row["digests"])
             progress.advance(task)
+    scored = folder.read_json(SNAPSHOTS) or {}  # with what another process has added meanwhile
+    for name, digests in computed.items():
+        scored[name] = scored.get(name, {}) | digests
     folder.write_json(SNAPSHOTS, scored)
-    for name in {row["trial"] for row in rows}:
+    for name in computed:
         write_manifest(folder, f"trials/{name}/snapshots.zarr")
     return len(rows)
 

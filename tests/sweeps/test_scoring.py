@@ -7,6 +7,7 @@ from io import StringIO
 
 import numpy as np
 import pytest
+import ray.data
 import torch
 from rich.console import Console
 
@@ -128,6 +129,26 @@ def test_the_command_computes_the_missing_epochs(scored, cluster, monkeypatch, c
     # Epoch 2 is unchanged.
     before = sampimp.open_cube(scored)["digits"].snapshot_importance.sel(epoch=2)
     np.testing.assert_array_equal(snapshots.sel(epoch=2), before)
+
+
+def test_what_another_process_lists_meanwhile_is_kept(scored, monkeypatch, tmp_path):
+    out = tmp_path / "study"
+    shutil.copytree(scored, out)
+    listed = Folder.of(out).read_json(SNAPSHOTS)
+    Folder.of(out).delete(SNAPSHOTS)
+    from_items = ray.data.from_items
+
+    def list_and_go_on(*items, **options):
+        Folder.of(out).write_json(SNAPSHOTS, listed)
+        return from_items(*items, **options)
+
+    monkeypatch.setattr(ray.data, "from_items", list_and_go_on)
+    assert score_snapshots(str(out), 3, Console(file=StringIO())) == 5
+    after = Folder.of(out).read_json(SNAPSHOTS)
+    assert {name: set(epochs) for name, epochs in after.items()} == {
+        name: {"2", "3"} for name in listed
+    }
+    assert all(after[name]["2"] == listed[name]["2"] for name in listed)
 
 
 def test_the_command_prints_what_is_wrong(scored, cluster, monkeypatch, capsys, tmp_path):
