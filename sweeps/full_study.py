@@ -108,6 +108,7 @@ def write_study_explorer(out: str, console: Console, errors: Console) -> None:
         with console.status("Writing the samples") as status:
             explorer = write_explorer(
                 out,
+                keep=True,
                 has_report=find_spec("matplotlib") is not None,
                 progress=lambda words: status.update(printable(words)),
             )

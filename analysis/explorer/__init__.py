@@ -7,11 +7,12 @@ writes its own parts alone.
 
     sampimp explore OUT [--to FOLDER] [--runs shuffle-seed1 rand-seed2] [--watch]
 
-Map: `explorer_writer` (`write_explorer`), `explored_study` (the runs of each node, and what their
-parts are made from), `thinning` (what is left out of a large study), `node_parts` (the parts of one
-node), `run_columns` (numbers of each sample), `histories` (their course over the epochs),
-`sprites` (images), `epoch_blocks` (reading, with damage named), `explorer_folder` (the files),
-`growing_study` (`--watch`), `explore` (`main`, the command line); `application/dist` (the page).
+Map: `explorer_writer` (`write_explorer`), `choice` (what is asked for), `explored_study` (the runs
+of each node, and what their parts are made from), `thinning` (what is left out of a large study),
+`node_parts` (the parts of one node), `run_columns` (numbers of each sample), `histories` (their
+course over the epochs), `sprites` (images), `epoch_blocks` (reading, with damage named),
+`explorer_folder` (the files), `growing_study` (`--watch`), `explore` (`main`, the command line);
+`application/dist` (the page).
 """
 
 from typing import TYPE_CHECKING

@@ -4,8 +4,8 @@ A part has 12 digits of a digest of what it is made from in its name. It is kept
 which is written when all parts are on the disk, names it. A part with damage has the damage in its
 digest: it is made again each time, so that the damage is found again, or is gone.
 
-Map: `ExplorerFolder`, `read_application` (the page), `script` (an object as a script),
-`read_script`, `encode_array`.
+Map: `ExplorerFolder`, `read_application` (the page), `read_asked`, `script` (an object as a
+script), `read_script`, `encode_array`.
 """
 
 import base64
@@ -177,6 +177,12 @@ class ExplorerFolder:
         if not self.changes and self._study is not None:
             remove_manifest(self._study, "analysis")
         self.changes += 1
+
+
+def read_asked(folder: Folder) -> Any:
+    """Return what the explorer of a folder was asked for; None if there is none."""
+    manifest = read_script(folder.read_bytes(STUDY) or b"")
+    return manifest.get("asked") if isinstance(manifest, dict) else None
 
 
 def read_application() -> dict[str, bytes]:

@@ -6,18 +6,23 @@ Map: `write_explorer`, `Explorer`.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from sampimp.analysis.explorer.choice import MEGABYTES, Choice
 from sampimp.analysis.explorer.explored_study import check_runs, choose_histories, open_study
-from sampimp.analysis.explorer.explorer_folder import PAGE_FILE, ExplorerFolder, read_application
+from sampimp.analysis.explorer.explorer_folder import (
+    PAGE_FILE,
+    ExplorerFolder,
+    read_application,
+    read_asked,
+)
 from sampimp.analysis.explorer.node_parts import NodeParts, measure_node
 from sampimp.analysis.explorer.thinning import choose_thinning
 from sampimp.errors import require_package
 from sampimp.schema import __version__
 from sampimp.store.location import Folder
+from sampimp.store.plan_files import require_plan
 
 FORMAT = 1
 """Version of the data that the page reads."""
-MEGABYTES = 200.0
-"""Largest size of an explorer by default (arbitrary: what a browser still loads at ease)."""
 EXPLORE = "analysis/explore"
 """Where an explorer is, in a study."""
 
@@ -53,6 +58,7 @@ def write_explorer(
     runs: Sequence[str] = (),
     nodes: Sequence[str] = (),
     megabytes: float = MEGABYTES,
+    keep: bool = False,
     has_report: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Explorer:
@@ -71,6 +77,8 @@ def write_explorer(
         Nodes of the cube; by default all.
     megabytes
         Size that the folder stays below: epochs of histories are left out first, then samples.
+    keep
+        Whether an explorer that is there keeps the runs, nodes and size that it was asked for.
     has_report
         Whether the page refers to the report of the study; by default, if there is one.
     progress
@@ -90,11 +98,15 @@ def write_explorer(
         require_package(package, "report")
     show_progress = progress or (lambda _: None)
     show_progress("opening the cube")
-    study = open_study(out, nodes)
-    runs = [name.replace(":", "-seed") for name in runs]  # as other commands name them
-    check_runs(study, runs)
     home = Folder.of(out)
     folder = home / EXPLORE if to is None else Folder.of(to)
+    named = tuple(name.replace(":", "-seed") for name in runs)  # as other commands name them
+    choice = Choice(named, tuple(nodes), float(megabytes))
+    if keep and (asked := read_asked(folder)) is not None:
+        choice = Choice.of(asked, require_plan(home))
+    study = open_study(out, choice.nodes)
+    runs, megabytes = choice.runs, choice.megabytes
+    check_runs(study, runs)
     files = ExplorerFolder(folder, home if to is None else None)
     histories = [choose_histories(node, runs) for node in study.nodes]
     expected = [
@@ -125,6 +137,7 @@ def write_explorer(
             "title": f"sample importance of {names}",
             "root": study.root,
             "written": study.time,
+            "asked": choice._asdict(),
             "report": "../report.html" if has_report and to is None else None,
             "nodes": entries,
         }

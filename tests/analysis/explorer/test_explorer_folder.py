@@ -15,6 +15,7 @@ from explored import (
     write,
 )
 from memory_bucket import serving
+from study_here import QUIET
 
 from sampimp.analysis.explorer import explore, write_explorer
 from sampimp.analysis.explorer.explorer_folder import script
@@ -22,6 +23,7 @@ from sampimp.data import Source
 from sampimp.errors import ConfigError, StoreError
 from sampimp.store.location import Folder
 from sampimp.store.manifests import file_damage, read_manifest_of, strays
+from sampimp.sweeps import full_study
 
 
 def changed(before, after):
@@ -242,6 +244,47 @@ def test_a_run_or_node_that_the_study_does_not_have_is_refused(tmp_path):
     assert not (tmp_path / "analysis").exists()
     written, _ = write(tmp_path, runs=["rand-seed2"])  # planned, and not committed
     assert written.node["histories"] == []
+
+
+def shown(written):
+    """Return the nodes, the runs by epoch, and whether samples are left out."""
+    runs = {node["name"]: [each["run"] for each in node["histories"]] for node in written["nodes"]}
+    return runs, [bool(node["sample_ids"]) for node in written["nodes"]]
+
+
+def test_a_study_keeps_what_its_explorer_was_asked_for(tmp_path):
+    source = oracles.make_source(samples=900, shape=(1, 2, 2))
+    folder, plan, _ = make_study(tmp_path, source=source, epochs=12)
+    options = [str(tmp_path), "--runs", "rand:1", "rand:2", "--node", "one"]
+    assert explore.main([*options, "--megabytes", "0.3"]) == 0
+    page = Written(tmp_path / "analysis/explore")
+    assert shown(page.study) == ({"one": ["rand-seed1"]}, [True])
+    commit_trial(folder, plan, "rand-seed2")
+    full_study.write_study_explorer(str(tmp_path), QUIET, QUIET)
+    page = Written(tmp_path / "analysis/explore")
+    assert page.node["committed"] == 3
+    assert shown(page.study) == ({"one": ["rand-seed1", "rand-seed2"]}, [True])
+    before = page.files()
+    full_study.write_study_explorer(str(tmp_path), QUIET, QUIET)
+    assert page.files() == before
+    assert explore.main([str(tmp_path)]) == 0  # asks for the defaults
+    assert shown(Written(page.folder).study) == ({"one": ["shuffle-seed1"]}, [False])
+    full_study.write_study_explorer(str(tmp_path), QUIET, QUIET)
+    assert shown(Written(page.folder).study) == ({"one": ["shuffle-seed1"]}, [False])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [None, 3, {"runs": "all", "nodes": 3, "megabytes": "x"}, {"runs": ["gone-seed1", 3]},
+     {"nodes": ["gone", None]}],
+)  # fmt: skip
+def test_what_was_asked_for_and_is_gone_is_the_default(tmp_path, asked):
+    make_study(tmp_path)
+    written, _ = write(tmp_path)
+    before = {name: content for name, (_, content) in written.files().items()}
+    (written.folder / "data/study.js").write_bytes(script({**written.study, "asked": asked}))
+    write(tmp_path, keep=True)
+    assert {name: content for name, (_, content) in written.files().items()} == before
 
 
 def test_no_part_is_written_through_a_link(tmp_path):
