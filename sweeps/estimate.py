@@ -114,10 +114,9 @@ def announce_time(study: Study, console: Console) -> float:
         seconds = total_seconds(study, measure_epochs(study)) / study.slots
     at_once = min(study.slots, len(study.missing))
     about = f"about {format_duration(seconds)}" if seconds > 30 else "less than a minute"
-    text = (
-        f"This trains on this machine, for {about}: "
-        f"{len(study.missing)} trials, {at_once} at a time."
-    )
+    missing, planned = len(study.missing), len(study.trials)
+    trials = f"{missing} trials" if missing == planned else f"{missing} of {planned} trials"
+    text = f"This trains on this machine, for {about}: {trials}, {at_once} at a time."
     if seconds > LONG_STUDY:
         text += (
             " To send it to a cluster: ray up cluster.yaml, then this command with "
