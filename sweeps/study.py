@@ -193,6 +193,8 @@ def _read_sources(
             if source is not None and key.startswith("folder-"):
                 _require_same_size(source, config.image_size, str(folder))
             sources[key] = source or load(name, config.data_dir, config.image_size)
+        for note in sources[key].notes:
+            console.print(f"{key}: {note}", markup=False, highlight=False)
     return sources
 
 

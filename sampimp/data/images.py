@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sampimp.data.npz import machine_memory
 from sampimp.data.source import Source
 from sampimp.errors import DataError, require_package
 
@@ -33,6 +34,9 @@ IMAGE_SUFFIXES = frozenset(
 LARGEST_IMAGE = 2**26
 """Pixels of the largest image that is decoded, 8192 x 8192 (arbitrary): a file of a few bytes may
 claim any number."""
+
+LARGEST_IMAGE_SIZE = 8192
+"""Largest height and width to which images are resized: those of `LARGEST_IMAGE`."""
 
 _BLOCK_BYTES = 2**25
 """Pixels decoded as one unit of work: arbitrary (32 MiB), small compared with any data set."""
@@ -54,6 +58,8 @@ class ImageList:
         int64 [N].
     image_size
         Height and width to which all are resized; None if they have one size.
+    skipped
+        Paths of the files that are no images by their suffix, hidden ones aside.
     """
 
     root: Path
@@ -63,6 +69,7 @@ class ImageList:
     test_paths: tuple[str, ...]
     test_labels: np.ndarray
     image_size: int | None = None
+    skipped: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -83,10 +90,19 @@ def list_images(path: str | os.PathLike[str], image_size: int | None = None) -> 
     Raises
     ------
     DataError
-        train/ or test/ is missing, their classes differ, or a class has no image.
+        train/ or test/ is missing, their classes differ, a class has no image, an image is in no
+        class, a class has a folder in it, or the size is out of range.
     """
+    if image_size is not None and not 1 <= image_size <= LARGEST_IMAGE_SIZE:
+        raise DataError(
+            expected=f"a size of images from 1 to {LARGEST_IMAGE_SIZE:,} pixels",
+            got=f"{image_size:,}",
+            where="image_size (--image-size)",
+            todo="choose a size near that of the images, such as 64",
+        )
     root = Path(os.path.abspath(os.path.expanduser(path)))
-    train, test = _list_classes(root, "train"), _list_classes(root, "test")
+    skipped: list[str] = []
+    train, test = (_list_classes(root, part, skipped) for part in ("train", "test"))
     _require_same_classes(root, train, test)
     class_names = tuple(train)
     return ImageList(
@@ -97,20 +113,36 @@ def list_images(path: str | os.PathLike[str], image_size: int | None = None) -> 
         test_paths=_paths(root / "test", class_names, test),
         test_labels=_labels(class_names, test),
         image_size=image_size,
+        skipped=tuple(sorted(skipped)),
     )
 
 
-def _list_classes(root: Path, part: str) -> dict[str, list[str]]:
-    """Return the class folders of train/ or test/, sorted, with their sorted image names."""
+def _list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[str]]:
+    """Return the class folders of train/ or test/, sorted, with their sorted image names.
+
+    Other files are added to `skipped`.
+    """
     folder, layout = root / part, f"images as {root}/{{train,test}}/CLASS/IMAGE"
     if not folder.is_dir():
         todo = f"put the images of the {part} set into {folder}/CLASS/"
         raise DataError(layout, f"no folder {part}/", str(root), todo)
+    entries = sorted(_visible(folder), key=lambda entry: entry.name)
     classes = {
-        _text(entry.name, folder): _image_names(entry.path)
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
-        if entry.is_dir() and not entry.name.startswith(".")
+        _text(entry.name, folder): _image_names(entry.path, skipped)
+        for entry in entries
+        if entry.is_dir()
     }
+    for entry in entries:
+        if entry.is_dir():
+            continue
+        if classes and _is_image_name(entry.name):
+            raise DataError(
+                expected=layout,
+                got="an image in no class folder",
+                where=entry.path,
+                todo="move it into the folder of its class, or remove it",
+            )
+        skipped.append(entry.path)
     if not classes:
         raise DataError(layout, "no class folder", str(folder), "make one folder per class")
     empty = [name for name, files in classes.items() if not files]
@@ -155,21 +187,38 @@ def _labels(class_names: tuple[str, ...], classes: dict[str, list[str]]) -> np.n
     return np.repeat(np.arange(len(class_names), dtype=np.int64), counts)
 
 
-def _image_names(folder: str) -> list[str]:
-    """Return the sorted names of the images in a folder."""
+def _visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """Return what a folder has, hidden files and folders aside."""
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _image_names(folder: str, skipped: list[str]) -> list[str]:
+    """Return the sorted names of the images in a folder; add other files to `skipped`."""
     names = []
-    for entry in os.scandir(folder):
-        suffix = os.path.splitext(entry.name)[1].lower()
-        if suffix not in IMAGE_SUFFIXES or entry.name.startswith("."):
-            continue
-        if not entry.is_file():  # to open a pipe would wait without end
+    for entry in _visible(folder):
+        if entry.is_dir():
+            raise DataError(
+                expected="image files in the folder of a class",
+                got="a folder, whose images would be in no class",
+                where=entry.path,
+                todo="move its images into the folder of the class, or remove it",
+            )
+        if not _is_image_name(entry.name):
+            skipped.append(entry.path)
+        elif not entry.is_file():  # to open a pipe would wait without end
             raise DataError(
                 expected="an image file",
-                got="a folder, a pipe, a socket, a device or a link to nothing",
+                got="a pipe, a socket, a device or a link to nothing",
                 where=entry.path,
                 todo="remove it or rename it",
             )
-        names.append(_text(entry.name, folder))
+        else:
+            names.append(_text(entry.name, folder))
     return sorted(names)
 
 
@@ -267,9 +316,23 @@ def image_blocks(images: ImageList) -> tuple[tuple[int, int, int], list[slice]]:
     """Return the shape [C, H, W] of all images, and the slices of `images.paths` to decode.
 
     A block has at most 32 MiB of pixels and 1,000 images (CIFAR-10: a few tenths of a second).
+
+    Raises
+    ------
+    DataError
+        As of `decode_image`, or all images together are larger than this machine's memory.
     """
     height, width, channels = decode_image(images.train_paths[0], images.image_size).shape
     total = len(images.train_paths) + len(images.test_paths)
+    size, memory = total * height * width * channels, machine_memory()
+    if size > memory:
+        raise DataError(
+            expected=f"images that fit into this machine's memory of {memory / 1e9:.0f} GB",
+            got=f"{total:,} of {width}x{height} pixels, {size / 1e9:,.0f} GB",
+            where=str(images.root),
+            todo="choose a smaller size for all of them, such as --image-size 64, or use a machine "
+            "with more memory",
+        )
     rows = min(1000, max(1, _BLOCK_BYTES // (height * width * channels)))
     blocks = [slice(start, min(start + rows, total)) for start in range(0, total, rows)]
     return (channels, height, width), blocks
@@ -301,9 +364,20 @@ def images_source(name: str, images: ImageList, values: np.ndarray) -> Source:
         full_scale=255.0,
         class_names=images.class_names,
         image_size=images.image_size,
+        notes=_skipped_note(images),
         train_files=images.files(images.train_paths),
         test_files=images.files(images.test_paths),
     )
+
+
+def _skipped_note(images: ImageList) -> tuple[str, ...]:
+    """Return a sentence on the files that are no images, if there are any."""
+    if not images.skipped:
+        return ()
+    count, first = len(images.skipped), images.files(images.skipped[:3])
+    files = "1 file is no image" if count == 1 else f"{count:,} files are no images"
+    names = ", ".join(first) + (", ..." if count > len(first) else "")
+    return (f"{files} by the suffix, and left out: {names}.",)
 
 
 def load_folder(name: str, path: str | os.PathLike[str], image_size: int | None = None) -> Source:

@@ -58,6 +58,7 @@ def load_npz(name: str, path: Path) -> Source:
             path, f"{size} that NumPy cannot read: {error or type(error).__name__}"
         ) from None
     train, test = _as_values(train), _as_values(test)
+    _require_channels_first(train, path)
     train_labels, test_labels, class_names = _as_classes(train_labels, test_labels, path)
     return Source(
         name=name,
@@ -67,6 +68,19 @@ def load_npz(name: str, path: Path) -> Source:
         test_labels=test_labels,
         full_scale=255.0 if train.dtype == np.uint8 else 1.0,
         class_names=class_names,
+        notes=_unused_note(train_labels, class_names),
+    )
+
+
+def _unused_note(labels: np.ndarray, class_names: Sequence[str]) -> tuple[str, ...]:
+    """Return a sentence on the classes without a training sample, if there are any."""
+    unused = np.setdiff1d(np.arange(len(class_names)), labels).tolist()
+    if not unused:
+        return ()
+    names = ", ".join(class_names[number] for number in unused[:3]) + ", ..." * (len(unused) > 3)
+    return (
+        f"{len(unused)} of {len(class_names)} classes have no training sample: {names}. Number the "
+        "classes from 0 without gaps to leave them out.",
     )
 
 
@@ -157,6 +171,32 @@ def _as_values(inputs: np.ndarray) -> np.ndarray:
     return np.asarray(inputs, order="C")
 
 
+_TO_CLASSES = (
+    "save classes as integers (labels.astype(int)), or bin a regression's targets into classes "
+    "(np.digitize(targets, np.quantile(targets, [0.25, 0.5, 0.75]))); to keep the targets, record "
+    "your own training loop (sampimp.ImportanceRecorder)"
+)
+_TO_ONE_LABEL = (
+    "save one integer or text a sample: labels.argmax(1) of one-hot vectors, labels[:, 0] of one "
+    "column"
+)
+
+
+def _require_channels_first(images: np.ndarray, path: Path) -> None:
+    """Raise DataError for images whose last dimension is that of the colours."""
+    if images.ndim != 4 or images.dtype != np.uint8:
+        return
+    channels, width = images.shape[1], images.shape[3]
+    if width in (1, 3, 4) and channels not in (1, 3, 4):
+        raise DataError(
+            expected="8-bit images as [N, C, H, W], colours before rows and columns",
+            got=f"{list(images.shape)}, which is [N, H, W, C]",
+            where=f"{path}, train_inputs",
+            todo="save images.transpose(0, 3, 1, 2) for train_inputs and test_inputs; what is no "
+            "image, as float32",
+        )
+
+
 def _as_classes(
     train: np.ndarray, test: np.ndarray, path: Path
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -171,9 +211,7 @@ def _as_classes(
                 got=f"{labels.dtype} {list(labels.shape)}, {len(np.unique(labels)):,} different "
                 "values",
                 where=f"{path}, {part}_labels",
-                todo="save classes as integers (labels.astype(int)), or bin a regression's targets "
-                "into classes (np.digitize(targets, np.quantile(targets, [0.25, 0.5, 0.75]))); to "
-                "keep the targets, record your own training loop (sampimp.ImportanceRecorder)",
+                todo=_TO_CLASSES if labels.ndim < 2 else _TO_ONE_LABEL,
             )
     train, test = _as_texts(train), _as_texts(test)
     if train.dtype.kind == test.dtype.kind == "U" and train.ndim == test.ndim == 1:

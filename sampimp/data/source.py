@@ -36,6 +36,8 @@ class Source:
     image_size
         Height and width to which images were resized; None if they were not. The digest has the
         resized values.
+    notes
+        Sentences that a user should read: what was left out, which classes have no sample.
     train_files, test_files
         Path of each sample's file in the data set's folder, [N]; None if samples are not files.
         They are not in the digest: a file that was renamed is the same sample.
@@ -55,6 +57,7 @@ class Source:
     full_scale: float
     class_names: tuple[str, ...]
     image_size: int | None = None
+    notes: tuple[str, ...] = ()
     train_files: tuple[str, ...] | None = None
     test_files: tuple[str, ...] | None = None
 
@@ -108,7 +111,8 @@ def _check_part(name: str, part: str, values: np.ndarray, labels: np.ndarray, cl
         raise error(
             expected="one label for each sample [N], integers in both parts or texts in both",
             got=f"{labels.dtype} {list(labels.shape)}",
-            todo="save one integer per sample as int64, not one-hot vectors (labels.argmax(1))",
+            todo="save one integer per sample as int64: labels.argmax(1) of one-hot vectors, "
+            "labels[:, 0] of one column",
         )
     if len(values) != len(labels):
         raise error(

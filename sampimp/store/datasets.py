@@ -302,17 +302,21 @@ def read_source(folder: Folder) -> Source | None:
             where=str(folder),
             todo="use a machine with more memory, or restore the data set from a copy",
         )
+    values = {name: stored.read(name) for name in SOURCE_ARRAYS}
     files = [
         tuple(stored.read(name).tolist()) if stored.has_files else None for name in FILE_ARRAYS
     ]
     source = Source(
         name=stored.attrs["name"],
+        train_values=values["train_values"],
+        train_labels=values["train_labels"],
+        test_values=values["test_values"],
+        test_labels=values["test_labels"],
         full_scale=stored.table["full_scale"],
         class_names=tuple(stored.attrs["class_names"]),
         image_size=stored.attrs.get("image_size"),
         train_files=files[0],
         test_files=files[1],
-        **{name: stored.read(name) for name in SOURCE_ARRAYS},
     )
     if source.digest != stored.attrs["digest"]:
         raise _source_error(

@@ -62,6 +62,9 @@ def save_image(path: Path, pixels: np.ndarray, **options: object) -> None:
     Image.fromarray(pixels).save(path, **options)
 
 
+BLACK = np.zeros((4, 5, 3), dtype=np.uint8)
+
+
 def test_images_of_different_sizes_are_turned_scaled_and_cropped_to_the_centre(tmp_path):
     rng = np.random.default_rng(0)
     centre = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
@@ -121,6 +124,8 @@ def test_block_size_does_not_change_the_source(tmp_path, monkeypatch):
         (lambda root: (root / "test/dog").rename(root / "dog"), "in train/ alone: dog"),
         (lambda root: (root / "train/emu").mkdir(), "none in 1 of 3: emu"),
         (lambda root: (root / "train").rename(root / "x") and (root / "train").mkdir(), "no class"),
+        (lambda root: save_image(root / "test/x.JPG", BLACK), "an image in no class folder"),
+        (lambda root: save_image(root / "train/dog/small/x.png", BLACK), "a folder, whose images"),
     ],
 )
 def test_wrong_folder_layout_is_refused(tmp_path, break_layout, message):
@@ -128,6 +133,33 @@ def test_wrong_folder_layout_is_refused(tmp_path, break_layout, message):
     break_layout(tmp_path)
     with pytest.raises(DataError, match=message):
         list_images(tmp_path)
+
+
+def test_files_that_are_no_images_by_their_suffix_are_named(tmp_path):
+    save_folder(tmp_path)
+    assert load_source(f"folder:{tmp_path}").notes == ()
+    for name in ("train/dog/a.heic", "train/.DS_Store", "train/dog/.hidden", "test/README.md"):
+        (tmp_path / name).write_bytes(b"")
+    (note,) = load_source(f"folder:{tmp_path}").notes
+    assert note == (
+        "2 files are no images by the suffix, and left out: test/README.md, train/dog/a.heic."
+    )
+
+
+@pytest.mark.parametrize("size", [0, -4, 8193, 10**6])
+def test_a_size_out_of_range_is_refused(tmp_path, size):
+    save_folder(tmp_path)
+    with pytest.raises(DataError, match=rf"from 1 to 8,192 pixels\n.*{size:,}"):
+        load_source(f"folder:{tmp_path}", image_size=size)
+
+
+def test_images_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
+    save_folder(tmp_path)
+    monkeypatch.setattr(images_module, "machine_memory", lambda: 8 * 60 - 1)
+    with pytest.raises(DataError, match=r"8 of 5x4 pixels(.|\n)*--image-size 64"):
+        load_source(f"folder:{tmp_path}")
+    monkeypatch.setattr(images_module, "machine_memory", lambda: 8 * 60)
+    load_source(f"folder:{tmp_path}")
 
 
 def test_error_names_the_first_bad_image(tmp_path, monkeypatch):
@@ -209,7 +241,7 @@ def test_what_is_no_file_is_refused_by_its_name(tmp_path, monkeypatch, make):
     save_folder(tmp_path)
     monkeypatch.chdir(tmp_path / "train" / "dog")  # paths of sockets have a limit
     make(Path("x.png"))
-    with pytest.raises(DataError, match=r"Got a folder, a pipe(.|\n)*train/dog/x\.png"):
+    with pytest.raises(DataError, match=r"Got a (folder|pipe),(.|\n)*train/dog/x\.png"):
         list_images(tmp_path)
 
 

@@ -75,6 +75,9 @@ def test_dtypes_and_memory_layouts(tmp_path):
         ({"train_inputs": np.float64(3)}, r"float32 \[\]"),
         ({"train_labels": np.array(["a", "b", "c", "d"])}, r"texts in both\n.*<U1 \[4\]"),
         ({"train_labels": np.eye(4, dtype=int)}, r"int64 \[4, 4\]\n.*\n.*argmax"),
+        ({"train_labels": np.eye(4)}, r"float64 \[4, 4\].*\n.*\n.*argmax"),
+        ({"train_labels": np.zeros((4, 1), int)}, r"int64 \[4, 1\]\n.*\n.*labels\[:, 0\]"),
+        ({"train_inputs": np.zeros((4, 8, 8, 3), np.uint8)}, r"which is \[N, H, W, C\]"),
         ({"train_labels": np.array([[["a"]]]), "test_labels": np.array("a")}, r"<U1 \[1, 1, 1\]"),
         ({"train_labels": np.array([0.0, np.nan, 1, 1])}, r"float64 \[4\], 3 different values"),
         (
@@ -92,6 +95,19 @@ def test_dtypes_and_memory_layouts(tmp_path):
 def test_unfit_arrays_are_refused(tmp_path, changes, message):
     with pytest.raises(DataError, match=message):
         load_source(save_npz(tmp_path / "a.npz", **changes))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 8, 4), (3, 8, 3), (8, 8)])
+def test_images_with_colours_first_are_taken(tmp_path, shape):
+    images = np.zeros((4, *shape), np.uint8)
+    name = save_npz(tmp_path / "a.npz", train_inputs=images, test_inputs=images[:2])
+    assert load_source(name).train_values.shape == images.shape
+
+
+def test_classes_without_a_training_sample_are_named(tmp_path):
+    name = save_npz(tmp_path / "a.npz", train_labels=[3, 1, 3, 1], test_labels=[1, 3])
+    (note,) = load_source(name).notes
+    assert note.startswith("2 of 4 classes have no training sample: 0, 2. Number")
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
