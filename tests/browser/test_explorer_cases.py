@@ -281,3 +281,27 @@ def test_lasso_of_many_samples_is_quick(page, log, tmp_path):
     times = page.evaluate("performance.getEntriesByName('lasso to paint').map((e) => e.duration)")
     assert len(times) == 4
     assert min(times) < 1500
+
+
+@pytest.mark.parametrize("wheel", [0, -300, -600, -1200])
+def test_texts_of_the_axes_do_not_overlap(page, log, tmp_path, wheel):
+    """Also where an axis covers less than a power of ten, so that its ticks have digits."""
+    page.goto(file_url(explore(tmp_path / "study")))
+    wait_ready(page)
+    page.locator(".overlay").first.hover()
+    page.mouse.wheel(0, wheel)
+    page.wait_for_timeout(300)
+    for scatter in page.locator(".overlay").all():
+        texts = [text for text in scatter.locator("text").all() if text.text_content()]
+        boxes = [(text.text_content(), text.bounding_box()) for text in texts]
+        assert len(boxes) > 4
+        for number, (text, one) in enumerate(boxes):
+            for other_text, other in boxes[:number]:
+                apart = (
+                    one["x"] + one["width"] <= other["x"]
+                    or other["x"] + other["width"] <= one["x"]
+                    or one["y"] + one["height"] <= other["y"]
+                    or other["y"] + other["height"] <= one["y"]
+                )
+                assert apart, (text, other_text)
+    assert log.errors == []

@@ -32,15 +32,18 @@ export function extentOf(positions) {
 
 /** Ticks between two positions: [[u, text], ...]. */
 export function axisTicks([low, high], scale, count) {
-  if (scale !== "log") return ticks(low, high, count).map((u) => [u, valueText(u)]);
+  if (scale !== "log") return ticks(low, high, count).map((u) => [u, tickText(u)]);
   if (high - low > 1.2) {
     const step = Math.max(1, Math.ceil((high - low) / count));
     const first = Math.ceil(low / step);
     const exponents = Array.from({ length: Math.floor(high / step) - first + 1 }, (_, i) => (first + i) * step);
     return exponents.map((u) => [u, powerText(u)]);
   }
-  return ticks(10 ** low, 10 ** high, count).map((value) => [Math.log10(value), valueText(value)]);
+  return ticks(10 ** low, 10 ** high, count).map((value) => [Math.log10(value), tickText(value)]);
 }
+
+/** A value in as few digits as it has: 1e-4, not 1.000e-4. */
+const tickText = (value) => valueText(value).replace(/\.?0+(?=e)/, "");
 
 /** A power of ten: 10⁻³. */
 export function powerText(exponent) {

@@ -5,6 +5,8 @@ import { divergingColour, sequenceColour, themeColour } from "./colours.js";
 import { powerText, unitText } from "./axes.js";
 import { element, valueText } from "./dom.js";
 
+const WHOLE_STEPS = [1, 2, 5].flatMap((digit) => [0, 1, 2, 3, 4].map((power) => digit * 10 ** power)).sort((a, b) => a - b);
+
 const positive = (values) => values.map((value) => (value > 0 && value < Infinity ? value : null));
 
 /** A chart of lines by epoch that keeps the width of its element. Values at or below 0 are gaps. */
@@ -65,7 +67,7 @@ export class EpochChart {
         cursor: { drag: { x: false, y: false } },
         scales: { x: { time: false }, y: { distr: 3 } },
         axes: [
-          { ...font, label: "epoch", size: 28, grid: line, ticks: line },
+          { ...font, label: "epoch", size: 28, grid: line, ticks: line, incrs: WHOLE_STEPS },
           {
             ...font,
             label,

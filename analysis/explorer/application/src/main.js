@@ -27,7 +27,8 @@ function notices() {
 }
 
 function showProgress({ planned, committed, diverged }) {
-  const runs = planned > committed ? `${countText(committed)} of ${countText(planned)} runs` : `${countText(committed)} runs`;
+  const counts = planned > committed ? `${countText(committed)} of ${countText(planned)}` : countText(committed);
+  const runs = `${counts} ${planned === 1 ? "run" : "runs"}`;
   by("progress").textContent = diverged ? `${runs}, ${countText(diverged)} diverged` : runs;
 }
 

@@ -8,7 +8,7 @@ import { axisLabel, axisTicks, extentOf, layOut, toPosition, toValue } from "./a
 import { element } from "./dom.js";
 import { createPainter } from "./painters.js";
 
-const LEFT = 58;
+const LEFT = 66;
 const BOTTOM = 40;
 const LASSO_STEP = 3; // pixels between two vertices of a lasso
 const PICK_RADIUS = 10; // pixels
