@@ -128,7 +128,8 @@ def _strip_values(section: Section, strip: SampleStrip, has_explorer: bool) -> d
         return {
             "label": sample.label,
             "share": share,
-            "title": f"sample {sample.position}, class {sample.label}: "
+            "title": f"sample {sample.position}, class {sample.label}"
+            + (f", {sample.file}: " if sample.file else ": ")
             + (f"{share} % of the importance" if share != "—" else "no importance"),
             "row": sample.row,
             "position": sample.position,

@@ -37,12 +37,15 @@ class RankedSample:
         Fraction of the overall importance of all samples; NaN if all of it is 0.
     row
         Values or text of a sample without an image; else empty.
+    file
+        Path of the sample's file in the data set's folder; empty if it is no file.
     """
 
     position: int
     label: str
     share: float
     row: str = ""
+    file: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,7 @@ def rank_samples(cube: xr.Dataset, read_row: ReadRow | None = None) -> SampleStr
             position=position,
             label=class_name(cube, int(cube["label"].values[place])),
             share=tau[place] / total if total > 0 else np.nan,
+            file=str(cube["file"].values[place]) if "file" in cube.coords else "",
             row="" if read_row is None or images is not None else _write_row(read_row(position)),
         )
 

@@ -111,6 +111,16 @@ def test_the_first_complete_run_stands_in_for_the_reference():
     assert "that takes one complete run" in render_page([section_of(nothing)], {})
 
 
+def test_a_sample_names_its_file(cube):
+    files = [f"train/b/{number}<b>.png" for number in range(70)]
+    named = cube.assign_coords(file=("sample", files))
+    strip = rank_samples(named)
+    assert [sample.file for sample in strip.most] == [files[each.position] for each in strip.most]
+    page = render_page([section_of(named, strip=strip)], {})
+    assert f"train/b/{strip.most[0].position}&lt;b&gt;.png: " in page
+    assert rank_samples(cube).most[0].file == ""
+
+
 def test_rows_stand_in_for_images():
     cube = example_cube(strategies=("shuffle",), seeds=1, epochs=2, samples=50)
     strip = rank_samples(cube, lambda position: np.array([position, 0.5]))
