@@ -115,6 +115,36 @@ def test_mean_history_of_a_selection_is_that_of_the_cube(explorer, cube, tmp_pat
     )
 
 
+BIN_ERROR = 2**-6 + 2e-3
+"""Quantiles are the middle of a bin of 3 %, of codes and digits that are rounded."""
+
+
+@pytest.mark.parametrize("lasso", [LASSO, [(0.02, 0.02), (0.98, 0.02), (0.98, 0.75), (0.02, 0.75)]])
+def test_lines_and_bands_are_means_and_quantiles_of_the_cube(explorer, cube, tmp_path, lasso):
+    draw_lasso(explorer, lasso)
+    indices = json.loads(save(explorer, "JSON", tmp_path).read_text())["indices"]
+    assert 20 < len(indices) < 1480
+    rest = np.setdiff1d(np.arange(1500), indices)
+    beta = cube["importance"].sel(strategy="shuffle", seed=1).sum("layer").values.astype(np.float64)
+    for row in ("total", "nll"):
+        if row == "nll":
+            explorer.locator("#history-row select").select_option(label="NLL")
+            beta = cube["nll"].sel(strategy="shuffle", seed=1).values.astype(np.float64)
+        plot = explorer.locator("#history .u-over")
+        plot.scroll_into_view_if_needed()
+        box = plot.bounding_box()
+        for epoch, share in enumerate((0.02, 0.5, 0.98)):
+            explorer.mouse.move(box["x"] + share * box["width"], box["y"] + 0.5 * box["height"])
+            legend = explorer.locator("#history .u-legend .u-value").all_inner_texts()
+            assert legend[0] == str(epoch + 1)
+            shown = np.array(legend[1:], float)
+            for first, samples in ((0, indices), (3, rest)):
+                values = beta[epoch, samples]
+                np.testing.assert_allclose(shown[first], values.mean(), rtol=SHOWN_ERROR)
+                ends = np.quantile(values, [0.1, 0.9], method="inverted_cdf")
+                np.testing.assert_allclose(shown[first + 1 : first + 3], ends, rtol=BIN_ERROR)
+
+
 def test_ways_to_combine(explorer):
     size = 1500
     chip = explorer.locator("#classes button").first

@@ -13,10 +13,11 @@ const positive = (values) => values.map((value) => (value > 0 && value < Infinit
 export class EpochChart {
   constructor(root, height = 190) {
     Object.assign(this, { root, height });
+    this.plots = new Map(); // key of the lines -> plot: to draw other values in one is quick, to create one is not
+    // The width is kept: to read it after a change of the page would lay it out at once.
     new ResizeObserver(() => {
-      if (this.plot && this.root.clientWidth !== this.plot.width) {
-        this.plot.setSize({ width: this.root.clientWidth, height: this.height });
-      }
+      this.width = root.clientWidth;
+      this.fit();
     }).observe(root);
   }
 
@@ -31,18 +32,27 @@ export class EpochChart {
     for (const { values, low, high } of lines) {
       data.push(positive(values), ...(low ? [positive(low), positive(high)] : []));
     }
-    if (this.key === key) this.plot.setData(data);
-    else this.create(key, data, lines, label);
+    if (this.plots.has(key)) this.plots.get(key).setData(data);
+    else this.plots.set(key, this.create(data, lines, label));
+    const plot = this.plots.get(key);
+    if (plot === this.plot) return;
+    this.plot = plot;
+    this.root.replaceChildren(plot.root);
+    this.fit();
+  }
+
+  fit() {
+    if (this.plot && this.width && this.width !== this.plot.width) this.plot.setSize({ width: this.width, height: this.height });
   }
 
   /** Draw again in the colours of the present scheme. */
   restyle() {
-    this.key = null;
+    for (const plot of this.plots.values()) plot.destroy();
+    this.plots.clear();
+    this.plot = null;
   }
 
-  create(key, data, lines, label) {
-    this.plot?.destroy();
-    this.key = key;
+  create(data, lines, label) {
     const text = themeColour("--text");
     const line = { stroke: themeColour("--line"), width: 1 };
     const font = { font: "11px system-ui", labelFont: "12px system-ui", labelSize: 18, stroke: text };
@@ -57,9 +67,9 @@ export class EpochChart {
       series.push({ ...edge, label: "10 %" }, { ...edge, label: "90 %" });
       bands.push({ series: [first + 1, first], fill: `${stroke}33` });
     }
-    this.plot = new uPlot(
+    return new uPlot(
       {
-        width: Math.max(200, this.root.clientWidth),
+        width: this.width || Math.max(200, this.root.clientWidth),
         height: this.height,
         series,
         bands,
@@ -80,7 +90,6 @@ export class EpochChart {
         ],
       },
       data,
-      this.root,
     );
   }
 }

@@ -54,7 +54,12 @@ export function rgb(hex) {
   return [1, 3, 5].map((start) => parseInt(hex.slice(start, start + 2), 16));
 }
 
+const theme = new Map();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => theme.clear());
+
 /** Value of a custom property of the style sheet, such as "--grey", in the present colour scheme. */
 export function themeColour(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  // Kept: to read a style after a change of the page would compute all styles at once.
+  if (!theme.has(name)) theme.set(name, getComputedStyle(document.documentElement).getPropertyValue(name).trim());
+  return theme.get(name);
 }

@@ -45,7 +45,7 @@ export class NodeData {
   constructor(manifest) {
     this.manifest = manifest;
     this.runColumns = new Map(); // run id -> {column name: Float32Array}
-    this.pages = new Map(); // file -> promise of Uint16Array
+    this.pages = new Map(); // file -> promise of its values
     this.orders = new Map(); // column key -> Int32Array, samples by ascending value
   }
 
@@ -131,16 +131,9 @@ export class NodeData {
     return (await this.pages.get(file))[sample % page];
   }
 
-  /** Load one page of a history: codes [rows, epochs, samples of the page]. */
-  historyPage(history, page) {
-    const file = history.files[page];
-    if (!this.pages.has(file)) {
-      this.pages.set(
-        file,
-        loadScript(file).then((part) => decode(part.array, Uint16Array)),
-      );
-    }
-    return this.pages.get(file);
+  /** Load the codes in a file of a history, or of influence: [rows, epochs, samples of the page]. */
+  async loadCodes(file) {
+    return decode((await loadScript(file)).array, Uint16Array);
   }
 }
 

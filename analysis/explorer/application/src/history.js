@@ -1,10 +1,10 @@
 // Histories of a run: importance by layer and epoch, and NLL by epoch, of every sample.
 //
-// Values are stored as codes of 16 bits on a logarithmic scale by row (a layer, or the NLL), within 0.1 %. Of a set
-// with more than half of the samples, the others are summed and subtracted from the sums of all.
+// Values are stored as codes of 16 bits on a logarithmic scale by row (a layer, or the NLL), within 0.1 %. In memory the codes
+// of a sample lie together: a selection reads its own samples alone. Of a set with more than half of the samples, the others
+// are summed and subtracted from the sums of all.
 
 const BIN_SHIFT = 18; // of the bits of a float32: bins of 3 %
-const BINS = 8192;
 const TOTAL = -1; // row: importance summed over the layers
 
 const bits = new Uint32Array(1);
@@ -35,7 +35,9 @@ export class History {
     this.factors = this.rows.map(factorsOf);
     this.layers = this.rows.flatMap((row, r) => (row.variable === "importance" ? [r] : []));
     this.nll = this.rows.findIndex((row) => row.variable === "nll");
-    this.pages = [];
+    this.cells = this.rows.length * this.epochs.length;
+    this.loading = []; // page -> promise
+    this.pages = []; // page -> codes [sample, row, epoch]
     this.ofAll = new Map(); // row -> summary of all samples
   }
 
@@ -45,21 +47,17 @@ export class History {
     this.isLoaded = true;
   }
 
-  async loadPage(page) {
-    this.pages[page] ??= await this.node.historyPage(this.manifest, page);
-    return this.pages[page];
+  loadPage(page) {
+    this.loading[page] ??= this.node.loadCodes(this.manifest.files[page]).then((codes) => (this.pages[page] = bySample(codes, this.cells)));
+    return this.loading[page];
   }
 
   /** Values of one sample, Float32Array [rows * epochs]. */
   async sample(sample) {
     const { page } = this.manifest;
-    const codes = await this.loadPage(Math.floor(sample / page));
-    const cells = this.rows.length * this.epochs.length;
-    const stride = codes.length / cells;
-    return Float32Array.from({ length: cells }, (_, cell) => {
-      const row = Math.floor(cell / this.epochs.length);
-      return decodeValue(this.factors[row], codes[cell * stride + (sample % page)]);
-    });
+    const start = (sample % page) * this.cells;
+    const codes = (await this.loadPage(Math.floor(sample / page))).subarray(start, start + this.cells);
+    return Float32Array.from(codes, (code, cell) => decodeValue(this.factors[Math.floor(cell / this.epochs.length)], code));
   }
 
   /**
@@ -74,63 +72,55 @@ export class History {
     const part = this.accumulate(isLarge ? selection.invert().indices : selection.indices, row);
     const others = subtract(all, part);
     const [selected, rest] = isLarge ? [others, part] : [part, others];
-    return { selected: this.summarise(selected), rest: this.summarise(rest) };
+    const bins = this.binsOf(row);
+    return { selected: this.summarise(selected, bins), rest: this.summarise(rest, bins) };
+  }
+
+  /** The bins that the values of a row can fall into: {first, count}. Bin 0 has zero and all below the first. */
+  binsOf(row) {
+    const rows = row === TOTAL ? this.layers.map((r) => this.rows[r]) : [this.rows[row]];
+    const ends = [Math.min(...rows.map(({ low }) => Math.exp(low))), rows.reduce((sum, { high }) => sum + Math.exp(high), 0)];
+    const [first, last] = ends.map((value) => binOf(Math.min(value, LARGEST)));
+    return { first: Math.max(0, first - 2), count: last - first + 5 }; // codes and float32 round
   }
 
   accumulate(samples, row) {
+    const { cells, factors } = this;
     const { length: epochs } = this.epochs;
-    const rows = row === this.nll ? [row] : this.layers;
-    const cells = this.rows.length * epochs;
-    const sums = new Float64Array(cells);
-    const measured = new Uint32Array(cells);
-    const total = new Float64Array(epochs);
-    const counts = new Uint32Array(epochs);
-    const histogram = new Uint32Array(epochs * BINS);
-    const values = new Float32Array(this.manifest.page);
-    for (const { codes, places } of this.byPage(samples)) {
-      const stride = codes.length / cells;
-      for (let epoch = 0; epoch < epochs; epoch++) {
-        values.fill(0, 0, places.length);
-        for (const r of rows) {
-          const cell = r * epochs + epoch;
-          const isShown = row === TOTAL || row === r;
-          const [sum, count] = addRow(codes, cell * stride, places, this.factors[r], isShown ? values : null);
-          sums[cell] += sum;
-          measured[cell] += count;
-        }
-        const [sum, count] = countBins(values.subarray(0, places.length), histogram, epoch * BINS);
-        total[epoch] += sum;
-        counts[epoch] += count;
-      }
-    }
-    return { sums, measured, total, counts, histogram };
-  }
-
-  /** Positions within each page of ascending samples. */
-  *byPage(samples) {
     const { page } = this.manifest;
-    let start = 0;
-    for (let p = 0; p < this.pages.length; p++) {
-      let end = start;
-      while (end < samples.length && samples[end] < (p + 1) * page) end++;
-      if (end > start) {
-        yield { codes: this.pages[p], places: samples.subarray(start, end).map((i) => i - p * page) };
+    const rows = row === this.nll ? [row] : this.layers;
+    const bins = this.binsOf(row);
+    const sums = new Float64Array(cells);
+    const missing = new Uint32Array(cells);
+    const total = new Float64Array(epochs);
+    const totalMissing = new Uint32Array(epochs);
+    const histogram = new Uint32Array(epochs * bins.count);
+    const values = new Float32Array(epochs);
+    const patterns = new Uint32Array(values.buffer);
+    for (let k = 0; k < samples.length; k++) {
+      const codes = this.pages[Math.floor(samples[k] / page)];
+      const start = (samples[k] % page) * cells;
+      values.fill(0);
+      for (const r of rows) {
+        addRow(codes, start, r * epochs, factors[r], sums, missing, row === TOTAL || row === r ? values : null, epochs);
       }
-      start = end;
+      countBins(values, patterns, bins, histogram, total, totalMissing);
     }
+    const measured = (lost) => lost.map((count) => samples.length - count);
+    return { sums, measured: measured(missing), total, counts: measured(totalMissing), histogram };
   }
 
-  summarise({ sums, measured, total, counts, histogram }) {
+  summarise({ sums, measured, total, counts, histogram }, bins) {
     const epochs = this.epochs.length;
     const mean = Array.from(total, (sum, epoch) => (counts[epoch] ? sum / counts[epoch] : NaN));
     const quantile = (share) =>
       Array.from(counts, (count, epoch) => {
         if (!count) return NaN;
         let left = share * count;
-        const first = epoch * BINS;
+        const start = epoch * bins.count;
         let bin = 0;
-        while (bin < BINS - 1 && (left -= histogram[first + bin]) > 0) bin++;
-        bits[0] = bin ? (bin << BIN_SHIFT) | (1 << (BIN_SHIFT - 1)) : 0;
+        while (bin < bins.count - 1 && (left -= histogram[start + bin]) > 0) bin++;
+        bits[0] = bin ? ((bins.first + bin) << BIN_SHIFT) | (1 << (BIN_SHIFT - 1)) : 0;
         return float[0];
       });
     const layers = this.layers.map((r) =>
@@ -140,30 +130,49 @@ export class History {
   }
 }
 
-/** Add the values of some places of a row to `values`, unless that is null. Returns sum and number of the finite ones. */
-function addRow(codes, start, places, factors, values) {
-  let [sum, count] = [0, 0];
-  for (let p = 0; p < places.length; p++) {
-    const value = decodeValue(factors, codes[start + places[p]]);
-    if (values) values[p] += value;
-    if (!(value < Infinity)) continue; // not measured, or infinite
-    sum += value;
-    count++;
-  }
-  return [sum, count];
+const LARGEST = 3.4028234663852886e38; // of float32
+
+function binOf(value) {
+  float[0] = value;
+  return bits[0] >>> BIN_SHIFT;
 }
 
-/** Count values by bins of 3 %. Returns the sum and number of those that were measured. */
-function countBins(values, histogram, first) {
-  const patterns = new Uint32Array(values.buffer, 0, values.length);
-  let [sum, count] = [0, 0];
-  for (let p = 0; p < values.length; p++) {
-    if (!(values[p] < Infinity)) continue;
-    sum += values[p];
-    count++;
-    histogram[first + (patterns[p] >>> BIN_SHIFT)]++;
+/** Codes [cell, sample] as [sample, cell]. */
+function bySample(codes, cells) {
+  const samples = codes.length / cells;
+  const turned = new Uint16Array(codes.length);
+  for (let cell = 0; cell < cells; cell++) {
+    for (let k = 0; k < samples; k++) turned[k * cells + cell] = codes[cell * samples + k];
   }
-  return [sum, count];
+  return turned;
+}
+
+/** Add a sample's row, from its first cell on, to the sums of the cells, and to `values` unless that is null. */
+function addRow(codes, start, first, { high, low }, sums, missing, values, epochs) {
+  for (let epoch = 0; epoch < epochs; epoch++) {
+    const cell = first + epoch;
+    const code = codes[start + cell];
+    if (code > ZERO && code < INFINITE) {
+      const value = high[code >> 8] * low[code & 255];
+      if (values) values[epoch] += value;
+      sums[cell] += value;
+    } else if (code !== ZERO) {
+      missing[cell]++; // not measured, or infinite
+      if (values) values[epoch] = NaN;
+    }
+  }
+}
+
+/** Count a sample's values by bins of 3 %, and add them to the totals. @param patterns the bits of the values */
+function countBins(values, patterns, { first, count }, histogram, total, missing) {
+  for (let epoch = 0; epoch < values.length; epoch++) {
+    if (!(values[epoch] < Infinity)) {
+      missing[epoch]++;
+      continue;
+    }
+    total[epoch] += values[epoch];
+    histogram[epoch * count + Math.max(0, (patterns[epoch] >>> BIN_SHIFT) - first)]++;
+  }
 }
 
 function everything(size) {

@@ -19,7 +19,9 @@ function decodeSigned({ low, high }, code) {
 
 /** Load the influence of a sample: [{name of the layer, values [E]}, ...]. @param part its entry in the manifest */
 async function loadRows(node, part, sample) {
-  const codes = await node.historyPage(part, Math.floor(sample / part.page));
+  const file = part.files[Math.floor(sample / part.page)];
+  if (!node.pages.has(file)) node.pages.set(file, node.loadCodes(file));
+  const codes = await node.pages.get(file);
   const epochs = part.epochs.length;
   const stride = codes.length / (part.rows.length * epochs);
   return part.rows.map((row, r) => ({

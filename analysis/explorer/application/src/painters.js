@@ -116,14 +116,14 @@ class CanvasPainter {
     this.ratio = window.devicePixelRatio || 1;
     this.canvas.width = Math.round(width * this.ratio);
     this.canvas.height = Math.round(height * this.ratio);
-    this.repaint();
+    this.layOut();
   }
 
   setPoints(x, y, colours, palette, grey) {
     Object.assign(this, { x, y, colours, selected: null });
     this.palette = Uint32Array.from(palette, pixelOf);
     this.grey = pixelOf(grey);
-    return this.repaint();
+    return this.layOut();
   }
 
   select(points) {
@@ -133,7 +133,13 @@ class CanvasPainter {
 
   setView(view) {
     this.view = view;
-    this.repaint();
+    this.layOut();
+  }
+
+  /** Forget the places of the points, and the pictures of all points in grey and in colour. */
+  layOut() {
+    this.places = this.inGrey = this.inColour = null;
+    return this.repaint();
   }
 
   /** Paint once in the next frame, after all changes of this one. */
@@ -148,26 +154,56 @@ class CanvasPainter {
     return this.frame;
   }
 
-  /** Write the pixels of all points: for 50,000 points ten times as fast as a rectangle each. */
+  /**
+   * Write the pixels of the points: for 50,000 ten times as fast as a rectangle each. All points in grey, or in colour, are kept
+   * as a picture while they stay in place, so that a selection writes its own points alone.
+   */
   paint() {
     if (!this.x) return;
     const { width, height } = this.canvas;
-    const context = this.canvas.getContext("2d");
-    const image = context.createImageData(width, height);
-    const pixels = new Uint32Array(image.data.buffer);
-    const disc = discOf((pointSize(this.x.length) * this.ratio) / 2);
-    const put = (i, colour) => {
-      const left = Math.round(((this.view.scale * this.x[i] + this.view.shiftX + 1) / 2) * width);
-      const top = Math.round(((1 - this.view.scale * this.y[i] - this.view.shiftY) / 2) * height);
-      for (let k = 0; k < disc.length; k += 2) {
-        const [column, row] = [left + disc[k], top + disc[k + 1]];
-        if (column >= 0 && column < width && row >= 0 && row < height) pixels[row * width + column] = colour;
-      }
-    };
-    const { colours, palette, grey, selected } = this;
-    for (let i = 0; i < this.x.length; i++) put(i, selected ? grey : palette[colours[i]]);
-    if (selected) for (const i of selected) put(i, palette[colours[i]]);
-    context.putImageData(image, 0, 0);
+    if (!this.places) {
+      this.places = this.findPlaces();
+      this.image = new ImageData(width, height);
+      this.pixels = new Uint32Array(this.image.data.buffer);
+    }
+    const { selected, colours, palette } = this;
+    if (selected && selected.length < this.x.length) {
+      this.inGrey ??= this.paintAll(() => this.grey);
+      this.pixels.set(this.inGrey);
+      for (let k = 0; k < selected.length; k++) this.put(this.pixels, selected[k], palette[colours[selected[k]]]);
+    } else {
+      this.inColour ??= this.paintAll((i) => palette[colours[i]]);
+      this.pixels.set(this.inColour);
+    }
+    this.canvas.getContext("2d").putImageData(this.image, 0, 0);
+  }
+
+  paintAll(colourOf) {
+    const pixels = new Uint32Array(this.pixels.length);
+    for (let i = 0; i < this.x.length; i++) this.put(pixels, i, colourOf(i));
+    return pixels;
+  }
+
+  /** Column and row of each point, Int32Array [2 N]. */
+  findPlaces() {
+    const { width, height } = this.canvas;
+    const { scale, shiftX, shiftY } = this.view;
+    this.disc = discOf((pointSize(this.x.length) * this.ratio) / 2);
+    const places = new Int32Array(2 * this.x.length);
+    for (let i = 0; i < this.x.length; i++) {
+      places[2 * i] = Math.round(((scale * this.x[i] + shiftX + 1) / 2) * width);
+      places[2 * i + 1] = Math.round(((1 - scale * this.y[i] - shiftY) / 2) * height);
+    }
+    return places;
+  }
+
+  put(pixels, i, colour) {
+    const { disc, places } = this;
+    const { width, height } = this.canvas;
+    for (let k = 0; k < disc.length; k += 2) {
+      const [column, row] = [places[2 * i] + disc[k], places[2 * i + 1] + disc[k + 1]];
+      if (column >= 0 && column < width && row >= 0 && row < height) pixels[row * width + column] = colour;
+    }
   }
 
   destroy() {}
