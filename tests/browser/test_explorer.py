@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from browser import SHOWN_ERROR, draw_lasso, file_url, read_heatmap, wait_ready
 
-from sampimp import open_cube
+from sampimp import open_cube, to_frame
 
 LASSO = [(0.2, 0.9), (0.25, 0.4), (0.6, 0.2), (0.8, 0.5), (0.5, 0.5), (0.6, 0.8)]
 """Corners of a lasso that is not convex, as shares of the scatter."""
@@ -234,8 +234,13 @@ def test_exported_snippet_trains_on_the_selection(explorer, cube, tmp_path):
     assert result.stdout.split() == ["True", "1500"]
     rows = list(csv.DictReader(save(explorer, "CSV", tmp_path).open(newline="")))
     assert [int(row["sample"]) for row in rows] == indices
-    nll = cube["nll"].sel(strategy="shuffle", seed=1).isel(epoch=-1, sample=indices).values
-    np.testing.assert_array_equal([np.float32(row["nll"]) for row in rows], nll)
+    frame = to_frame(cube).loc[indices]
+    assert set(frame) - set(rows[0]) == {"label", "correctness_bound"}
+    assert set(rows[0]) - set(frame) == {"sample", "seed_spread_shuffle"}
+    assert [row.pop("class_name") for row in rows] == frame["class_name"].tolist()
+    for name in set(rows[0]) & set(frame):
+        values = [np.float32(row[name]) for row in rows]
+        np.testing.assert_allclose(values, frame[name].astype(np.float32), rtol=2e-7, err_msg=name)
 
 
 def test_selection_by_keyboard_alone(explorer):

@@ -2,10 +2,13 @@
 
 import { download } from "./dom.js";
 
-/** One row a sample: position, class, file, and every column of the run. */
+/** Name of a column in `sampimp.to_frame`: importance_L1 for importance:L1. */
+const frameName = (name) => (name === "nll" ? "final_nll" : name.replace(":", "_"));
+
+/** One row a sample, with the names of `sampimp.to_frame`: position, class, file, and every column of the run. */
 export function toCsv({ node, runId, selection }) {
   const columns = node.columns(runId);
-  const head = ["sample", "class", ...(node.names ? ["file"] : []), ...columns.map((column) => column.name)];
+  const head = ["sample", "class_name", ...(node.names ? ["file"] : []), ...columns.map((column) => frameName(column.name))];
   const values = columns.map((column) => node.values(runId, column.name));
   const rows = Array.from(selection.indices, (i) => [
     node.id(i),
