@@ -3,16 +3,18 @@
 import { classPalette, sequencePalette, sequenceSteps, themeColour } from "./colours.js";
 import { RunComparison } from "./compare.js";
 import { SampleDetail } from "./detail.js";
-import { element, fillOptions, picker } from "./dom.js";
+import { element } from "./dom.js";
 import { EXPORTS, toSnippet } from "./exports.js";
 import { ClassChips, RangeFilter } from "./filters.js";
 import { History } from "./history.js";
 import { HistoryPanel } from "./history_panel.js";
+import { Pickers } from "./pickers.js";
 import { Scatter } from "./scatter.js";
 import { Selection } from "./selection.js";
 import { decodeState, encodeState } from "./state.js";
 import { SampleTable } from "./table.js";
-import { picture, ThumbnailGrid } from "./thumbnails.js";
+import { ThumbnailGrid } from "./thumbnails.js";
+import { SampleTip } from "./tip.js";
 import { everySample, NamedSelections, Toolbar } from "./toolbar.js";
 
 const UNDO_STEPS = 50;
@@ -44,11 +46,13 @@ export class Explorer {
 
   build() {
     const { state } = this;
+    this.pickers = this.createPickers();
+    this.tip = new SampleTip(by("tip"));
     const select = (samples, mode, step) => this.select(samples, mode ?? this.state.mode, step);
     const gestures = (onView) => ({
       select,
       pick: (sample, mode) => this.pick(sample, mode ?? this.state.mode),
-      hover: (sample, event) => this.hover(sample, event),
+      hover: (sample, event) => this.tip.show(this.node, sample, event),
       view: onView,
     });
     const tool = () => this.state.tool;
@@ -104,67 +108,33 @@ export class Explorer {
   }
 
   fillPickers() {
-    const { state, node } = this;
-    const runs = node.manifest.runs.map((run) => [run.id, runText(run)]);
-    const columns = this.columnOptions();
-    const run = picker("Run", runs, state.run, (id) => this.changeRun(id));
-    const colour = picker("Colour", { class: [["class", "class"]], ...columns }, state.colour, (name) => {
-      this.state.colour = name;
-      this.showPlots();
-    });
-    by("pickers").querySelector(".of-node")?.remove();
-    by("pickers").append(element("div", { class: "of-node" }, run.node, " ", colour.node));
-    state.plots.forEach((plot, k) => {
-      const axis = (end) => [
-        picker(end, columns, plot[end], (name) => {
-          plot[end] = name;
-          plot.linear = plot.linear.replace(end, "");
-          this.resetView(k);
-          this.fillPickers();
-          this.showPlots();
-        }).node,
-        this.scaleBox(plot, k, end),
-      ];
-      by(`axes-${k}`).replaceChildren(...[...axis("x"), ...axis("y")].filter(Boolean));
-    });
-    const sort = picker("Sorted by", columns, state.sort.name, (name) => this.change({ sort: { ...this.state.sort, name } }));
-    const direction = picker("", [["down", "largest first"], ["up", "smallest first"]], state.sort.descending ? "down" : "up", (value) =>
-      this.change({ sort: { ...this.state.sort, descending: value === "down" } }),
-    );
-    direction.select.setAttribute("aria-label", "Order");
-    this.sortPicker = sort.select;
-    this.directionPicker = direction.select;
-    by("sorting").replaceChildren(sort.node, direction.node);
-    this.ranges.forEach((range, k) => fillOptions(range.picker.select, columns, state.ranges[k]));
-    const compare = (label, options, value, set) => picker(label, options, value, (chosen) => this.changeComparison(set, chosen)).node;
-    by("compare-pickers").replaceChildren(
-      compare("Rank by", columns, state.compare.column, (next, name) => (next.column = name)),
-      compare("Run A", runs, state.compare.runs[0], (next, id) => (next.runs = [id, next.runs[1]])),
-      compare("Run B", runs, state.compare.runs[1], (next, id) => (next.runs = [next.runs[0], id])),
-    );
+    this.pickers.fill(this.node, this.state, this.ranges);
   }
 
-  columnOptions() {
-    const options = {};
-    for (const column of this.node.columns(this.state.run)) {
-      options[column.group] = [...(options[column.group] ?? []), [column.name, column.label]];
-    }
-    return options;
-  }
-
-  scaleBox(plot, k, end) {
-    const column = this.node.column(this.state.run, plot[end]);
-    if (column.scale !== "log") return null;
-    const box = element("input", {
-      type: "checkbox",
-      checked: !plot.linear.includes(end),
-      onchange: () => {
-        plot.linear = box.checked ? plot.linear.replace(end, "") : plot.linear.includes("y") && end === "x" ? "xy" : plot.linear + end;
+  createPickers() {
+    const plotOf = (k) => this.state.plots[k];
+    return new Pickers({
+      run: (id) => this.changeRun(id),
+      colour: (name) => {
+        this.state.colour = name;
+        this.showPlots();
+      },
+      axis: (k, end, name) => {
+        plotOf(k)[end] = name;
+        plotOf(k).linear = plotOf(k).linear.replace(end, "");
+        this.resetView(k);
+        this.fillPickers();
+        this.showPlots();
+      },
+      scale: (k, end, isLog) => {
+        const { linear } = plotOf(k);
+        plotOf(k).linear = ["x", "y"].filter((each) => (each === end ? !isLog : linear.includes(each))).join("");
         this.resetView(k);
         this.showPlots();
       },
+      sort: (parts) => this.change({ sort: { ...this.state.sort, ...parts } }),
+      compare: (change) => this.changeComparison(change),
     });
-    return element("label", { class: "check" }, box, "log");
   }
 
   // Drawing.
@@ -358,8 +328,7 @@ export class Explorer {
     Object.assign(this.state, parts);
     this.showTools();
     if (parts.sort) {
-      this.sortPicker.value = parts.sort.name;
-      this.directionPicker.value = parts.sort.descending ? "down" : "up";
+      this.pickers.showOrder(parts.sort);
       this.showSamples();
       this.showTable();
     }
@@ -395,9 +364,9 @@ export class Explorer {
     this.loadHistory();
   }
 
-  async changeComparison(set, value) {
+  async changeComparison(change) {
     const next = structuredClone(this.state.compare);
-    set(next, value);
+    change(next);
     try {
       for (const run of next.runs) await this.node.loadRun(run);
     } catch (error) {
@@ -418,7 +387,7 @@ export class Explorer {
     this.loadHistory();
   }
 
-  // Views of the plots, hovering, and the URL.
+  // Views of the plots, and the URL.
 
   keepView(k) {
     const { view } = this.scatters[k];
@@ -434,25 +403,6 @@ export class Explorer {
   resetViews() {
     this.scatters.forEach((_, k) => this.resetView(k));
     this.keepUrl();
-  }
-
-  hover(sample, event) {
-    const tip = by("tip");
-    tip.hidden = sample < 0;
-    if (sample < 0) {
-      this.hovered = -1;
-      return;
-    }
-    if (sample !== this.hovered) {
-      const { node } = this;
-      const words = [`sample ${node.id(sample)}, ${node.className(sample)}`, node.name(sample)].filter(Boolean);
-      tip.replaceChildren(picture(node, sample, 56), element("span", {}, words.join(", ")));
-      this.hovered = sample;
-    }
-    const isRight = event.clientX > window.innerWidth - 260;
-    tip.style.left = isRight ? "" : `${event.clientX + 14}px`;
-    tip.style.right = isRight ? `${window.innerWidth - event.clientX + 14}px` : "";
-    tip.style.top = `${Math.min(event.clientY + 12, window.innerHeight - 90)}px`;
   }
 
   keepUrl() {
@@ -487,8 +437,4 @@ export class Explorer {
     this.detail.chart.restyle();
     this.showPlots();
   }
-}
-
-function runText({ id, status, diverged_epoch: epoch }) {
-  return status === "diverged" ? `${id} (diverged in epoch ${epoch})` : id;
 }
