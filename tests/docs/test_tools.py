@@ -125,6 +125,20 @@ def training():
     return {"model": model, "optimizer": optimizer, "train": train, "recorded": recorded}
 
 
+def test_embedding_atlas_exports_the_samples(finished, tmp_path):
+    tool = shutil.which("embedding-atlas", path=Path(sys.executable).parent)
+    if tool is None and os.environ.get("RECIPES") != "all":
+        pytest.skip("embedding-atlas not installed")
+    frame = sampimp.to_frame(sampimp.open_cube(finished))
+    frame.to_parquet(tmp_path / "samples.parquet")
+    (command,) = re.findall("^    embedding-atlas (.*--export-application.*)$", PAGE, re.MULTILINE)
+    subprocess.run([tool, *command.split()], cwd=tmp_path, check=True, capture_output=True)
+    shown = pd.read_parquet(tmp_path / "atlas/data/dataset.parquet")
+    for column in ("confidence", "variability"):
+        np.testing.assert_array_equal(shown[column], frame[column])
+    assert (tmp_path / "atlas/index.html").is_file()
+
+
 def test_every_recipe_has_a_check():
     assert len(RECIPES) == len(CHECKS)
 
