@@ -73,8 +73,6 @@ recipes: | $(VENV)/.created
 	@grep -E '^(torch|xarray|zarr|numpy|pandas)==' constraints.txt > $(RECIPES)/constraints.txt
 	@$(RECIPES)/bin/python -m pip install -qq --disable-pip-version-check -c $(RECIPES)/constraints.txt \
 		-e . -r tests/docs/recipes.txt hypothesis pillow pyarrow pytest pytest-timeout pytest-xdist scikit-learn
-	@# Its packages for embeddings are left out: the recipe names the axes.
-	@$(RECIPES)/bin/python -m pip install -qq --disable-pip-version-check --no-deps embedding-atlas==0.26.0
 	@RECIPES=all WANDB_MODE=offline $(RECIPES)/bin/python -m pytest -n0 tests/docs/test_tools.py
 
 power: $(VENV)/.installed-test
