@@ -275,7 +275,8 @@ def open_source(
             )
     if table is None:
         table = _table_without_digests(folder)
-    table = {**table, "arrays": {**table["arrays"], **attrs.get("files", {})}}
+    # The digests of the values, which the plan confirms, are not replaced by those of the names.
+    table = {**table, "arrays": {**attrs.get("files", {}), **table["arrays"]}}
     _check_table(table, folder)
     return StoredSource(folder, attrs, table)
 
