@@ -275,8 +275,9 @@ def open_source(
             )
     if table is None:
         table = _table_without_digests(folder)
-    # The digests of the values, which the plan confirms, are not replaced by those of the names.
-    table = {**table, "arrays": {**attrs.get("files", {}), **table["arrays"]}}
+    files = attrs.get("files", {})
+    _check_names(table["arrays"], files, folder)
+    table = {**table, "arrays": table["arrays"] | files}
     _check_table(table, folder)
     return StoredSource(folder, attrs, table)
 
@@ -334,15 +335,24 @@ def _form(stored: Mapping[str, Any]) -> ArrayForm:
     return ArrayForm(shape, stored["dtype"], (stored["rows"], *shape[1:]))
 
 
+def _check_names(values: Mapping[str, Any], files: Mapping[str, Any], folder: Folder) -> None:
+    """Raise RecordError for other arrays than those of values, or than those of file names.
+
+    Both tables become one: a name of a value in that of the files would replace the digests that
+    the plan confirms.
+    """
+    for expected, got in ((SOURCE_ARRAYS, values), (FILE_ARRAYS, files or FILE_ARRAYS)):
+        if set(got) != set(expected):
+            words = f"the arrays {', '.join(expected)}"
+            raise _source_error(words, ", ".join(got)[:80], f"{folder}/zarr.json")
+
+
 def _check_table(table: Mapping[str, Any], folder: Folder) -> None:
     """Raise RecordError for a table of sizes that contradict each other, or that are too large.
 
     With as many digests as chunks, and chunks of limited size, no few bytes can claim many.
     """
     arrays = table["arrays"]
-    if set(arrays) not in (set(SOURCE_ARRAYS), {*SOURCE_ARRAYS, *FILE_ARRAYS}):
-        expected = f"{', '.join(SOURCE_ARRAYS)}, and both of {', '.join(FILE_ARRAYS)} or neither"
-        raise _source_error(expected, ", ".join(arrays)[:80], str(folder))
     shapes = {name: tuple(array["shape"]) for name, array in arrays.items()}
     files = [name for name in FILE_ARRAYS if name in arrays]
     wrong = {

@@ -97,7 +97,18 @@ def test_a_table_of_file_names_that_does_not_fit_is_refused(tmp_path, name, chan
     else:
         tables[name] = tables.get(name, tables["train_files"]) | change
     group.attrs["files"] = tables
-    with pytest.raises(RecordError, match=r"fit together|train_values|whole number"):
+    with pytest.raises(RecordError, match=r"fit together|train_files, test_files|whole number"):
+        open_source(Folder.of(tmp_path))
+
+
+def test_a_table_of_file_names_replaces_no_digest_of_a_value(tmp_path):
+    write_source(Folder.of(tmp_path), oracles.make_source())
+    group = zarr.open_group(str(tmp_path), mode="r+")
+    array = zarr.open_array(str(tmp_path / "train_labels"), mode="r+")
+    array[0] += 1
+    forged = group.attrs["chunks"]["arrays"]["train_labels"] | {"digests": [digest(array[:])]}
+    group.attrs["files"] = {**group.attrs["files"], "train_labels": forged}
+    with pytest.raises(RecordError, match="train_files, test_files"):
         open_source(Folder.of(tmp_path))
 
 
