@@ -14,7 +14,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -34,6 +34,9 @@ RELU_MODELS = ("mlp", "cnn", "resnet18", "transformer")
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How every network of a study is trained."""
+
+    LATER_ENTRIES: ClassVar = frozenset({"activation", "model", "optimizer", "schedule", "workers"})
+    """Entries that plans of earlier versions lack: their trials had the defaults."""
 
     model: str = "mlp"
     """The network: mlp (the paper's), cnn, resnet18, lstm, gru, transformer, or your own as

@@ -5,10 +5,11 @@ read, its depth and its texts when it is parsed, and its values are compared wit
 (`sampimp.store.file_types` declares one for each kind of file) before any of them is used. A wrong
 value is a `RecordError` that names the file, the place in it, what was expected and what came.
 
-Types are written as Python's own type hints: dataclasses (no other entries), typed dictionaries
-(other entries are ignored), `dict[str, T]`, `list[T]`, tuples, unions, `Literal`, `int` (from 0,
-below 2^63), `float` (any number), `str`, `bool`, None and `Any`; `Annotated[int, range(...)]` and
-`Annotated[float, LARGEST]` limit a number and `Annotated[str, re.compile(...)]` a text.
+Types are written as Python's own type hints: dataclasses (all entries but those of LATER_ENTRIES,
+which earlier versions did not write, and no others), typed dictionaries (others are ignored),
+`dict[str, T]`, `list[T]`, tuples, unions, `Literal`, `int` (from 0, below 2^63), `float` (any
+number), `str`, `bool`, None and `Any`; `Annotated[int, range(...)]` and `Annotated[float, LARGEST]`
+limit a number and `Annotated[str, re.compile(...)]` a text.
 
 Map: `parse_json`, `require_type`; `LARGEST_JSON`, `DEEPEST_JSON`.
 """
@@ -169,12 +170,9 @@ def _checker(hint: Any) -> _Check:
     if hint in _HOLDS:
         return _leaf(_WORDS[hint], _HOLDS[hint])
     if dataclasses.is_dataclass(hint):
-        optional = {
-            field.name
-            for field in dataclasses.fields(hint)
-            if field.default is not dataclasses.MISSING
-        }
-        return _entries(get_type_hints(hint, include_extras=True), optional, closed=True)
+        hints = get_type_hints(hint, include_extras=True)
+        hints = {field.name: hints[field.name] for field in dataclasses.fields(hint)}
+        return _entries(hints, getattr(hint, "LATER_ENTRIES", frozenset()), closed=True)
     if is_typeddict(hint):
         hints = get_type_hints(hint, include_extras=True)
         return _entries(hints, hint.__optional_keys__, closed=False)

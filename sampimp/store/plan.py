@@ -11,7 +11,7 @@ Map: `Plan`, `DatasetInfo` (a data set in a plan), `PlannedTrial` (a trial and i
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from sampimp.config import NetworkIdentity, TrainingConfig, TrialConfig
 from sampimp.errors import ConfigError, RecordError
@@ -34,6 +34,9 @@ from sampimp.store.variables import check_history
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
     """A data set in a plan."""
+
+    LATER_ENTRIES: ClassVar = frozenset({"forward_order", "chunks", "network"})
+    """Entries that plans of earlier versions lack."""
 
     name: str
     digest: str

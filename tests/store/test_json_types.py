@@ -3,7 +3,7 @@
 import contextlib
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypedDict
 
 import pytest
 from hypothesis import given
@@ -23,6 +23,7 @@ class Inner(TypedDict):
 
 @dataclass
 class Closed:
+    LATER_ENTRIES: ClassVar = frozenset({"inner"})
     name: str
     inner: tuple[Inner, ...] = ()
     kind: Literal["a", "b"] | None = None
@@ -41,6 +42,7 @@ GOOD = [
     (Annotated[int, range(1, 4)], 3),
     (Inner, {"size": 1, "more": 2}),
     (Closed, {"name": "x", "inner": [{"size": 1}], "kind": "b"}),
+    (Closed, {"name": "x", "kind": None}),
 ]
 
 WRONG = [
@@ -63,7 +65,8 @@ WRONG = [
     (Inner, {"note": "x"}, "an entry 'size'"),
     (Closed, {"name": "x", "inner": [{"size": "1"}]}, r"at \.inner\[0\]\.size"),
     (Closed, {"name": "x", "kind": "c"}, r"one of a, b or null at \.kind"),
-    (Closed, {"name": "x", "other": 1}, "also 'other'"),
+    (Closed, {"name": "x"}, "an entry 'kind' at the top"),
+    (Closed, {"name": "x", "kind": None, "other": 1}, "also 'other'"),
 ]
 
 

@@ -11,7 +11,7 @@ from sampimp.errors import ConfigError, RecordError, StoreError
 from sampimp.schema import REFERENCES, STRATEGIES
 from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
-from sampimp.store.plan import Plan, read_commits
+from sampimp.store.plan import DatasetInfo, Plan, read_commits
 from sampimp.store.plan_files import read_plan
 
 GRID = {"nlo": (1, 2), "shuffle": (1, 2), "rand": (1,), "sim": (3,), "shuffle_by_seed": (1, 2)}
@@ -227,6 +227,25 @@ def test_a_study_from_before_other_activations_had_relus():
     gelu = dataclasses.replace(plan.training, activation="gelu")
     with pytest.raises(ConfigError, match=r"activation 'relu' \(requested: 'gelu'\)"):
         older.joined(dataclasses.replace(plan, training=gelu), "OUT")
+
+
+def test_a_plan_may_lack_what_earlier_versions_did_not_write_and_nothing_else():
+    plan = with_network(make_plan(), NETWORK)
+    content = json.loads(json.dumps(plan.to_json()))
+    info = content["datasets"]["a"]
+    absent = []
+    for holder in (content, content["training"], info, info["network"]):
+        for name in set(holder) - {"schema_version"}:
+            value = holder.pop(name)
+            try:
+                Plan.from_json(content)
+            except RecordError as error:
+                assert f"an entry {name!r}" in str(error)
+            else:
+                absent.append(name)
+            holder[name] = value
+    assert set(absent) == TrainingConfig.LATER_ENTRIES | DatasetInfo.LATER_ENTRIES
+    assert Plan.from_json(content) == plan
 
 
 def test_joining_adds_seeds_strategies_and_data_sets():
