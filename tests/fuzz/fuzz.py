@@ -233,8 +233,7 @@ def read_cube(root):
     tree = sampimp.open_cube(root / "study")
     str(tree), tree._repr_html_()
     for node in tree.subtree:
-        for variable in node.data_vars.values():
-            variable.compute()
+        node.to_dataset().compute()
 
 
 def read_status(root):
