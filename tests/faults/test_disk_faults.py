@@ -1,7 +1,6 @@
 """Every operation of the store on a disk fails once, in every command that uses it.
 
-Every 21st here, since there are three to five times as many as requests to a bucket, or fewer of a
-long command; `make faults` lets each of them fail.
+Every seventh here, or fewer of a long command; `make faults` lets each of them fail.
 """
 
 import itertools
@@ -30,7 +29,7 @@ def test_after_any_fault_the_same_command_gives_the_same(name, tmp_path, monkeyp
     with faulty(monkeypatch, undisturbed, disk):
         scene.command(undisturbed)
     expected, problems = outcome(undisturbed), []
-    step = 3 * EVERY * scene.stride if EVERY > 1 else 1
+    step = EVERY * scene.stride if EVERY > 1 else 1
     codes = itertools.cycle(CODES)
     for number in range(1 + len(name) % step, disk.count + 1, step):
         out, faults = copy(number), FaultyDisk(number, next(codes))

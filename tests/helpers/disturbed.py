@@ -31,7 +31,7 @@ from sampimp.sweeps import status
 from sampimp.sweeps.influence_study import compute_influence
 
 EVERY = int(os.environ.get("FAULTS_EVERY", "7"))
-"""Every which request fails; 1 in `make faults`, and then every operation on a disk too."""
+"""Every which request or operation fails; 1 in `make faults`."""
 
 
 def _config(out: str, *strategies: str) -> Any:
