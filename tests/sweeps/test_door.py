@@ -123,6 +123,19 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(in_background):
     assert (process.returncode, process.stdout.read()) == (143, "answered\n")
 
 
+def test_a_command_that_does_not_end_after_sigterm_is_ended():
+    """The end of a command may wait for a server that is gone."""
+    wait = "from sampimp.sweeps import door; door.GRACE = 0.5\n        "
+    wait += "try:\n            print('ready', flush=True)\n            time.sleep(60)\n"
+    wait += "        finally:\n            time.sleep(60)"
+    process = start(wait)
+    assert [process.stdout.readline(), process.stdout.readline()] == ["begun\n", "ready\n"]
+    began = time.monotonic()
+    process.terminate()
+    assert (process.wait(), process.stdout.read()) == (143, "")
+    assert 0.5 <= time.monotonic() - began < 30
+
+
 def test_ctrl_c_at_the_end_of_a_study_prints_no_traceback(finished):
     """Nothing is left to train: the study ends once it has started Ray, and stops Ray."""
     driver = Driver(finished.out, finished.arguments, door=TRAIN)
