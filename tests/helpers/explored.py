@@ -119,15 +119,7 @@ class Written:
     def history(self, number=0):
         """Return the values of a history [row, epoch, sample], and its entry."""
         entry = self.node["histories"][number]
-        pages = []
-        for page, file in enumerate(entry["files"]):
-            part = self.part(file)
-            assert (part["kind"], part["page"]) == ("history", page)
-            codes = array(part["array"], "<u2")
-            pages.append(codes.reshape(len(entry["rows"]), len(entry["epochs"]), -1))
-        codes = np.concatenate(pages, axis=-1).astype(np.float64)
-        low = np.array([row["low"] for row in entry["rows"]])[:, None, None]
-        high = np.array([row["high"] for row in entry["rows"]])[:, None, None]
+        codes, low, high = self._codes(entry, {"kind": "history"})
         values = np.exp(low + (codes - 2) / 65532 * (high - low))
         values[codes == 0], values[codes == 1], values[codes == 65535] = np.nan, 0, np.inf
         return values, entry
@@ -135,22 +127,28 @@ class Written:
     def influence(self, number=0):
         """Return the influence of a run on a target [layer, epoch, sample], and its entry."""
         entry = self.node["influence"][number]
-        pages = []
-        for page, file in enumerate(entry["files"]):
-            part = self.part(file)
-            assert (part["kind"], part["page"]) == ("influence", page)
-            assert (part["run"], part["target"]) == (entry["run"], entry["target"])
-            codes = array(part["array"], "<u2")
-            pages.append(codes.reshape(len(entry["rows"]), len(entry["epochs"]), -1))
-        codes = np.concatenate(pages, axis=-1).astype(np.float64)
-        low = np.array([row["low"] for row in entry["rows"]])[:, None, None]
-        high = np.array([row["high"] for row in entry["rows"]])[:, None, None]
+        identity = {"kind": "influence", "run": entry["run"], "target": entry["target"]}
+        codes, low, high = self._codes(entry, identity)
         negative = codes < 32768
         magnitude = np.exp(low + (codes - np.where(negative, 2, 32768)) / 32765 * (high - low))
         values = np.where(negative, -magnitude, magnitude)
         values[codes == 0], values[codes == 1] = np.nan, 0
         values[codes == 65534], values[codes == 65535] = -np.inf, np.inf
         return values, entry
+
+    def _codes(self, entry, identity):
+        """Return the codes [row, epoch, sample] of all pages, and the logs of each row's limits."""
+        pages = []
+        for page, file in enumerate(entry["files"]):
+            part = self.part(file)
+            assert part.items() >= (identity | {"page": page}).items()
+            codes = array(part["array"], "<u2")
+            pages.append(codes.reshape(len(entry["rows"]), len(entry["epochs"]), -1))
+        low, high = (
+            np.array([row[name] for row in entry["rows"]])[:, None, None]
+            for name in ("low", "high")
+        )
+        return np.concatenate(pages, axis=-1).astype(np.float64), low, high
 
     def files(self):
         """Return the modification time and the bytes of each file."""
