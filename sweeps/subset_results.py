@@ -30,7 +30,7 @@ PRECISION = 1.1
 
 
 def next_sizes(folder: Folder, request: SubsetRequest, within: float) -> list[Comparison]:
-    """Return the sizes that a bisection trains next, for each rule and budget; none at its end.
+    """Return the sizes that a bisection trains next, for each run, rule and budget; none at its end.
 
     The smallest size is searched whose mean error, and that of all larger ones, is at most that of
     all samples at the same budget plus `within`. A size with a training that diverged is beyond.
@@ -44,7 +44,7 @@ def next_sizes(folder: Folder, request: SubsetRequest, within: float) -> list[Co
     """
     plan = require_plan(folder)
     commits = read_commits(folder, INFLUENCE_FOLDER)
-    budgets: dict[tuple[str, float], list[str]] = {}
+    budgets: dict[tuple[str, str, float], list[str]] = {}
     for run, cube in _runs(folder, request):
         done, _ = trained_before(commits, run)
         error = cube.subset_error.sel(training_seed=list(request.seeds))
@@ -69,11 +69,11 @@ def next_sizes(folder: Folder, request: SubsetRequest, within: float) -> list[Co
                 errors = error.sel(rule=rule.spec, budget=budget, size=sizes).values
                 size = middle_size(np.array(sizes), errors, limit, least, most)
                 if size is not None:
-                    wanted = budgets.setdefault((rule.spec, size), [])
+                    wanted = budgets.setdefault((run.label, rule.spec, size), [])
                     wanted += [budget] * (budget not in wanted)
     return [
-        Comparison(rule=rule, size=size, budgets=tuple(wanted), is_validated=False)
-        for (rule, size), wanted in budgets.items()
+        Comparison(rule=rule, size=size, budgets=tuple(wanted), is_validated=False, run=run)
+        for (run, rule, size), wanted in budgets.items()
     ]
 
 

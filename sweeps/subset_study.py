@@ -125,11 +125,11 @@ def prepare_subsets(
     sources = check_replayable(folder, plan, keys, request.model)
     data = {key: scale_inputs(sources[key], plan.training.input_scaling) for key in keys}
     comparisons = request.comparisons() if comparisons is None else comparisons
-    for key in keys:
-        _check_sizes(plan, key, data[key], comparisons)
     pools = {key: pool_of("validation", data[key].train_labels) for key in keys}
     scores = {}
     for run in (trials[position] for position in positions):
+        sizes = [each.size for each in comparisons if each.concerns(run)]
+        _check_sizes(plan, run.config.dataset, data[run.config.dataset], sizes)
         for rule in request.parsed:
             if rule.reads_own:
                 values = own_scores(folder, plan, run, rule, request.files)
@@ -174,12 +174,12 @@ def prepare_subsets(
     )
 
 
-def _check_sizes(plan: Plan, key: str, data: Dataset, comparisons: Sequence[Comparison]) -> None:
+def _check_sizes(plan: Plan, key: str, data: Dataset, sizes: Sequence[float]) -> None:
     """Raise ConfigError for a size below one sample a class, or more than the split leaves."""
     count = len(data.train_labels)
     classes = len(np.unique(data.train_labels))
     left = count - len(validation_samples(data.train_labels))
-    for size in dict.fromkeys(comparison.size for comparison in comparisons):
+    for size in dict.fromkeys(sizes):
         if not classes <= round(size * count) <= left:
             raise ConfigError(
                 expected=f"at least {classes} of the {count:,} samples, one for each class, and at "
@@ -199,7 +199,8 @@ def _check_room(
 ) -> None:
     """Raise ConfigError for a size of which a rule has too few samples to select from."""
     samples = plan.datasets[run.config.dataset].sample_count
-    for size in (each.size for each in comparisons if each.rule == rule.spec):
+    own = (each for each in comparisons if each.rule == rule.spec and each.concerns(run))
+    for size in (each.size for each in own):
         if round(size * samples) > room:
             raise ConfigError(
                 expected=f"a size of at most {room:,} samples, from which {rule.spec} can select "

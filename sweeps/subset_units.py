@@ -44,6 +44,12 @@ class Comparison:
     budgets: tuple[str, ...] = SUBSET_BUDGETS[:2]
     is_validated: bool = True
     """Whether the validation split judges it in any case, so that it can be chosen."""
+    run: str | None = None
+    """Label of the run whose scores select; None: each run of the request."""
+
+    def concerns(self, run: PlannedTrial) -> bool:
+        """Return whether it is to be trained by the scores of a run."""
+        return self.run in (None, run.label)
 
 
 def trained_before(
@@ -115,20 +121,21 @@ class SubsetUnits(DerivedUnits):
 
         A unit waits for its search, or for the validation of its rule's parameters.
         """
+        comparisons = [each for each in self._comparisons if each.concerns(run)]
         searches: dict[tuple[float, str], Unit] = {}
-        for comparison in self._comparisons:
+        for comparison in comparisons:
             if self._rule(comparison).kind.is_searched:
                 for split in SPLITS if comparison.is_validated else ("test",):
                     unit = self._search(position, run, commits, comparison.size, split)
                     searches.setdefault((comparison.size, split), unit)
         yield from searches.values()
         validated = trained_before(commits, run)[1]
-        for judged in self._judged(run):
+        for judged in self._judged(run, comparisons):
             names = [judged.rule] * len(judged.budgets)
             yield from self._trainings(
                 position, run, commits, judged, names, "validation", searches
             )
-        for comparison in self._comparisons:
+        for comparison in comparisons:
             best = self._variants(run, comparison, validated)
             yield from self._trainings(position, run, commits, comparison, best, "test", searches)
         full = Comparison(rule=ALL_SAMPLES, size=1.0, budgets=("steps", "convergence"))
@@ -146,10 +153,12 @@ class SubsetUnits(DerivedUnits):
         variants = self._rule(comparison).variants
         return [name for name in variants if parse_rule(name).capacity(samples) >= count]
 
-    def _judged(self, run: PlannedTrial) -> list[Comparison]:
+    def _judged(
+        self, run: PlannedTrial, comparisons: Sequence[Comparison]
+    ) -> list[Comparison]:
         """Return what the validation split judges, each variant and size once."""
         budgets: dict[tuple[str, float], set[str]] = {}
-        for comparison in self._comparisons:
+        for comparison in comparisons:
             names = self._candidates(run, comparison)
             for name in names if comparison.is_validated or len(names) > 1 else ():
                 budgets.setdefault((name, comparison.size), set()).update(comparison.budgets)

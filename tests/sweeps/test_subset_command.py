@@ -108,6 +108,21 @@ def test_a_search_for_the_smallest_size_ends(study, command):
     assert read_commits(study, "influence") == commits
 
 
+def test_each_run_has_a_bisection_of_its_own(study, command, tmp_path):
+    """With several runs the same trainings are made as by a command for each."""
+    sizes = []
+    for folder, commands in (("together", ["all"]), ("apart", ["shuffle:1", "shuffle:2"])):
+        copy = Folder.of(shutil.copytree(str(study), tmp_path / folder))
+        for runs in commands:
+            code, text = command(copy, *FAST, "--within", "10", "--runs", runs)
+            assert code == 0, text
+        commits = read_commits(copy, "influence").values()
+        sizes.append({(c["trial"], c["rule"], c["size"], *c["budgets"]) for c in commits})
+    assert sizes[0] == sizes[1]
+    bisected = [{size[1:] for size in sizes[0] if f"seed{seed}-" in size[0]} for seed in (1, 2)]
+    assert bisected[0] != bisected[1]  # else a size of one run is one of the other
+
+
 def test_selected_samples_are_exported(study, command):
     code, text = command(study, *FAST, "--runs", "all")
     assert code == 0, text
