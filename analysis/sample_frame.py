@@ -172,7 +172,15 @@ def _select_run(cube: xr.Dataset, strategy: str, seed: int) -> xr.Dataset:
         )
     run = cube.sel(strategy=strategy, seed=seed)
     diverged = run.get("diverged_epoch", np.nan)
-    return run if np.isnan(diverged) else run.sel(epoch=run["epoch"] < diverged)
+    run = run if np.isnan(diverged) else run.sel(epoch=run["epoch"] < diverged)
+    if not run.sizes["epoch"]:
+        raise MissingDataError(
+            expected="a run with an epoch before it diverged",
+            got=f"{strategy}, seed {seed}, which diverged in its first epoch",
+            where=place_of(cube),
+            todo="choose another run, or train with a smaller learning rate",
+        )
+    return run
 
 
 def _identity(run: xr.Dataset) -> dict[str, _Column]:

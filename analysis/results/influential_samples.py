@@ -6,6 +6,9 @@ training, the lower the NLL of the target at the end, and without the sample it 
 Map: `influential_samples`.
 """
 
+import math
+import re
+
 import numpy as np
 import xarray as xr
 
@@ -22,8 +25,8 @@ from sampimp.errors import MissingDataError
 SHOWN = 8
 """Number of samples listed at each end (arbitrary)."""
 
-LISTED_KINDS = ("class", "sample")
-"""Kinds of targets: negative log-likelihoods of a class, and of one test sample."""
+LISTED = re.compile(r"(class|sample):(\d{1,9})")
+"""Targets: negative log-likelihoods of a class, and of one test sample, by their numbers."""
 
 
 def influential_samples(cube: xr.Dataset, count: int = SHOWN) -> xr.Dataset:
@@ -62,7 +65,7 @@ def influential_samples(cube: xr.Dataset, count: int = SHOWN) -> xr.Dataset:
     """
     run = influence_run(cube, "influence_total")
     smoothing = smoothings_of(run)[0]
-    targets = [t for t in targets_of(run, smoothing) if t.partition(":")[0] in LISTED_KINDS]
+    targets = [t for t in targets_of(run, smoothing) if _is_listed(t, cube)]
     if not targets:
         raise MissingDataError(
             "the influence on a class or on a single test sample",
@@ -100,3 +103,11 @@ def influential_samples(cube: xr.Dataset, count: int = SHOWN) -> xr.Dataset:
     )
     result.attrs |= {**conventions(), "smoothing": smoothing or "none"}
     return result
+
+
+def _is_listed(target: str, cube: xr.Dataset) -> bool:
+    """Return whether a target is that of a class, or of a test sample that the cube has."""
+    match = LISTED.fullmatch(target)
+    if match is None:
+        return False
+    return match[1] == "class" or int(match[2]) < cube.sizes.get("test_sample", math.inf)

@@ -17,6 +17,7 @@ from sampimp.analysis.report import write
 from sampimp.analysis.report.influence_figures import INFLUENCE_FIGURES
 from sampimp.analysis.report.method_table import method_table
 from sampimp.analysis.results.analyse import analyse
+from sampimp.analysis.results.influential_samples import influential_samples
 from sampimp.sweeps.derived_study import run_here
 from sampimp.sweeps.retrain_study import RetrainRequest, prepare_retrain
 
@@ -292,3 +293,13 @@ def test_a_stored_study_with_influence_is_reported(tmp_path):
 
 def test_kinds_have_names():
     assert removals.name_kind("mine", 0.9, 3) == "mine (3)"
+
+
+@pytest.mark.parametrize("name", ["class:abc", "sample:12", "class:" + "9" * 5000, "sample:"])
+def test_a_target_that_is_no_class_or_test_sample_is_not_listed(cube, name):
+    """Of 12 test samples; targets of a study of somebody else have any names."""
+    targets = cube["target"].values.astype(object)
+    targets[-1] = name
+    listed = influential_samples(cube.assign_coords(target=targets))["target"].values
+    assert name not in listed
+    assert len(listed) > 1

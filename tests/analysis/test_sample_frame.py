@@ -152,6 +152,12 @@ def test_the_frame_of_a_study_says_where_it_is_from(tmp_path):
             r"2 nodes: mnist, cifar10/cnn(.|\n)*to_frame\(tree\['mnist'\]\)",
         ),
         (lambda cube: xr.DataTree(), {}, ConfigError, "0 nodes: none"),
+        (
+            lambda cube: cube.assign(diverged_epoch=cube["diverged_epoch"].fillna(1)),
+            {},
+            MissingDataError,
+            "diverged in its first epoch",
+        ),
     ],
 )
 def test_what_is_no_run_of_one_node_is_refused(cube, change, options, error, words):
