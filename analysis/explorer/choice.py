@@ -12,6 +12,9 @@ from sampimp.store.plan import Plan
 MEGABYTES = 200.0
 """Largest size of an explorer by default (arbitrary: what a browser still loads at ease)."""
 
+LARGEST_MEGABYTES = 1e9
+"""Largest size that a manifest may ask for (arbitrary)."""
+
 
 class Choice(NamedTuple):
     """What an explorer is asked for."""
@@ -35,12 +38,16 @@ class Choice(NamedTuple):
         """
         held = asked if isinstance(asked, dict) else {}
         runs = {"all", *(f"{trial.strategy}-seed{trial.seed}" for trial in plan.trials())}
-        megabytes = held.get("megabytes")
         return cls(
             _known(held.get("runs"), runs),
             _known(held.get("nodes"), {plan.node(key) for key in plan.datasets}),
-            float(megabytes) if isinstance(megabytes, int | float) else MEGABYTES,
+            _size_of(held.get("megabytes")),
         )
+
+
+def _size_of(value: Any) -> float:
+    is_size = isinstance(value, int | float) and 0 < value < LARGEST_MEGABYTES
+    return float(value) if is_size else MEGABYTES
 
 
 def _known(names: Any, known: set[str]) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from sampimp.errors import ConfigError
+from sampimp.errors import ConfigError, RecordError
 from sampimp.schema import digest_json
+from sampimp.store.json_types import parse_json, require_type
 from sampimp.store.location import Folder
 from sampimp.store.manifests import has_manifest, remove_manifest, write_manifest
 
@@ -48,9 +49,12 @@ def script(value: Any) -> bytes:
 def read_script(content: bytes) -> Any:
     """Return the object of a script; None if it is not one that `script` returned."""
     try:
-        return json.loads(content.decode().removeprefix(_CALL).removesuffix(");\n"))
-    except ValueError:
+        text = content.removeprefix(_CALL.encode()).removesuffix(b");\n")
+        value = parse_json(text, STUDY)
+        json.dumps(value, allow_nan=False)  # the page reads JSON
+    except (RecordError, ValueError):
         return None
+    return value
 
 
 def encode_array(values: np.ndarray) -> str:
@@ -106,6 +110,7 @@ class ExplorerFolder:
         basis: Any,
         make: Callable[[list[str]], tuple[dict[str, Any], bytes | Sequence[bytes]]],
         damaged: list[str],
+        hint: Any = dict[str, Any],
     ) -> dict[str, Any]:
         """Write a part unless it is there, and return its entry in the manifest.
 
@@ -122,11 +127,14 @@ class ExplorerFolder:
             its argument gets a line for each chunk that is damaged.
         damaged
             Gets these lines.
+        hint
+            The type of the entry (`sampimp.store.json_types`): the part is written again if the
+            manifest has none of this type.
         """
         digest = digest_json([ENCODING, basis])[:12]
         for first in (f"{name}-{digest}.{ending}", f"{name}-{digest}-0000.{ending}"):
             entry = self._entries.get(first)
-            if entry is not None and self._durable.issuperset(_files_of(entry)):
+            if entry is not None and self._is_kept(entry, hint):
                 self._used.update(_files_of(entry))
                 return entry
         damage: list[str] = []
@@ -147,6 +155,14 @@ class ExplorerFolder:
                 self._write(file, each, durable=False)
         self._used.update(files)
         return entry
+
+    def _is_kept(self, entry: dict[str, Any], hint: Any) -> bool:
+        """Return whether a part is on the disk, and its entry has a type."""
+        try:
+            require_type(entry, hint, STUDY)
+        except RecordError:
+            return False
+        return self._durable.issuperset(_files_of(entry))
 
     def read(self, file: str) -> Any:
         """Return the object of a part."""

@@ -6,7 +6,7 @@ Map: `NodeParts` (`write`), `measure_node` (what the size of a node follows from
 import base64
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from sampimp.analysis.explorer.sprites import PAGE_SAMPLES, PER_ROW, SpriteSheet
 from sampimp.analysis.explorer.thinning import MOST_TARGETS, NodeSize, Thinning
 from sampimp.errors import RecordError
 from sampimp.store.datasets import open_source
+from sampimp.store.json_types import require_type
 
 MOST_LAYERS = 12
 """Layers up to which every run has columns of them; with more, only the first run (arbitrary)."""
@@ -33,6 +34,27 @@ MOST_VALUES = 100
 """Values of a sample that are shown, of a data set without images (arbitrary)."""
 _NO_CLASS = 65535
 _DAMAGED_GREY = 128
+
+
+class _RunEntry(TypedDict):
+    """The entry of a run in the manifest."""
+
+    id: str
+    strategy: str
+    seed: int
+    status: Literal["complete", "diverged"]
+    diverged_epoch: int | None
+    columns: list[dict[str, str]]
+    file: str
+
+
+class _Importance(TypedDict):
+    importance: str
+
+
+class _RunPart(TypedDict):
+    columns: _Importance
+
 
 _Part = tuple[dict[str, Any], bytes]
 _Parts = tuple[dict[str, Any], list[bytes]]
@@ -121,10 +143,15 @@ class NodeParts:
         return lines
 
     def _add(
-        self, name: str, basis: Any, make: Callable[[list[str]], Any], ending: str = "js"
+        self,
+        name: str,
+        basis: Any,
+        make: Callable[[list[str]], Any],
+        ending: str = "js",
+        hint: Any = dict[str, Any],
     ) -> dict[str, Any]:
         path = f"{self.node.folder}/{name}"
-        return self.files.add(path, ending, [basis, self.step], make, self._damage)
+        return self.files.add(path, ending, [basis, self.step], make, self._damage, hint)
 
     def _script(self, kind: str, **more: Any) -> bytes:
         return script({"kind": kind, "node": self.node.name, **more})
@@ -213,7 +240,7 @@ class NodeParts:
         probes = self.node.cube.get("final_importance_total")
         smoothing = None if probes is None else probes.attrs.get("smoothing", "")
         basis = [run.record, run.derived, by_layer, smoothing if run.derived else None]
-        return self._add(f"run-{safe_name(run.name)}", basis, make)
+        return self._add(f"run-{safe_name(run.name)}", basis, make, hint=_RunEntry)
 
     def _write_shared(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
         by_strategy: dict[str, dict[str, str]] = {}
@@ -228,7 +255,7 @@ class NodeParts:
             columns: Columns = {}
             for strategy, files in several.items():
                 self._progress(f"{self.node.name}: seeds of {strategy}")
-                each = [self._read_tau(run, file) for run, file in files.items()]
+                each = [self._read_tau(run, file, damage) for run, file in files.items()]
                 whole = [tau for tau in each if not np.isnan(tau).any()]
                 if len(whole) > 1:
                     columns |= seed_spread(strategy, whole)
@@ -237,11 +264,18 @@ class NodeParts:
 
         return self._add("shared", several, make)
 
-    def _read_tau(self, run: str, file: str) -> np.ndarray:
-        """Return the overall importance of a run, from memory or from its part."""
+    def _read_tau(self, run: str, file: str, damage: list[str]) -> np.ndarray:
+        """Return the overall importance of a run, from memory or from its part; NaN if damaged."""
         if run not in self._tau:
-            encoded = self.files.read(file)["columns"]["importance"]
-            self._tau[run] = decode_column(encoded)
+            try:
+                part = self.files.read(file)
+                require_type(part, _RunPart, file)
+                self._tau[run] = decode_column(part["columns"]["importance"])
+            except (RecordError, ValueError):
+                self._tau[run] = np.empty(0)
+            if len(self._tau[run]) != self.samples:
+                damage.append(f"{file} of the explorer: damaged; remove it")
+                self._tau[run] = np.full(self.samples, np.nan)
         return self._tau[run]
 
     def _write_history(self, run: ExploredRun) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from memory_bucket import serving
 from study_here import QUIET
 
 from sampimp.analysis.explorer import explore, write_explorer
+from sampimp.analysis.explorer.choice import MEGABYTES, Choice
 from sampimp.analysis.explorer.explorer_folder import script
 from sampimp.data import Source
 from sampimp.errors import ConfigError, StoreError
@@ -29,6 +30,11 @@ from sampimp.sweeps import full_study
 def changed(before, after):
     """Return the files that were written or removed."""
     return {name for name in before | after if before.get(name) != after.get(name)}
+
+
+def contents(written):
+    """Return the content of each file."""
+    return {name: content for name, (_, content) in written.files().items()}
 
 
 def assert_listed(folder):
@@ -209,6 +215,47 @@ def test_no_text_ends_a_script(tmp_path):
     scripts = [text for name, (_, text) in written.files().items() if name.startswith("data/")]
     assert not [text for text in scripts if b"<" in text and not text.startswith(b"\x89PNG")]
     assert json.loads(script({"a": HOSTILE})[12:-3]) == {"a": HOSTILE}
+
+
+NO_MANIFESTS = {
+    "deep": lambda text: text[:12] + "[" * 10**5 + "]" * 10**5 + ");\n",
+    "nan": lambda text: text.replace('"format":1', '"format":NaN'),
+    "infinite": lambda text: text.replace('"format":1', '"format":1e999'),
+    "other entries": lambda text: text.replace('"status":"complete"', '"status":"<b>"'),
+    "no entries": lambda text: text.replace('"strategy"', '"other"'),
+}
+
+
+@pytest.mark.parametrize("name", NO_MANIFESTS)
+def test_a_manifest_of_somebody_else_is_written_again(tmp_path, name):
+    folder, plan, _ = make_study(tmp_path)
+    commit_trial(folder, plan, "shuffle-seed2")
+    before = contents(write(tmp_path)[0])
+    path = tmp_path / "analysis/explore/data/study.js"
+    changed_text = NO_MANIFESTS[name](path.read_text())
+    assert changed_text != path.read_text()
+    path.write_text(changed_text)
+    assert contents(write(tmp_path)[0]) == before
+
+
+@pytest.mark.parametrize("part", [b"", b'sampimpData({"columns":{"importance":"AAAA"}});\n'])
+def test_a_damaged_part_of_a_run_is_named(tmp_path, part):
+    """The importance of a run is read from its part for the spread over the seeds."""
+    folder, plan, _ = make_study(tmp_path)
+    commit_trial(folder, plan, "shuffle-seed2")
+    written, _ = write(tmp_path)
+    name = written.node["runs"][0]["file"]
+    (tmp_path / "analysis/explore" / name).write_bytes(part)
+    commit_trial(folder, plan, "rand-seed2")
+    written, _ = write(tmp_path)
+    assert written.node["damaged"] == [f"{name} of the explorer: damaged; remove it"]
+
+
+@pytest.mark.parametrize("size", [10**400, float("nan"), -1, float("inf"), "9"])
+def test_a_size_that_is_none_is_not_kept(tmp_path, size):
+    _, plan, _ = make_study(tmp_path)
+    assert Choice.of({"megabytes": size}, plan).megabytes == MEGABYTES
+    assert Choice.of({"megabytes": 30}, plan).megabytes == 30
 
 
 def test_another_folder_is_not_listed_and_a_strange_one_is_refused(tmp_path, capsys):
