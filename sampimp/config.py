@@ -79,8 +79,11 @@ class TrainingConfig:
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         rate = self.learning_rate
         _require(math.isfinite(rate) and rate > 0, "learning_rate", "a positive number", rate)
+        function = self.model.partition(":")[2]  # it names a node of the cube, and folders
         if ":" not in self.model:
             check_choice(self.model, MODELS, "model")
+        elif not function.isidentifier():
+            _require(False, "model", "package.module:function", self.model)
         if self.activation != "relu" and self.model not in RELU_MODELS:
             expected = f"relu for a model other than {', '.join(RELU_MODELS)}"
             _require(False, "activation", expected, self.activation)

@@ -15,6 +15,7 @@ import numpy as np
 
 from sampimp.schema import __version__, digest_json, variable
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER, layout_of, record_id
+from sampimp.store.influence_records import derived_commits
 from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits
@@ -73,7 +74,7 @@ class DerivedUnits(ABC):
     def resolve(self) -> list[Unit]:
         """Return all units as the store has them now."""
         trials = self.plan.resolve(read_commits(self.folder))
-        commits = read_commits(self.folder, INFLUENCE_FOLDER)
+        commits = derived_commits(self.folder, self.plan, trials)
         return [
             unit
             for position in self.positions
@@ -111,7 +112,7 @@ class DerivedUnits(ABC):
         parts
             What the record is of, as entries of its identity: targets, smoothing, removals.
         commits
-            All commits of `INFLUENCE_FOLDER`.
+            As `sampimp.store.influence_records.derived_commits` returns them.
         steps
             Number of its steps.
         config

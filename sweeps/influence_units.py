@@ -15,7 +15,8 @@ from sampimp.data import Dataset
 from sampimp.influence.replay import Smoothing
 from sampimp.influence.targets import FunctionTarget, make_targets
 from sampimp.influence.trial_run import needs_states
-from sampimp.store.influence_layouts import INFLUENCE_FOLDER, probe_layer
+from sampimp.store.influence_layouts import probe_layer
+from sampimp.store.influence_records import derived_commits
 from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits
@@ -93,7 +94,7 @@ class InfluenceUnits(DerivedUnits):
         self._fixed_point = fixed_point
         self._targets, self._smoothing, self._memory = targets, asdict(smoothing), memory
         trials = plan.resolve(read_commits(folder))
-        commits = read_commits(folder, INFLUENCE_FOLDER)
+        commits = derived_commits(folder, plan, trials)
         self._blocks = {
             position: self._blocks_of(trials[position], commits) for position in positions
         }

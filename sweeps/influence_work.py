@@ -23,18 +23,18 @@ from sampimp.influence.reverse_pass import LARGEST_GROWTH, EpochInfluence, Rever
 from sampimp.influence.targets import Target, make_targets
 from sampimp.influence.trial_run import TrialRun, forward_states
 from sampimp.schema import StepRecord
-from sampimp.store.commits import read_commit, require_commit
+from sampimp.store.commits import read_commit
 from sampimp.store.influence_layouts import (
-    INFLUENCE_FOLDER,
     OVERALL,
     InfluenceLayout,
     layout_of,
     probe_layer,
 )
+from sampimp.store.influence_records import require_record
 from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan
-from sampimp.store.variables import StoredFiles, StoredVariable, stored_variable
+from sampimp.store.variables import StoredFiles, StoredVariable
 from sampimp.sweeps.trial_inputs import TrialInputs
 from sampimp.sweeps.work import Work
 from sampimp.training.checkpoint_states import load_arrays, restoring, unusable
@@ -165,11 +165,8 @@ class InfluenceWork(RunWork):
         name = self.config["states"]
         if name is None:
             return None
-        place = self.run.folder / INFLUENCE_FOLDER / name
-        commit = require_commit(place)
-        stored = stored_variable(
-            place, "training_state", layout_of(commit, self.run.layout), commit
-        )
+        record = require_record(self.run.folder, name, "states", self.run.layout)
+        stored = record.variable("training_state")
         assert isinstance(stored, StoredFiles)
         return stored.read
 

@@ -23,7 +23,8 @@ import numpy as np
 from sampimp.data import scale_inputs
 from sampimp.errors import ConfigError
 from sampimp.influence.retraining import JITTER, random_subsets, single_removals
-from sampimp.store.influence_layouts import INFLUENCE_FOLDER, UNTOUCHED, probe_layer
+from sampimp.store.influence_layouts import UNTOUCHED, probe_layer
+from sampimp.store.influence_records import derived_commits
 from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits
@@ -206,8 +207,8 @@ class RetrainUnits(DerivedUnits):
         super().__init__(folder, plan, positions)
         self._request, self._removals, self._targets = request, removals, targets
         self._names: dict[int, list[str]] = {}
-        commits = read_commits(folder, INFLUENCE_FOLDER)
         trials = plan.resolve(read_commits(folder))
+        commits = derived_commits(folder, plan, trials)
         self._done = {
             position: self._done_before(trials[position], commits) for position in positions
         }

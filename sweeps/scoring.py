@@ -82,7 +82,12 @@ def score_snapshots(
     epochs = check_epochs(plan, every)
     scored: dict[str, dict[str, list[str]]] = folder.read_json(SNAPSHOTS) or {}
     rows = [
-        {"trial": trial.trial_id, "dataset": trial.config.dataset, "epoch": epoch}
+        {
+            "trial": trial.trial_id,
+            "dataset": trial.config.dataset,
+            "seed": trial.config.seed,
+            "epoch": epoch,
+        }
         for trial in plan.resolve(read_commits(folder))
         if trial.commit is not None
         for epoch in epochs
@@ -151,7 +156,7 @@ def score_rows(
     Parameters
     ----------
     batch
-        `trial` (folder), `dataset` (key) and `epoch`, each [N].
+        `trial` (folder), `dataset` (key), `seed` and `epoch`, each [N].
     out, plan
         The study's store, and its plan as JSON.
     sources
@@ -160,9 +165,10 @@ def score_rows(
     study, folder = Plan.from_json(plan), Folder.of(out)
     torch.set_num_threads(study.training.threads)
     digests = []
-    for trial, key, epoch in zip(batch["trial"], batch["dataset"], batch["epoch"], strict=True):
-        data = _scaled(sources[key], study.training.input_scaling)
-        digests.append(_score(study, folder / "trials" / str(trial), str(key), int(epoch), data))
+    columns = (batch[name] for name in ("trial", "dataset", "seed", "epoch"))
+    for trial, key, seed, epoch in zip(*columns, strict=True):
+        data, place = _scaled(sources[key], study.training.input_scaling), folder / "trials"
+        digests.append(_score(study, place / str(trial), str(key), int(seed), int(epoch), data))
     return {**batch, "digests": np.array(digests)}
 
 
@@ -171,7 +177,7 @@ def _scaled(source: "ray.ObjectRef[Source]", scaling: Scaling) -> Dataset:
     return scale_inputs(ray.get(source), scaling)
 
 
-def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> list[str]:
+def _score(plan: Plan, trial: Folder, key: str, seed: int, epoch: int, data: Dataset) -> list[str]:
     info, training, layout = plan.datasets[key], plan.training, plan.layout(key)
     commit = require_commit(trial)
     stored = StoredVariable.of(trial, "parameters", layout, commit)
@@ -182,7 +188,7 @@ def _score(plan: Plan, trial: Folder, key: str, epoch: int, data: Dataset) -> li
         info.input_shape,
         training.hidden,
         len(info.class_names),
-        commit["seed"],
+        seed,
         training.activation,
     )
     require_network(training.model, model, info.network)

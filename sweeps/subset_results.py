@@ -7,13 +7,16 @@ import csv
 import io
 import re
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import xarray as xr
 
+from sampimp.errors import RecordError
 from sampimp.schema import ALL_SAMPLES, SUBSET_BUDGETS, digest
 from sampimp.store.cube import open_cube
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER
+from sampimp.store.influence_records import derived_commits
 from sampimp.store.location import Folder
 from sampimp.store.manifests import write_manifest
 from sampimp.store.plan import PlannedTrial, read_commits
@@ -30,7 +33,7 @@ PRECISION = 1.1
 
 
 def next_sizes(folder: Folder, request: SubsetRequest, within: float) -> list[Comparison]:
-    """Return the sizes that a bisection trains next, for each run, rule and budget; none at its end.
+    """Return the sizes that a bisection trains next, by run, rule and budget; none at its end.
 
     The smallest size is searched whose mean error, and that of all larger ones, is at most that of
     all samples at the same budget plus `within`. A size with a training that diverged is beyond.
@@ -43,11 +46,11 @@ def next_sizes(folder: Folder, request: SubsetRequest, within: float) -> list[Co
         As a fraction of the test samples.
     """
     plan = require_plan(folder)
-    commits = read_commits(folder, INFLUENCE_FOLDER)
+    commits = derived_commits(folder, plan, plan.resolve(read_commits(folder)))
     budgets: dict[tuple[str, str, float], list[str]] = {}
     for run, cube in _runs(folder, request):
         done, _ = trained_before(commits, run)
-        error = cube.subset_error.sel(training_seed=list(request.seeds))
+        error = _part(cube.subset_error, training_seed=list(request.seeds))
         error = error.mean("training_seed", skipna=False)
         labels = cube.label.values
         selectable = pool_of("validation", labels)
@@ -57,7 +60,7 @@ def next_sizes(folder: Folder, request: SubsetRequest, within: float) -> list[Co
             name = None if scores is None else digest(scores)
             most = (selectable_count(rule, selectable, scores) - 1) / len(labels)
             for budget in SUBSET_BUDGETS[:2]:
-                limit = float(error.sel(rule=ALL_SAMPLES, size=1.0, budget=budget)) + within
+                limit = float(_part(error, rule=ALL_SAMPLES, size=1.0, budget=budget)) + within
                 sizes = [
                     size
                     for size in cube["size"].values
@@ -66,8 +69,8 @@ def next_sizes(folder: Folder, request: SubsetRequest, within: float) -> list[Co
                         for seed in request.seeds
                     )
                 ]
-                errors = error.sel(rule=rule.spec, budget=budget, size=sizes).values
-                size = middle_size(np.array(sizes), errors, limit, least, most)
+                errors = _part(error, rule=rule.spec, budget=budget, size=sizes)
+                size = middle_size(np.array(sizes), errors.values, limit, least, most)
                 if size is not None:
                     wanted = budgets.setdefault((run.label, rule.spec, size), [])
                     wanted += [budget] * (budget not in wanted)
@@ -131,7 +134,7 @@ def export_subsets(folder: Folder, request: SubsetRequest) -> dict[str, list[str
     """
     classes_without: dict[str, list[str]] = {}
     for run, cube in _runs(folder, request):
-        cube = cube.sel(budget="steps", training_seed=request.seeds[0])
+        cube = _part(cube, budget="steps", training_seed=request.seeds[0])
         labels, names = cube.label.values, cube.attrs["class_names"]
         present = np.unique(labels)
         for rule in (rule for rule in cube["rule"].values if rule != ALL_SAMPLES):
@@ -169,4 +172,33 @@ def _runs(folder: Folder, request: SubsetRequest) -> Iterator[tuple[PlannedTrial
     for position in choose_runs(plan, trials, request.runs):
         config = trials[position].config
         cube = tree[plan.node(config.dataset)].to_dataset()
+        if "subset_error" not in cube:
+            raise _missing("none")
         yield trials[position], cube.sel(strategy=config.strategy, seed=config.seed)
+
+
+_Cube = TypeVar("_Cube", xr.Dataset, xr.DataArray)
+
+
+def _part(cube: _Cube, **places: Any) -> _Cube:
+    """Return a part of the cube, or raise RecordError if other trainings are stored.
+
+    A commit names its rule, size, budgets and seeds; it counts by the name of its folder.
+    """
+    try:
+        part = cube.sel(places)
+    except KeyError:
+        raise _missing(f"none of {places}") from None
+    if not all(part.sizes.values()):
+        raise _missing(f"none of {places}")
+    return part
+
+
+def _missing(got: str) -> RecordError:
+    return RecordError(
+        expected="the trainings on subsets that this command asks for",
+        got=got[:200],
+        where="the cube",
+        todo="run the same command again; if this message remains, delete the folders of subsets "
+        f"in OUT/{INFLUENCE_FOLDER} before",
+    )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sampimp.schema import ALL_SAMPLES, SUBSET_BUDGETS
-from sampimp.store.influence_layouts import INFLUENCE_FOLDER
+from sampimp.store.influence_records import derived_commits
 from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits
@@ -108,8 +108,8 @@ class SubsetUnits(DerivedUnits):
         super().__init__(folder, plan, positions)
         self._comparisons, self._seeds, self._scores = comparisons, tuple(seeds), scores
         self._selectable = selectable
-        commits = read_commits(folder, INFLUENCE_FOLDER)
         trials = plan.resolve(read_commits(folder))
+        commits = derived_commits(folder, plan, trials)
         self._before = {
             position: trained_before(commits, trials[position])[0] for position in positions
         }
@@ -153,9 +153,7 @@ class SubsetUnits(DerivedUnits):
         variants = self._rule(comparison).variants
         return [name for name in variants if parse_rule(name).capacity(samples) >= count]
 
-    def _judged(
-        self, run: PlannedTrial, comparisons: Sequence[Comparison]
-    ) -> list[Comparison]:
+    def _judged(self, run: PlannedTrial, comparisons: Sequence[Comparison]) -> list[Comparison]:
         """Return what the validation split judges, each variant and size once."""
         budgets: dict[tuple[str, float], set[str]] = {}
         for comparison in comparisons:

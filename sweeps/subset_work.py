@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from sampimp.schema import ALL_SAMPLES, StepRecord
-from sampimp.store.commits import require_commit
-from sampimp.store.influence_layouts import INFLUENCE_FOLDER, SearchLayout, SubsetLayout, layout_of
+from sampimp.store.influence_layouts import SearchLayout, SubsetLayout
+from sampimp.store.influence_records import require_record
 from sampimp.store.score_files import read_scores
-from sampimp.store.variables import StoredVariable, read_difficulty
+from sampimp.store.variables import read_difficulty
 from sampimp.subsets.metagradient import MetagradientSearch
 from sampimp.subsets.rules import Pool, parse_rule, select
 from sampimp.subsets.training import train_subset
@@ -77,10 +77,9 @@ class SubsetWork(RunWork):
         return self._positions_P[select(variant, self._pool, self.identity["count"], seed)]
 
     def _searched(self) -> np.ndarray:
-        place = self.run.folder / INFLUENCE_FOLDER / self.identity["search"]
-        commit = require_commit(place)
-        layout = layout_of(commit, self.run.layout)
-        return np.flatnonzero(StoredVariable.of(place, "found", layout, commit).read(0))
+        name = self.identity["search"]
+        record = require_record(self.run.folder, name, "search", self.run.layout)
+        return np.flatnonzero(record.array("found").read(0))
 
     def advance(self) -> StepRecord | None:
         """Train once, and evaluate."""

@@ -213,6 +213,9 @@ def _records(folder: Folder, plan: Plan, place: str, kind: str) -> list[StudyPar
             return StudyPart(kind, f"{place}/{name}", files, tuple)
 
         def check_values() -> Iterator[str]:
+            if commit.get("dataset") not in plan.datasets:
+                yield f"{COMMIT} is of a data set that is not in the plan"
+                return
             layout = plan.layout(commit["dataset"])
             whole = layout_of(commit, layout) if "kind" in commit else layout
             yield from find_damage(record, commit, whole)
@@ -236,6 +239,7 @@ def _snapshots(folder: Folder, plan: Plan) -> Iterator[StudyPart]:
         name: commit["dataset"]
         for name in scored
         if (commit := _commit_or_none(folder / "trials" / name))
+        and commit.get("dataset") in plan.datasets
     }
     for name, epochs in scored.items():
         place = f"trials/{name}/snapshots.zarr"
@@ -246,7 +250,7 @@ def _snapshots(folder: Folder, plan: Plan) -> Iterator[StudyPart]:
         ) -> Iterator[str]:
             yield from wrong
             if name not in datasets:
-                yield f"{SNAPSHOTS} names a trial that is not committed"
+                yield f"{SNAPSHOTS} names a trial of the plan's data sets that is not committed"
                 return
             layout = plan.layout(datasets[name])
             yield from stored_snapshots(folder / "trials" / name, layout, epochs).damage()

@@ -52,7 +52,7 @@ def read_commit(record: Folder) -> dict[str, Any] | None:
         return None
     commit = unseal(content, f"{record}/{COMMIT}", required=False)
     try:
-        check_file(commit, COMMIT, f"{record}/{COMMIT}")
+        check_file(commit, f"{record.path}/{COMMIT}", f"{record}/{COMMIT}")
     except RecordError as error:
         raise DamagedFileError(error.expected, error.got, error.where, error.todo) from None
     attempt = commit.get("attempt")
@@ -82,7 +82,7 @@ def read_outcome(record: Folder) -> dict[str, Any] | None:
         if start is not None and last is not None:
             outcome = parse_json(start[: last.end()] + b"\n}", f"{record}/{COMMIT}")
             outcome |= {"parts": [[0, "record.zarr"]], "digests": {}, "curves": {}}
-            check_file(outcome, COMMIT, f"{record}/{COMMIT}")
+            check_file(outcome, f"{record.path}/{COMMIT}", f"{record}/{COMMIT}")
             return outcome
     except ServerAwayError:
         raise

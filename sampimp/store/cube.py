@@ -25,7 +25,15 @@ import xarray as xr
 
 from sampimp.config import OPTIMIZERS, RELU_MODELS
 from sampimp.errors import RecordError
-from sampimp.schema import CURVES, REFERENCES, STRATEGIES, VARIABLES, Layout, digest_json
+from sampimp.schema import (
+    CHUNK_VALUES,
+    CURVES,
+    REFERENCES,
+    STRATEGIES,
+    VARIABLES,
+    Layout,
+    digest_json,
+)
 from sampimp.store.cube_tree import DataTree
 from sampimp.store.datasets import StoredSource, open_source, require_planned_shape
 from sampimp.store.influence_cube import influence_variables
@@ -167,7 +175,7 @@ def _open_node(
         **influence_coords,
     }
     if source is not None:
-        coords["label"] = ("sample", source.read("train_labels"))
+        coords["label"] = ("sample", _read_labels(source, "train", info.class_names))
         if source.has_files:
             coords["file"] = ("sample", source.read("train_files"))
         if _is_image(values := _StoredValues(source, "train_values")):
@@ -175,13 +183,13 @@ def _open_node(
             if "target" in influence_coords:  # some targets are test samples
                 test_values = _StoredValues(source, "test_values")
                 variables["test_image"] = _images(test_values, "test_sample", "test sample")
-                coords["test_label"] = ("test_sample", source.read("test_labels"))
+                test_labels = _read_labels(source, "test", info.class_names)
+                coords["test_label"] = ("test_sample", test_labels)
                 if source.has_files:
                     coords["test_file"] = ("test_sample", source.read("test_files"))
     if layout_states := plan.layout(key).states:
         coords["state"] = ("state", list(layout_states))
-        layers, counts = zip(*info.layers, strict=True)
-        coords["layer_of_parameter"] = ("parameter", np.repeat(layers, counts))
+        coords["layer_of_parameter"] = ("parameter", _LayersOfParameters(info.layers).lazy())
     described = {name: (*coord, dict(COORDINATE_ATTRS[name])) for name, coord in coords.items()}
     if "label" in described:
         described["label"][2].update(_class_flags(info.class_names))
@@ -238,6 +246,19 @@ def _coordinates(plan: Plan, key: str) -> dict[str, Any]:
         "layer": ("layer", list(info.layer_names)),
         "sample": ("sample", np.arange(info.sample_count)),
     }
+
+
+def _read_labels(source: StoredSource, part: str, class_names: Sequence[str]) -> np.ndarray:
+    """Return the labels of one part of a data set, each with a name."""
+    labels = source.read(f"{part}_labels")
+    if not 0 <= labels.min() <= labels.max() < len(class_names):
+        raise RecordError(
+            expected=f"{part} labels in 0..{len(class_names) - 1}, of the classes in the plan",
+            got=f"labels from {labels.min()} to {labels.max()}",
+            where=str(source.folder),
+            todo="restore the data set, or the plan, from a copy",
+        )
+    return labels
 
 
 def _class_flags(class_names: Sequence[str]) -> dict[str, Any]:
@@ -351,6 +372,34 @@ class _StoredValues:
         values = self.source.read(self.name, min(positions), max(positions) + 1)
         inner = slice(None, None, rows.step) if isinstance(rows, slice) else 0
         return values[(inner, *others)]
+
+
+class _LayersOfParameters:
+    """The layer's name of each parameter, in the interface that dask expects of an array.
+
+    A name takes ten times as much memory as the parameter.
+    """
+
+    ndim = 1
+
+    def __init__(self, layers: Sequence[tuple[str, int]]) -> None:
+        self.names = np.array([name for name, _ in layers])
+        self.ends = np.cumsum([count for _, count in layers])
+        self.shape, self.dtype = (int(self.ends[-1]),), self.names.dtype
+
+    def __getitem__(self, index: tuple[slice | int, ...]) -> np.ndarray:
+        """Return a region; `index` has one slice."""
+        (region,) = index
+        assert isinstance(region, slice)
+        positions = np.arange(*region.indices(self.shape[0]))
+        return self.names[np.searchsorted(self.ends, positions, side="right")]
+
+    def lazy(self) -> da.Array:
+        """Return the names as a dask array."""
+        name = f"layers-{digest_json([self.names.tolist(), self.ends.tolist()])}"
+        meta = np.empty(0, self.dtype)
+        chunks = (CHUNK_VALUES,)
+        return da.from_array(self, chunks, name=name, asarray=False, fancy=False, meta=meta)
 
 
 def _is_image(values: _StoredValues) -> bool:

@@ -361,6 +361,7 @@ def _check_table(table: Mapping[str, Any], folder: Folder) -> None:
         ),
         "training and test samples of different shape": shapes["train_values"][1:]
         != shapes["test_values"][1:],
+        "a full scale that is no positive number": not 0 < table["full_scale"] < math.inf,
         "labels that are not integers": {arrays[f"{part}_labels"]["dtype"] for part in PARTS}
         != {"<i8"},
         f"file names that are not one row of at most {LONGEST_NAME} bytes for each sample": any(
@@ -414,7 +415,7 @@ def _table_without_digests(folder: Folder) -> dict[str, Any]:
     try:
         arrays = {name: open_uncached(folder, name) for name in SOURCE_ARRAYS}
         return {
-            "full_scale": arrays["train_values"].attrs["full_scale"],
+            "full_scale": _full_scale(arrays["train_values"].attrs["full_scale"]),
             "arrays": {
                 name: {
                     "shape": list(array.shape),
@@ -432,6 +433,10 @@ def _table_without_digests(folder: Folder) -> dict[str, Any]:
             got=first_line(error),
             where=str(folder),
         ) from None
+
+
+def _full_scale(value: Any) -> float:
+    return float(value)
 
 
 def _source_error(expected: str, got: str, where: str) -> RecordError:

@@ -16,7 +16,7 @@ import numpy as np
 from sampimp.schema import INFLUENCE_VARIABLES
 from sampimp.store.influence_layouts import UNTOUCHED
 from sampimp.store.influence_records import CommittedRecord
-from sampimp.store.lazy_arrays import lazy_array
+from sampimp.store.lazy_arrays import lazy_array, missing_table
 from sampimp.store.variables import StoredVariable
 
 
@@ -37,8 +37,8 @@ def effect_variables(
     removals = sorted(names, key=_order)
     repeats = max(record.commit["repeats"] for record in records)
     size = len(table), len(table[0])
-    effect = np.full((*size, len(removals), len(targets), repeats), np.nan)
-    baseline = np.full((*size, len(targets), repeats), np.nan)
+    effect = missing_table((*size, len(removals), len(targets), repeats))
+    baseline = missing_table((*size, len(targets), repeats))
     masks: list[list[_RemovedSamples | None]] = []
     for i, row in enumerate(table):
         masks.append([])
@@ -88,7 +88,7 @@ def _values(
         by_removal = final.reshape(len(removals), count, len(record.commit["targets"]))
         for place, target in enumerate(record.commit["targets"]):
             for removal, retrained in zip(removals, by_removal[:, :, place], strict=True):
-                table = values.setdefault(removal, np.full((len(targets), repeats), np.nan))
+                table = values.setdefault(removal, missing_table((len(targets), repeats)))
                 table[targets.index(target), :count] = retrained
     return values
 

@@ -10,7 +10,7 @@ Map: `check_file` (by the file's name); `HistoryFile`, `CommitFile` and the type
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from sampimp.errors import RecordError
@@ -34,7 +34,12 @@ RELATIVE_PATH = re.compile(r"(?!(.*/)?\.\.?(/|$))[^/\x00]+(/[^/\x00]+)*")
 """Path of a file within a folder, without steps upward."""
 
 Count = Annotated[int, range(1, LARGEST_COUNT)]
-Seconds = Annotated[float, 1e12]
+Seconds = Annotated[float, (-1e12, 1e12)]
+Time = Annotated[float, (0.0, 2.5e11)]
+"""Seconds since 1970, up to the year 9892: `datetime` ends in 9999."""
+Name = Annotated[str, re.compile(r"[^\x00]{0,1000}")]
+Share = Annotated[float, (1 / LARGEST_COUNT, 1.0)]
+"""Share of the samples, at least one of them."""
 FolderName = Annotated[str, FOLDER_NAME]
 
 
@@ -54,10 +59,11 @@ class _CheckpointHistory(HistoryFile):
 class CommitFile(HistoryFile):
     """COMMIT.json of a trial."""
 
+    dataset: NotRequired[str]
     fingerprint: str
     attempt: int
     epochs: int
-    diverged_epoch: int | None
+    diverged_epoch: Count | None
     seconds: NotRequired[list[Seconds]]
 
 
@@ -67,7 +73,7 @@ class ManifestFile(TypedDict):
     fingerprint: str
     epoch: int
     sha256: str
-    time: Seconds
+    time: Time
     history: _CheckpointHistory
 
 
@@ -75,13 +81,13 @@ class AttemptFile(TypedDict):
     """attempts/NNNN.json."""
 
     host: str
-    time: Seconds
+    time: Time
 
 
 class FailureFile(TypedDict):
     """errors/NNNN.json."""
 
-    time: Seconds
+    time: Time
     error: str
 
 
@@ -132,9 +138,9 @@ class _SearchIdentity(_Identity):
 class _SubsetIdentity(_Identity):
     judged_on: Literal["validation", "test"]
     judges: int
-    rule: str
-    variants: list[str]
-    size: float
+    rule: Name
+    variants: list[Name]
+    size: Share
     count: int
     budgets: list[Literal[SUBSET_BUDGETS]]  # type: ignore[valid-type]
     seeds: list[int]
@@ -143,7 +149,7 @@ class _SubsetIdentity(_Identity):
 
 
 class _SubsetOutcome(TypedDict):
-    time: Seconds
+    time: Time
 
 
 class _InfluenceOutcome(TypedDict):
@@ -170,6 +176,12 @@ class _Kind(TypedDict):
     kind: NotRequired[Literal[tuple(_IDENTITIES)]]  # type: ignore[valid-type]
 
 
+class _DerivedKind(TypedDict):
+    """Of a record in OUT/influence."""
+
+    kind: Literal[tuple(_IDENTITIES)]  # type: ignore[valid-type]
+
+
 class _ZarrFile(TypedDict):
     attributes: NotRequired[dict[str, Any]]
 
@@ -178,6 +190,10 @@ class FilesFile(TypedDict):
     """The list of a folder's files."""
 
     files: dict[Annotated[str, RELATIVE_PATH], str]
+
+
+_Snapshots = dict[str, list[str]]
+"""Digests of the chunks of each epoch."""
 
 
 class _SummaryFile(TypedDict):
@@ -215,15 +231,34 @@ _FILES: tuple[tuple[re.Pattern[str], Any], ...] = (
     (re.compile(r"(.*/)?MANIFEST\.json"), ManifestFile),
     (re.compile(r"(.*/)?attempts/[^/]*\.json"), AttemptFile),
     (re.compile(r"(.*/)?errors/[^/]*\.json"), FailureFile),
-    (re.compile(r"(.*/)?snapshots\.json"), dict[str, dict[str, list[str]]]),
+    (re.compile(r"(.*/)?snapshots\.json"), dict[Annotated[str, FOLDER_NAME], _Snapshots]),
     (re.compile(r"(.*/)?zarr\.json"), _ZarrFile),
     (re.compile(r"(.*/)?analysis/summary\.json"), _SummaryFile),
     (re.compile(r"(.*/)?(trial|study)\.json"), dict[str, Any]),
 )
 
 
-LARGEST_PLAN = 2**27
-"""Largest number of epochs of all trials together: each of the curves takes 8 bytes of it."""
+_DERIVED = re.compile(r"(.*/)?influence/[^/]+/[^/]+")
+
+LARGEST_PLAN = 2**24
+"""Largest number of epochs of all trials together: each of the curves takes 8 bytes of it. 10,000
+trials of 1,000 epochs have 10^7."""
+
+LARGEST_EPOCHS = 2**20
+"""Largest number of epochs of a trial: a cube that is opened takes 400 bytes of it."""
+
+LARGEST_TEXTS = 2**26
+"""Largest number of characters of a list of names, each counted as the longest one: NumPy keeps
+texts of one width, in 4 bytes a character."""
+
+
+def is_coordinate(names: Collection[str]) -> bool:
+    """Return whether names can be a coordinate: not too long, and none with NUL.
+
+    NumPy drops a NUL at the end of a text.
+    """
+    size = len(names) * max(map(len, names), default=0)
+    return size <= LARGEST_TEXTS and not any("\x00" in name for name in names)
 
 
 def check_plan_sizes(plan: Mapping[str, Any], where: str) -> None:
@@ -244,7 +279,11 @@ def check_plan_sizes(plan: Mapping[str, Any], where: str) -> None:
         "no data set, strategy or seed": not cells,
         "the same seed twice": any(len(each) > len(set(each)) for each in plan["grid"].values()),
         "a network without parameters": not all(layers),
-        f"{cells:,} trials of {epochs:,} epochs": cells * (epochs + 1) > LARGEST_PLAN,
+        f"{cells:,} trials of {epochs:,} epochs": cells * (epochs + 1) > LARGEST_PLAN
+        or epochs > LARGEST_EPOCHS,
+        "names of layers that are too long, or have a NUL": not all(
+            is_coordinate([name for name, _ in each]) for each in layers
+        ),
         f"more than {LARGEST_PARAMETERS:,} parameters": any(
             sum(size for _, size in each) > LARGEST_PARAMETERS for each in layers
         ),
@@ -256,7 +295,8 @@ def check_plan_sizes(plan: Mapping[str, Any], where: str) -> None:
     }
     if any(wrong.values()):
         raise RecordError(
-            expected=f"a plan of at least one trial, and of at most {LARGEST_PLAN:,} epochs",
+            expected=f"a plan of at least one trial, and of at most {LARGEST_PLAN:,} epochs, "
+            f"{LARGEST_EPOCHS:,} of each",
             got=", ".join(words for words, holds in wrong.items() if holds),
             where=where,
             todo="restore study.json from a copy, or choose another folder",
@@ -285,7 +325,7 @@ def check_file(value: Any, path: str, where: str) -> None:
             break
     if not path.endswith(("COMMIT.json", "trial.json")):
         return
-    require_type(value, _Kind, where)
+    require_type(value, _DerivedKind if _DERIVED.fullmatch(path) else _Kind, where)
     kind = value.get("kind")
     if kind is None:  # of a training run
         return

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sampimp.errors import RecordError
 from sampimp.schema import INFLUENCE_VARIABLES
 from sampimp.store.influence_records import CommittedRecord
 from sampimp.store.lazy_arrays import lazy_array
@@ -27,9 +28,22 @@ def fixed_point_variables(
         in all records of a study, since they follow from its configuration.
     targets
         The coordinate `target`.
+
+    Raises
+    ------
+    RecordError
+        They differ.
     """
     records = [record for row in table for cell in row for record in cell]
     curvatures, dampings = records[0].commit["curvatures"], records[0].commit["dampings"]
+    for record in records:
+        if (record.commit["curvatures"], record.commit["dampings"]) != (curvatures, dampings):
+            raise RecordError(
+                expected=f"curvatures and dampings of {records[0].name}",
+                got="others",
+                where=str(record.folder),
+                todo="delete this record's folder and run the command that wrote it again",
+            )
     samples = records[0].layout.sizes["sample"]
     cells = [[_solutions(cell, targets, len(curvatures)) for cell in row] for row in table]
     shape = len(targets) * len(curvatures), len(dampings), samples

@@ -27,7 +27,7 @@ from sampimp.store.influence_layouts import (
     smoothing_label,
 )
 from sampimp.store.influence_records import CommittedRecord
-from sampimp.store.lazy_arrays import lazy_array
+from sampimp.store.lazy_arrays import lazy_array, missing_table
 from sampimp.store.subset_cube import subset_variables
 from sampimp.store.variables import StoredVariable
 
@@ -94,12 +94,12 @@ def _all(table: RecordTable) -> Iterator[CommittedRecord]:
     return (record for row in table for cell in row for record in cell)
 
 
-def _place(target: str) -> tuple[int, list[Any], str]:
-    """Order targets by kind, then by their numbers."""
+def _place(target: str) -> tuple[int, list[float], str]:
+    """Order targets by kind, then by their numbers, which may have thousands of digits."""
     kinds = ("mean", "mean-error", "class", "sample", "margin", "train")
     kind = re.split("[: ]", target)[0]
     rank = kinds.index(kind) if kind in kinds else len(kinds)
-    return rank, [int(number) for number in re.findall(r"\d+", target.partition(" ")[0])], target
+    return rank, [float(number) for number in re.findall(r"\d+", target.partition(" ")[0])], target
 
 
 # Named targets.
@@ -156,7 +156,7 @@ def _target_variables(table: RecordTable, targets: Sequence[str]) -> dict[str, A
             ("influence_total", ("target", "sample")),
         )
     }
-    norms = np.full((len(table), len(table[0]), len(targets), layout.epoch), np.nan)
+    norms = missing_table((len(table), len(table[0]), len(targets), layout.epoch))
     for i, row in enumerate(homes):
         for j, cell in enumerate(row):
             for k, target in enumerate(targets):
@@ -248,7 +248,11 @@ def _probe_variables(table: RecordTable, layers: Sequence[str]) -> dict[str, Any
     for name in ("final_importance", "final_importance_total", "arriving_importance"):
         places = list(layers) if name == "final_importance" else [OVERALL]
         cells = [[_mean_of(cell, name, places) for cell in row] for row in blocks]
-        holders = [record for record in _all(blocks) if name in record.layout.variables]
+        holders = [
+            record
+            for record in _all(blocks)
+            if name in record.layout.variables and any(_probes(record)[place] for place in places)
+        ]
         if not holders:
             continue
         layout = holders[0].layout

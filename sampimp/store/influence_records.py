@@ -4,7 +4,7 @@ A record belongs to a run if its commit names the run's folder and the digest of
 run that was trained again with other values, under another configuration or by another version, has
 none of the old records.
 
-Map: `CommittedRecord`; `read_records`.
+Map: `CommittedRecord`; `read_records`, `derived_commits`; `require_record` (a single one).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sampimp.errors import RecordError
-from sampimp.schema import RecordLayout
+from sampimp.schema import Layout, RecordLayout
+from sampimp.store.commits import require_commit
+from sampimp.store.file_types import is_coordinate
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER, layout_of
 from sampimp.store.integrity import record_digest
 from sampimp.store.location import Folder
@@ -78,36 +80,98 @@ def read_records(
             continue
         place = folder / INFLUENCE_FOLDER / name
         try:
-            _require_lists(commit, f"{place}/COMMIT.json")
-            layout = layout_of(commit, plan.layout(run.config.dataset))
-            check_history(commit, layout, f"{place}/COMMIT.json", complete=True)
+            record = _checked(place, commit, plan.layout(run.config.dataset))
         except RecordError as error:
             if refuse is None:
                 raise
             refuse(name, error)
             continue
-        record = CommittedRecord(place, commit, layout)
         records.setdefault(commit["trial"], []).append(record)
     return records
 
 
-_EQUAL_LISTS = (("targets", "units"), ("budgets", "variants"))
-"""Entries of an identity with as many values as each other."""
+def derived_commits(
+    folder: Folder, plan: Plan, trials: Sequence[PlannedTrial]
+) -> dict[str, Mapping[str, Any]]:
+    """Return the commits that `read_records` finds, by name: what a command need not compute again.
+
+    Parameters and errors are those of `read_records`.
+    """
+    records = read_records(folder, plan, trials)
+    return {record.name: record.commit for each in records.values() for record in each}
+
+
+def require_record(study: Folder, name: str, kind: str, run: Layout) -> CommittedRecord:
+    """Return a committed record that another one is computed from.
+
+    Parameters
+    ----------
+    study
+        The store of the study.
+    name
+        The name of the record's folder.
+    kind
+        One of `sampimp.store.influence_layouts.KINDS`.
+    run
+        The shape of its run's record.
+
+    Raises
+    ------
+    RecordError
+        It is not committed, is of another kind, or does not fit its shape.
+    """
+    place = study / INFLUENCE_FOLDER / name
+    commit = require_commit(place)
+    if commit["kind"] != kind:
+        raise RecordError(
+            expected=f"a record of the kind {kind}",
+            got=str(commit["kind"]),
+            where=f"{place}/COMMIT.json",
+            todo="delete this record's folder and run the command that wrote it again",
+        )
+    return _checked(place, commit, run)
+
+
+def _checked(place: Folder, commit: Mapping[str, Any], run: Layout) -> CommittedRecord:
+    """Return a record whose commit fits the shape that its identity states."""
+    _require_lists(commit, f"{place}/COMMIT.json")
+    layout = layout_of(commit, run)
+    check_history(commit, layout, f"{place}/COMMIT.json", complete=True)
+    return CommittedRecord(place, commit, layout)
+
+
+_TARGETS = ("targets", "units")
+_LISTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "influence": (_TARGETS,),
+    "probes": (_TARGETS,),
+    "fixed-point": (_TARGETS, ("curvatures",), ("dampings",)),
+    "retrain": (_TARGETS, ("removals",)),
+    "subset": (("budgets", "variants"), ("seeds",)),
+}
+"""Lists in the identity of each kind: those with as many values as each other are together."""
 
 
 def _require_lists(commit: Mapping[str, Any], where: str) -> None:
-    """Raise RecordError for lists of an identity that are empty, repeat a name or differ in length.
+    """Raise RecordError for lists of an identity that cannot be coordinates of the cube.
 
     The shape of a record is made from them.
     """
-    for names in (*_EQUAL_LISTS, ("removals",), ("seeds",), ("curvatures",), ("dampings",)):
-        lists = [commit[name] for name in names if name in commit and commit["kind"] != "states"]
+    for names in _LISTS.get(commit["kind"], ()):
+        lists = [commit[name] for name in names]
         lengths = {len(values) for values in lists}
-        repeated = bool(lists) and len(set(lists[0])) < len(lists[0])
-        if len(lengths) > 1 or 0 in lengths or repeated:
+        wrong = {
+            f"lengths {', '.join(map(str, sorted(lengths)))}": len(lengths) > 1 or 0 in lengths,
+            "repeated ones": len(set(lists[0])) < len(lists[0]),
+            "a name with ' (', as before a smoothing": names == _TARGETS
+            and any(" (" in name for name in lists[0]),
+            "too long ones, or with NUL": not all(
+                is_coordinate(list(map(str, values))) for values in lists
+            ),
+        }
+        if any(wrong.values()):
             raise RecordError(
                 expected=f"{' and '.join(names)} of one length, each value once",
-                got=f"lengths {', '.join(map(str, sorted(lengths)))}" + ", repeated" * repeated,
+                got=", ".join(words for words, holds in wrong.items() if holds),
                 where=where,
                 todo="delete this record's folder and run the command that wrote it again",
             )

@@ -43,7 +43,7 @@ def chunk_digests(values: np.ndarray, width: int) -> list[str]:
 def record_digest(commit: Mapping[str, Any]) -> str:
     """Return one digest of all importance and NLL values of a committed record."""
     digests = commit["digests"]
-    text = json.dumps([digests["importance"], digests["nll"]])
+    text = json.dumps([digests.get("importance", []), digests.get("nll", [])])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

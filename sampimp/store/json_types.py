@@ -8,8 +8,8 @@ value is a `RecordError` that names the file, the place in it, what was expected
 Types are written as Python's own type hints: dataclasses (all entries but those of LATER_ENTRIES,
 which earlier versions did not write, and no others), typed dictionaries (others are ignored),
 `dict[str, T]`, `list[T]`, tuples, unions, `Literal`, `int` (from 0, below 2^63), `float` (any
-number), `str`, `bool`, None and `Any`; `Annotated[int, range(...)]` and `Annotated[float, LARGEST]`
-limit a number and `Annotated[str, re.compile(...)]` a text.
+number), `str`, `bool`, None and `Any`; `Annotated[int, range(...)]` and `Annotated[float, (LEAST,
+LARGEST)]` limit a number and `Annotated[str, re.compile(...)]` a text.
 
 Map: `parse_json`, `require_type`; `LARGEST_JSON`, `DEEPEST_JSON`.
 """
@@ -203,8 +203,9 @@ def _leaf(words: str, holds: Callable[[Any], bool]) -> _Check:
 def _limited(kind: Any, limit: Any) -> _Check:
     """Return the check of a number within limits, or of a text that matches a pattern."""
     if kind is float:
-        words = f"a number between {-limit:g} and {limit:g}"
-        return _leaf(words, lambda value: _is_number(value) and -limit <= value <= limit)
+        least, largest = limit
+        words = f"a number between {least:g} and {largest:g}"
+        return _leaf(words, lambda value: _is_number(value) and least <= value <= largest)
     if isinstance(limit, range):
         words = f"a whole number from {limit.start} to {limit.stop - 1}"
         return _leaf(words, lambda value: _is_count(value) and value in limit)

@@ -212,6 +212,13 @@ class Plan:
                 todo="delete this trial's folder and run the study again",
             )
         check_history(commit, self.layout(key), f"COMMIT.json of {trial_id}")
+        if (commit["diverged_epoch"] or 0) > self.training.epochs:
+            raise RecordError(
+                expected=f"a divergence in one of {self.training.epochs} epochs",
+                got=f"in epoch {commit['diverged_epoch']}",
+                where=f"COMMIT.json of {trial_id}",
+                todo="delete this trial's folder and run the study again",
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""

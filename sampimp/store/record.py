@@ -55,7 +55,7 @@ from sampimp.store.commits import WITHDRAWN, create_commit, remove_damaged_commi
 from sampimp.store.integrity import chunk_digests, find_damage
 from sampimp.store.location import Folder
 from sampimp.store.seals import json_bytes, seal
-from sampimp.store.variables import file_path
+from sampimp.store.variables import file_path, holds_steps
 from sampimp.store.zarr_arrays import require_array, require_group
 
 KEPT_CHECKPOINTS = 2
@@ -238,6 +238,7 @@ class TrialRecord:
                 and manifest["fingerprint"] == self.identity["fingerprint"]
                 and manifest["epoch"] <= self._layout.steps
                 and manifest["sha256"] == hashlib.sha256(state).hexdigest()
+                and holds_steps(manifest["history"], self._layout, manifest["epoch"])
                 and not any(find_damage(self.folder, manifest["history"], self._layout))
             ):
                 known = {each.name for each in fields(History)}

@@ -104,6 +104,8 @@ def consolidate(
         )
         node = tree[plan.node(key)]
         cube = node.to_dataset().assign_attrs({**configuration, **node.attrs, "records": records})
+        for coordinate in cube.coords.values():
+            coordinate.load()
         whole = cube.data_vars
         cube = cube.drop_vars(INFLUENCE_VARIABLES, errors="ignore")
         cube = cube.drop_dims(_DERIVED_DIMS, errors="ignore")

@@ -20,7 +20,7 @@ import numpy as np
 
 from sampimp.schema import ALL_SAMPLES, INFLUENCE_VARIABLES, SUBSET_BUDGETS
 from sampimp.store.influence_records import CommittedRecord
-from sampimp.store.lazy_arrays import lazy_array
+from sampimp.store.lazy_arrays import lazy_array, missing_table
 from sampimp.store.subset_choice import CHOSEN, FALLBACK, best_rule
 from sampimp.store.variables import StoredVariable
 
@@ -61,9 +61,9 @@ def subset_variables(
     seeds = sorted({seed for *_, seed in places})
     judged = sorted({place[0] for row in cells for cell in row for place in cell.validated})
     shape = len(cells), len(cells[0]), len(rules), len(sizes), len(SUBSET_BUDGETS)
-    results = {name: np.full((*shape, len(seeds)), np.nan) for name in ("error", "nll")}
+    results = {name: missing_table((*shape, len(seeds))) for name in ("error", "nll")}
     variants = np.full(shape, "", dtype=object)
-    validation = np.full((*shape[:2], len(judged), *shape[3:]), np.nan)
+    validation = missing_table((*shape[:2], len(judged), *shape[3:]))
     for i, row in enumerate(cells):
         for j, cell in enumerate(row):
             for (rule, size, budget, seed), training in cell.tested.items():

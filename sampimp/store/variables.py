@@ -1,8 +1,9 @@
 """One variable of a stored record, each chunk compared with its digest when it is read.
 
 Map: `StoredVariable`, `StoredFiles` (a variable of files); `stored_variable`, which returns the
-right one; `check_history` (whether a commit fits its record's shape); `read_difficulty` (the values
-that the sorted strategies sort by).
+right one; `check_history` (whether a commit fits its record's shape), `holds_steps` (whether a
+checkpoint's history ends at its step); `read_difficulty` (the values that the sorted strategies
+sort by).
 """
 
 import hashlib
@@ -204,6 +205,11 @@ def check_history(
     _require(ordered, where, "parts of the record from step 0 on", f"parts from {starts[:3]}")
     for name, digests in history["digests"].items():
         _check_digests(digests, name, layout, where)
+    for name in known if complete else ():
+        if variable(name).dtype == "bool":  # which has no value that says that it is missing
+            count = len(list(filter(None, history["digests"].get(name, ()))))
+            positions = len(layout.positions(name))
+            _require(count == positions, where, f"digests of {positions} {name}", str(count))
     for name in known.intersection(COMMITTED if complete else curves):
         shape, values = layout.shape(name), curves.get(name, [])
         count = len(values)
@@ -211,6 +217,18 @@ def check_history(
         _require(fits, where, f"{shape[0]} values of {name}", str(count))
         rows = {(len(row),) if isinstance(row, list) else () for row in values}
         _require(rows <= {shape[1:]}, where, f"values of {name} of shape {shape[1:]}", str(rows))
+
+
+def holds_steps(history: Mapping[str, Any], layout: RecordLayout, step: int) -> bool:
+    """Return whether a checkpoint's history has what the steps up to one write, and no more.
+
+    What later steps write is appended to it, and is found by its place.
+    """
+    for name in layout.variables:
+        stored = history["curves" if name in COMMITTED else "digests"].get(name, ())
+        if len(stored) != sum(each <= step for each in layout.positions(name)):
+            return False
+    return len(history["seconds"]) == step
 
 
 def _check_digests(

@@ -1,6 +1,7 @@
 """Stored data sets are read as they were written, or not at all."""
 
 import dataclasses
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -98,6 +99,16 @@ def test_a_table_of_file_names_that_does_not_fit_is_refused(tmp_path, name, chan
         tables[name] = tables.get(name, tables["train_files"]) | change
     group.attrs["files"] = tables
     with pytest.raises(RecordError, match=r"fit together|train_files, test_files|whole number"):
+        open_source(Folder.of(tmp_path))
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf")])
+def test_a_full_scale_is_a_positive_number(tmp_path, scale):
+    write_source(Folder.of(tmp_path), oracles.make_source())
+    content = json.loads((tmp_path / "zarr.json").read_bytes())
+    content["attributes"]["chunks"]["full_scale"] = scale
+    (tmp_path / "zarr.json").write_text(json.dumps(content))
+    with pytest.raises(RecordError, match="full scale that is no positive number"):
         open_source(Folder.of(tmp_path))
 
 

@@ -61,7 +61,7 @@ WRONG = [
     (Annotated[str, KEY], "../../etc", "a text that matches"),
     (Annotated[str, KEY], "a\n", "a text that matches"),
     (Annotated[int, range(1, 4)], 4, "a whole number from 1 to 3"),
-    (Annotated[float, 10.0], float("inf"), "a number between -10 and 10"),
+    (Annotated[float, (-10.0, 10.0)], float("inf"), "a number between -10 and 10"),
     (Inner, {"note": "x"}, "an entry 'size'"),
     (Closed, {"name": "x", "inner": [{"size": "1"}]}, r"at \.inner\[0\]\.size"),
     (Closed, {"name": "x", "kind": "c"}, r"one of a, b or null at \.kind"),

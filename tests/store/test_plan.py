@@ -217,6 +217,14 @@ def test_json_round_trip():
     assert again.resolve({}) == plan.resolve({})
 
 
+@pytest.mark.parametrize("model", ["my.models:", "a:../../outside", "a:b/c", "a:b.c", "a:b:c"])
+def test_a_network_is_named_by_a_function(model):
+    """The name of the function is that of a node of the cube, and of folders."""
+    with pytest.raises(ConfigError, match=r"package\.module:function"):
+        TrainingConfig(model=model)
+    assert TrainingConfig(model="my-models.small:net").model == "my-models.small:net"
+
+
 def test_a_study_from_before_other_activations_had_relus():
     plan = make_plan()
     content = json.loads(json.dumps(plan.to_json()))

@@ -26,6 +26,7 @@ from sampimp import schema
 from sampimp.schema import CURVES, VARIABLES, Layout, chunk_shape, digest
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
+from sampimp.store.seals import seal
 from sampimp.store.variables import StoredVariable
 
 
@@ -207,8 +208,10 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path):
 def test_checkpoints_are_ordered_by_epoch_number(tmp_path):
     layout = replace(LAYOUT, epoch=100)
     record = make_record(tmp_path, layout)
-    for epoch in (9, 10, 99, 100):
-        record.checkpoint(epoch, b"state %d" % epoch)
+    for epoch_record in make_records(layout):
+        record.write(epoch_record)
+        if epoch_record.epoch in (9, 10, 99, 100):
+            record.checkpoint(epoch_record.epoch, b"state %d" % epoch_record.epoch)
     assert make_record(tmp_path, layout).newest_checkpoint() == (100, b"state 100")
 
 
@@ -232,6 +235,26 @@ DAMAGES = {
         (folder / "MANIFEST.json").read_text().replace("f" * 64, "e" * 64)
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda history: history["curves"]["train_nll"].append(1.0),
+        lambda history: history["seconds"].pop(),
+        lambda history: history["digests"].pop("nll"),
+        lambda history: history["digests"]["batch"].pop(),
+    ],
+)
+def test_a_history_of_other_steps_is_not_continued(tmp_path, change):
+    """What a later epoch writes would be read as that of another."""
+    checkpointed(tmp_path, 2)
+    path = tmp_path / "checkpoints" / "epoch-000002-attempt-0001" / "MANIFEST.json"
+    manifest = json.loads(path.read_bytes())
+    del manifest["seal"]
+    change(manifest["history"])
+    path.write_bytes(seal(manifest))
+    assert make_record(tmp_path).newest_checkpoint() == (1, b"state 1")
 
 
 @pytest.mark.parametrize("name", DAMAGES)

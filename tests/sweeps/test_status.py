@@ -270,6 +270,29 @@ def test_snapshots_are_verified_and_withdrawn_too(tmp_path, capsys):
     assert list(json.loads((tmp_path / SNAPSHOTS).read_text())) == list(entries)[:1]
 
 
+def test_snapshots_of_no_planned_data_set_are_damage(tmp_path, capsys):
+    """A name in snapshots.json is that of a folder, and a commit may name any data set."""
+    sources = {"one": oracles.make_source()}
+    plan = oracles.make_plan(sources, {"shuffle": (1,)})
+    folder = oracles.start_study(tmp_path, plan, sources)
+    oracles.run_trials(folder, plan, sources)
+    (trial,) = plan.resolve(read_commits(folder))
+    folder.write_json("snapshots.json", {trial.trial_id: {}})
+    for change in ({"dataset": "other"}, {"dataset": ...}, {"dataset": "other", "files": ...}):
+        commit = {**trial.commit, "files": {}, **change}
+        content = seal({name: entry for name, entry in commit.items() if entry is not ...})
+        (folder / "trials" / trial.trial_id).write_bytes("COMMIT.json", content)
+        code, text, _ = call(capsys, tmp_path, "--verify")
+        assert code == 1
+        assert "snapshots.zarr is damaged: snapshots.json names a trial" in text
+    folder.write_json("snapshots.json", {"../../outside": {}})
+    code, text, _ = call(capsys, tmp_path, "--verify")
+    assert code == 1
+    assert "snapshots.json is damaged: expected as a name a text" in text.replace(
+        "Expected", "expected"
+    )
+
+
 def test_a_folder_without_a_study_is_refused(tmp_path, capsys):
     code, text, error = call(capsys, tmp_path)
     assert (code, text) == (2, "")

@@ -1,5 +1,6 @@
 """The command `sampimp subset`: bisection, files of indices, what it prints, and its mistakes."""
 
+import json
 import shutil
 from io import StringIO
 from pathlib import Path
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import sampimp
+from sampimp.errors import RecordError
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
+from sampimp.store.seals import seal
 from sampimp.store.subset_choice import crossing
 from sampimp.sweeps import derived_command, derived_run, status, subset, subset_work
 from sampimp.sweeps.derived_study import run_here
-from sampimp.sweeps.subset_results import PRECISION, middle_size, next_sizes
+from sampimp.sweeps.subset_results import PRECISION, export_subsets, middle_size, next_sizes
 from sampimp.sweeps.subset_study import SubsetRequest, prepare_subsets
 
 FAST = ("--rules", "tau-high", "--sizes", "0.25", "0.5", "--seeds", "1", "2")
@@ -106,6 +109,26 @@ def test_a_search_for_the_smallest_size_ends(study, command):
     code, again = command(study, *FAST, "--within", "10")
     assert (code, again) == (0, text)
     assert read_commits(study, "influence") == commits
+
+
+def test_commits_of_other_trainings_are_a_message(study, command):
+    """A commit counts by the name of its folder, and may state other trainings."""
+    code, text = command(study, *FAST)
+    assert code == 0, text
+    request = SubsetRequest(
+        rules=("tau-high",), sizes=(0.25, 0.5), seeds=(1, 2), runs=("shuffle:1",)
+    )
+    for name, commit in read_commits(study, "influence").items():
+        if commit["rule"] == "full":
+            place = study / "influence" / name
+            changed = json.loads(place.read_bytes("COMMIT.json")) | {"size": 0.9}
+            del changed["seal"]
+            place.write_bytes("COMMIT.json", seal(changed))
+    with pytest.raises(RecordError, match="the trainings on subsets that this command asks for"):
+        next_sizes(study, request, 0.1)
+    (study / "influence").remove()
+    with pytest.raises(RecordError, match="Got none"):
+        export_subsets(study, request)
 
 
 def test_each_run_has_a_bisection_of_its_own(study, command, tmp_path):
