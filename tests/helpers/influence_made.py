@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sampimp.schema import StepRecord, digest_json
+from sampimp.schema import StepRecord, digest_json, variable
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER, layout_of, record_id
 from sampimp.store.integrity import record_digest
 from sampimp.store.record import TrialRecord
@@ -50,11 +50,10 @@ def steps_of(layout, seed=0):
                 continue
             if name == "training_state":
                 arrays[name] = rng.bytes(step + 10)
-            elif name == "removed":
+            elif variable(name).dtype == "bool":
                 arrays[name] = rng.random(shape) < 0.3
             else:
-                dtype = np.float64 if name in ("adjoint_norm", "final_value") else np.float32
-                arrays[name] = rng.random(shape).astype(dtype)
+                arrays[name] = rng.random(shape).astype(variable(name).dtype)
         steps.append(StepRecord(step=step, arrays=arrays, seconds=0.5))
     return steps
 
