@@ -15,7 +15,7 @@ decoded images); `load_folder` (all these steps, in threads).
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,10 +130,10 @@ def _list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[s
     classes = {
         _text(entry.name, folder): _image_names(entry.path, skipped)
         for entry in entries
-        if entry.is_dir()
+        if _is(entry.is_dir)
     }
     for entry in entries:
-        if entry.is_dir():
+        if _is(entry.is_dir):
             continue
         if classes and _is_image_name(entry.name):
             raise DataError(
@@ -189,8 +189,24 @@ def _labels(class_names: tuple[str, ...], classes: dict[str, list[str]]) -> np.n
 
 def _visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """Return what a folder has, hidden files and folders aside."""
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".")]
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(
+            expected="a folder that can be listed",
+            got=str(error.strerror),
+            where=str(folder),
+            todo="change its permissions, or remove it",
+        ) from None
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Return what `is_dir` or `is_file` of an entry says; of a link to itself it raises."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def _is_image_name(name: str) -> bool:
@@ -201,7 +217,7 @@ def _image_names(folder: str, skipped: list[str]) -> list[str]:
     """Return the sorted names of the images in a folder; add other files to `skipped`."""
     names = []
     for entry in _visible(folder):
-        if entry.is_dir():
+        if _is(entry.is_dir):
             raise DataError(
                 expected="image files in the folder of a class",
                 got="a folder, whose images would be in no class",
@@ -210,10 +226,10 @@ def _image_names(folder: str, skipped: list[str]) -> list[str]:
             )
         if not _is_image_name(entry.name):
             skipped.append(entry.path)
-        elif not entry.is_file():  # to open a pipe would wait without end
+        elif not _is(entry.is_file):  # to open a pipe would wait without end
             raise DataError(
                 expected="an image file",
-                got="a pipe, a socket, a device or a link to nothing",
+                got="a pipe, a socket, a device or a link to nothing or to itself",
                 where=entry.path,
                 todo="remove it or rename it",
             )

@@ -236,12 +236,26 @@ def make_socket(path):
         made.bind(str(path))
 
 
-@pytest.mark.parametrize("make", [make_pipe, make_socket, Path.mkdir])
+def make_loop(path):
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("make", [make_pipe, make_socket, make_loop, Path.mkdir])
 def test_what_is_no_file_is_refused_by_its_name(tmp_path, monkeypatch, make):
     save_folder(tmp_path)
     monkeypatch.chdir(tmp_path / "train" / "dog")  # paths of sockets have a limit
     make(Path("x.png"))
     with pytest.raises(DataError, match=r"Got a (folder|pipe),(.|\n)*train/dog/x\.png"):
+        list_images(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied")
+
+    save_folder(tmp_path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"Got Permission denied(.|\n)*train"):
         list_images(tmp_path)
 
 
