@@ -2,7 +2,8 @@
 
 A part has 12 digits of a digest of what it is made from in its name. It is kept if data/study.js,
 which is written when all parts are on the disk, names it. A part with damage has the damage in its
-digest: it is made again each time, so that the damage is found again, or is gone.
+digest: it is made again each time, so that the damage is found again, or is gone. A part that is
+another script than one with data is made again too.
 
 Map: `ExplorerFolder`, `read_application` (the page), `read_asked`, `script` (an object as a
 script), `read_script`, `encode_array`.
@@ -27,6 +28,8 @@ ENCODING = 1
 """Version of the parts' content; a change renames them all."""
 STUDY, PAGE_FILE = "data/study.js", "index.html"
 _CALL = "sampimpData("
+CHECKED: set[tuple[Folder, str]] = set()
+"""Files that this process has written, or has found to hold data."""
 _PART = re.compile(
     r"data/[A-Za-z0-9_-]+/(labels|names|ids|rows|sprites|shared|(run|history|influence)-.+)"
     r"-[0-9a-f]{12}(-\d{4,})?\.(js|png|jpg)"
@@ -151,18 +154,34 @@ class ExplorerFolder:
             }
             entry = {**described, "files": list(files)}
         for file, each in files.items():
-            if file not in self._durable:
+            if file not in self._durable or not self._is_data(file):
                 self._write(file, each, durable=False)
         self._used.update(files)
         return entry
 
     def _is_kept(self, entry: dict[str, Any], hint: Any) -> bool:
-        """Return whether a part is on the disk, and its entry has a type."""
+        """Return whether a part is on the disk and holds data, and its entry has a type."""
         try:
             require_type(entry, hint, STUDY)
         except RecordError:
             return False
-        return self._durable.issuperset(_files_of(entry))
+        files = _files_of(entry)
+        return self._durable.issuperset(files) and all(map(self._is_data, files))
+
+    def _is_data(self, file: str) -> bool:
+        """Return whether a file is an image, or a script that hands over data and does no more.
+
+        A study of somebody else may have any script where a part should be, which the page would
+        run. A file is read once in a process.
+        """
+        if not file.endswith(".js") or (self.folder, file) in CHECKED:
+            return True
+        content = self.folder.read_bytes(file) or b""
+        is_call = content.startswith(_CALL.encode()) and content.endswith(b");\n")
+        if not is_call or read_script(content) is None:
+            return False
+        CHECKED.add((self.folder, file))
+        return True
 
     def read(self, file: str) -> Any:
         """Return the object of a part."""
@@ -187,6 +206,7 @@ class ExplorerFolder:
     def _write(self, file: str, content: bytes, *, durable: bool) -> None:
         self._begin()
         self.folder.write_bytes(file, content, durable=durable)
+        CHECKED.add((self.folder, file))
 
     def _begin(self) -> None:
         """Note a change; before the first one, remove the list of the files."""

@@ -17,7 +17,7 @@ from explored import (
 from memory_bucket import serving
 from study_here import QUIET
 
-from sampimp.analysis.explorer import explore, write_explorer
+from sampimp.analysis.explorer import explore, explorer_folder, write_explorer
 from sampimp.analysis.explorer.choice import MEGABYTES, Choice
 from sampimp.analysis.explorer.explorer_folder import script
 from sampimp.data import Source
@@ -235,6 +235,26 @@ def test_a_manifest_of_somebody_else_is_written_again(tmp_path, name):
     changed_text = NO_MANIFESTS[name](path.read_text())
     assert changed_text != path.read_text()
     path.write_text(changed_text)
+    assert contents(write(tmp_path)[0]) == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"alert(1);\n",
+        b'sampimpData({"a":alert(1)});\n',
+        b"sampimpData({});\nalert(1);\n",
+        b'{"a":1}',
+        b"",
+    ],
+)
+def test_a_part_that_is_another_script_is_written_again(tmp_path, monkeypatch, content):
+    """The page runs its parts."""
+    make_study(tmp_path)
+    before = contents(write(tmp_path)[0])
+    (name,) = (name for name in before if "/run-shuffle-seed1-" in name)
+    (tmp_path / "analysis/explore" / name).write_bytes(content)
+    monkeypatch.setattr(explorer_folder, "CHECKED", set())  # as another process
     assert contents(write(tmp_path)[0]) == before
 
 
