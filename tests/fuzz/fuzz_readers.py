@@ -5,6 +5,7 @@ Map: `readers` (those of one case); `load_all`.
 
 import contextlib
 import io
+import json
 import os
 import random
 import shutil
@@ -126,8 +127,12 @@ def explore(root):
     write_explorer(str(study), keep=True)
     write_explorer(str(study), runs=("all",), keep=False)
     for path in (study / "analysis/explore").rglob("*"):
-        if path.is_file() and path.suffix in (".js", ".html", ".css"):
+        if path.is_file() and path.suffix in (".html", ".css"):
             _require_harmless(path.read_text(), path.name)
+        elif path.is_file() and path.suffix == ".js" and "data" in path.parts:
+            text = path.read_text()
+            assert text.startswith("sampimpData({"), f"another script in {path.name}"
+            json.loads(text.removeprefix("sampimpData(").removesuffix(");\n"))
 
 
 def report(root):
