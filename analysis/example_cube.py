@@ -329,7 +329,10 @@ def _example_removals(tau: np.ndarray, count: int, generator: np.random.Generato
 
 
 def _mask_trials(cube: xr.Dataset, first_epochs: dict[tuple[str, int], int]) -> None:
-    """Set trials to NaN from an epoch on (0: missing, else diverged), and add `diverged_epoch`."""
+    """Set trials to NaN from an epoch on (0: missing, else diverged), and add `diverged_epoch`.
+
+    As in training, errors are finite in the epoch in which a run diverges.
+    """
     variables = list(cube.data_vars)
     strategies = cube["strategy"].values.tolist()
     cube["diverged_epoch"] = xr.full_like(cube["train_nll"].isel(epoch=0, drop=True), np.nan)
@@ -342,3 +345,5 @@ def _mask_trials(cube: xr.Dataset, first_epochs: dict[tuple[str, int], int]) -> 
             cube[key][{**trial, time: cube[time].values >= first}] = np.nan
         if first:
             cube["diverged_epoch"][trial] = first
+            for key in ("train_error", "test_error"):
+                cube[key][{**trial, "epoch": cube["epoch"].values == first}] = 0.9

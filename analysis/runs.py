@@ -41,7 +41,7 @@ def started(cube: xr.Dataset) -> xr.DataArray:
     >>> bool(started(example_cube()).sel(strategy="shuffle", seed=1))
     True
     """
-    return _finite(cube).any("epoch")
+    return finite_epochs(cube).any("epoch")
 
 
 def complete(cube: xr.Dataset) -> xr.DataArray:
@@ -53,11 +53,19 @@ def complete(cube: xr.Dataset) -> xr.DataArray:
     -------
     DataArray of bool (strategy, seed)
     """
-    return _finite(cube).all("epoch")
+    return finite_epochs(cube).all("epoch")
 
 
-def _finite(cube: xr.Dataset) -> xr.DataArray:
-    """Return whether each trial's curve is finite, by epoch."""
+def finite_epochs(cube: xr.Dataset) -> xr.DataArray:
+    """Return whether each trial has an epoch, with a finite training NLL.
+
+    The errors are finite in the epoch in which a run diverges as well: its outputs are NaN, and
+    all but one class are wrong.
+
+    Returns
+    -------
+    DataArray of bool (strategy, seed, epoch)
+    """
     curve = require(cube, "train_nll")["train_nll"].compute()
     return curve.copy(data=np.isfinite(curve.values))
 

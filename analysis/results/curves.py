@@ -11,7 +11,13 @@ Map: `strategy_curves`.
 import numpy as np
 import xarray as xr
 
-from sampimp.analysis.runs import codes_of_labels, label_result, require, sum_samples
+from sampimp.analysis.runs import (
+    codes_of_labels,
+    finite_epochs,
+    label_result,
+    require,
+    sum_samples,
+)
 from sampimp.schema import CURVES, VARIABLES
 
 
@@ -46,8 +52,9 @@ def strategy_curves(cube: xr.Dataset) -> xr.Dataset:
     Gao & Jojic (2017), section 3.6 and Fig. 7; appendix, Fig. 9.
     """
     require(cube, *CURVES)
-    curves = cube[list(CURVES)]
-    runs = curves["train_nll"].notnull().sum("seed")
+    has_epoch = finite_epochs(cube)
+    curves = cube[list(CURVES)].where(has_epoch)
+    runs = has_epoch.sum("seed")
     result = xr.Dataset()
     for name in CURVES:
         result[name], result[f"{name}_se"] = _mean_and_error(curves[name])

@@ -298,10 +298,10 @@ def test_curves_are_means_over_the_seeds_that_have_the_epoch(results, memory):
     result = results["strategy_curves"]
     error = memory["test_error"]
     rsio = error.sel(strategy="rsio").values  # seed 2 diverged in epoch 3
-    np.testing.assert_allclose(result["test_error"].sel(strategy="rsio")[3], rsio[[0, 2], 3].mean())
-    np.testing.assert_allclose(
-        result["test_error_se"].sel(strategy="rsio")[3], stats.sem(rsio[[0, 2], 3])
-    )
+    for epoch in (2, 3):
+        curve, spread = (result[f"test_error{end}"].sel(strategy="rsio") for end in ("", "_se"))
+        np.testing.assert_allclose(curve[epoch], rsio[[0, 2], epoch].mean())
+        np.testing.assert_allclose(spread[epoch], stats.sem(rsio[[0, 2], epoch]))
     assert result["runs"].sel(strategy="sim").values.tolist() == [2] * 6  # seed 3 is missing
     assert result["diverged"].sel(strategy=["rsio", "sim"]).values.tolist() == [1, 0]
     nll = memory["nll"].sel(strategy="rsio").values.astype(np.float64)
@@ -314,6 +314,13 @@ def test_curves_are_means_over_the_seeds_that_have_the_epoch(results, memory):
     )
 
 
+def test_a_run_that_diverges_in_the_last_epoch_has_no_final_error():
+    result = strategy_curves(example_cube(diverged={("rsio", 2): 6})).compute()
+    final = result["final_test_error"].sel(strategy="rsio").values
+    np.testing.assert_array_equal(np.isnan(final), [False, True, False])
+    np.testing.assert_allclose(result["test_error"].sel(strategy="rsio")[-1], np.nanmean(final))
+
+
 def test_one_seed_has_no_standard_error():
     result = strategy_curves(example_cube(strategies=("shuffle", "nlo"), seeds=1)).compute()
     assert np.isnan(result["test_error_se"]).all()
@@ -322,7 +329,8 @@ def test_one_seed_has_no_standard_error():
 
 @pytest.mark.parametrize("block_bytes", [1, 700, 2**20])
 def test_paths_are_an_exact_pca_of_all_states(block_bytes):
-    cube = example_cube(states=(0, 2, 6), missing=(("sim", 1),), diverged={("rsio", 1): 3})
+    missing = [("sim", seed) for seed in (1, 2, 3)]
+    cube = example_cube(states=(0, 2, 6), missing=missing, diverged={("rsio", 1): 3})
     result = parameter_paths(cube, 2, block_bytes=block_bytes)
     assert "sim" not in result["strategy"].values
     assert result["state"].values.tolist() == [0, 2, 6]
@@ -341,6 +349,15 @@ def test_paths_are_an_exact_pca_of_all_states(block_bytes):
     np.testing.assert_allclose(
         result["travelled"], np.linalg.norm(states[:, -1] - states[:, 0], axis=-1)
     )
+
+
+def test_paths_are_those_of_the_seed_with_the_most_strategies():
+    cube = example_cube(missing=[("sim", 1), ("rand", 3)])
+    result = parameter_paths(cube)
+    assert "states of seed 2 " in result.attrs["method"]
+    states = cube["parameters"].sel(seed=2, strategy=result["strategy"].values)
+    travelled = np.linalg.norm(states.values[:, -1] - states.values[:, 0], axis=-1)
+    np.testing.assert_allclose(result["travelled"], travelled, rtol=1e-6)
 
 
 def test_missing_data_is_an_error():
