@@ -13,7 +13,7 @@ from rich.console import Console
 
 from sampimp.errors import UserError
 from sampimp.sweeps.door import run_door
-from sampimp.sweeps.inspection import format_bytes
+from sampimp.sweeps.quantities import format_bytes
 
 _HELP = """Write each data set of a finished study as one sharded Zarr store.
 

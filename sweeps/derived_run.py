@@ -12,11 +12,10 @@ from rich.console import Console
 from sampimp.errors import require_package
 from sampimp.store.plan import Plan
 from sampimp.sweeps.derived_study import DerivedStudy
-from sampimp.sweeps.estimate import format_duration
-from sampimp.sweeps.inspection import format_bytes
 from sampimp.sweeps.machines import Cluster, this_machine
 from sampimp.sweeps.options import MachineOptions
 from sampimp.sweeps.preflight import check_cluster, check_disk
+from sampimp.sweeps.quantities import format_bytes, format_count, format_duration
 from sampimp.sweeps.work import Unit
 
 WAITING_EVERY = 30.0
@@ -167,7 +166,7 @@ def describe_units(study: DerivedStudy, machines: MachineOptions, console: Conso
         identity = unit.config["identity"]
         names = identity.get("removals") or identity.get("targets") or []
         shown = ", ".join(names[:6]) + (f", ... ({len(names)} in all)" if names[6:] else "")
-        line = f"Missing   {unit.label}, {unit.steps} {study.words[1]}" + (
+        line = f"Missing   {unit.label}, {format_count(unit.steps, study.words[1])}" + (
             f": {shown}" * bool(names)
         )
         console.print(line, markup=False, highlight=False)

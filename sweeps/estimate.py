@@ -3,7 +3,7 @@
 `--dry-run` prints it and ends, without Ray: it counts this machine, and asks no cluster. A study
 that trains on this machine alone prints the time of the same measurement before it starts Ray.
 
-Map: `describe_study` (`--dry-run`), `announce_time`, `measure_epoch`, `format_duration`.
+Map: `describe_study` (`--dry-run`), `announce_time`, `measure_epoch`.
 """
 
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.data import Source, load_source, scale_inputs
 from sampimp.schema import REFERENCE_SEED, REFERENCE_STRATEGY
 from sampimp.store.plan import Plan
-from sampimp.sweeps.inspection import format_bytes
 from sampimp.sweeps.machines import Cluster, find_address, this_machine
 from sampimp.sweeps.options import StudyConfig
 from sampimp.sweeps.preflight import check_cluster
+from sampimp.sweeps.quantities import format_bytes, format_count, format_duration
 from sampimp.sweeps.study import Study, prepare_study
 from sampimp.training.loop import TrainingRun
 from sampimp.training.strategies import make_schedule
@@ -85,7 +85,10 @@ def _print_plan(study: Study, console: Console) -> None:
     for key, seconds in epochs.items():
         console.print(f"Epoch     {key}: about {seconds:.2g} s{alone}", highlight=False)
     duration = format_duration(total_seconds(study, epochs) / study.slots)
-    console.print(f"Time      about {duration}, {study.slots} trials at a time", highlight=False)
+    console.print(
+        f"Time      about {duration}, {format_count(study.slots, 'trials')} at a time",
+        highlight=False,
+    )
     if study.config.influence:
         targets = ", ".join(study.config.influence)
         console.print(
@@ -115,7 +118,7 @@ def announce_time(study: Study, console: Console) -> float:
     at_once = min(study.slots, len(study.missing))
     about = f"about {format_duration(seconds)}" if seconds > 30 else "less than a minute"
     missing, planned = len(study.missing), len(study.trials)
-    trials = f"{missing} trials" if missing == planned else f"{missing} of {planned} trials"
+    trials = ("" if missing == planned else f"{missing} of ") + format_count(planned, "trials")
     text = f"This trains on this machine, for {about}: {trials}, {at_once} at a time."
     if seconds > LONG_STUDY:
         text += (
@@ -159,17 +162,3 @@ def measure_epoch(plan: Plan, key: str, source: Source) -> float:
     records = list(TrainingRun(trial, scale_inputs(part, "unit"), schedule).records())
     torch.set_num_threads(threads)
     return records[-1].seconds * info.sample_count / count
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration in seconds, minutes, or hours and minutes.
-
-    Examples
-    --------
-    >>> format_duration(42), format_duration(3723)
-    ('42 s', '1 h 02 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -23,6 +23,7 @@ from sampimp.errors import (
 from sampimp.schema import __version__, digest_json
 from sampimp.sweeps.door import INTERRUPTED, run_door
 from sampimp.sweeps.options import StudyConfig, parse
+from sampimp.sweeps.quantities import format_count
 
 
 def main(arguments: list[str], prog: str = "full_study.py") -> int:
@@ -91,9 +92,9 @@ def _is_installed(package: str) -> bool:
 def _describe(config: StudyConfig) -> str:
     """Return in words what the options ask for."""
     trials = len(config.datasets) * sum(map(len, config.grid().values()))
-    epochs = f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
+    epochs = format_count(config.epochs, "epochs")
     return printable(
-        f"{trials} trial{'s' if trials > 1 else ''} of {epochs} on {', '.join(config.datasets)}, "
+        f"{format_count(trials, 'trials')} of {epochs} on {', '.join(config.datasets)}, "
         f"into {config.out}."
     )
 

@@ -21,6 +21,7 @@ from sampimp.store.influence_layouts import INFLUENCE_FOLDER, KINDS, layout_of
 from sampimp.store.influence_records import read_records
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan, PlannedTrial, read_commits
+from sampimp.sweeps.quantities import format_clock
 
 QUIET_TIME = 60.0
 """Seconds without a write, beyond the time of three epochs, after which a trial counts as stopped
@@ -167,26 +168,3 @@ def _inspect_record(place: Folder, name: str, plan: Plan) -> RecordStatus | None
     steps = layout_of(begun, plan.layout(begun["dataset"])).steps
     noun = "retraining" if begun["kind"] == "retrain" else "step"
     return RecordStatus(name, begun["kind"], *_judge_sign(sign, noun, steps))
-
-
-def format_bytes(count: float) -> str:
-    """Return a number of bytes in MB, or from one GB in GB.
-
-    Examples
-    --------
-    >>> format_bytes(317_640), format_bytes(4.72e9)
-    ('0.3 MB', '4.72 GB')
-    """
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def format_clock(seconds: float) -> str:
-    """Return a duration as minutes and seconds, or hours and minutes.
-
-    Examples
-    --------
-    >>> format_clock(75), format_clock(7500)
-    ('1:15', '2 h 05')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d}"

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from sampimp.sweeps.quantities import format_count
+
 
 @dataclass(frozen=True)
 class Machines:
@@ -72,7 +74,7 @@ class Cluster:
 
     def __str__(self) -> str:
         nodes = sum(machines.count for machines in self.machines)
-        text = f"{self.origin}: {nodes} node{'s' if nodes != 1 else ''}, {_total(self.machines)}"
+        text = f"{self.origin}: {format_count(nodes, 'nodes')}, {_total(self.machines)}"
         if self.to_come:
             more = sum(machines.count for machines in self.to_come)
             known = not any(math.isinf(machines.cpus) for machines in self.to_come)

@@ -13,9 +13,9 @@ from sampimp.errors import ResourceError, StoreError
 from sampimp.store.location import Folder
 from sampimp.store.plan import Plan
 from sampimp.store.plan_files import find_plan
-from sampimp.sweeps.inspection import format_bytes
 from sampimp.sweeps.machines import Cluster
 from sampimp.sweeps.options import MachineOptions
+from sampimp.sweeps.quantities import format_bytes
 
 
 def check_out(folder: Folder) -> Plan | None:

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sampimp.errors import UserError
-from sampimp.sweeps.inspection import format_clock
+from sampimp.sweeps.quantities import format_clock, format_count
 from sampimp.sweeps.work import Unit
 
 LINE_EVERY = 30.0
@@ -148,7 +148,7 @@ class Progress(Callback):
         counts = Counter(self._state.values())
         shown = ("done", "running", "waiting", "blocked", "diverged", "failed")
         words = [f"{counts[state]} {state}" for state in shown if counts[state] or state == "done"]
-        return f"{len(self._state)} {self._nouns[0]}: {', '.join(words)}"
+        return f"{format_count(len(self._state), self._nouns[0])}: {', '.join(words)}"
 
     def is_done(self, label: str) -> bool:
         """Return whether a unit is committed, and has not diverged."""
@@ -169,9 +169,10 @@ class Progress(Callback):
         return "time left: measuring" if seconds is None else f"about {format_clock(seconds)} left"
 
     def _line(self) -> str:
+        planned = format_count(sum(self._steps.values()), self._nouns[1])
         return (
             f"{format_clock(time.monotonic() - self._start)}  {self._counts()}; "
-            f"{sum(self._step.values()):,} of {sum(self._steps.values()):,} {self._nouns[1]}; "
+            f"{sum(self._step.values()):,} of {planned}; "
             f"{self._time_left()}"
         )
 
@@ -185,7 +186,7 @@ class Progress(Callback):
         head = Table.grid(padding=(0, 2))
         head.add_row(
             ProgressBar(total=planned, completed=finished, width=32),
-            f"{finished:,} of {planned:,} {self._nouns[1]}",
+            f"{finished:,} of {format_count(planned, self._nouns[1])}",
             format_clock(time.monotonic() - self._start),
             self._time_left(),
         )

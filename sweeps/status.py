@@ -31,10 +31,10 @@ from sampimp.sweeps.inspection import (
     STATES,
     RecordStatus,
     Status,
-    format_bytes,
     inspect,
     inspect_records,
 )
+from sampimp.sweeps.quantities import format_bytes, format_count
 from sampimp.sweeps.verification import Findings, verify_study, withdraw_damaged
 
 SYMBOLS: Mapping[str, tuple[str, str, str]] = {
@@ -75,7 +75,7 @@ def describe(folder: Folder, statuses: Sequence[Status], console: Console) -> No
     counts = Counter(status.state for status in statuses)
     words = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     console.print(str(folder), markup=False, highlight=False)
-    console.print(f"{len(statuses)} trials: {words}", highlight=False)
+    console.print(f"{format_count(len(statuses), 'trials')}: {words}", highlight=False)
     for dataset in dict.fromkeys(status.trial.config.dataset for status in statuses):
         console.print()
         here = [status for status in statuses if status.trial.config.dataset == dataset]

@@ -169,7 +169,7 @@ def prepare_subsets(
         plan=plan,
         sources=sources,
         units=units,
-        words=("units", "steps"),
+        words=("units", "trainings"),
         step_seconds=step_seconds,
     )
 

@@ -117,9 +117,10 @@ class SubsetUnits(DerivedUnits):
     def units_of(
         self, position: int, run: PlannedTrial, commits: Mapping[str, Mapping[str, Any]]
     ) -> Iterator[Unit]:
-        """Yield the searches, then what the validation split judges, then what the test set does.
+        """Yield searches, all samples, what the validation split judges, what the test set judges.
 
-        A unit waits for its search, or for the validation of its rule's parameters.
+        A unit waits for its search, or for the validation of its rule's parameters. All samples
+        take the longest, and wait for nothing.
         """
         comparisons = [each for each in self._comparisons if each.concerns(run)]
         searches: dict[tuple[float, str], Unit] = {}
@@ -129,6 +130,9 @@ class SubsetUnits(DerivedUnits):
                     unit = self._search(position, run, commits, comparison.size, split)
                     searches.setdefault((comparison.size, split), unit)
         yield from searches.values()
+        full = Comparison(rule=ALL_SAMPLES, size=1.0, budgets=("steps", "convergence"))
+        names = [ALL_SAMPLES] * len(full.budgets)
+        yield from self._trainings(position, run, commits, full, names, "test", searches)
         validated = trained_before(commits, run)[1]
         for judged in self._judged(run, comparisons):
             names = [judged.rule] * len(judged.budgets)
@@ -138,9 +142,6 @@ class SubsetUnits(DerivedUnits):
         for comparison in comparisons:
             best = self._variants(run, comparison, validated)
             yield from self._trainings(position, run, commits, comparison, best, "test", searches)
-        full = Comparison(rule=ALL_SAMPLES, size=1.0, budgets=("steps", "convergence"))
-        names = [ALL_SAMPLES] * len(full.budgets)
-        yield from self._trainings(position, run, commits, full, names, "test", searches)
 
     @staticmethod
     def _rule(comparison: Comparison) -> SelectionRule:

@@ -15,8 +15,8 @@ from sampimp.config import TrainingConfig, TrialConfig
 from sampimp.errors import StoreError
 from sampimp.store.plan import Plan, PlannedTrial
 from sampimp.sweeps import progress as module
-from sampimp.sweeps.inspection import format_clock
 from sampimp.sweeps.progress import LINE_EVERY, Progress
+from sampimp.sweeps.quantities import format_clock
 from sampimp.sweeps.work import training_units
 
 DONE, DIVERGED = {"diverged_epoch": None}, {"diverged_epoch": 2}

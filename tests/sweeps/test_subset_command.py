@@ -223,9 +223,9 @@ def test_a_dry_run_lists_units_and_stores_nothing(study, command, tmp_path):
     rules = ("--rules", "power", f"scores:{tmp_path}/mine.npy")
     code, text = command(study, *rules, "--sizes", "0.5", "--seeds", "1", "2", "--dry-run")
     assert code == 0
-    assert "Missing   one-shuffle-seed1-subset-power0.25-0.5-validation, 4 steps" in text
-    assert "Missing   one-shuffle-seed1-subset-power-0.5, 4 steps" in text
-    assert "Missing   one-shuffle-seed1-subset-full-1, 4 steps" in text
+    assert "Missing   one-shuffle-seed1-subset-power0.25-0.5-validation, 4 trainings" in text
+    assert "Missing   one-shuffle-seed1-subset-power-0.5, 4 trainings" in text
+    assert "Missing   one-shuffle-seed1-subset-full-1, 4 trainings" in text
     assert "Time      about" in text
     assert " MB" in text
     assert sorted(Path(str(study)).rglob("*")) == before

@@ -300,7 +300,7 @@ def test_a_search_gives_the_subset_that_it_found(study, monkeypatch):
     unjudged = Comparison(rule="metagradient", size=0.4, is_validated=False)  # of a bisection
     units = prepare_subsets(folder, request(rules=("metagradient",)), [unjudged]).units
     assert [unit.label.removeprefix("one-shuffle-seed1-") for unit in units.resolve()] == [
-        *("search-0.4", "subset-metagradient-0.4", "subset-full-1")
+        *("search-0.4", "subset-full-1", "subset-metagradient-0.4")
     ]
     cube = compute(folder, rules=("metagradient",), sizes=(0.5,))
     selected = cube.selected.sel(rule="metagradient", size=0.5, budget=["steps", "epochs"]).values
