@@ -61,7 +61,8 @@ class _Cells:
         if cell is None or not all(indices):
             missing = False if self.dtype.kind == "b" else np.nan
             return np.full(tuple(map(len, indices)), missing, self.dtype)
-        low, high = min(indices[-1]), max(indices[-1]) + 1  # a slice may have a step
+        ends = indices[-1][0], indices[-1][-1]  # a slice may have a step, also backwards
+        low, high = min(ends), max(ends) + 1
         steps = slice(None, None, columns.step)
         return np.stack(
             [
