@@ -16,12 +16,12 @@ import asyncio
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.abc.store import ByteRequest
+from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.errors import ContainsArrayError, ContainsGroupError
 from zarr.storage import ObjectStore, StorePath
@@ -120,6 +120,38 @@ class _FolderStore(ObjectStore):
             return
         with readable_errors(f"{prefix} of {self.store}"):
             await super().delete_dir(prefix)
+
+    async def exists(self, key: str) -> bool:
+        self._check(key)
+        with readable_errors(f"{key} of {self.store}"):
+            return await super().exists(key)
+
+    async def getsize(self, key: str) -> int:
+        self._check(key)
+        with readable_errors(f"{key} of {self.store}"):
+            return await super().getsize(key)
+
+    async def getsize_prefix(self, prefix: str) -> int:
+        return await Store.getsize_prefix(self, prefix)  # by the methods of this class
+
+    async def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
+        if (root := local_root(self.store)) is not None:  # obstore would list what links lead to
+            paths = [os.path.join(prefix, path) for path in (Folder(root) / prefix).walk()]
+        else:
+            with readable_errors(f"{prefix} of {self.store}"):
+                paths = [path async for path in super().list_prefix(prefix)]
+        for path in paths:
+            yield path
+
+    def list(self) -> AsyncGenerator[str, None]:
+        return self.list_prefix("")
+
+    async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
+        self._check(prefix)
+        with readable_errors(f"{prefix} of {self.store}"):
+            names = [name async for name in super().list_dir(prefix)]
+        for name in names:
+            yield name
 
 
 class _OverwritingStore(_FolderStore):

@@ -47,4 +47,5 @@ def test_after_any_fault_the_same_command_gives_the_same(name, monkeypatch):
             out, kind = copy(number), next(kinds)
             if problem := problem_of(scene, out, failing(number, kind), expected):
                 problems.append(f"request {number}, {kind}: {problem}")
+            bucket.remove(out.removeprefix("s3://"))
         assert not problems, "\n".join(problems)

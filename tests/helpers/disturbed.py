@@ -7,6 +7,7 @@ Map: `SCENES`, `Scene`; `outcome` (of a scene), `problem_of` (a disturbed scene)
 """
 
 import contextlib
+import gc
 import hashlib
 import os
 import warnings
@@ -182,6 +183,8 @@ def problem_of(
     must_fail
         Whether the fault may not pass for a success.
     """
+    gc.collect()  # a report leaves 20 MB in cycles of few objects, which are not collected for long
+    gc.freeze()  # so that the next collection visits new objects only
     message = ""
     with warnings.catch_warnings():
         warnings.simplefilter("error", DamageWarning)

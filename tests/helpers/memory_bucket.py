@@ -82,6 +82,11 @@ class MemoryBucket:
         for name in names:
             self.objects[target + name.removeprefix(source)] = self.objects[name]
 
+    def remove(self, path: str) -> None:
+        """Delete all objects below a path."""
+        for name in [name for name in self.objects if name.startswith(f"{path}/")]:
+            del self.objects[name]
+
     def answer(self, head: str, body: bytes, transport: Any) -> None:
         """Answer a request, or let it fail."""
         method, target = head.split(" ", 2)[:2]
