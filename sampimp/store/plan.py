@@ -8,7 +8,9 @@ Map: `Plan`, `DatasetInfo` (a data set in a plan), `PlannedTrial` (a trial and i
 `read_commits` (reading the commits from the store).
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -381,9 +383,24 @@ def read_commits(
         return commit and {key: entry for key, entry in commit.items() if key != "files"}
 
     # An object store answers in tens of milliseconds, a disk at once.
-    with ThreadPoolExecutor(16 if folder.is_local else 64) as pool:
-        commits = pool.map(read, names)
-    return {name: commit for name, commit in zip(names, commits, strict=True) if commit}
+    with _no_collection(), ThreadPoolExecutor(16 if folder.is_local else 64) as pool:
+        commits = dict(zip(names, pool.map(read, names), strict=True))
+    return {name: commit for name, commit in commits.items() if commit}
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pause the collection of cycles: of thousands of commits, it is a third of the time.
+
+    Parsed JSON has no cycles.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _is_reference(identity: Mapping[str, Any]) -> bool:
