@@ -170,6 +170,11 @@ def _write(store: Folder, cube: xr.Dataset, progress: Callable[[str], None]) -> 
         {n: (n, v.values, v.attrs) for n, v in texts.items() if n in cube.dims}
     )
     template.attrs = {UNFINISHED: True}  # zarr.json exists while the arrays are made
+    # Not left to xarray, which makes a group first and gives it attributes then: interrupted in
+    # between, it could be anybody's.
+    store.write_json(
+        "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": template.attrs}
+    )
     lazy = [str(name) for name in cube.data_vars if cube[name].chunks is not None]
     with warnings.catch_warnings():
         # Zarr 3.1 warns that text and consolidated metadata are not in the specification of
@@ -177,7 +182,7 @@ def _write(store: Folder, cube: xr.Dataset, progress: Callable[[str], None]) -> 
         warnings.filterwarnings("ignore", ".*specification.*")
         template.to_zarr(
             zarr_store(store),
-            mode="w-",
+            mode="a",
             zarr_format=3,
             consolidated=True,
             compute=False,  # writes all but the lazy variables

@@ -5,6 +5,7 @@ import oracles
 import pytest
 import xarray as xr
 import zarr
+from faulty_disk import FaultyDisk, faulty
 from hypothesis import given
 from hypothesis import strategies as st
 from zarr.dtype import VariableLengthUTF8 as VariableText
@@ -100,14 +101,11 @@ def test_an_interrupted_store_cannot_be_opened_and_is_rewritten(study, tmp_path)
 
 
 def test_a_store_interrupted_at_the_start_is_rewritten(study, tmp_path, monkeypatch):
-    def interrupt(folder, name):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Folder, "delete", interrupt)  # zarr.json exists, the values do not
-        with pytest.raises(KeyboardInterrupt):
-            consolidate(study, tmp_path)
-    assert [store.written for store in consolidate(study, tmp_path)] == [True]
+    for number in range(32, 56, 2):  # the group is made, then its first arrays
+        to = tmp_path / str(number)
+        with faulty(monkeypatch, to, FaultyDisk(number)), pytest.raises(StoreError):
+            consolidate(study, to)
+        assert [store.written for store in consolidate(study, to)] == [True]
 
 
 def test_a_value_changed_after_writing_is_an_error(study, tmp_path):
