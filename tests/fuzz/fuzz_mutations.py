@@ -40,6 +40,9 @@ VALUES = (
     *([[1e300] * 3] * 3, ["a", "a"], [f"name {n}" for n in range(20)], {"2": ["0" * 64]}),
 )
 
+LARGEST = 2**30
+"""Bytes of the largest file whose content is changed."""
+
 OFTEN = (
     *("plans", "study.json study.json", "snapshots.json snapshots.json", "trials COMMIT.json"),
     *("influence COMMIT.json", "datasets zarr.json", "trials MANIFEST.json", ".js"),
@@ -85,7 +88,7 @@ def _kind_of(path):
 
 def _change_file(root, path, siblings, draw):
     name = path.relative_to(root)
-    if not path.is_file() or path.is_symlink():
+    if not path.is_file() or path.is_symlink() or path.stat().st_size > LARGEST:  # changed before
         return f"{name} (unchanged)"
     content = path.read_bytes()
     if draw.random() < 0.1:
