@@ -18,18 +18,22 @@ import pytest
 import xarray as xr
 from study_here import begin, command, make_config, values_of
 
+from sampimp.analysis.explorer.explorer_writer import write_explorer
 from sampimp.analysis.report import write
 from sampimp.analysis.results.analyse import compute_together
 from sampimp.analysis.results.curves import strategy_curves
 from sampimp.analysis.results.decomposition import decomposition
-from sampimp.errors import DamageWarning, UserError
+from sampimp.errors import DamageWarning, RecordError, UserError
 from sampimp.store.commits import read_commit
 from sampimp.store.influence_layouts import INFLUENCE_FOLDER
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
 from sampimp.store.sharded import consolidate
 from sampimp.sweeps import status
+from sampimp.sweeps.derived_study import run_here
 from sampimp.sweeps.influence_study import compute_influence
+from sampimp.sweeps.retrain_study import RetrainRequest, prepare_retrain
+from sampimp.sweeps.subset_study import SubsetRequest, prepare_subsets
 
 EVERY = int(os.environ.get("FAULTS_EVERY", "7"))
 """Every which request or operation fails; 1 in `make faults`."""
@@ -108,6 +112,22 @@ def _influence(out: str) -> None:
     compute_influence(out, ["mean"], strategy="shuffle", seed=1)
 
 
+def _retrain(out: str) -> None:
+    request = RetrainRequest(removals=("random:2",), targets=("mean",), runs=("shuffle:1",))
+    run_here(prepare_retrain(Folder.of(out), request))
+
+
+def _compare_subsets(out: str) -> None:
+    request = SubsetRequest(rules=("tau-high",), sizes=(0.5,), seeds=(1,), runs=("shuffle:1",))
+    run_here(prepare_subsets(Folder.of(out), request))
+
+
+def _explore(out: str) -> None:
+    damaged = write_explorer(out).damaged
+    if damaged:
+        raise RecordError("values that can be read", damaged[0], out, "run the command again")
+
+
 class Scene(NamedTuple):
     """A command, and what is done before it without a fault."""
 
@@ -127,6 +147,9 @@ SCENES = {
     "influence": Scene(_train, _influence),
     "consolidation": Scene(_train, consolidate, 5),
     "report": Scene(_train, _report, 11),
+    "retraining": Scene(_train, _retrain, 40),
+    "subsets": Scene(_train, _compare_subsets, 40),
+    "explorer": Scene(_train, _explore, 40),
 }
 
 
