@@ -35,7 +35,7 @@ help:
 	@echo "make chaos   a study with injected deaths and faults, against an undisturbed one (minutes)"
 	@echo "make drivers four drivers of one study, started, killed and restarted: DRIVERS_OPTIONS='--seeds 10' (minutes)"
 	@echo "make fuzz    10,000 changed files of a study: readers raise named errors only (an hour)"
-	@echo "make faults  every operation of the store fails once, on a disk and on S3 (half an hour)"
+	@echo "make faults  every operation of the store fails once, on a disk and on S3 (an hour and a half)"
 	@echo "make soak    studies and readers on an S3 server with faults: memory must be flat (half an hour)"
 	@echo "make explore-bench   50,000 samples in the explorer: from lasso to paint, in a browser on one core (minutes)"
 	@echo "make cluster-test   ray up on hosts in namespaces: one loses its network, one dies (root; 4 minutes)"

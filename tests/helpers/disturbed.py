@@ -148,7 +148,7 @@ SCENES = {
     "consolidation": Scene(_train, consolidate, 5),
     "report": Scene(_train, _report, 11),
     "retraining": Scene(_train, _retrain, 40),
-    "subsets": Scene(_train, _compare_subsets, 40),
+    "subsets": Scene(_train, _compare_subsets, 120),
     "explorer": Scene(_train, _explore, 40),
 }
 
