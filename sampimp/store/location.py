@@ -26,6 +26,7 @@ from obstore.exceptions import AlreadyExistsError
 from obstore.store import LocalStore, S3Store
 
 from sampimp.data.npz import machine_memory
+from sampimp.errors import StoreError
 from sampimp.store import disk
 from sampimp.store.buckets import (
     OPENING_PATIENCE,
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 
 _RETRY_PATIENCE = timedelta(seconds=2)
 """How long obstore itself retries for a `Folder`: Ctrl-C is not handled meanwhile."""
+_CREATION_ATTEMPTS = 100
+"""How often a file is made that neither exists nor can be made: others make and delete it, or it is
+a folder (arbitrary)."""
 _WRITE_TEST = ".sampimp-write-test"
 _T = TypeVar("_T")
 
@@ -159,8 +163,13 @@ class Folder:
         because the object exists. So the stored bytes are compared: equal bytes count as stored by
         this call. Hence `content` has to be unique to the caller (with a random token, say);
         otherwise two callers with equal bytes would both get True.
+
+        Raises
+        ------
+        StoreError
+            Something of this name is there that is no file.
         """
-        while True:
+        for _ in range(_CREATION_ATTEMPTS):
             try:
                 self._create(name, content)
                 return True
@@ -169,6 +178,12 @@ class Folder:
             # None: deleted meanwhile; or S3 answered 409 to two writers and stored neither. Retry.
             if stored is not None:
                 return stored == content
+        raise StoreError(
+            expected="a file, or nothing of its name",
+            got="something that can neither be read nor made",
+            where=f"{self}/{name}",
+            todo="remove it, then run the same command again",
+        )
 
     def _create(self, name: str, content: bytes) -> None:
         if self.is_local:

@@ -44,8 +44,12 @@ MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """Folder of the copies, in memory where there is one: a case copies and deletes 800 files."""
 
 
+class ImpatienceError(BaseException):
+    """A case takes too long. No OSError, which the store would answer."""
+
+
 def give_up(number, frame):
-    raise TimeoutError(f"longer than {PATIENCE} s")
+    raise ImpatienceError(f"longer than {PATIENCE} s")
 
 
 def contents(folder, but=None):

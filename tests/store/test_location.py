@@ -42,6 +42,19 @@ def test_an_existing_object_is_not_created_again(tmp_path):
     assert [path.name for path in (tmp_path / "new" / "trial").iterdir()] == ["owner.json"]
 
 
+@pytest.mark.parametrize("kind", ["folder", "dangling link", "loop of links", "pipe"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+    place = tmp_path / "owner.json"
+    if kind == "folder":
+        place.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to("nothing" if kind == "dangling link" else "owner.json")
+    with pytest.raises((StoreError, RecordError), match=r"owner\.json"):
+        Folder.of(tmp_path).create_json("owner.json", {"attempt": "a"})
+
+
 def test_one_of_several_threads_creates_an_object(tmp_path):
     folder, start = Folder.of(tmp_path), threading.Barrier(8)
 
