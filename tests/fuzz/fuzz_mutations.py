@@ -3,6 +3,7 @@
 Map: `mutate`, which makes one to three of them.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -74,7 +75,10 @@ def mutate(root, draw):
             changed.append(_change_values(root / "study", draw))
         else:
             kind = draw.choice(kinds)
-            changed.append(_change_file(root, draw.choice(by_kind[kind]), by_kind[kind], draw))
+            path = draw.choice(by_kind[kind])
+            with contextlib.suppress(ValueError, LookupError, TypeError, OSError):  # changed before
+                _change_file(path, by_kind[kind], draw)
+            changed.append(path.relative_to(root))
     return part, ", ".join(map(str, changed))
 
 
@@ -86,10 +90,9 @@ def _kind_of(path):
     return path.parent.name if path.stem.isdigit() else f"{path.parts[1]} {path.name}"
 
 
-def _change_file(root, path, siblings, draw):
-    name = path.relative_to(root)
-    if not path.is_file() or path.is_symlink() or path.stat().st_size > LARGEST:  # changed before
-        return f"{name} (unchanged)"
+def _change_file(path, siblings, draw):
+    if not path.is_file() or path.is_symlink() or path.stat().st_size > LARGEST:
+        return
     content = path.read_bytes()
     if draw.random() < 0.1:
         _change_kind(path, draw, siblings)
@@ -100,7 +103,6 @@ def _change_file(root, path, siblings, draw):
         path.write_bytes(_change_bytes(content, draw))
         if path.name == "state.pt" and draw.random() < 0.8:
             _let_digest_fit(path)
-    return name
 
 
 # Changes of JSON.
