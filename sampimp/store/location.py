@@ -178,12 +178,7 @@ class Folder:
             # None: deleted meanwhile; or S3 answered 409 to two writers and stored neither. Retry.
             if stored is not None:
                 return stored == content
-        raise StoreError(
-            expected="a file, or nothing of its name",
-            got="something that can neither be read nor made",
-            where=f"{self}/{name}",
-            todo="remove it, then run the same command again",
-        )
+        raise _no_file(f"{self}/{name}")
 
     def _create(self, name: str, content: bytes) -> None:
         if self.is_local:
@@ -246,7 +241,7 @@ class Folder:
     def delete(self, name: str) -> None:
         """Delete one object or link; do nothing if there is none."""
         key = self._key(name)
-        self._check_parents(key)
+        _check_parents(self, key)
         with contextlib.suppress(FileNotFoundError):
             if self.is_local:
                 with readable_errors(self):
@@ -285,7 +280,7 @@ class Folder:
 
     def _remove_tree(self) -> None:
         check_links(self.root, self.path)
-        self._check_parents(self.path)
+        _check_parents(self, self.path)
         is_link = bool(self.path) and os.path.islink(str(self))
         tree = [] if is_link else _tree(self)
         paths = [os.path.join(parent, n) for parent, inner, outer in tree for n in inner + outer]
@@ -298,11 +293,6 @@ class Folder:
         for folder, _, _ in tree:
             with contextlib.suppress(OSError):  # another process deletes it, or writes into it
                 disk.delete_folder(self.root, folder)
-
-    def _check_parents(self, key: str) -> None:
-        """Raise StoreError if the path of an object to be deleted passes through a link."""
-        if self.is_local:
-            check_links(self.root, str(PurePosixPath(key).parent), passable=False)
 
     def check_reachable(self) -> None:
         """Raise StoreError unless the bucket exists, answers and accepts the credentials.
@@ -363,6 +353,21 @@ class Folder:
         if self.is_local:
             check_links(self.root, key)
         return key
+
+
+def _no_file(where: str) -> StoreError:
+    return StoreError(
+        expected="a file, or nothing of its name",
+        got="something that can neither be read nor made",
+        where=where,
+        todo="remove it, then run the same command again",
+    )
+
+
+def _check_parents(folder: Folder, key: str) -> None:
+    """Raise StoreError if the path of an object to be deleted passes through a link."""
+    if folder.is_local:
+        check_links(folder.root, str(PurePosixPath(key).parent), passable=False)
 
 
 def _tree(folder: Folder) -> list[tuple[str, list[str], list[str]]]:
