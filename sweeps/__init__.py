@@ -49,6 +49,7 @@ What is computed from committed runs
 `subset_study`        from a request to units of work
 `subset_scores`       scores that rules read besides importance and NLL
 `subset_results`      the next sizes of the bisection; indices as files
+`error_tables`        test errors by rule and size, for the terminal
 `subset_units`        rules and sizes as units of work
 `subset_work`         trainings on subsets, and searches for subsets
 `derived_command`     the options that these commands have in common

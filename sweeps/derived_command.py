@@ -101,7 +101,12 @@ def run_derived(
         )
         console = Console(soft_wrap=True)
         if chosen.cluster is None:
-            return chosen.perform(console)
+            code = chosen.perform(console)
+            if code == 0 and not chosen.dry_run:
+                console.print(
+                    f"Figures: sampimp report {chosen.out}", markup=False, highlight=False
+                )
+            return code
         require_package("ray", "cluster")
         from sampimp.sweeps.jobs import send_derived
 

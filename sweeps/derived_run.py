@@ -40,12 +40,14 @@ def perform_or_describe(
 
 def machines_for(plan: Plan, address: str | None, max_concurrent: int | None) -> MachineOptions:
     """Return what a unit takes of the machines: what its run took, or its bytes may differ."""
-    return MachineOptions(
+    machines = MachineOptions(
         address=address,
         max_concurrent=max_concurrent,
         cpus_per_trial=plan.training.threads,
         gpus_per_trial=1.0 if plan.training.device == "cuda" else 0.0,
     )
+    machines.check_resources()
+    return machines
 
 
 def run_on_cluster(

@@ -87,6 +87,31 @@ class MachineOptions:
     max_concurrent: Annotated[int | None, unset_option("INT")] = None
     """Largest number of trials at a time. Default: as many as the cluster has room for."""
 
+    def check_resources(self) -> None:
+        """Raise ConfigError for numbers of machines that cannot be."""
+        if self.max_concurrent is not None and self.max_concurrent < 1:
+            raise ConfigError(
+                expected="at least 1 at a time",
+                got=str(self.max_concurrent),
+                where="option --max-concurrent",
+                todo="change the value, or leave it out: as many as there is room for",
+            )
+        if self.cpus_per_trial < 1 or self.gpus_per_trial < 0:
+            raise ConfigError(
+                expected="at least 1 CPU and 0 GPUs a trial",
+                got=f"{self.cpus_per_trial} and {self.gpus_per_trial}",
+                where="options --cpus-per-trial and --gpus-per-trial",
+                todo="change the value",
+            )
+        if self.workers_per_trial < 1 or (self.workers_per_trial > 1 and self.gpus_per_trial % 1):
+            raise ConfigError(
+                expected="at least 1 worker a trial, and whole GPUs for each of several",
+                got=f"{self.workers_per_trial} workers with {self.gpus_per_trial:g} GPUs each",
+                where="options --workers-per-trial and --gpus-per-trial",
+                todo="NCCL cannot put two workers on one GPU: give each worker its own GPU, or "
+                "train with one worker",
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig(MachineOptions, StorageOptions, RunOptions, TrainingConfig):
@@ -100,7 +125,7 @@ class StudyConfig(MachineOptions, StorageOptions, RunOptions, TrainingConfig):
         """Raise ConfigError for a contradiction, before anything is read."""
         super().__post_init__()
         self._check_runs()
-        self._check_resources()
+        self.check_resources()
         if self.snapshot_every:
             self._check_snapshots()
 
@@ -126,23 +151,6 @@ class StudyConfig(MachineOptions, StorageOptions, RunOptions, TrainingConfig):
             )
         for strategy in self.strategies:
             check_choice(strategy, (*REFERENCES, *STRATEGIES), "strategy")
-
-    def _check_resources(self) -> None:
-        if self.cpus_per_trial < 1 or self.gpus_per_trial < 0:
-            raise ConfigError(
-                expected="at least 1 CPU and 0 GPUs a trial",
-                got=f"{self.cpus_per_trial} and {self.gpus_per_trial}",
-                where="options --cpus-per-trial and --gpus-per-trial",
-                todo="change the value",
-            )
-        if self.workers_per_trial < 1 or (self.workers_per_trial > 1 and self.gpus_per_trial % 1):
-            raise ConfigError(
-                expected="at least 1 worker a trial, and whole GPUs for each of several",
-                got=f"{self.workers_per_trial} workers with {self.gpus_per_trial:g} GPUs each",
-                where="options --workers-per-trial and --gpus-per-trial",
-                todo="NCCL cannot put two workers on one GPU: give each worker its own GPU, or "
-                "train with one worker",
-            )
 
     def _check_snapshots(self) -> None:
         if self.optimizer in ("adam", "adamw"):

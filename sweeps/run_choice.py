@@ -29,6 +29,13 @@ def choose_runs(plan: Plan, trials: Sequence[PlannedTrial], names: Sequence[str]
     RecordError
         A named run has diverged, or all of them have.
     """
+    if not names:
+        raise ConfigError(
+            expected="one or more runs as STRATEGY:SEED or DATASET:STRATEGY:SEED, or all",
+            got="none",
+            where="option --runs",
+            todo="name a run, or leave the option out",
+        )
     positions: set[int] = set()
     for name in names:
         if name == "all":

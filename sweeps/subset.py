@@ -8,6 +8,7 @@ python sweeps/subset.py OUT --within 0.3 --dry-run
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
@@ -71,8 +72,9 @@ class _Subsets:
 class SubsetOptions(DerivedOptions, _Subsets):
     """Options of `sampimp subset`; importance and NLL of the runs are what rules select by."""
 
+    @cached_property
     def request(self) -> "SubsetRequest":
-        """Return what to compare."""
+        """What to compare; a file of scores is read once."""
         # Here, since `--help` needs neither Ray nor PyTorch.
         from sampimp.sweeps.subset_study import SubsetRequest
 
@@ -100,7 +102,7 @@ class SubsetOptions(DerivedOptions, _Subsets):
         """See `DerivedOptions`."""
         from sampimp.sweeps.subset_study import prepare_subsets
 
-        return prepare_subsets(folder, self.request(), stores_scores=not self.dry_run)
+        return prepare_subsets(folder, self.request, stores_scores=not self.dry_run)
 
     def perform(self, console: Console) -> int:
         """Train every rule at every size, then those of the bisection; write the selections."""
@@ -109,7 +111,7 @@ class SubsetOptions(DerivedOptions, _Subsets):
         from sampimp.sweeps.subset_study import prepare_subsets
 
         code = super().perform(console)
-        folder, request = Folder.of(self.out), self.request()
+        folder, request = Folder.of(self.out), self.request
         for _ in range(0 if self.within is None or self.dry_run else BISECTION_ROUNDS):
             left = [] if code else next_sizes(folder, request, (self.within or 0.0) / 100)
             if not left:
@@ -118,6 +120,7 @@ class SubsetOptions(DerivedOptions, _Subsets):
         if code or self.dry_run:
             return code
         exported = export_subsets(folder, request)
+        _print_errors(folder, request, self.within, console)
         for line in (
             *_describe_diverged(diverged_trainings(folder)),
             *_describe_absent_classes(exported),
@@ -127,6 +130,26 @@ class SubsetOptions(DerivedOptions, _Subsets):
         ):
             console.print(line, markup=False, highlight=False)
         return 0
+
+
+def _print_errors(
+    folder: "Folder", request: "SubsetRequest", within: float | None, console: Console
+) -> None:
+    """Print the test errors of each run, and the smallest sizes if they were searched."""
+    from sampimp.schema import SUBSET_BUDGETS
+    from sampimp.sweeps.error_tables import error_table, smallest_sizes_table
+    from sampimp.sweeps.subset_results import smallest_sizes, trained_runs
+
+    tables = [
+        error_table(cube, budget, request.sizes, request.seeds, run.label)
+        for run, cube in trained_runs(folder, request)
+        for budget in SUBSET_BUDGETS[:2]
+    ]
+    if within is not None:
+        found = smallest_sizes(folder, request, within / 100)
+        tables += [smallest_sizes_table(sizes, within, run) for run, sizes in found.items()]
+    for table in tables:
+        console.print(table, soft_wrap=False)
 
 
 def _describe_diverged(labels: Sequence[str]) -> list[str]:

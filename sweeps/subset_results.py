@@ -1,13 +1,14 @@
 """What follows from trainings on subsets: the next sizes of a bisection, and the indices as files.
 
-Map: `next_sizes` (of the bisection); `diverged_trainings`, `export_subsets`.
+Map: `trained_runs`, with their parts of the cube; `next_sizes`, `smallest_sizes` of the bisection;
+`diverged_trainings`, `export_subsets`.
 """
 
 import csv
 import io
 import re
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import xarray as xr
@@ -32,6 +33,21 @@ PRECISION = 1.1
 """Ratio of two sizes at which a bisection ends (arbitrary)."""
 
 
+class _ErrorCurve(NamedTuple):
+    """Mean test errors of a rule by size, with a budget."""
+
+    run: str
+    rule: str
+    budget: str
+    sizes: np.ndarray
+    errors: np.ndarray
+    limit: float
+    """Largest error that suffices; NaN if that of all samples is unknown."""
+    least: float
+    most: float
+    """Bounds of the sizes that can be trained."""
+
+
 def next_sizes(folder: Folder, request: SubsetRequest, within: float) -> list[Comparison]:
     """Return the sizes that a bisection trains next, by run, rule and budget; none at its end.
 
@@ -45,10 +61,45 @@ def next_sizes(folder: Folder, request: SubsetRequest, within: float) -> list[Co
     within
         As a fraction of the test samples.
     """
+    budgets: dict[tuple[str, str, float], list[str]] = {}
+    for curve in _error_curves(folder, request, within):
+        size = middle_size(curve.sizes, curve.errors, curve.limit, curve.least, curve.most)
+        if size is not None:
+            wanted = budgets.setdefault((curve.run, curve.rule, size), [])
+            wanted += [curve.budget] * (curve.budget not in wanted)
+    return [
+        Comparison(rule=rule, size=size, budgets=tuple(wanted), is_validated=False, run=run)
+        for (run, rule, size), wanted in budgets.items()
+    ]
+
+
+def smallest_sizes(
+    folder: Folder, request: SubsetRequest, within: float
+) -> dict[str, dict[tuple[str, str], float]]:
+    """Return the smallest size that suffices, by run, then by rule and budget.
+
+    Parameters
+    ----------
+    folder, request, within
+        As for `next_sizes`.
+
+    Returns
+    -------
+    dict
+        Shares of the samples; 1 where no smaller size suffices.
+    """
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for curve in _error_curves(folder, request, within):
+        size = crossing(curve.sizes, curve.errors, curve.limit).size
+        found.setdefault(curve.run, {})[curve.rule, curve.budget] = size
+    return found
+
+
+def _error_curves(folder: Folder, request: SubsetRequest, within: float) -> Iterator[_ErrorCurve]:
+    """Yield the errors of each run, rule and budget at the sizes with all seeds of a request."""
     plan = require_plan(folder)
     commits = derived_commits(folder, plan, plan.resolve(read_commits(folder)))
-    budgets: dict[tuple[str, str, float], list[str]] = {}
-    for run, cube in _runs(folder, request):
+    for run, cube in trained_runs(folder, request):
         done, _ = trained_before(commits, run)
         error = _part(cube.subset_error, training_seed=list(request.seeds))
         error = error.mean("training_seed", skipna=False)
@@ -69,15 +120,10 @@ def next_sizes(folder: Folder, request: SubsetRequest, within: float) -> list[Co
                         for seed in request.seeds
                     )
                 ]
-                errors = _part(error, rule=rule.spec, budget=budget, size=sizes)
-                size = middle_size(np.array(sizes), errors.values, limit, least, most)
-                if size is not None:
-                    wanted = budgets.setdefault((run.label, rule.spec, size), [])
-                    wanted += [budget] * (budget not in wanted)
-    return [
-        Comparison(rule=rule, size=size, budgets=tuple(wanted), is_validated=False, run=run)
-        for (run, rule, size), wanted in budgets.items()
-    ]
+                errors = _part(error, rule=rule.spec, budget=budget, size=sizes).values
+                yield _ErrorCurve(
+                    run.label, rule.spec, budget, np.array(sizes), errors, limit, least, most
+                )
 
 
 def middle_size(
@@ -133,7 +179,7 @@ def export_subsets(folder: Folder, request: SubsetRequest) -> dict[str, list[str
         From the path of each .npy file to the classes of which the subset has no sample.
     """
     classes_without: dict[str, list[str]] = {}
-    for run, cube in _runs(folder, request):
+    for run, cube in trained_runs(folder, request):
         cube = _part(cube, budget="steps", training_seed=request.seeds[0])
         labels, names = cube.label.values, cube.attrs["class_names"]
         present = np.unique(labels)
@@ -165,7 +211,9 @@ def _as_csv(cube: xr.Dataset, indices: np.ndarray) -> bytes:
     return text.getvalue().encode()
 
 
-def _runs(folder: Folder, request: SubsetRequest) -> Iterator[tuple[PlannedTrial, xr.Dataset]]:
+def trained_runs(
+    folder: Folder, request: SubsetRequest
+) -> Iterator[tuple[PlannedTrial, xr.Dataset]]:
     """Yield the runs of a request, each with its part of the cube."""
     plan, tree = require_plan(folder), open_cube(folder)
     trials = plan.resolve(read_commits(folder))

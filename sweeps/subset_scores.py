@@ -3,6 +3,7 @@
 Map: `read_score_file`, `own_scores` (of a rule and a run), `selectable_count`.
 """
 
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -23,18 +24,31 @@ def read_score_file(path: str) -> np.ndarray:
         It is missing, or has other content than numbers.
     """
     try:
-        if path.endswith(".npy"):
-            values = np.load(path, allow_pickle=False)
-        else:
-            values = np.loadtxt(path, delimiter=",", ndmin=1)
-        return np.asarray(values, np.float64)
-    except (OSError, ValueError, TypeError, EOFError) as error:
-        raise DataError(
-            expected="an .npy file, or a text file with a number in each line",
-            got=str(error).splitlines()[0],
-            where=path,
-            todo="write it with np.save(PATH, scores) or np.savetxt(PATH, scores)",
-        ) from None
+        values = _read_array(path)
+    except Exception as error:  # of whichever decoder reads the file
+        raise _no_scores(path, str(error).partition("\n")[0] or type(error).__name__) from None
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
+        kind = values.dtype if isinstance(values, np.ndarray) else "several arrays"
+        raise _no_scores(path, f"{kind}, which are not real numbers")
+    if not values.size:
+        raise _no_scores(path, "no number")
+    return values.astype(np.float64)
+
+
+def _read_array(path: str) -> object:
+    if path.endswith(".npy"):
+        return np.load(path, allow_pickle=False)
+    with warnings.catch_warnings(action="ignore"):  # of an empty file
+        return np.loadtxt(path, delimiter=",", ndmin=1)
+
+
+def _no_scores(path: str, got: str) -> DataError:
+    return DataError(
+        expected="an .npy file, or a text file with a number in each line",
+        got=got,
+        where=path,
+        todo="write it with np.save(PATH, scores) or np.savetxt(PATH, scores)",
+    )
 
 
 def own_scores(

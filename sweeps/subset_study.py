@@ -11,6 +11,7 @@ Map: `SubsetRequest`; `prepare_subsets`.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from functools import cache
 from pathlib import Path
 
@@ -59,15 +60,15 @@ class SubsetRequest:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a rule, size or seed that cannot be."""
-        rules, files = [], {}
+        rules, files = {}, {}
         for rule in map(parse_rule, dict.fromkeys((*BASELINES, *self.rules))):
             if rule.name == "scores":
                 values = read_score_file(rule.argument)
                 stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(rule.argument).stem)
                 rule = parse_rule(f"scores:{stem}-{digest(values)[:8]}")
                 files[rule.spec] = values
-            rules.append(rule)
-        object.__setattr__(self, "parsed", tuple(rules))
+            rules[rule.spec] = rule  # once, if two files have the same scores
+        object.__setattr__(self, "parsed", tuple(rules.values()))
         object.__setattr__(self, "files", files)
         wrong = [size for size in self.sizes if not 0 < size < 1]
         if wrong or not self.sizes or len(set(self.sizes)) < len(self.sizes):
@@ -77,9 +78,10 @@ class SubsetRequest:
                 where="option --sizes",
                 todo="name shares of the samples, such as 0.05 0.1 0.3",
             )
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+        wrong_seeds = [seed for seed in self.seeds if not 0 <= seed < 2**63]
+        if wrong_seeds or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(
-                expected="one or more seeds of 0 or above, each once",
+                expected="one or more seeds of 0 or above, each once, and below 2^63",
                 got=", ".join(map(str, self.seeds)) or "none",
                 where="option --seeds",
                 todo="name seeds such as 1 2 3 4 5",
@@ -186,8 +188,20 @@ def _check_sizes(plan: Plan, key: str, data: Dataset, sizes: Sequence[float]) ->
                 f"most {left:,}, those outside the validation split",
                 got=f"a size of {size:g}: {round(size * count):,}",
                 where=f"option --sizes, data set {plan.datasets[key].name}",
-                todo=f"choose sizes from {classes / count:.2g} to {left / count:.2g}",
+                todo=f"choose sizes from {_two_digits(classes / count, ROUND_CEILING)} to "
+                f"{_two_digits(left / count, ROUND_FLOOR)}",
             )
+
+
+def _two_digits(share: float, rounding: str) -> str:
+    """Return a share with two digits, rounded towards the sizes that are possible.
+
+    Examples
+    --------
+    >>> _two_digits(582 / 640, ROUND_FLOOR), _two_digits(100 / 4300, ROUND_CEILING)
+    ('0.9', '0.024')
+    """
+    return f"{Context(prec=2, rounding=rounding).create_decimal_from_float(share):g}"
 
 
 def _check_room(

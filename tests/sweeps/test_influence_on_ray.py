@@ -57,11 +57,12 @@ def test_units_have_the_bytes_of_a_computation_without_ray(study, command, tmp_p
     assert code == 0, text
     assert digests(study) == digests(tmp_path / "here")
     lines = text.splitlines()
-    assert "2 units: 2 done; 6 of 6 epochs" in lines[-2]
-    assert lines[-1] == "2 of 2 units are committed."
+    assert "2 units: 2 done; 6 of 6 epochs" in lines[-3]
+    figures = f"Figures: sampimp report {study}"
+    assert lines[-2:] == ["2 of 2 units are committed.", figures]
     assert command(study, "--targets", *TARGETS) == (
         0,
-        "All that was asked for is committed already.\n",
+        f"All that was asked for is committed already.\n{figures}\n",
     )
 
 

@@ -1,5 +1,6 @@
 """The command `sampimp subset`: bisection, files of indices, what it prints, and its mistakes."""
 
+import gzip
 import json
 import shutil
 from io import StringIO
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import sampimp
-from sampimp.errors import RecordError
+from sampimp.errors import ConfigError, RecordError
 from sampimp.store.location import Folder
 from sampimp.store.plan import read_commits
+from sampimp.store.plan_files import require_plan
 from sampimp.store.seals import seal
 from sampimp.store.subset_choice import crossing
 from sampimp.sweeps import derived_command, derived_run, status, subset, subset_work
@@ -146,6 +148,38 @@ def test_each_run_has_a_bisection_of_its_own(study, command, tmp_path):
     assert bisected[0] != bisected[1]  # else a size of one run is one of the other
 
 
+def test_errors_are_printed_by_rule_and_size(study, command):
+    code, text = command(study, *FAST, "--within", "30")
+    assert code == 0, text
+    cube = cube_of(study).sel(training_seed=[1, 2])
+    for budget in ("steps", "epochs"):
+        lines = text[text.index(f"one-shuffle-seed1, equal {budget}: test error") :].splitlines()
+        assert lines[0].endswith("(mean ± s.e., 2 seeds)")
+        rows = {line.split()[0]: line.split()[1:] for line in lines[3:12] if line.split()}
+        for rule in ("random", "balanced", "tau-high", "chosen"):
+            first, second = 100 * cube.subset_error.sel(rule=rule, size=[0.25, 0.5], budget=budget)
+            printed = [[float(part) for part in cell.split("±")] for cell in rows[rule]]
+            expected = [
+                [float(error.mean()), abs(float(error[0] - error[1])) / 2]
+                for error in (first.values, second.values)
+            ]
+            np.testing.assert_allclose(printed, expected, atol=0.051)
+        chosen = cube.subset_variant.sel(rule="chosen", size=[0.25, 0.5], budget=budget)
+        assert rows["which"] == ["is", *chosen.values]
+        full = 100 * cube.subset_error.sel(rule="full", size=1, budget=[budget, "convergence"])
+        same, converged = full.mean("training_seed").values
+        words = lines[1].replace("±", " ").replace(";", " ").split()
+        assert abs(float(words[2]) - same) < 0.051
+        assert abs(float(words[-2]) - converged) < 0.051
+    error = cube.subset_error.mean("training_seed")
+    limit = error.sel(rule="full", size=1, budget="steps").item() + 0.3
+    measured = error.sel(rule="random", budget="steps").dropna("size")
+    smallest = crossing(measured["size"].values, measured.values, limit).size
+    lines = text[text.index("smallest size within 30 points") :].splitlines()
+    row = next(line.split() for line in lines if line.split()[:1] == ["random"])
+    assert row[1] == ("none" if smallest == 1 else f"{100 * smallest:.3g}")
+
+
 def test_selected_samples_are_exported(study, command):
     code, text = command(study, *FAST, "--runs", "all")
     assert code == 0, text
@@ -241,6 +275,8 @@ MISTAKES = {
     "more than the split leaves": (["--sizes", "0.95"], "those outside the validation split"),
     "a seed twice": (["--seeds", "1", "1"], "seeds of 0 or above, each once"),
     "a negative seed": (["--seeds", "-1"], "seeds of 0 or above, each once"),
+    "a huge seed": (["--seeds", str(2**63)], "below 2^63"),
+    "no run": (["--runs"], "one or more runs as STRATEGY:SEED"),
     "unknown rule": (["--rules", "best"], "a rule among random, balanced"),
     "a cut above what is left": (
         ["--rules", "strata:0.5", "--sizes", "0.8"],
@@ -288,8 +324,23 @@ def test_a_mistake_is_named_without_a_traceback(study, command, tmp_path, name):
         (np.full(24, np.inf), "whose score is NaN"),
         (np.array(["a"] * 24), "an .npy file, or a text file"),
         (np.array([{}] * 24), "an .npy file, or a text file"),
+        (np.arange(24) * 1j, "complex128, which are not real numbers"),
+        (np.arange(24).astype("datetime64[D]"), "datetime64[D], which are not real numbers"),
+        (np.array(["1"] * 24), "<U1, which are not real numbers"),
+        (np.zeros(0), "no number"),
     ],
-    ids=["too few", "a table", "missing", "infinite", "words", "objects"],
+    ids=[
+        "few",
+        "table",
+        "missing",
+        "infinite",
+        "words",
+        "objects",
+        "complex",
+        "dates",
+        "text",
+        "none",
+    ],
 )
 def test_scores_that_are_not_one_number_a_sample_are_refused(
     study, command, tmp_path, values, words
@@ -298,6 +349,42 @@ def test_scores_that_are_not_one_number_a_sample_are_refused(
     code, text = command(study, "--rules", f"scores:{tmp_path}/mine.npy", "--sizes", "0.5")
     assert code == 2
     assert words in " ".join(text.split())
+
+
+def test_a_file_that_cannot_be_read_is_refused(study, command, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    whole = gzip.compress(b"1\n" * 500)
+    (tmp_path / "damaged.txt.gz").write_bytes(whole[:12] + bytes(20) + whole[32:])
+    (tmp_path / "damaged.txt.xz").write_bytes(b"\xfd7zXZ\x00damaged")
+    np.savez(tmp_path / "several.npz", np.arange(24.0))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    np.save(tmp_path / "huge.npy", np.arange(24.0))
+    header = (
+        (tmp_path / "huge.npy")
+        .read_bytes()
+        .replace(b"(24,), }" + b" " * 14, b"(240000000000000,), }" + b" ")
+    )
+    (tmp_path / "huge.npy").write_bytes(header)
+    for path in sorted(tmp_path.glob("*.*")):
+        code, text = command(study, "--rules", f"scores:{path}", "--sizes", "0.5")
+        assert code == 2, path
+        assert "an .npy file, or a text file with a number in each line" in text
+        assert str(path) in text
+
+
+def test_two_files_with_the_same_scores_are_one_rule(study, command, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "mine.npy", np.arange(24.0))
+    rules = [f"scores:{tmp_path}/{name}/mine.npy" for name in ("a", "b")]
+    request = SubsetRequest(rules=rules, sizes=(0.5,), seeds=(1,), runs=("shuffle:1",))
+    assert [rule.name for rule in request.parsed] == ["random", "balanced", "scores"]
+
+
+@pytest.mark.parametrize("number", [0, -3])
+def test_at_least_one_unit_at_a_time(study, number):
+    with pytest.raises(ConfigError, match="--max-concurrent"):
+        derived_run.machines_for(require_plan(study), None, number)
 
 
 def test_scores_of_a_run_that_has_none_are_refused(study, command):
