@@ -3,8 +3,9 @@
 Importance is that of the update which is actually made. Clipping by norm and a GradScaler multiply
 gradients by a factor, which is taken as a constant of the step. Any other change of a gradient
 between its backward pass and the update would make the record wrong, and is refused. In the first
-step of each epoch, the sum of the per-sample gradients is also compared with the batch's gradient,
-so that a use of a parameter that was not recorded is noticed.
+step of each epoch, and in all steps if a parameter has a hook, the sum of the per-sample gradients
+is also compared with the batch's gradient, so that a use of a parameter that was not recorded is
+noticed.
 
 Map: `GradientChecks`, `SCALINGS` (functions that scale gradients in place), `HIDDEN_CAUSES` (advice
 for messages).
@@ -20,7 +21,7 @@ from sampimp.errors import UnsupportedError
 from sampimp.importance.forward_pass import argument
 from sampimp.importance.gradients import Factor
 from sampimp.importance.model_tensors import ModelTensors
-from sampimp.importance.ownership.data_rows import as_sequence
+from sampimp.importance.ownership.sample_rows import as_sequence
 
 SCALINGS: dict[Callable[..., Any], tuple[bool, int]] = {
     Tensor.mul_: (False, 1),
@@ -61,9 +62,10 @@ class GradientChecks:
     def __init__(self, tensors: ModelTensors) -> None:
         self._tensors = tensors
 
-    def begin_step(self, compares: bool) -> None:
-        """Forget the previous step; `compares` says whether this step's sums are compared."""
-        self.compares = compares
+    def begin_step(self, first_of_epoch: bool) -> None:
+        """Forget the previous step."""
+        self.compares = first_of_epoch or any(map(_has_hooks, self._tensors.parameters))
+        """Whether this step's sums are compared: a hook may change any step's gradient."""
         self.used: set[int] = set()
         """Rows of the parameters whose output gradients have arrived, or that were found zero."""
         self.undefined: set[int] = set()
@@ -128,6 +130,8 @@ class GradientChecks:
             factor = 1 / factor if divides else factor
             is_number = not isinstance(factor, Tensor) or factor.numel() == 1
             if was_known and is_number and "rounding_mode" not in kwargs:
+                if isinstance(factor, Tensor):  # which the user may fill anew
+                    factor = factor.clone()
                 self.scales.append((row, self._sample_count, factor))
                 self._gradients[id(gradient)] = row, gradient._version, gradient
                 if row in self._sums:
@@ -181,6 +185,14 @@ class GradientChecks:
                     where=self._tensors.place(row),
                     todo=HIDDEN_CAUSES,
                 )
+            if row in self.penalised and _has_hooks(parameter):
+                raise UnsupportedError(
+                    expected="no hook on a parameter with a penalty: the gradient of the samples "
+                    "alone cannot be compared with their sum",
+                    got="a hook that may change the gradient",
+                    where=self._tensors.place(row),
+                    todo="remove the hook, or leave the penalty to the optimizer's weight_decay",
+                )
             if row in self._sums and row not in self.penalised | self.undefined:
                 self._compare(row, gradient)
 
@@ -205,6 +217,11 @@ class GradientChecks:
         """Return whether a gradient of this step is not finite."""
         gradients = [p.grad for p in self._tensors.parameters if p.grad is not None]
         return not all(bool(torch.isfinite(_dense(gradient)).all()) for gradient in gradients)
+
+
+def _has_hooks(parameter: Tensor) -> bool:
+    """Return whether the user's hooks see, and may change, a parameter's gradient."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _some_entries(gradient: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from sampimp.importance.gradients import Factor
 from sampimp.importance.known_layouts import KnownLayouts
 from sampimp.importance.model_tensors import ModelTensors, require_recordable
 from sampimp.importance.ownership.data_rows import DataRows
+from sampimp.importance.ownership.row_keeping import RowKeeping
 from sampimp.importance.rules.batch import Batch
 from sampimp.importance.signature import OperationSignature
 from sampimp.importance.update import Derivative
@@ -70,6 +71,7 @@ class Capture:
         self._batch_dim = batch_dim
         self.tensors = ModelTensors(model)
         self.checks = GradientChecks(self.tensors)
+        self._keeping = RowKeeping()
         self.norms = StepNorms(self.tensors)
         self.indices: list[Tensor] = []
         """Sample indices of each pass of the step."""
@@ -132,7 +134,7 @@ class Capture:
             self.tensors.require_same_parameters()
             self.tensors.find_buffers()
             self._layouts.begin_epoch()
-        self.checks.begin_step(compares=first_of_epoch)
+        self.checks.begin_step(first_of_epoch)
         self.norms.begin_step(sum(self._sizes))
         self._backward.begin_step(elementwise)
         self._done = 0  # passes
@@ -172,7 +174,7 @@ class Capture:
             number=self._done,
             samples=slice(start, start + size),
             batch=batch,
-            data=DataRows(batch, index, self._step_key),
+            data=DataRows(batch, index, self._step_key, self._keeping),
             signature=OperationSignature(self.tensors.rows),
         )
         self.watch.begin_pass(self._calls)

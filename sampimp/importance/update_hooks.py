@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sampimp.errors import UnsupportedError
 from sampimp.importance.forward_pass import argument
 from sampimp.importance.recorded_step import gradient_norms
 from sampimp.importance.step import Capture
@@ -90,9 +91,22 @@ class UpdateHooks:
     def _before_update(self) -> None:
         self._capture.watch.suspend()
         self._capture.check()
+        self._require_last_hook()
         if self._keeps_settings:
             self._note_settings()
         self._derivative.before()
+
+    def _require_last_hook(self) -> None:
+        """Raise UnsupportedError if a hook may change the gradients that have been checked."""
+        hooks = self._optimizer._optimizer_step_pre_hooks
+        later = list(hooks)[list(hooks).index(self._handles[0].id) + 1 :]
+        if not all(isinstance(getattr(hooks[key], "__self__", 0), UpdateHooks) for key in later):
+            raise UnsupportedError(
+                expected="no hook that runs between the check of the gradients and the update",
+                got="a step pre-hook that was registered inside the block",
+                where=type(self._optimizer).__name__,
+                todo="register it before the block, or change nothing before the update",
+            )
 
     def _note_settings(self) -> None:
         tensors = self._capture.tensors

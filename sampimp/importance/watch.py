@@ -29,8 +29,13 @@ from sampimp.importance.forward_pass import ForwardPass, argument, tensors_among
 from sampimp.importance.gradient_checks import SCALINGS, GradientChecks
 from sampimp.importance.model_tensors import NO_ROOTS, ModelTensors, samples_mixed_by
 from sampimp.importance.output_hooks import hook_output, hook_outputs
-from sampimp.importance.ownership.data_rows import as_sequence, is_data, mark_as_range
 from sampimp.importance.ownership.layout import AxisLayout
+from sampimp.importance.ownership.sample_rows import (
+    as_sequence,
+    is_data,
+    mark_as_data,
+    mark_as_range,
+)
 from sampimp.importance.ownership.use import Use
 from sampimp.importance.ownership.value_moves import moves_samples
 from sampimp.importance.rules.registry import (
@@ -122,6 +127,8 @@ class ForwardWatch(TorchFunctionMode):
         if not isinstance(output, Tensor | tuple | list):
             if function is Tensor.__setitem__:
                 self._record_assignment(function, args, kwargs)
+            elif function == _SET_DATA:  # made anew by each access
+                self.calls.data.note_same(*args)
             return output
         roots, varying = self._origins(args, kwargs)
         if varying or (function in _EXPANSIONS and roots and self._expands(args, output)):
@@ -210,17 +217,16 @@ class ForwardWatch(TorchFunctionMode):
         if hidden and is_inside_function():
             self._checks.hidden.update(hidden)
         output = function(*args, **kwargs)
-        if self.calls.data.must_follow(function):
-            self.calls.data.follow(function, args, kwargs, as_sequence(output))
+        self.calls.data.follow(function, args, kwargs, as_sequence(output))
         return output
 
     def _record_assignment(self, function: Any, args: Any, kwargs: Any) -> None:
-        """Record `tensor[index] = value` if the value varies."""
-        if self._tensors.varies(args[2]):
-            setattr(args[0], self._tensors.tag, None)
+        """Record `tensor[index] = value` if the value or the index varies."""
+        if any(map(self._tensors.varies, (*as_sequence(args[1]), args[2]))):
+            self._mark_varying(args[0])
             if args[0].requires_grad:
                 self._record_order(function, args, kwargs)
-            elif self.calls.data.must_follow(function):
+            else:
                 self.calls.data.follow(function, args, kwargs, args[:1])
             self.calls.tape.add(function, args, kwargs, args[0])
 
@@ -244,15 +250,18 @@ class ForwardWatch(TorchFunctionMode):
         varying: Sequence[Tensor],
     ) -> Any:
         """Record a call on samples, with or without parameters, and return its output."""
-        if getattr(output, self._tensors.tag, None) is not None:  # changed in place
-            setattr(output, self._tensors.tag, None)
+        self._mark_varying(output)
         outputs = (output,) if isinstance(output, Tensor) else output
         hooked = [
             tensor for tensor in outputs if isinstance(tensor, Tensor) and tensor.requires_grad
         ]
+        if hooked and not roots and all(map(is_data, varying)):  # of inputs with a gradient
+            for tensor in hooked:
+                mark_as_data(tensor)
+            self.calls.data.follow(function, args, kwargs, outputs)
         if hooked:
             self._record_order(function, args, kwargs)
-        elif self.calls.data.must_follow(function):
+        else:
             self.calls.data.follow(function, args, kwargs, outputs)
         if function is functional.batch_norm and argument(args, kwargs, 5, "training", False):
             self._record_batch_norm(roots)
@@ -269,6 +278,13 @@ class ForwardWatch(TorchFunctionMode):
         edges, output = hook_outputs(outputs, hooked, partial(self._backward.on_gradients, use))
         self.calls.edges.append(edges)
         return output
+
+    def _mark_varying(self, tensor: Any) -> None:
+        """Note that a tensor without samples, if it was one, is changed in place by samples."""
+        if getattr(tensor, self._tensors.tag, None) is not None:
+            setattr(tensor, self._tensors.tag, None)
+            if is_data(tensor):
+                self.calls.data.note_made(tensor)
 
     def _record_order(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -313,8 +329,8 @@ class ForwardWatch(TorchFunctionMode):
         calls.moves |= calls.moves_above
         calls.tape.clear()  # the tensors so far are inputs of this use, not only of the loss
         data = None
-        if function in RULES and varying and all(map(is_data, varying)):
-            data = calls.data.of(varying[0])
+        if varying and all(map(is_data, varying)):
+            data = calls.data.of(varying[0]) if function in RULES else calls.data.moved(varying)
             if data is not None and data.is_of_no_sample:
                 data = None
             if data is not None:
@@ -391,6 +407,8 @@ _MAKES_NOISE = {
 }
 _MAKES_DATA = {torch.tensor, torch.as_tensor, torch.from_numpy, *_MAKES_NOISE}
 """Functions whose results are data of the samples if they have as many rows as the batch."""
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 _EXPANSIONS = {
     *(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from two_layers import D, N, TwoLayers, data, record, squares
+from two_layers import D, N, TwoLayers, data, expected, record, squares
 
 from sampimp.errors import UnsupportedError
 from sampimp.importance.recorder import ImportanceRecorder
@@ -35,6 +35,62 @@ def test_gradient_changed_by_a_hook_is_refused(hook):
         UnsupportedError, match=r"the sum of the samples'.*\n.*differs from the sum by \d+"
     ):
         record(net, lambda z: squares(z).mean(), data(N, D))
+
+
+def test_hook_that_changes_only_a_later_gradient_is_refused():
+    net = TwoLayers(lambda h: h)
+    net.a.weight.register_hook(lambda gradient: gradient.clamp(-10, 10))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(net, optimizer)
+
+    def step(scale):
+        with recorder.step(range(N), epoch=1):
+            optimizer.zero_grad()
+            (scale * squares(net(data(N, D))).mean()).backward()
+            optimizer.step()
+
+    step(1.0)
+    with pytest.raises(UnsupportedError, match="the sum of the samples'"):
+        step(1000.0)
+
+
+def test_hook_on_a_parameter_with_a_penalty_is_refused():
+    net = TwoLayers(lambda h: h)
+    net.a.weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+    with pytest.raises(UnsupportedError, match="no hook on a parameter with a penalty"):
+        record(net, lambda z: squares(z).mean() + net.a.weight.square().sum(), data(N, D))
+
+
+def test_factors_in_one_tensor_that_is_filled_anew():
+    net, x = TwoLayers(lambda h: h), data(N, D)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder, factor = ImportanceRecorder(net, optimizer), torch.ones(())
+    want = expected(net, squares(net(x)) / N)
+    with recorder.step(range(N), epoch=1):
+        squares(net(x)).mean().backward()
+        for scale, layer in ((2.0, net.a), (3.0, net.b)):
+            factor.fill_(scale)
+            for parameter in layer.parameters():
+                parameter.grad.mul_(factor)
+        optimizer.step()
+    recorded = dict(zip(recorder.layers, recorder.pop_epoch(1, N), strict=True))
+    torch.testing.assert_close(recorded["a"], 4 * want["a"])
+    torch.testing.assert_close(recorded["b"], 9 * want["b"])
+
+
+def test_step_pre_hook_that_is_registered_inside_the_block_is_refused():
+    net = TwoLayers(lambda h: h)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(net, optimizer)
+
+    def step():
+        with recorder.step(range(N), epoch=1):
+            squares(net(data(N, D))).mean().backward()
+            optimizer.register_step_pre_hook(lambda *_: halve(net.a.weight.grad))
+            optimizer.step()
+
+    with pytest.raises(UnsupportedError, match="step pre-hook that was registered inside"):
+        step()
 
 
 @pytest.mark.parametrize(

@@ -6,75 +6,38 @@ these are: a batch is in the order of the step's index. Where the block reorders
 noted on the output tensor. Only data, which depend on no parameter, are followed; the proof finds
 the samples of activations.
 
-Map: `SampleRows` (the samples of a tensor's rows), `DataRows` (follows the data of one pass),
-`mark_as_range`, `is_data`, `as_sequence`.
+Operations that `operations` lists are followed by what they are known to do. Any other operation
+must keep each sample on its row, which is tested (`row_keeping`); otherwise the rows of its result
+are unknown, and a layer refuses them.
+
+Map: `DataRows` (follows the data of one pass).
 
 Shape suffix: R rows of an axis.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sampimp.importance.ownership.operations import (
     CREATES,
-    FOLLOWED,
     IN_PLACE,
     MOVES_ENTRIES,
     PRODUCTS,
     SORTS_FEATURES,
+    WRITES,
 )
+from sampimp.importance.ownership.row_keeping import RowKeeping
+from sampimp.importance.ownership.sample_rows import UNKNOWN_ROWS, SampleRows, as_sequence
 from sampimp.importance.rules.batch import Batch
 
 _NO_SAMPLE, _UNKNOWN_SAMPLE = -1, -2
 """Codes of entries that belong to no sample, or to an unknown sample."""
-
-
-@dataclass(frozen=True)
-class SampleRows:
-    """The sample of each row of a tensor."""
-
-    axis: int
-    samples: Tensor | None
-    """(R,), positions in the batch, -1 for no sample; None where that is not known any more."""
-
-    is_plain: bool = False
-    """Whether row n is known to be that of sample n."""
-
-    is_created: bool = False
-    """Whether the rows were created in the block (noise). Combined with data, they take the data's
-    samples."""
-
-    @property
-    def is_of_no_sample(self) -> bool:
-        """Whether no row belongs to a sample, as of noise."""
-        if self.is_plain or self.samples is None:
-            return False
-        return bool((self.samples < 0).all())
-
-    def is_ordered(self, size: int) -> bool:
-        """Return whether the samples are in the batch's order, perhaps joined with positions."""
-        if self.is_plain:
-            return True
-        if self.samples is None or not size or len(self.samples) % size:
-            return False
-        rows = torch.arange(len(self.samples))
-        orders = (rows // (len(rows) // size or 1), rows % size)
-        return any(torch.equal(self.samples, order) for order in orders)
-
-    def equals(self, other: "SampleRows") -> bool:
-        """Return whether the axis and the samples are the same, or both unknown."""
-        if self.samples is None or other.samples is None:
-            return self.samples is other.samples
-        return self.axis == other.axis and torch.equal(self.samples, other.samples)
-
-
-UNKNOWN_ROWS = SampleRows(0, None)
-"""The note on data whose rows cannot be followed."""
 
 
 class DataRows:
@@ -89,18 +52,16 @@ class DataRows:
         if it is not known.
     step
         The same object in all passes of a step.
-
-    Attributes
-    ----------
-    active
-        Whether some data are no longer in the batch's order. Until then, only the operations in
-        `operations.FOLLOWED` need to be followed.
+    keeping
+        What is known of functions that are in no table of `operations`.
     """
 
-    def __init__(self, batch: Batch, index: Tensor | None, step: object) -> None:
+    def __init__(
+        self, batch: Batch, index: Tensor | None, step: object, keeping: RowKeeping
+    ) -> None:
         self._batch, self._index, self._step = batch, index, step
+        self._keeping = keeping
         self._pass = object()  # another pass of the step may meet the same data
-        self.active = False
         self._plain: dict[int, SampleRows] = {}  # by axis
 
     def of(self, data: Tensor) -> SampleRows | None:
@@ -117,17 +78,12 @@ class DataRows:
             self._plain[axis] = SampleRows(axis, torch.arange(self._batch.size), is_plain=True)
         return self._plain[axis]
 
-    def must_follow(self, function: Callable[..., Any]) -> bool:
-        """Return whether an operation on data has to be followed."""
-        return self.active or function in FOLLOWED
-
     def note_made(self, data: Tensor) -> None:
         """Note that a tensor was created in the block, and contains no sample."""
         rows = self.of(data)
         if rows is not None and rows.is_plain:
             created = replace(rows, is_created=True)
             data._sampimp_rows = self._step, self._pass, created  # type: ignore[attr-defined]
-            self.active = True
 
     def follow(
         self,
@@ -147,8 +103,37 @@ class DataRows:
             self._follow_sort(function, args, kwargs, outputs)
         elif function in MOVES_ENTRIES:
             self._follow_move(function, args, kwargs, outputs)
-        else:
+        elif function in PRODUCTS or self._keeping.keeps(
+            function, args, kwargs, self._sample_axis, self._batch.size
+        ):
             self._follow_values(function, args, kwargs, outputs)
+        else:
+            for output in outputs:
+                if _is_tensor(output):
+                    self._note(output, UNKNOWN_ROWS)
+
+    def moved(self, inputs: Sequence[Tensor]) -> SampleRows | None:
+        """Return the rows of several inputs if they are not in the batch's order.
+
+        None if they are. Unknown rows if the inputs differ.
+        """
+        noted = [rows for tensor in inputs if (rows := self._noted(tensor)) is not None]
+        rows_of_samples = [rows for rows in noted if not rows.is_created]
+        if not rows_of_samples:
+            return None
+        first = rows_of_samples[0]
+        plain = [tensor for tensor in inputs if self._noted(tensor) is None and self.of(tensor)]
+        return UNKNOWN_ROWS if plain or not all(map(first.equals, rows_of_samples)) else first
+
+    def note_same(self, data: Tensor, source: Tensor) -> None:
+        """Note that a tensor has the rows of another one now."""
+        self._note(data, self._noted(source))
+
+    def _sample_axis(self, data: Tensor) -> int | None:
+        """Return the axis on which a tensor has a row for each sample; None if there is none."""
+        rows = self.of(data) if data.dim() and self._batch.varies(data) else None
+        fits = rows is not None and data.dim() > rows.axis
+        return rows.axis if rows and fits and data.shape[rows.axis] == self._batch.size else None
 
     def _noted(self, data: Tensor) -> SampleRows | None:
         """Return the note of this step on a tensor."""
@@ -164,7 +149,6 @@ class DataRows:
         if rows is None or (known is not None and rows.equals(known)):
             return
         data._sampimp_rows = self._step, self._pass, rows  # type: ignore[attr-defined]
-        self.active = True
 
     def _follow_sort(
         self,
@@ -173,13 +157,17 @@ class DataRows:
         kwargs: Mapping[str, Any],
         outputs: Sequence[Any],
     ) -> None:
-        """Note unknown rows where each feature is sorted along the samples."""
+        """Note where the samples are sorted: a vector as a whole, or each feature by itself."""
         rows = self.of(args[0])
         place, default = SORTS_FEATURES[function]
         axis = args[place] if len(args) > place else kwargs.get("dim", default)
-        if rows is not None and args[0].dim() > 1 and axis % args[0].dim() == rows.axis:
+        if rows is None or axis % args[0].dim() != rows.axis:
+            return
+        if args[0].dim() > 1 or len(outputs) < 2 or rows.samples is None:
             for output in outputs:
                 self._note(output, UNKNOWN_ROWS)
+        else:  # `outputs[1]`, positions to index with, is no data
+            self._note(outputs[0], SampleRows(0, rows.samples[outputs[1].cpu()]))
 
     # Operations that move entries.
 
@@ -194,9 +182,16 @@ class DataRows:
         places = MOVES_ENTRIES[function]
         values = [value for place in places for value in as_sequence(args[place : place + 1])]
         tensors = [item for value in values for item in as_sequence(value) if _is_tensor(item)]
+        index_rows = self._index_rows(places, args, kwargs)
         if not any(self.of(tensor) for tensor in tensors if self._batch.varies(tensor)):
+            for output in outputs if index_rows else ():
+                self._note(output, self._rows_of_lookup(function, args, index_rows))
             return
         if self._is_fetched(function, args, kwargs):
+            return
+        if index_rows and function in WRITES:
+            for output in outputs:
+                self._note(output, UNKNOWN_ROWS)
             return
         has_named_tensor = any(
             _is_tensor(value) and name != "index" for name, value in kwargs.items()
@@ -205,6 +200,30 @@ class DataRows:
         for output, numbers in zip(outputs, moved or [None] * len(outputs), strict=False):
             if _is_tensor(output):
                 self._note(output, self._rows_from_numbers(numbers, output))
+
+    def _index_rows(
+        self, places: Sequence[int], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> SampleRows | None:
+        """Return the rows of an index, mask or condition that is not in the batch's order."""
+        others = [value for place, value in enumerate(args) if place not in places]
+        for value in (*others, *kwargs.values()):
+            for item in as_sequence(value):
+                if _is_tensor(item) and self._batch.varies(item):
+                    rows = self._noted(item)
+                    if rows is not None and not rows.is_created:
+                        return rows
+        return None
+
+    @staticmethod
+    def _rows_of_lookup(
+        function: Callable[..., Any], args: tuple[Any, ...], index_rows: SampleRows
+    ) -> SampleRows:
+        """Return the rows of what an index takes from a table that has no samples."""
+        index = args[1] if function is Tensor.__getitem__ else args[0]
+        is_entries = _is_tensor(index) and index.dtype != torch.bool
+        if function in (Tensor.__getitem__, functional.embedding) and is_entries:
+            return index_rows  # the index's axes come first
+        return UNKNOWN_ROWS
 
     def _is_fetched(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -286,6 +305,9 @@ class DataRows:
             largest_R = rows.amax(1)
             smallest_R = rows.where(rows != _NO_SAMPLE, len(rows) + rows.max()).amin(1)
             if bool(((largest_R == smallest_R) | (largest_R == _NO_SAMPLE)).all()):
+                is_index = self._index is not None and torch.equal(largest_R, self._index)
+                if is_index and axis == expected:
+                    return None  # of a data set, in the step's order: fetched by its index
                 return SampleRows(axis, largest_R)
             plain_R = torch.arange(len(rows))
             is_expected = axis == expected and len(rows) == self._batch.size
@@ -318,9 +340,17 @@ class DataRows:
             for value in values
             if _is_tensor(value) and value.dim() and self._batch.varies(value)
         ]
+        if function in PRODUCTS:  # whose rows are those of the left factor
+            inputs = [tensor for tensor in inputs if tensor.dim() > 1][:1]
         known = [(tensor, rows) for tensor in inputs if (rows := self.of(tensor)) is not None]
-        if not known or any(not self._noted(tensor) for tensor, _ in known):
+        moved = [(tensor, rows) for tensor, rows in known if self._noted(tensor)]
+        if not moved or any(
+            _are_aligned(tensor, rows, *moved[0])
+            for tensor, rows in known
+            if not self._noted(tensor)
+        ):
             return
+        known = moved
         of_samples = [
             (tensor, rows)
             for tensor, rows in known
@@ -347,24 +377,12 @@ class DataRows:
         return left is None and right is not None and right.axis == max(0, args[1].dim() - 2)
 
 
-def mark_as_range(tensor: Tensor) -> None:
-    """Mark a tensor as 0, 1, 2, ..., so that it need not be read from its device."""
-    tensor._sampimp_range = True  # type: ignore[attr-defined]
+def _are_aligned(first: Tensor, rows: SampleRows, second: Tensor, others: SampleRows) -> bool:
+    """Return whether the samples of two tensors are on one axis where they are broadcast.
 
-
-def is_marked_range(tensor: Any) -> bool:
-    """Return whether `mark_as_range` was called on a tensor."""
-    return getattr(tensor, "_sampimp_range", False)
-
-
-def is_data(value: Any) -> bool:
-    """Return whether a value depends on no parameter: data, or not a tensor."""
-    return not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf
-
-
-def as_sequence(value: Any) -> Sequence[Any]:
-    """Return value if it is a list or tuple, else [value]."""
-    return value if isinstance(value, list | tuple) else [value]
+    Those of a vector of as many features as there are samples are not.
+    """
+    return first.dim() - rows.axis == second.dim() - others.axis
 
 
 def _on_cpu(value: Any) -> Any:

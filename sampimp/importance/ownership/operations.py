@@ -1,12 +1,12 @@
 """Tables of torch functions, by what they do to the samples' rows and to a loss.
 
 The names in a table stand for the function of `torch` and for the method of `Tensor`, whichever
-exist. The proof that no samples are mixed does not use them. A function that they lack is not
-followed where it reorders data, and causes no new proof where it moves activations by value.
+exist. The proof that no samples are mixed does not use them. A function that they lack may not
+reorder data (`row_keeping`), and causes no new proof where it moves activations by value.
 
 Map: of losses, `LOSSES_BY_ROW`, `CASTS`, `JOINS_AXES`, `LINEAR_IN_FIRST` (for
 `sampimp.importance.ownership.tape`); of data, `MOVES_ENTRIES`, `IN_PLACE`, `SORTS_FEATURES`,
-`CREATES`, `FOLLOWED` (for `data_rows`); of activations, `MOVES_BY_VALUE`, `TABLE_LOOKUPS`,
+`WRITES`, `CREATES` (for `data_rows`); of activations, `MOVES_BY_VALUE`, `TABLE_LOOKUPS`,
 `PRODUCTS`, `WHOLE_PIECES`, `PIECES` (for `value_moves`); of the signature of a step,
 `SELECT_BY_NUMBER`, `TAKE_LENGTHS` (for the recorder).
 """
@@ -109,6 +109,9 @@ Each value has the positions of the moved tensors among the arguments.
 IN_PLACE = _functions("__setitem__ masked_scatter_ index_put_ scatter_ index_copy_ copy_")
 """Operations of `MOVES_ENTRIES` that write into their first argument."""
 
+WRITES = IN_PLACE | _functions("masked_scatter index_put scatter index_copy")
+"""Operations of `MOVES_ENTRIES` that write values where an index says."""
+
 SORTS_FEATURES: dict[Any, tuple[int, int]] = _table(
     ("sort", (1, -1)),
     ("topk", (2, -1)),
@@ -172,13 +175,9 @@ WHOLE_PIECES = _functions("unbind __iter__")
 PIECES = WHOLE_PIECES | _functions("split chunk tensor_split")
 """Operations that return pieces, which Python code may join in another order."""
 
-FOLLOWED = {*MOVES_ENTRIES, *SORTS_FEATURES, *CREATES, *PRODUCTS}
-"""Operations on data that are always followed; all others only once rows have moved."""
-
-
 # The signature of a step.
 
-SELECT_BY_NUMBER = _functions("select narrow split tensor_split chunk unfold")
+SELECT_BY_NUMBER = _functions("select narrow split tensor_split chunk unfold as_strided")
 """Operations whose whole-number arguments say which rows are taken."""
 
 TAKE_LENGTHS = _functions("view reshape expand broadcast_to repeat tile")

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sampimp.importance.ownership.data_rows import as_sequence, is_marked_range
 from sampimp.importance.ownership.operations import (
     MOVES_BY_VALUE,
     PIECES,
@@ -23,6 +22,7 @@ from sampimp.importance.ownership.operations import (
     TABLE_LOOKUPS,
     WHOLE_PIECES,
 )
+from sampimp.importance.ownership.sample_rows import as_sequence, is_marked_range
 from sampimp.importance.rules.batch import Batch
 
 

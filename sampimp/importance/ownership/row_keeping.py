@@ -1,0 +1,220 @@
+"""Whether an operation on data keeps each sample on its row, found by carrying it out again.
+
+    f keeps rows:  f(P x) = P f(x)  for an output with a row for each sample,
+                   f(P x) = f(x)    for any other output,
+
+with P a permutation of the samples. A sort, a shift or a piece of the rows fails; arithmetic, a
+cast, or a mean over the batch passes. With one sample's row replaced by another's, the output's row
+of that sample changes most: this finds a swap of two samples, with which P commutes.
+
+Inputs are copied, and random states restored: neither the data nor the training changes. The result
+holds for the function and its settings, so that each is tested once.
+
+Map: `RowKeeping`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+AxisOf = Callable[[Tensor], int | None]
+"""Returns the axis of the samples of an input; None if it has none."""
+
+Axes = Mapping[int, int | None]
+"""Axis of the samples of each input, by its id."""
+
+_TOLERANCE = 1e-3
+"""Relative difference that is no change of rows: sums over samples depend on their order."""
+
+_MOST_RESULTS = 1000
+"""Results that are kept; settings that differ in every step would fill the memory (arbitrary)."""
+
+_EXACT_BELOW = 9
+"""Whole numbers below are axes or choices; larger ones are lengths."""
+
+_COMMUNICATION = ("c10d", "_c10d_functional", "_dtensor")
+"""Namespaces of operations that other processes would have to repeat."""
+
+
+class RowKeeping:
+    """Which functions keep the rows of the samples, as far as they have been tested."""
+
+    def __init__(self) -> None:
+        self._results: dict[Any, bool] = {}
+
+    def keeps(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        axis_of: AxisOf,
+        size: int,
+    ) -> bool:
+        """Return whether an operation keeps rows; True if that cannot be tested.
+
+        Parameters
+        ----------
+        function, args, kwargs
+            The operation, which has been carried out.
+        axis_of
+            The axis of each input's samples.
+        size
+            Number of samples.
+        """
+        inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+        if size < 2 or not any(axis_of(tensor) is not None for tensor in inputs):
+            return True
+        key = function, _settings(args), _settings(tuple(sorted(kwargs.items())))
+        if key in self._results:
+            return self._results[key]
+        if not _can_repeat(function, kwargs, inputs):
+            return True
+        result = _test(_Call(function, args, dict(kwargs)), axis_of, size)
+        if result is None:
+            return True
+        if len(self._results) >= _MOST_RESULTS:
+            self._results.clear()
+        self._results[key] = result
+        return result
+
+
+def _settings(value: Any) -> Any:
+    """Return what identifies an argument: numbers that are choices, and types."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_settings, value)) if len(value) < _EXACT_BELOW else len(value)
+    if isinstance(value, Tensor):
+        return value.dim()
+    if isinstance(value, str) or (isinstance(value, int) and abs(value) < _EXACT_BELOW):
+        return type(value).__name__, value
+    return type(value).__name__
+
+
+def _can_repeat(
+    function: Callable[..., Any], kwargs: Mapping[str, Any], inputs: list[Tensor]
+) -> bool:
+    """Return whether an operation can be repeated without an effect on anything else."""
+    namespace = getattr(function, "namespace", getattr(function, "_qualified_op_name", ""))
+    return (
+        kwargs.get("out") is None
+        and not str(namespace).startswith(_COMMUNICATION)
+        and not any(tensor.is_meta for tensor in inputs)
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """An operation that can be carried out again, on copies."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def inputs(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    @torch.no_grad()
+    def outputs(
+        self, rows: Tensor | None = None, axes: Axes | None = None, seed: int = 0
+    ) -> list[Tensor]:
+        """Return the outputs for these rows of the inputs with an axis of samples."""
+
+        def copied(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            axis = (axes or {}).get(id(value))
+            if rows is None or axis is None:
+                return value.detach().clone()
+            return value.detach().index_select(axis, rows.to(value.device))
+
+        args, kwargs = tree_map(copied, self.args), tree_map(copied, self.kwargs)
+        torch.manual_seed(seed)
+        leaves = tree_leaves(self.function(*args, **kwargs))
+        return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _test(call: _Call, axis_of: AxisOf, size: int) -> bool | None:
+    """Return whether an operation keeps rows; None if this call does not tell."""
+    inputs = call.inputs()
+    axes = {id(tensor): axis_of(tensor) for tensor in inputs}
+    most_axes = max(tensor.dim() for tensor in inputs if axes[id(tensor)] is not None)
+    # A vector of as many features as there are samples does not move with them.
+    wide = {
+        id(tensor): axes[id(tensor)] if tensor.dim() == most_axes else None for tensor in inputs
+    }
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
+    if torch.equal(order, torch.arange(size)):
+        order = order.roll(1)
+
+    def output_axis(output: Tensor) -> int | None:
+        for tensor in inputs:
+            axis = axes[id(tensor)]
+            if axis is not None and output.dim() == tensor.dim() and output.shape[axis] == size:
+                return axis
+        return axis_of(output)
+
+    devices = {tensor.device.index for tensor in inputs if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
+        try:
+            plain = call.outputs()
+            is_random = not all(map(_equal, plain, call.outputs(seed=1)))
+        except Exception:  # of whichever operation: it cannot be repeated
+            return None
+        if is_random or _rows_are_equal(inputs, axes, order):
+            return None
+        return any(_keeps(call, plain, order, moved, output_axis) for moved in (axes, wide))
+
+
+def _keeps(
+    call: _Call, plain: list[Tensor], order: Tensor, axes: Axes, output_axis: AxisOf
+) -> bool:
+    """Return whether all outputs move with the samples, if these are on the given axes."""
+    replaced = torch.arange(len(order))
+    replaced[order[0]] = order[1]
+    try:
+        permuted, changed = call.outputs(order, axes), call.outputs(replaced, axes)
+    except Exception:  # of whichever operation: it depends on the order
+        return False
+    return all(
+        _is_kept(*each, order, output_axis) for each in zip(plain, permuted, changed, strict=True)
+    )
+
+
+def _rows_are_equal(inputs: list[Tensor], axes: Mapping[int, int | None], order: Tensor) -> bool:
+    """Return whether a permutation of the samples changes no input."""
+    return all(
+        torch.equal(tensor, tensor.index_select(axis, order.to(tensor.device)))
+        for tensor in inputs
+        if (axis := axes[id(tensor)]) is not None
+    )
+
+
+def _is_kept(
+    plain: Tensor, permuted: Tensor, changed: Tensor, order: Tensor, axis_of: AxisOf
+) -> bool:
+    """Return whether an output moves with the samples, or does not depend on their order."""
+    axis = axis_of(plain)
+    if axis is None:
+        return _equal(plain, permuted)
+    order = order.to(plain.device)
+    if not _equal(plain.index_select(axis, order), permuted):
+        return False
+    change = (changed.double() - plain.double()).nan_to_num().abs().movedim(axis, 0)
+    by_row = change.flatten(1).sum(1) if change.dim() > 1 else change
+    return bool(by_row[order[0]] >= (1 - _TOLERANCE) * by_row.max())
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Return whether two outputs are equal within the tolerance."""
+    if first.shape != second.shape:
+        return False
+    if not first.numel():
+        return True
+    if first.is_complex():
+        first, second = torch.view_as_real(first), torch.view_as_real(second)
+    first, second = first.double(), second.double()
+    largest = float(first.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
+    return torch.allclose(first, second, _TOLERANCE, _TOLERANCE * largest, equal_nan=True)

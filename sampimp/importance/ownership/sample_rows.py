@@ -1,0 +1,87 @@
+"""Notes on data tensors: the sample of each row, and marks.
+
+Map: `SampleRows`, `UNKNOWN_ROWS`; `mark_as_range`, `is_marked_range`, `mark_as_data`, `is_data`;
+`as_sequence`.
+
+Shape suffix: R rows of an axis.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """The sample of each row of a tensor."""
+
+    axis: int
+    samples: Tensor | None
+    """(R,), positions in the batch, -1 for no sample; None where that is not known any more."""
+
+    is_plain: bool = False
+    """Whether row n is known to be that of sample n."""
+
+    is_created: bool = False
+    """Whether the rows were created in the block (noise). Combined with data, they take the data's
+    samples."""
+
+    @property
+    def is_of_no_sample(self) -> bool:
+        """Whether no row belongs to a sample, as of noise."""
+        if self.is_plain or self.samples is None:
+            return False
+        return bool((self.samples < 0).all())
+
+    def is_ordered(self, size: int) -> bool:
+        """Return whether the samples are in the batch's order, perhaps joined with positions."""
+        if self.is_plain:
+            return True
+        if self.samples is None or not size or len(self.samples) % size:
+            return False
+        rows = torch.arange(len(self.samples))
+        orders = (rows // (len(rows) // size or 1), rows % size)
+        return any(torch.equal(self.samples, order) for order in orders)
+
+    def equals(self, other: "SampleRows") -> bool:
+        """Return whether the axis and the samples are the same, or both unknown."""
+        if self.samples is None or other.samples is None:
+            return self.samples is other.samples
+        return self.axis == other.axis and torch.equal(self.samples, other.samples)
+
+
+UNKNOWN_ROWS = SampleRows(0, None)
+"""The note on data whose rows cannot be followed."""
+
+
+def mark_as_range(tensor: Tensor) -> None:
+    """Mark a tensor as 0, 1, 2, ..., so that it need not be read from its device."""
+    tensor._sampimp_range = True  # type: ignore[attr-defined]
+
+
+def is_marked_range(tensor: Any) -> bool:
+    """Return whether `mark_as_range` was called on a tensor."""
+    return getattr(tensor, "_sampimp_range", False)
+
+
+def is_data(value: Any) -> bool:
+    """Return whether a value depends on no parameter: data, or not a tensor."""
+    return (
+        not isinstance(value, Tensor)
+        or not value.requires_grad
+        or value.is_leaf
+        or getattr(value, "_sampimp_data", False)
+    )
+
+
+def mark_as_data(tensor: Tensor) -> None:
+    """Mark a tensor that has a gradient, but depends on no parameter."""
+    tensor._sampimp_data = True  # type: ignore[attr-defined]
+
+
+def as_sequence(value: Any) -> Sequence[Any]:
+    """Return value if it is a list or tuple, else [value]."""
+    return value if isinstance(value, list | tuple) else [value]
