@@ -21,7 +21,7 @@ from sampimp.importance.gradients import Explicit, Factor, Outer, Product, total
 from sampimp.importance.known_layouts import KnownLayouts, Layouts
 from sampimp.importance.model_tensors import ModelTensors
 from sampimp.importance.ownership.layout import AxisLayout, joined_rows
-from sampimp.importance.ownership.sample_rows import as_sequence
+from sampimp.importance.ownership.row_notes import as_sequence
 from sampimp.importance.ownership.use import Use
 from sampimp.importance.rules.batch import Batch
 from sampimp.importance.rules.inner_nodes import InnerNodes

@@ -21,7 +21,7 @@ from sampimp.errors import UnsupportedError
 from sampimp.importance.forward_pass import argument
 from sampimp.importance.gradients import Factor
 from sampimp.importance.model_tensors import ModelTensors
-from sampimp.importance.ownership.sample_rows import as_sequence
+from sampimp.importance.ownership.row_notes import as_sequence
 
 SCALINGS: dict[Callable[..., Any], tuple[bool, int]] = {
     Tensor.mul_: (False, 1),

@@ -30,7 +30,7 @@ from sampimp.importance.gradient_checks import SCALINGS, GradientChecks
 from sampimp.importance.model_tensors import NO_ROOTS, ModelTensors, samples_mixed_by
 from sampimp.importance.output_hooks import hook_output, hook_outputs
 from sampimp.importance.ownership.layout import AxisLayout
-from sampimp.importance.ownership.sample_rows import (
+from sampimp.importance.ownership.row_notes import (
     as_sequence,
     is_data,
     mark_as_data,
@@ -38,6 +38,7 @@ from sampimp.importance.ownership.sample_rows import (
 )
 from sampimp.importance.ownership.use import Use
 from sampimp.importance.ownership.value_moves import moves_samples
+from sampimp.importance.rules.batch import Batch
 from sampimp.importance.rules.registry import (
     RULES,
     feature_axes,
@@ -131,7 +132,9 @@ class ForwardWatch(TorchFunctionMode):
                 self.calls.data.note_same(*args)
             return output
         roots, varying = self._origins(args, kwargs)
-        if varying or (function in _EXPANSIONS and roots and self._expands(args, output)):
+        if varying or (
+            function in _EXPANSIONS and roots and _expands(self.calls.batch, args, output)
+        ):
             output = self._record(function, args, kwargs, output, roots, varying)
             self.calls.tape.add(function, args, kwargs, output)
         elif function not in _MAKES_DATA or (
@@ -230,14 +233,6 @@ class ForwardWatch(TorchFunctionMode):
                 self.calls.data.follow(function, args, kwargs, args[:1])
             self.calls.tape.add(function, args, kwargs, args[0])
 
-    def _expands(self, args: tuple[Any, ...], output: Any) -> bool:
-        """Return whether an expansion makes a copy of a parameter for every sample."""
-        batch = self.calls.batch
-        axis = batch.axis(output.dim(), 1)
-        missing = output.dim() - args[0].dim()
-        before = 1 if axis < missing else args[0].shape[axis - missing]
-        return before == 1 and output.shape[axis] == batch.size
-
     # Calls on samples.
 
     def _record(
@@ -328,14 +323,10 @@ class ForwardWatch(TorchFunctionMode):
             self._checks.note_precision(hooked[0])
         calls.moves |= calls.moves_above
         calls.tape.clear()  # the tensors so far are inputs of this use, not only of the loss
-        data = None
-        if varying and all(map(is_data, varying)):
-            data = calls.data.of(varying[0]) if function in RULES else calls.data.moved(varying)
-            if data is not None and data.is_of_no_sample:
-                data = None
-            if data is not None:
-                calls.moves |= not data.is_ordered(calls.batch.size)
-                calls.signature.add_axis(data.axis)
+        data = calls.data.of_inputs(varying, has_rule=function in RULES)
+        if data is not None:
+            calls.moves |= not data.is_ordered(calls.batch.size)
+            calls.signature.add_axis(data.axis)
         use = Use(
             function=function,
             args=args,
@@ -367,6 +358,14 @@ class ForwardWatch(TorchFunctionMode):
                         calls.outputs[output.grad_fn, output.output_nr] = layout
                         if self._checks.compares:
                             calls.tape.outputs[id(output)] = output, layout
+
+
+def _expands(batch: Batch, args: tuple[Any, ...], output: Any) -> bool:
+    """Return whether an expansion makes a copy of a parameter for every sample."""
+    axis = batch.axis(output.dim(), 1)
+    missing = output.dim() - args[0].dim()
+    before = 1 if axis < missing else args[0].shape[axis - missing]
+    return before == 1 and output.shape[axis] == batch.size
 
 
 def is_inside_function() -> bool:

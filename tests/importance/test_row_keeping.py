@@ -77,14 +77,18 @@ def test_what_cannot_be_repeated_is_not_tested():
         raise RuntimeError
 
     meta, out = torch.empty(N, D, device="meta"), {"out": torch.empty(N, D)}
+    generator = torch.Generator()
+    before = generator.get_state()
     for function, x, names in (
         (raising, data(N, D), {}),
         (torch.flip, meta, {"dims": (0,)}),
         (torch.flip, torch.ones(N, D), {"dims": (0,)}),  # all rows are equal
         (torch.flip, data(1, D), {"dims": (0,)}),
         (torch.neg, data(N, D), out),
+        (torch.bernoulli, data(N, D).sigmoid(), {"generator": generator}),
     ):
         assert RowKeeping().keeps(function, (x,), names, first_axis(len(x)), len(x))
+    assert torch.equal(generator.get_state(), before)
 
 
 def written(x, order):

@@ -26,18 +26,20 @@ from torch.nn import functional
 
 from sampimp.importance.ownership.operations import (
     CREATES,
-    IN_PLACE,
     MOVES_ENTRIES,
     PRODUCTS,
     SORTS_FEATURES,
     WRITES,
 )
 from sampimp.importance.ownership.row_keeping import RowKeeping
-from sampimp.importance.ownership.sample_rows import UNKNOWN_ROWS, SampleRows, as_sequence
+from sampimp.importance.ownership.row_notes import (
+    UNKNOWN_ROWS,
+    SampleRows,
+    as_sequence,
+    is_data,
+)
+from sampimp.importance.ownership.row_numbers import RowNumbers
 from sampimp.importance.rules.batch import Batch
-
-_NO_SAMPLE, _UNKNOWN_SAMPLE = -1, -2
-"""Codes of entries that belong to no sample, or to an unknown sample."""
 
 
 class DataRows:
@@ -61,6 +63,7 @@ class DataRows:
     ) -> None:
         self._batch, self._index, self._step = batch, index, step
         self._keeping = keeping
+        self._numbers = RowNumbers(batch, index, self.of)
         self._pass = object()  # another pass of the step may meet the same data
         self._plain: dict[int, SampleRows] = {}  # by axis
 
@@ -112,18 +115,23 @@ class DataRows:
                 if _is_tensor(output):
                     self._note(output, UNKNOWN_ROWS)
 
-    def moved(self, inputs: Sequence[Tensor]) -> SampleRows | None:
-        """Return the rows of several inputs if they are not in the batch's order.
+    def of_inputs(self, inputs: Sequence[Tensor], *, has_rule: bool) -> SampleRows | None:
+        """Return the samples of the rows of a layer's inputs, if these are data.
 
-        None if they are. Unknown rows if the inputs differ.
+        A rule knows the axis of the samples in its first input. Without a rule, rows count if they
+        are not in the batch's order; unknown rows if the inputs differ. None in all other cases.
         """
-        noted = [rows for tensor in inputs if (rows := self._noted(tensor)) is not None]
-        rows_of_samples = [rows for rows in noted if not rows.is_created]
-        if not rows_of_samples:
+        if not inputs or not all(map(is_data, inputs)):
             return None
-        first = rows_of_samples[0]
-        plain = [tensor for tensor in inputs if self._noted(tensor) is None and self.of(tensor)]
-        return UNKNOWN_ROWS if plain or not all(map(first.equals, rows_of_samples)) else first
+        if has_rule:
+            rows = self.of(inputs[0])
+            return None if rows is None or rows.is_of_no_sample else rows
+        notes = [note for tensor in inputs if (note := self._noted(tensor)) is not None]
+        moved = [rows for rows in notes if not (rows.is_created or rows.is_of_no_sample)]
+        if not moved:
+            return None
+        has_plain = any(self._noted(tensor) is None and self.of(tensor) for tensor in inputs)
+        return UNKNOWN_ROWS if has_plain or not all(map(moved[0].equals, moved)) else moved[0]
 
     def note_same(self, data: Tensor, source: Tensor) -> None:
         """Note that a tensor has the rows of another one now."""
@@ -184,8 +192,9 @@ class DataRows:
         tensors = [item for value in values for item in as_sequence(value) if _is_tensor(item)]
         index_rows = self._index_rows(places, args, kwargs)
         if not any(self.of(tensor) for tensor in tensors if self._batch.varies(tensor)):
-            for output in outputs if index_rows else ():
-                self._note(output, self._rows_of_lookup(function, args, index_rows))
+            if index_rows is not None:
+                for output in outputs:
+                    self._note(output, self._rows_of_lookup(function, args, index_rows))
             return
         if self._is_fetched(function, args, kwargs):
             return
@@ -196,10 +205,11 @@ class DataRows:
         has_named_tensor = any(
             _is_tensor(value) and name != "index" for name, value in kwargs.items()
         )
-        moved = None if has_named_tensor else self._moved_numbers(function, places, args, kwargs)
+        numbered = self._numbers
+        moved = None if has_named_tensor else numbered.moved(function, places, args, kwargs)
         for output, numbers in zip(outputs, moved or [None] * len(outputs), strict=False):
             if _is_tensor(output):
-                self._note(output, self._rows_from_numbers(numbers, output))
+                self._note(output, numbered.rows_of(numbers, output))
 
     def _index_rows(
         self, places: Sequence[int], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -242,79 +252,6 @@ class DataRows:
         if index.dtype not in (torch.int32, torch.int64) or index.shape != self._index.shape:
             return False
         return torch.equal(index.cpu().long(), self._index)
-
-    def _moved_numbers(
-        self,
-        function: Callable[..., Any],
-        places: Sequence[int],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Sequence[Any] | None:
-        """Return the result of an operation on the row numbers of its inputs, on the CPU."""
-        named = {name: _on_cpu(value) for name, value in kwargs.items()}
-        if function is torch._C._nn.pad_sequence:
-            args, named = args[:2], {**named, "padding_value": _NO_SAMPLE}
-        for as_copies in (False, True):  # expanded views of one number a row, else whole copies
-            numbered = [
-                self._numbered_all(value, as_copies or function in IN_PLACE)
-                if place in places
-                else _on_cpu(value)
-                for place, value in enumerate(args)
-            ]
-            try:
-                moved = function(*numbered, **named)
-            except (RuntimeError, TypeError, IndexError):
-                continue
-            return as_sequence(numbered[0] if function is Tensor.__setitem__ else moved)
-        return None
-
-    def _numbered_all(self, value: Any, as_copies: bool) -> Any:
-        if isinstance(value, list | tuple):
-            return [self._numbered_all(item, as_copies) for item in value]
-        return self._numbered(value, as_copies) if _is_tensor(value) else value
-
-    def _numbered(self, data: Tensor, as_copy: bool) -> Tensor:
-        """Return the number of each entry's sample, in the shape of the data."""
-        rows = self.of(data) if self._batch.varies(data) else None
-        if rows is None or rows.samples is None:
-            numbers = torch.tensor(_NO_SAMPLE if rows is None else _UNKNOWN_SAMPLE)
-        else:
-            shape = [-1 if axis == rows.axis else 1 for axis in range(data.dim())]
-            numbers = rows.samples.reshape(shape)
-        numbers = numbers.expand(data.shape)
-        return numbers.clone(memory_format=torch.contiguous_format) if as_copy else numbers
-
-    def _rows_from_numbers(self, numbers: Any, output: Tensor) -> SampleRows | None:
-        """Return the axis of the samples and the sample of each row, from all entries' numbers."""
-        if not _is_tensor(numbers) or numbers.shape != output.shape or numbers.is_floating_point():
-            return UNKNOWN_ROWS
-        expected = self._batch.axis(output.dim(), int(output.is_floating_point()))
-        strides = zip(numbers.stride(), numbers.shape, strict=True)
-        varying = {axis for axis, (stride, size) in enumerate(strides) if stride and size > 1}
-        axes = sorted(range(numbers.dim()), key=lambda axis: (axis != expected, axis))
-        mixed_rows = None
-        if not numbers.numel():
-            return None
-        for axis in axes:
-            rows = numbers.movedim(axis, 0)
-            rows = rows.flatten(1) if numbers.dim() > 1 else rows[:, None]
-            if not varying - {axis}:  # views of one number a row
-                rows = rows[:, :1]
-            if bool((rows <= _UNKNOWN_SAMPLE).any()):
-                return UNKNOWN_ROWS
-            largest_R = rows.amax(1)
-            smallest_R = rows.where(rows != _NO_SAMPLE, len(rows) + rows.max()).amin(1)
-            if bool(((largest_R == smallest_R) | (largest_R == _NO_SAMPLE)).all()):
-                is_index = self._index is not None and torch.equal(largest_R, self._index)
-                if is_index and axis == expected:
-                    return None  # of a data set, in the step's order: fetched by its index
-                return SampleRows(axis, largest_R)
-            plain_R = torch.arange(len(rows))
-            is_expected = axis == expected and len(rows) == self._batch.size
-            if is_expected and bool((rows == plain_R[:, None]).any(1).all()):
-                # Each row keeps a part of its own sample, and has parts of others, as by cutmix.
-                mixed_rows = SampleRows(axis, plain_R)
-        return mixed_rows or UNKNOWN_ROWS
 
     # Operations that compute values.
 
@@ -383,12 +320,6 @@ def _are_aligned(first: Tensor, rows: SampleRows, second: Tensor, others: Sample
     Those of a vector of as many features as there are samples are not.
     """
     return first.dim() - rows.axis == second.dim() - others.axis
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return type(value)([_on_cpu(item) for item in value])
-    return value.cpu() if _is_tensor(value) else value
 
 
 def _is_tensor(value: Any) -> bool:

@@ -4,7 +4,7 @@ Each function returns an `UnsupportedError` to be raised; `where` is the name of
 """
 
 from sampimp.errors import UnsupportedError
-from sampimp.importance.ownership.sample_rows import is_data
+from sampimp.importance.ownership.row_notes import is_data
 from sampimp.importance.ownership.use import Use
 from sampimp.importance.rules.batch import Batch
 

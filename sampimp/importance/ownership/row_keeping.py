@@ -65,15 +65,13 @@ class RowKeeping:
         size
             Number of samples.
         """
-        inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
-        if size < 2 or not any(axis_of(tensor) is not None for tensor in inputs):
+        call = _Call(function, args, dict(kwargs))
+        if size < 2 or all(axis_of(tensor) is None for tensor in call.inputs()):
             return True
         key = function, _settings(args), _settings(tuple(sorted(kwargs.items())))
         if key in self._results:
             return self._results[key]
-        if not _can_repeat(function, kwargs, inputs):
-            return True
-        result = _test(_Call(function, args, dict(kwargs)), axis_of, size)
+        result = _test(call, axis_of, size) if call.can_be_repeated() else None
         if result is None:
             return True
         if len(self._results) >= _MOST_RESULTS:
@@ -93,18 +91,6 @@ def _settings(value: Any) -> Any:
     return type(value).__name__
 
 
-def _can_repeat(
-    function: Callable[..., Any], kwargs: Mapping[str, Any], inputs: list[Tensor]
-) -> bool:
-    """Return whether an operation can be repeated without an effect on anything else."""
-    namespace = getattr(function, "namespace", getattr(function, "_qualified_op_name", ""))
-    return (
-        kwargs.get("out") is None
-        and not str(namespace).startswith(_COMMUNICATION)
-        and not any(tensor.is_meta for tensor in inputs)
-    )
-
-
 @dataclass(frozen=True)
 class _Call:
     """An operation that can be carried out again, on copies."""
@@ -115,6 +101,22 @@ class _Call:
 
     def inputs(self) -> list[Tensor]:
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    def can_be_repeated(self) -> bool:
+        """Return whether carrying it out again has no effect on anything else."""
+        function = self.function
+        namespace = getattr(function, "_qualified_op_name", getattr(function, "namespace", ""))
+        leaves = tree_leaves((self.args, self.kwargs))
+        return (
+            self.kwargs.get("out") is None
+            and not str(namespace).startswith(_COMMUNICATION)
+            and not any(isinstance(leaf, torch.Generator) or callable(leaf) for leaf in leaves)
+            and all(tensor.device.type in ("cpu", "cuda") for tensor in self.inputs())
+        )
+
+    def devices(self) -> list[int]:
+        """Return the GPUs of the inputs, whose random states an operation may change."""
+        return sorted({tensor.get_device() for tensor in self.inputs() if tensor.is_cuda})
 
     @torch.no_grad()
     def outputs(
@@ -131,7 +133,9 @@ class _Call:
             return value.detach().index_select(axis, rows.to(value.device))
 
         args, kwargs = tree_map(copied, self.args), tree_map(copied, self.kwargs)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        for device in self.devices():
+            torch.cuda.default_generators[device].manual_seed(seed)
         leaves = tree_leaves(self.function(*args, **kwargs))
         return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -156,8 +160,7 @@ def _test(call: _Call, axis_of: AxisOf, size: int) -> bool | None:
                 return axis
         return axis_of(output)
 
-    devices = {tensor.device.index for tensor in inputs if tensor.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
+    with torch.random.fork_rng(devices=call.devices()):
         try:
             plain = call.outputs()
             is_random = not all(map(_equal, plain, call.outputs(seed=1)))

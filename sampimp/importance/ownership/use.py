@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sampimp.importance.ownership.sample_rows import SampleRows
+from sampimp.importance.ownership.row_notes import SampleRows
 from sampimp.importance.rules.batch import Batch
 from sampimp.importance.rules.inner_nodes import InnerNodes
 from sampimp.importance.rules.registry import looks_inside

@@ -22,7 +22,7 @@ from sampimp.importance.ownership.operations import (
     TABLE_LOOKUPS,
     WHOLE_PIECES,
 )
-from sampimp.importance.ownership.sample_rows import as_sequence, is_marked_range
+from sampimp.importance.ownership.row_notes import as_sequence, is_marked_range
 from sampimp.importance.rules.batch import Batch
 
 
