@@ -409,7 +409,7 @@ REFUSED = {
         partial(Pattern, lambda: network(recurrent)),
     ),
     "a hook in later steps": (
-        "gradient with which the step was trained",
+        "a gradient that is the sum of the samples' gradients",
         partial(Pattern, hooked_later),
     ),
     "a loss that differs a little": (
