@@ -51,10 +51,10 @@ def error_table(
         table.add_row(Text("  which is", "dim"), *(Text(name, "dim") for name in names))
     full = error.sel(rule=ALL_SAMPLES, size=1.0)
     same, converged = (_mean(full.sel(budget=name)) for name in (budget, "convergence"))
-    count = format_count(len(seeds), "seeds")
+    words = f"Mean ± s.e. of {format_count(len(seeds), 'seeds')}; all samples {same}"
     return Group(
-        Text(f"{run}, equal {budget}: test error in % (mean ± s.e., {count})", "bold"),
-        Text(f"All samples: {same}; after {CONVERGENCE} times as many epochs: {converged}"),
+        Text(f"{run}: test error in %, equal {budget}", "bold"),
+        Text(f"{words}, in {CONVERGENCE} times the epochs {converged}"),
         table,
     )
 

@@ -153,8 +153,9 @@ def test_errors_are_printed_by_rule_and_size(study, command):
     assert code == 0, text
     cube = cube_of(study).sel(training_seed=[1, 2])
     for budget in ("steps", "epochs"):
-        lines = text[text.index(f"one-shuffle-seed1, equal {budget}: test error") :].splitlines()
-        assert lines[0].endswith("(mean ± s.e., 2 seeds)")
+        title = f"one-shuffle-seed1: test error in %, equal {budget}"
+        lines = text[text.index(title) :].splitlines()
+        assert lines[1].startswith("Mean ± s.e. of 2 seeds; all samples ")
         rows = {line.split()[0]: line.split()[1:] for line in lines[3:12] if line.split()}
         for rule in ("random", "balanced", "tau-high", "chosen"):
             first, second = 100 * cube.subset_error.sel(rule=rule, size=[0.25, 0.5], budget=budget)
@@ -168,9 +169,9 @@ def test_errors_are_printed_by_rule_and_size(study, command):
         assert rows["which"] == ["is", *chosen.values]
         full = 100 * cube.subset_error.sel(rule="full", size=1, budget=[budget, "convergence"])
         same, converged = full.mean("training_seed").values
-        words = lines[1].replace("±", " ").replace(";", " ").split()
-        assert abs(float(words[2]) - same) < 0.051
-        assert abs(float(words[-2]) - converged) < 0.051
+        words = lines[1].replace("±", " ").replace(",", " ").split()
+        assert abs(float(words[words.index("samples") + 1]) - same) < 0.051
+        assert abs(float(words[words.index("epochs") + 1]) - converged) < 0.051
     error = cube.subset_error.mean("training_seed")
     limit = error.sel(rule="full", size=1, budget="steps").item() + 0.3
     measured = error.sel(rule="random", budget="steps").dropna("size")
