@@ -201,7 +201,7 @@ def _two_digits(share: float, rounding: str) -> str:
     >>> _two_digits(582 / 640, ROUND_FLOOR), _two_digits(100 / 4300, ROUND_CEILING)
     ('0.9', '0.024')
     """
-    return f"{Context(prec=2, rounding=rounding).create_decimal_from_float(share):g}"
+    return f"{float(Context(prec=2, rounding=rounding).create_decimal_from_float(share)):g}"
 
 
 def _check_room(
