@@ -32,6 +32,13 @@ def count(page) -> int:
     return int(page.locator("#count").inner_text().split()[0].replace(",", ""))
 
 
+def table_shows(page, selected):
+    """Wait until the table, drawn after the plots, has `selected` ticked rows (one page at most)."""
+    page.wait_for_function(
+        "n => document.querySelectorAll('#table input:checked').length === n", arg=selected
+    )
+
+
 def save(page, button, path):
     """Press a button of the exports, and return the file."""
     with page.expect_download() as download:
@@ -261,9 +268,10 @@ def test_selection_by_keyboard_alone(explorer):
     tab_to("#ranges input[type=range]")
     explorer.keyboard.press("End")
     explorer.keyboard.press("ArrowLeft")
-    assert 1 <= count(explorer) < 10
-    tab_to("#table input[type=checkbox]")
     before = count(explorer)
+    assert 1 <= before < 10
+    table_shows(explorer, before)
+    tab_to("#table input[type=checkbox]")
     explorer.keyboard.press("Space")
     assert count(explorer) == before - 1
 
