@@ -77,6 +77,34 @@ def test_loss_that_is_a_sum_over_samples_is_exact(case):
     assert_same(record(net, lambda z: SUMS[case](z).sum(), x), want)
 
 
+def losses_of(z, reduction):
+    """Two of PyTorch's losses by row, which most losses are made of."""
+    return (
+        functional.cross_entropy(z, labels(), reduction=reduction),
+        functional.cross_entropy(z, 1 - labels(), reduction=reduction),
+    )
+
+
+JOINED = {
+    "losses": lambda z: torch.stack(losses_of(z, "sum")).sum(),
+    "losses in a keyword": lambda z: torch.stack(tensors=losses_of(z, "sum")).sum(),
+    "losses of rows": lambda z: torch.cat(losses_of(z, "none")).sum(),
+    "losses of groups": lambda z: torch.stack(
+        [losses_of(z, "none")[k][labels() == group].sum() for k in range(2) for group in range(2)]
+    ).sum(),
+    "outputs": lambda z: functional.cross_entropy(
+        torch.cat([z, z]), torch.cat([labels(), 1 - labels()]), reduction="sum"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", JOINED)
+def test_loss_of_a_list_of_tensors_is_exact(case):
+    net, x = TwoLayers(lambda h: h), data(N, D)
+    want = expected(net, sum(losses_of(net(x), "none")))
+    assert_same(record(net, JOINED[case], x), want)
+
+
 def hinge_on_pairs(z):
     scores = z[:, 0]
     return (1 - (scores[:, None] - scores[None])).relu().mean()

@@ -116,7 +116,7 @@ class Tape:
                 continue
             if len(inputs) > 1 or not args or inputs[0] is not args[0]:
                 return False
-            if not isinstance(outputs, Tensor):
+            if not (isinstance(inputs[0], Tensor) and isinstance(outputs, Tensor)):
                 return False
             source, result = id(args[0]), id(outputs)
             if source in losses:
