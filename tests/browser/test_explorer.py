@@ -33,7 +33,7 @@ def count(page) -> int:
 
 
 def table_shows(page, selected):
-    """Wait until the table, drawn after the plots, has `selected` ticked rows (one page at most)."""
+    """Wait until the table, drawn after the plots, has `selected` ticked rows (one page)."""
     page.wait_for_function(
         "n => document.querySelectorAll('#table input:checked').length === n", arg=selected
     )

@@ -7,7 +7,9 @@ from torch.nn import functional
 from two_layers import D, N, data, expected, squares
 
 from sampimp.errors import UnsupportedError
+from sampimp.importance.ownership.product_rows import combined_samples
 from sampimp.importance.ownership.row_keeping import RowKeeping
+from sampimp.importance.ownership.row_notes import NO_SAMPLE, UNKNOWN_SAMPLE
 from sampimp.importance.recorder import ImportanceRecorder
 
 pytestmark = pytest.mark.usefixtures("double_on_one_thread")
@@ -16,6 +18,7 @@ ORDER = torch.tensor([2, 0, 3, 5, 1, 4])
 IDS = torch.tensor([4, 1, 7, 2, 0, 5])
 TABLE = torch.linspace(-1, 1, 9 * N).sin().mul(9).sin().view(9, N).double()
 MEANS, SQUARE = TABLE[0], TABLE[:N]
+MATRIX = torch.eye(N).double()[ORDER]
 
 
 def first_axis(size):
@@ -117,11 +120,30 @@ REORDERINGS = {
     "times a square matrix": lambda x, order: x[order] @ SQUARE,
     "by strides": lambda x, order: torch.cat([x, x]).as_strided(x.shape, x.stride(), 12),
     "stacked rows": lambda x, order: torch.stack([x[i] for i in order]),
+    "reflected": lambda x, order: torch.eye(N, dtype=x.dtype).flip(0) @ x,
+    "reflected and scaled": lambda x, order: 2 * torch.eye(N, dtype=x.dtype).flip(0) @ x,
+    "reflected by einsum": lambda x, order: torch.einsum(
+        "nd,mn->md", x, torch.eye(N, dtype=x.dtype).flip(0)
+    ),
+    "reflected by addmm": lambda x, order: torch.addmm(
+        MEANS.expand(N, N), torch.eye(N, dtype=x.dtype).flip(0), x
+    ),
+    "times a matrix": lambda x, order: MATRIX @ x,
+    "times a sparse matrix": lambda x, order: torch.sparse.mm(MATRIX.to_sparse(), x),
+    "times a transposed matrix": lambda x, order: (x.T @ MATRIX.T).T,
+    "times a matrix of the order": lambda x, order: functional.one_hot(order, N).to(x) @ x,
+    "times a matrix, by column": lambda x, order: torch.stack([MATRIX @ c for c in x.T], 1),
+    "times a matrix, by tensordot": lambda x, order: torch.tensordot(x, MATRIX, ([0], [1])).T,
+    "times a matrix, in one batch": lambda x, order: torch.bmm(MATRIX[None], x[None])[0],
 }
-REFUSED = {"rotated by narrow_copy", "reversed", "by strides"}
+REVERSED = ("reversed", *(case for case in REORDERINGS if case.startswith("reflected")))
+REFUSED = {
+    *("rotated by narrow_copy", "reversed", "by strides"),
+    *(case for case in REORDERINGS if "matrix" in case and "square" not in case),
+}
 ORDERS = {
     "rotated by narrow_copy": torch.arange(N).roll(-2),
-    "reversed": torch.arange(N).flip(0),
+    **dict.fromkeys(REVERSED, torch.arange(N).flip(0)),
     "by strides": torch.arange(N).roll(-2),
 }
 
@@ -168,6 +190,43 @@ def test_reordered_data_are_recorded_right_or_refused(case, kind):
     for layer, beta in zip(recorder.layers, recorder.pop_epoch(1, N), strict=True):
         if layer in want:
             torch.testing.assert_close(beta[order], want[layer], rtol=1e-9, atol=1e-15)
+
+
+PRODUCTS_IN_ORDER = {
+    "features": lambda x: x @ SQUARE,
+    "features by einsum": lambda x: torch.einsum("nd,dk->nk", x, SQUARE),
+    "features in another order": lambda x: x @ MATRIX,
+    "identity": lambda x: torch.eye(N, dtype=x.dtype) @ x,
+    "weights": lambda x: torch.diag(torch.arange(1.0, N + 1)).to(x) @ x,
+    "similarities": lambda x: x @ x.T @ x,
+    "attention": lambda x: (x @ x.T).softmax(1) @ x,
+    "products of features": lambda x: torch.einsum("nd,ne->nde", x, x).sum(2),
+    "a graph from outside": lambda x: SQUARE @ x,
+}
+
+
+@pytest.mark.parametrize("case", PRODUCTS_IN_ORDER)
+def test_products_in_the_order_of_the_batch_are_exact(case):
+    torch.manual_seed(1)
+    x, net = data(N, N), First("linear", N)
+    want = expected(net, squares(net(PRODUCTS_IN_ORDER[case](x))) / N)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(net, optimizer)
+    with recorder.step(range(N), epoch=1):
+        squares(net(PRODUCTS_IN_ORDER[case](x))).mean().backward()
+        optimizer.step()
+    for layer, beta in zip(recorder.layers, recorder.pop_epoch(1, N), strict=True):
+        if layer in want:
+            torch.testing.assert_close(beta, want[layer], rtol=1e-9, atol=1e-15)
+
+
+def test_the_samples_of_a_product_are_told_from_mixtures():
+    left = torch.tensor([[0, 0, -3], [1, 0, 0], [0, 0, 0], [1, 1, 0], [0.5, -0.5, 0]])
+    right, samples = data(3, 2), torch.tensor([[7], [8], [NO_SAMPLE]])
+    found = combined_samples(torch.mm, (left, right), {}, right, samples)
+    numbers = [NO_SAMPLE, 7, NO_SAMPLE, UNKNOWN_SAMPLE, UNKNOWN_SAMPLE]
+    assert torch.equal(found, torch.tensor(numbers)[:, None].expand(-1, 2))
+    assert combined_samples(torch.mm, (left, left), {}, left, samples) is None
 
 
 class Sorted(nn.Module):

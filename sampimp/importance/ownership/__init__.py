@@ -46,8 +46,8 @@ The argument:
    passes. None computes a gradient of a parameter, and none leaves a trace (`passes`).
 5. Steps 1 to 4 number the owners by their row of the loss. The uses whose input is data show which
    samples these are, since the order of the data is followed through the block (`data_rows`,
-   `loss_order`). An operation on data that no table lists has to keep each sample on its row
-   (`row_keeping`).
+   `loss_order`). A product has the rows that its factors agree on (`product_rows`). An operation on
+   data that no table lists has to keep each sample on its row (`row_keeping`).
 
 Cost and validity:
 
@@ -67,10 +67,10 @@ Limits:
   step of an epoch, by changes of up to eight standard deviations of the outputs. In all other cases
   only the second derivative is tested. A loss without a second derivative is recorded with a
   warning.
-- Data reordered by NumPy, lists of numbers, `torch.vmap` or a matrix of N rows from the left are
-  taken to be in the batch's order. A second tensor of N rows is taken to hold further rows of
-  the batch's samples. A tensor of N rows in a plain attribute is taken for data, and its use is
-  refused as mixing samples if it is not: register it as a buffer.
+- Data reordered by NumPy, lists of numbers or `torch.vmap` are taken to be in the batch's order,
+  and so are data that a matrix of N rows mixes from the left. A second tensor of N rows is taken
+  to hold further rows of the batch's samples. A tensor of N rows in a plain attribute is taken
+  for data, and its use is refused as mixing samples if it is not: register it as a buffer.
 - An operation below the cut that is not linear in the gradient of one sample (a hook that clips
   each value) is not noticed, and what it returns is taken for the sample's gradient.
 - On devices without deterministic sums, rows are compared within 64 times the rounding error.
@@ -80,8 +80,8 @@ Files, in the order in which to read them:
 - `use`, `layout`: the forward calls that the proof is about, and the layouts that it finds.
 - `signs`, `cut`, `passes`: the passes with signs, and owners from their gradients.
 - `operations`, `tape`, `coupling`: whether the loss is a sum over samples.
-- `row_notes`, `row_numbers`, `row_keeping`, `data_rows`, `loss_order`: which sample each row of
-  the loss belongs to.
+- `row_notes`, `row_numbers`, `product_rows`, `row_keeping`, `data_rows`, `loss_order`: which sample
+  each row of the loss belongs to.
 - `proof`: the whole proof of one backward pass; `refusals`: its errors.
 - `value_moves`: which steps are proved each time.
 """

@@ -6,9 +6,9 @@ these are: a batch is in the order of the step's index. Where the block reorders
 noted on the output tensor. Only data, which depend on no parameter, are followed; the proof finds
 the samples of activations.
 
-Operations that `operations` lists are followed by what they are known to do. Any other operation
-must keep each sample on its row, which is tested (`row_keeping`); otherwise the rows of its result
-are unknown, and a layer refuses them.
+Operations that `operations` lists are followed by what they are known to do, products by what their
+factors contribute (`product_rows`). Any other operation must keep each sample on its row, which is
+tested (`row_keeping`); otherwise the rows of its result are unknown, and a layer refuses them.
 
 Map: `DataRows` (follows the data of one pass).
 
@@ -23,14 +23,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from sampimp.importance.ownership.operations import (
     CREATES,
     MOVES_ENTRIES,
     PRODUCTS,
+    ROW_PRODUCTS,
     SORTS_FEATURES,
     WRITES,
 )
+from sampimp.importance.ownership.product_rows import combined_samples
 from sampimp.importance.ownership.row_keeping import RowKeeping
 from sampimp.importance.ownership.row_notes import (
     UNKNOWN_ROWS,
@@ -106,9 +109,9 @@ class DataRows:
             self._follow_sort(function, args, kwargs, outputs)
         elif function in MOVES_ENTRIES:
             self._follow_move(function, args, kwargs, outputs)
-        elif function in PRODUCTS or self._keeping.keeps(
-            function, args, kwargs, self._sample_axis, self._batch.size
-        ):
+        elif function in PRODUCTS:
+            self._follow_product(function, args, kwargs, outputs)
+        elif self._keeping.keeps(function, args, kwargs, self._sample_axis, self._batch.size):
             self._follow_values(function, args, kwargs, outputs)
         else:
             for output in outputs:
@@ -266,10 +269,6 @@ class DataRows:
 
         Mixup combines a batch with the same batch in another order, for example.
         """
-        if self._is_left_product(function, args):
-            for output in outputs:
-                self._note(output, UNKNOWN_ROWS)
-            return
         values = [*as_sequence(args[0]), *args[1:], *kwargs.values()]
         values = [item for value in values for item in as_sequence(value)]
         inputs = [
@@ -277,8 +276,6 @@ class DataRows:
             for value in values
             if _is_tensor(value) and value.dim() and self._batch.varies(value)
         ]
-        if function in PRODUCTS:  # whose rows are those of the left factor
-            inputs = [tensor for tensor in inputs if tensor.dim() > 1][:1]
         known = [(tensor, rows) for tensor in inputs if (rows := self.of(tensor)) is not None]
         moved = [(tensor, rows) for tensor, rows in known if self._noted(tensor)]
         if not moved or any(
@@ -305,13 +302,52 @@ class DataRows:
             elif fits:
                 self.note_made(output)
 
-    def _is_left_product(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-        """Return whether data are multiplied from the left, perhaps by a permutation matrix."""
-        if function not in PRODUCTS or len(args) < 2 or not all(map(_is_tensor, args[:2])):
-            return False
-        left = self.of(args[0]) if self._batch.varies(args[0]) else None
-        right = self.of(args[1]) if self._batch.varies(args[1]) else None
-        return left is None and right is not None and right.axis == max(0, args[1].dim() - 2)
+    def _follow_product(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        outputs: Sequence[Any],
+    ) -> None:
+        """Note the samples of a product's rows, if the factors that have any agree on them.
+
+        A permutation matrix from outside the block does not: it has N rows as data have.
+        """
+        factors = [
+            (leaf, rows)
+            for leaf in tree_leaves((args, kwargs))
+            if _is_tensor(leaf) and leaf.dim() and self._batch.varies(leaf)
+            if (rows := self.of(leaf)) and not (rows.is_created or rows.is_of_no_sample)
+        ]
+        if not factors or _is_left_alone(function, args, factors):
+            self._follow_values(function, args, kwargs, outputs)
+            return
+        (output,) = outputs
+        axis = self._batch.axis(output.dim(), int(output.is_floating_point()))
+        plain = SampleRows(axis, torch.arange(self._batch.size))
+        found = [
+            self._numbers.rows_of(
+                combined_samples(function, args, kwargs, factor, self._numbers.numbered(factor)),
+                output,
+            )
+            or plain
+            for factor, _ in factors
+        ]
+        known = [rows for rows in found if rows.samples is not None]
+        known = [rows for rows in known if rows.axis == axis] or known
+        agree = known and all(map(known[0].equals, known))
+        self._note(output, known[0] if agree else UNKNOWN_ROWS)
+
+
+def _is_left_alone(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    factors: Sequence[tuple[Tensor, SampleRows]],
+) -> bool:
+    """Return whether the samples are rows of the left factor alone, and so of the product."""
+    left, rows = factors[0]
+    is_left = len(factors) == 1 and left is args[0] and rows.axis < left.dim() - 1
+    return is_left and function in ROW_PRODUCTS
 
 
 def _are_aligned(first: Tensor, rows: SampleRows, second: Tensor, others: SampleRows) -> bool:

@@ -163,10 +163,11 @@ default (None: any).
 TABLE_LOOKUPS = {functional.embedding, functional.embedding_bag}
 """Operations of `MOVES_BY_VALUE` whose moved values are the second argument, `weight`."""
 
-PRODUCTS = _functions("matmul mm bmm einsum tensordot addmm baddbmm __matmul__") | {
-    torch.sparse.mm,
-    functional.linear,
-}
+ROW_PRODUCTS = _functions("matmul mm __matmul__") | {functional.linear}
+"""Products of which each row is made of one row of the left factor, and all of the right one."""
+
+PRODUCTS = ROW_PRODUCTS | {torch.sparse.mm}
+PRODUCTS |= _functions("bmm einsum tensordot addmm baddbmm addmv mv inner dot vdot __rmatmul__")
 """Products, which move rows where one factor is a permutation matrix."""
 
 WHOLE_PIECES = _functions("unbind __iter__")

@@ -1,7 +1,7 @@
 """Notes on data tensors: the sample of each row, and marks.
 
-Map: `SampleRows`, `UNKNOWN_ROWS`; `mark_as_range`, `is_marked_range`, `mark_as_data`, `is_data`;
-`as_sequence`.
+Map: `SampleRows`, `UNKNOWN_ROWS`, `NO_SAMPLE`, `UNKNOWN_SAMPLE`; `mark_as_range`,
+`is_marked_range`, `mark_as_data`, `is_data`; `as_sequence`.
 
 Shape suffix: R rows of an axis.
 """
@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+NO_SAMPLE, UNKNOWN_SAMPLE = -1, -2
+"""Numbers of entries that belong to no sample, or to an unknown sample."""
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from sampimp.importance.ownership.operations import IN_PLACE
-from sampimp.importance.ownership.row_notes import UNKNOWN_ROWS, SampleRows, as_sequence
+from sampimp.importance.ownership.row_notes import (
+    NO_SAMPLE,
+    UNKNOWN_ROWS,
+    UNKNOWN_SAMPLE,
+    SampleRows,
+    as_sequence,
+)
 from sampimp.importance.rules.batch import Batch
-
-_NO_SAMPLE, _UNKNOWN_SAMPLE = -1, -2
-"""Codes of entries that belong to no sample, or to an unknown sample."""
 
 
 class RowNumbers:
@@ -47,7 +50,7 @@ class RowNumbers:
         """Return the result of an operation on the row numbers of its inputs, on the CPU."""
         named = {name: _on_cpu(value) for name, value in kwargs.items()}
         if function is torch._C._nn.pad_sequence:
-            args, named = args[:2], {**named, "padding_value": _NO_SAMPLE}
+            args, named = args[:2], {**named, "padding_value": NO_SAMPLE}
         for as_copies in (False, True):  # expanded views of one number a row, else whole copies
             numbered = [
                 self._numbered_all(value, as_copies or function in IN_PLACE)
@@ -65,13 +68,13 @@ class RowNumbers:
     def _numbered_all(self, value: Any, as_copies: bool) -> Any:
         if isinstance(value, list | tuple):
             return [self._numbered_all(item, as_copies) for item in value]
-        return self._numbered(value, as_copies) if isinstance(value, Tensor) else value
+        return self.numbered(value, as_copies) if isinstance(value, Tensor) else value
 
-    def _numbered(self, data: Tensor, as_copy: bool) -> Tensor:
+    def numbered(self, data: Tensor, as_copy: bool = False) -> Tensor:
         """Return the number of each entry's sample, in the shape of the data."""
         rows = self._of(data) if self._batch.varies(data) else None
         if rows is None or rows.samples is None:
-            numbers = torch.tensor(_NO_SAMPLE if rows is None else _UNKNOWN_SAMPLE)
+            numbers = torch.tensor(NO_SAMPLE if rows is None else UNKNOWN_SAMPLE)
         else:
             shape = [-1 if axis == rows.axis else 1 for axis in range(data.dim())]
             numbers = rows.samples.reshape(shape)
@@ -98,11 +101,11 @@ class RowNumbers:
             rows = rows.flatten(1) if numbers.dim() > 1 else rows[:, None]
             if not varying - {axis}:  # views of one number a row
                 rows = rows[:, :1]
-            if bool((rows <= _UNKNOWN_SAMPLE).any()):
+            if bool((rows <= UNKNOWN_SAMPLE).any()):
                 return UNKNOWN_ROWS
             largest_R = rows.amax(1)
-            smallest_R = rows.where(rows != _NO_SAMPLE, len(rows) + rows.max()).amin(1)
-            if bool(((largest_R == smallest_R) | (largest_R == _NO_SAMPLE)).all()):
+            smallest_R = rows.where(rows != NO_SAMPLE, len(rows) + rows.max()).amin(1)
+            if bool(((largest_R == smallest_R) | (largest_R == NO_SAMPLE)).all()):
                 is_index = self._index is not None and torch.equal(largest_R, self._index)
                 if is_index and axis == expected:
                     return None  # of a data set, in the step's order: fetched by its index

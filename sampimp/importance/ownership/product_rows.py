@@ -1,0 +1,75 @@
+"""Which sample each row of a product of data is of, found by carrying the product out again.
+
+A product is linear in each factor. Let the entries of one factor be random weights w, and in a
+second product w c, where c is a number of the entry's sample. An entry of the second result divided
+by that of the first one is c where a single sample contributes to it, and a weighted mean of such
+numbers where several do. A permutation matrix thus moves rows; a mixture is told from both.
+
+Map: `combined_samples`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from sampimp.importance.ownership.row_notes import NO_SAMPLE, UNKNOWN_SAMPLE
+
+_TOLERANCE = 1e-6
+"""Difference from a whole number below which one sample contributes (rounding: about 1e-12)."""
+
+
+@torch.no_grad()
+def combined_samples(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    factor: Tensor,
+    samples: Tensor,
+) -> Tensor | None:
+    """Return which sample of a factor each entry of a product is of.
+
+    Parameters
+    ----------
+    function, args, kwargs
+        A product, linear in each of its tensors.
+    factor
+        One of them.
+    samples
+        Number of the sample of each of its entries, in its shape or one that expands to it.
+
+    Returns
+    -------
+    Tensor or None
+        Whole numbers in the shape of the product, on the CPU: a sample, `NO_SAMPLE` where the
+        factor does not contribute, `UNKNOWN_SAMPLE` where several samples do. None if the product
+        cannot be carried out.
+    """
+    leaves, form = tree_flatten((args, dict(kwargs)))
+    place = next(place for place, leaf in enumerate(leaves) if leaf is factor)
+    is_complex = any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves)
+    dtype = torch.complex128 if is_complex else torch.float64
+    leaves = [leaf.detach().to(dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(factor.shape, generator=generator, dtype=torch.float64) + 0.5
+    codes = samples - UNKNOWN_SAMPLE  # at least 1
+
+    def product(values: Tensor) -> Tensor:
+        leaves[place] = values.to(factor.device, dtype)
+        args, kwargs = tree_unflatten(leaves, form)
+        result = function(*args, **kwargs)
+        return (result.to_dense() if result.is_sparse else result).to("cpu")
+
+    try:
+        constant = product(torch.zeros_like(weights))  # a summand, as of addmm
+        plain, coded = product(weights) - constant, product(weights * codes) - constant
+    except (RuntimeError, TypeError, ValueError):  # without float64, for example
+        return None
+    code = (coded / plain).real
+    nearest = code.round()
+    found = torch.where(
+        (code - nearest).abs() < _TOLERANCE, nearest + UNKNOWN_SAMPLE, UNKNOWN_SAMPLE
+    )
+    return torch.where(plain == 0, NO_SAMPLE, found).long()
