@@ -36,6 +36,8 @@ KEEPING = {
     "noise": lambda x: functional.dropout(x, 0.5),
     "normalised": lambda x: functional.layer_norm(x, x.shape[1:]),
     "one-hot": lambda x: functional.one_hot((x > 0).long()[:, 0], 2),
+    "sparse": lambda x: x.to_sparse(),
+    "sparse rows": lambda x: x.to_sparse_csr(),
 }
 MOVING = {
     "rotated": lambda x: functional.pad(x.T[None], (1, 0), "circular")[0, :, :-1].T,
@@ -60,6 +62,17 @@ def test_functions_that_keep_rows_are_told_from_others(case, size):
         assert kept == (case in KEEPING)
     assert torch.equal(x, copy)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_sparse_data_are_tested(layout):
+    x = data(N, 4).relu().to_sparse(layout=layout)
+    for function, is_kept in (
+        (lambda x: x.to_dense(), True),
+        (lambda x: x * 2, True),
+        (lambda x: x.to_dense().flip(0), False),
+    ):
+        assert RowKeeping().keeps(function, (x,), {}, first_axis(N), N) == is_kept
 
 
 def test_buffers_are_not_changed():

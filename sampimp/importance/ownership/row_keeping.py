@@ -130,7 +130,7 @@ class _Call:
             axis = (axes or {}).get(id(value))
             if rows is None or axis is None:
                 return value.detach().clone()
-            return value.detach().index_select(axis, rows.to(value.device))
+            return _selected(value.detach(), axis, rows)
 
         args, kwargs = tree_map(copied, self.args), tree_map(copied, self.kwargs)
         torch.default_generator.manual_seed(seed)
@@ -189,7 +189,7 @@ def _keeps(
 def _rows_are_equal(inputs: list[Tensor], axes: Mapping[int, int | None], order: Tensor) -> bool:
     """Return whether a permutation of the samples changes no input."""
     return all(
-        torch.equal(tensor, tensor.index_select(axis, order.to(tensor.device)))
+        torch.equal(_dense(tensor), _dense(_selected(tensor, axis, order)))
         for tensor in inputs
         if (axis := axes[id(tensor)]) is not None
     )
@@ -202,18 +202,29 @@ def _is_kept(
     axis = axis_of(plain)
     if axis is None:
         return _equal(plain, permuted)
-    order = order.to(plain.device)
-    if not _equal(plain.index_select(axis, order), permuted):
+    if not _equal(_selected(plain, axis, order), permuted):
         return False
-    change = (changed.double() - plain.double()).nan_to_num().abs().movedim(axis, 0)
+    change = (_dense(changed).double() - _dense(plain).double()).nan_to_num().abs().movedim(axis, 0)
     by_row = change.flatten(1).sum(1) if change.dim() > 1 else change
     return bool(by_row[order[0]] >= (1 - _TOLERANCE) * by_row.max())
+
+
+def _selected(tensor: Tensor, axis: int, rows: Tensor) -> Tensor:
+    """Return rows of a tensor, in its layout."""
+    selected = _dense(tensor).index_select(axis, rows.to(tensor.device))
+    is_dense = tensor.layout == torch.strided
+    return selected if is_dense else selected.to_sparse(layout=tensor.layout)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
     """Return whether two outputs are equal within the tolerance."""
     if first.shape != second.shape:
         return False
+    first, second = _dense(first), _dense(second)
     if not first.numel():
         return True
     if first.is_complex():
