@@ -71,7 +71,16 @@ def connect(address: str | None = None) -> Cluster:
     with warnings.catch_warnings(), _kept_sigterm():
         warnings.simplefilter("ignore")  # Ray's own deprecations, of no use to a user
         if local:
-            start(address="local", include_dashboard=False)
+            try:
+                start(address="local", include_dashboard=False)
+            except Exception as error:  # Ray raises no class of its own
+                raise ResourceError(
+                    expected="Ray to start on this machine",
+                    got=str(error).strip().split("\n")[0],
+                    where="this machine",
+                    todo="run the same command again when less else runs here; Ray's messages are "
+                    "in /tmp/ray/session_latest/logs",
+                ) from None
         else:
             try:
                 check_answers(address)

@@ -174,10 +174,13 @@ def describe_units(study: DerivedStudy, machines: MachineOptions, console: Conso
         console.print(line, markup=False, highlight=False)
     for line in study.waiting_words(units):
         console.print(f"          {line}", markup=False, highlight=False)
+    if not missing:
+        console.print("All that was asked for is committed already.", highlight=False)
+        return 0
     with console.status("Measuring a step"):
         seconds = sum(unit.steps * study.step_seconds(unit) for unit in missing)
     room = cluster.room(machines.cpus_per_trial, machines.gpus_per_trial)
-    slots = max(1, min(room, machines.max_concurrent or room, len(missing) or 1))
+    slots = max(1, min(room, machines.max_concurrent or room, len(missing)))
     duration = format_duration(seconds / slots)
     console.print(f"Time      about {duration} on this machine, {slots} at a time", highlight=False)
     needed = sum(map(study.units.bytes_of, missing))

@@ -117,6 +117,8 @@ class SubsetOptions(DerivedOptions, _Subsets):
             if not left:
                 break
             code = self.perform_units(prepare_subsets(folder, request, left), console)
+        if self.dry_run and self.within is not None:
+            console.print("The sizes that --within searches are not in this estimate.")
         if code or self.dry_run:
             return code
         exported = export_subsets(folder, request)

@@ -32,14 +32,18 @@ def read_score_file(path: str) -> np.ndarray:
         raise _no_scores(path, f"{kind}, which are not real numbers")
     if not values.size:
         raise _no_scores(path, "no number")
-    return values.astype(np.float64)
+    if values.dtype.kind in "iu" and max(map(abs, (int(values.min()), int(values.max())))) > 2**53:
+        raise _no_scores(path, "whole numbers above 2^53, which float64 does not tell apart")
+    with np.errstate(over="ignore"):  # of a longer format
+        scores = values.astype(np.float64)
+    return scores.ravel() if scores.size in scores.shape else scores
 
 
 def _read_array(path: str) -> object:
     if path.endswith(".npy"):
         return np.load(path, allow_pickle=False)
     with warnings.catch_warnings(action="ignore"):  # of an empty file
-        return np.loadtxt(path, delimiter=",", ndmin=1)
+        return np.loadtxt(path, delimiter=",", ndmin=1, encoding="utf-8-sig")
 
 
 def _no_scores(path: str, got: str) -> DataError:
@@ -47,7 +51,7 @@ def _no_scores(path: str, got: str) -> DataError:
         expected="an .npy file, or a text file with a number in each line",
         got=got,
         where=path,
-        todo="write it with np.save(PATH, scores) or np.savetxt(PATH, scores)",
+        todo="write it with np.save(PATH, scores) or np.savetxt(PATH, scores), without a heading",
     )
 
 
@@ -91,7 +95,14 @@ def own_scores(
     name = "final_importance_total" if rule.name == "final-importance" else rule.argument
     node = open_cube(folder)[plan.node(run.config.dataset)].to_dataset()
     if name not in node:
-        raise _missing(folder, run, rule, name, "none in the cube")
+        usable = [
+            str(other)
+            for other, values in node.variables.items()
+            if other != "sample"
+            and {"sample"} <= set(values.dims) <= {"strategy", "seed", "sample"}
+            and values.dtype.kind in "fiub"
+        ]
+        raise _missing(folder, run, rule, name, f"none in the cube, which has {', '.join(usable)}")
     values = node[name].sel(
         {dim: getattr(run.config, dim) for dim in ("strategy", "seed") if dim in node[name].dims}
     )

@@ -21,7 +21,7 @@ from sampimp.data import Dataset, scale_inputs
 from sampimp.errors import ConfigError
 from sampimp.schema import digest
 from sampimp.store.location import Folder
-from sampimp.store.plan import Plan, PlannedTrial, read_commits
+from sampimp.store.plan import DatasetInfo, Plan, PlannedTrial, read_commits
 from sampimp.store.plan_files import require_plan
 from sampimp.store.score_files import write_scores
 from sampimp.subsets.metagradient import SURROGATE_STEPS
@@ -71,10 +71,11 @@ class SubsetRequest:
         object.__setattr__(self, "parsed", tuple(rules.values()))
         object.__setattr__(self, "files", files)
         wrong = [size for size in self.sizes if not 0 < size < 1]
-        if wrong or not self.sizes or len(set(self.sizes)) < len(self.sizes):
+        wrong = wrong or sorted({size for size in self.sizes if self.sizes.count(size) > 1})
+        if wrong or not self.sizes:
             raise ConfigError(
                 expected="sizes between 0 and 1, each once; all samples are always compared",
-                got=", ".join(f"{size:g}" for size in (wrong or self.sizes)) or "none",
+                got=", ".join(map(str, wrong)) or "none",
                 where="option --sizes",
                 todo="name shares of the samples, such as 0.05 0.1 0.3",
             )
@@ -126,12 +127,15 @@ def prepare_subsets(
     keys = list(dict.fromkeys(plan.trials()[position].dataset for position in positions))
     sources = check_replayable(folder, plan, keys, request.model)
     data = {key: scale_inputs(sources[key], plan.training.input_scaling) for key in keys}
+    is_whole = comparisons is None
     comparisons = request.comparisons() if comparisons is None else comparisons
     pools = {key: pool_of("validation", data[key].train_labels) for key in keys}
     scores = {}
     for run in (trials[position] for position in positions):
         sizes = [each.size for each in comparisons if each.concerns(run)]
         _check_sizes(plan, run.config.dataset, data[run.config.dataset], sizes)
+        if is_whole:
+            _check_distinct(request.sizes, plan.datasets[run.config.dataset])
         for rule in request.parsed:
             if rule.reads_own:
                 values = own_scores(folder, plan, run, rule, request.files)
@@ -186,10 +190,25 @@ def _check_sizes(plan: Plan, key: str, data: Dataset, sizes: Sequence[float]) ->
             raise ConfigError(
                 expected=f"at least {classes} of the {count:,} samples, one for each class, and at "
                 f"most {left:,}, those outside the validation split",
-                got=f"a size of {size:g}: {round(size * count):,}",
+                got=f"a size of {size}: {round(size * count):,}",
                 where=f"option --sizes, data set {plan.datasets[key].name}",
                 todo=f"choose sizes from {_two_digits(classes / count, ROUND_CEILING)} to "
                 f"{_two_digits(left / count, ROUND_FLOOR)}",
+            )
+
+
+def _check_distinct(sizes: Sequence[float], dataset: DatasetInfo) -> None:
+    """Raise ConfigError for two sizes that are the same number of samples."""
+    by_count: dict[int, list[float]] = {}
+    for size in sizes:
+        by_count.setdefault(round(size * dataset.sample_count), []).append(size)
+    for count, same in by_count.items():
+        if len(same) > 1:
+            raise ConfigError(
+                expected="sizes that differ in their number of samples",
+                got=f"{', '.join(map(str, same))}: {count:,} of {dataset.sample_count:,} each",
+                where=f"option --sizes, data set {dataset.name}",
+                todo="name one of them",
             )
 
 
@@ -213,6 +232,13 @@ def _check_room(
 ) -> None:
     """Raise ConfigError for a size of which a rule has too few samples to select from."""
     samples = plan.datasets[run.config.dataset].sample_count
+    if not room:
+        raise ConfigError(
+            expected=f"scores for {rule.spec}",
+            got="none that is a finite number, outside the validation split",
+            where=f"rule {rule.spec}, {run.label}",
+            todo="give scores to more samples, or leave the rule out",
+        )
     own = (each for each in comparisons if each.rule == rule.spec and each.concerns(run))
     for size in (each.size for each in own):
         if round(size * samples) > room:

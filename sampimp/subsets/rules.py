@@ -70,10 +70,12 @@ class SelectionRule:
     --------
     >>> parse_rule("power:0.25")
     SelectionRule(spec='power:0.25', name='power', argument='0.25')
+    >>> parse_rule("power:0.250") == parse_rule("power:0.25"), parse_rule("power:").spec
+    (True, 'power')
     """
 
     spec: str
-    """As the user names it."""
+    """Its name, with its parameter written in one way."""
     name: str
     """Its entry in `SELECTION_RULES`."""
     argument: str
@@ -267,8 +269,11 @@ def parse_rule(spec: str) -> SelectionRule:
         valid, expected = ":" not in spec, f"{name} without a parameter"
     if not valid:
         raise ConfigError(
-            expected=expected, got=repr(spec), where="option --rules", todo="change it"
+            expected=expected, got=repr(spec), where="option --rules", todo=f"write {expected}"
         )
+    if kind.parameters and argument:
+        argument = f"{float(argument):.12g}"
+    spec = f"{name}:{argument}" if argument else name
     return SelectionRule(spec=spec, name=name, argument=argument)
 
 

@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from processes import command_of
 from ray.autoscaler._private.util import prepare_config
@@ -173,6 +174,15 @@ def test_a_study_on_this_machine_prints_its_time_and_a_long_one_how_to_use_a_clu
     )
     assert estimate.announce_time(study, console) == pytest.approx(720 * seconds + 6.25)
     assert says in console.file.getvalue()
+
+
+def test_a_ray_that_does_not_start_is_named(monkeypatch):
+    def hanging(**_):
+        raise Exception("The current node timed out during startup.\nMore.")
+
+    monkeypatch.setattr(ray, "init", hanging)
+    with pytest.raises(ResourceError, match=r"timed out during startup\.\n(.|\n)*run the same"):
+        connect("local")
 
 
 def test_a_killed_cluster_is_no_cluster(monkeypatch, tmp_path):

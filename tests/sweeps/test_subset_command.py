@@ -25,6 +25,7 @@ from sampimp.store.subset_choice import crossing
 from sampimp.sweeps import derived_command, derived_run, status, subset, subset_work
 from sampimp.sweeps.derived_study import run_here
 from sampimp.sweeps.subset_results import PRECISION, export_subsets, middle_size, next_sizes
+from sampimp.sweeps.subset_scores import read_score_file
 from sampimp.sweeps.subset_study import SubsetRequest, prepare_subsets
 
 FAST = ("--rules", "tau-high", "--sizes", "0.25", "0.5", "--seeds", "1", "2")
@@ -272,6 +273,7 @@ MISTAKES = {
     "all": (["--sizes", "1"], "all samples are always compared"),
     "not a number": (["--sizes", "nan"], "sizes between 0 and 1"),
     "a size twice": (["--sizes", "0.5", "0.5"], "each once"),
+    "sizes of equally many samples": (["--sizes", "0.5", "0.51"], "0.5, 0.51: 12 of 24 each"),
     "below one a class": (["--sizes", "0.1"], "at least 3 of the 24 samples, one for each class"),
     "more than the split leaves": (["--sizes", "0.95"], "those outside the validation split"),
     "a seed twice": (["--seeds", "1", "1"], "seeds of 0 or above, each once"),
@@ -290,7 +292,7 @@ MISTAKES = {
         ["--rules", "final-importance"],
         "--targets probe:64 --runs one:shuffle:1",
     ),
-    "no such variable": (["--rules", "variable:nothing"], "name one of the cube's variables"),
+    "no such variable": (["--rules", "variable:nothing"], "none in the cube, which has label"),
     "a variable by epoch": (["--rules", "variable:nll"], "dimensions epoch, sample of float32"),
     "no such file": (["--rules", "scores:/nowhere.npy"], "an .npy file, or a text file"),
     "a cluster that cannot see the scores": (
@@ -322,7 +324,8 @@ def test_a_mistake_is_named_without_a_traceback(study, command, tmp_path, name):
         (np.arange(23.0), "24 scores, one for each training sample"),
         (np.arange(48.0).reshape(24, 2), "shape (24, 2)"),
         (np.where(np.arange(24) < 18, np.nan, 1.0), "whose score is NaN"),
-        (np.full(24, np.inf), "whose score is NaN"),
+        (np.full(24, np.inf), "none that is a finite number"),
+        (np.arange(24) + 2**62, "whole numbers above 2^53"),
         (np.array(["a"] * 24), "an .npy file, or a text file"),
         (np.array([{}] * 24), "an .npy file, or a text file"),
         (np.arange(24) * 1j, "complex128, which are not real numbers"),
@@ -335,6 +338,7 @@ def test_a_mistake_is_named_without_a_traceback(study, command, tmp_path, name):
         "table",
         "missing",
         "infinite",
+        "large",
         "words",
         "objects",
         "complex",
@@ -373,13 +377,31 @@ def test_a_file_that_cannot_be_read_is_refused(study, command, tmp_path):
         assert str(path) in text
 
 
+def test_a_column_and_a_byte_order_mark_are_read(tmp_path):
+    scores = np.arange(24.0)
+    np.save(tmp_path / "column.npy", scores[:, None])
+    np.savetxt(tmp_path / "marked.txt", scores, encoding="utf-8-sig")
+    for name in ("column.npy", "marked.txt"):
+        assert np.array_equal(read_score_file(str(tmp_path / name)), scores)
+
+
+def test_a_dry_run_says_that_nothing_is_missing(study, command):
+    assert command(study, *FAST)[0] == 0
+    code, text = command(study, *FAST, "--dry-run", "--within", "1")
+    assert code == 0
+    assert "All that was asked for is committed already" in text
+    assert "The sizes that --within searches are not in this estimate" in text
+
+
 def test_two_files_with_the_same_scores_are_one_rule(study, command, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "mine.npy", np.arange(24.0))
     rules = [f"scores:{tmp_path}/{name}/mine.npy" for name in ("a", "b")]
+    rules += ["power:0.5", "power:0.50", "power:5e-1"]
     request = SubsetRequest(rules=rules, sizes=(0.5,), seeds=(1,), runs=("shuffle:1",))
-    assert [rule.name for rule in request.parsed] == ["random", "balanced", "scores"]
+    names = [rule.spec.partition("-")[0] for rule in request.parsed]
+    assert names == ["random", "balanced", "scores:mine", "power:0.5"]
 
 
 @pytest.mark.parametrize("number", [0, -3])
