@@ -1,9 +1,9 @@
 """Tensors of a model that depend on no sample: parameters, buffers, and tensors derived from them.
 
 A parameter may be reshaped, tied, normalised or added to another one before samples are involved.
-Every tensor that is derived only from parameters and buffers is therefore tagged with its *roots*,
-the trained parameters from which it was computed. A tensor without a tag *varies*: it depends on
-the samples of the batch.
+Every tensor that is derived only from parameters and buffers is therefore noted with its *roots*,
+the trained parameters from which it was computed. A tensor without a note *varies*: it depends on
+the samples of the batch. Notes are kept beside the tensors, which may be saved or copied.
 
 Map: `ModelTensors` (parameters by row, their layers, roots of tensors), `require_recordable`
 (models that cannot be recorded), `samples_mixed_by` (the error for BatchNorm).
@@ -11,6 +11,7 @@ Map: `ModelTensors` (parameters by row, their layers, roots of tensors), `requir
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sampimp.errors import UnsupportedError
 
@@ -43,9 +44,8 @@ class ModelTensors:
         self.layer_of_row = torch.tensor([self.layers.index(owner) for owner in self._owners])
         self.called: dict[str, None] = {}
         """Names of the layers that were called, in the order of their first calls."""
-        # The attribute of a tensor that holds its roots. Its name contains an id, so that two
-        # recorders do not read each other's tags.
-        self.tag = f"_sampimp_roots_{id(self)}"
+        self.derived: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        """Roots of tensors that are derived from parameters and buffers, by tensor."""
         self.find_buffers()
 
     def find_buffers(self) -> None:
@@ -69,10 +69,14 @@ class ModelTensors:
         """Return the rows of the trained parameters behind a tensor; None if it varies."""
         roots = self.fixed.get(id(tensor))
         if roots is None:
-            roots = getattr(tensor, self.tag, None)
+            roots = self.derived.get(tensor)
             if roots is None:
                 return None
         return roots if tensor.requires_grad else NO_ROOTS
+
+    def forget(self, value: object) -> bool:
+        """Let a tensor vary from now on; return whether it had roots."""
+        return isinstance(value, Tensor) and self.derived.pop(value, None) is not None
 
     def varies(self, value: object) -> bool:
         """Return whether a value is a tensor that depends on the samples."""
@@ -105,6 +109,16 @@ def samples_mixed_by(operation: str, where: str) -> UnsupportedError:
         where=where,
         todo="replace it (GroupNorm, LayerNorm), put it into eval mode, or record only the layers "
         'above it: batch_norm="undefined"',
+    )
+
+
+def nested_samples(where: str) -> UnsupportedError:
+    """Return the error for samples of several lengths in one nested tensor."""
+    return UnsupportedError(
+        expected="samples on an axis of a tensor",
+        got="a nested tensor",
+        where=where,
+        todo="pad the samples before the block: samples.to_padded_tensor(0.0)",
     )
 
 

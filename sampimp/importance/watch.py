@@ -27,7 +27,12 @@ from torch.utils._pytree import tree_leaves
 from sampimp.importance.backward import BackwardHooks
 from sampimp.importance.forward_pass import ForwardPass, argument, tensors_among
 from sampimp.importance.gradient_checks import SCALINGS, GradientChecks
-from sampimp.importance.model_tensors import NO_ROOTS, ModelTensors, samples_mixed_by
+from sampimp.importance.model_tensors import (
+    NO_ROOTS,
+    ModelTensors,
+    nested_samples,
+    samples_mixed_by,
+)
 from sampimp.importance.output_hooks import hook_output, hook_outputs
 from sampimp.importance.ownership.layout import AxisLayout
 from sampimp.importance.ownership.row_notes import (
@@ -171,7 +176,7 @@ class ForwardWatch(TorchFunctionMode):
         """Tag outputs that are derived only from parameters and buffers."""
         for tensor in (output,) if isinstance(output, Tensor) else output:
             if isinstance(tensor, Tensor) and id(tensor) not in self._tensors.fixed:
-                setattr(tensor, self._tensors.tag, roots)
+                self._tensors.derived[tensor] = roots
         if function is torch.arange and len(args) == 1 and isinstance(output, Tensor):
             mark_as_range(output)
 
@@ -250,6 +255,8 @@ class ForwardWatch(TorchFunctionMode):
         hooked = [
             tensor for tensor in outputs if isinstance(tensor, Tensor) and tensor.requires_grad
         ]
+        if hooked and any(tensor.is_nested for tensor in (*varying, *hooked)):
+            raise nested_samples(self._tensors.place(min(roots)) if roots else "the step")
         if hooked and not roots and all(map(is_data, varying)):  # of inputs with a gradient
             for tensor in hooked:
                 mark_as_data(tensor)
@@ -276,10 +283,8 @@ class ForwardWatch(TorchFunctionMode):
 
     def _mark_varying(self, tensor: Any) -> None:
         """Note that a tensor without samples, if it was one, is changed in place by samples."""
-        if getattr(tensor, self._tensors.tag, None) is not None:
-            setattr(tensor, self._tensors.tag, None)
-            if is_data(tensor):
-                self.calls.data.note_made(tensor)
+        if self._tensors.forget(tensor) and is_data(tensor):
+            self.calls.data.note_made(tensor)
 
     def _record_order(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -92,13 +92,6 @@ class LightningImportance(RecordedSteps, Callback):
         """Note a checkpoint's recording, until training starts."""
         self._loaded = state_dict
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Remove the recorder's marks from parameters that were saved inside a step."""
-        if self._trainer is not None:
-            tag = self.recorder._capture.tensors.tag
-            for value in checkpoint["state_dict"].values():
-                vars(value).pop(tag, None)
-
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the recorder, which goes on from the checkpoint if training does."""
         self._trainer = None

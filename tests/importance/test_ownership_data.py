@@ -1,8 +1,11 @@
 """Data that the block reorders are followed, or refused where they cannot be."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 from two_layers import D, N, TwoLayers, assert_same, batches, data, expected, squares, train
 
 from sampimp.errors import UnsupportedError
@@ -37,6 +40,8 @@ REORDERED = {
     "as rows of a table": lambda x, order: functional.embedding(order, x),
     "indexed twice": lambda x, order: x[order][torch.arange(N)],
     "with a column of ones": lambda x, order: torch.cat([x[order][:, 1:], torch.ones(N, 1)], 1),
+    "zero by a condition": lambda x, order: torch.where(x[order] > 0, x[order], 0.0),
+    "minus the median": lambda x, order: x[order] - x[order].median(0)[0],
     "chosen by a condition": lambda x, order: torch.where(x[order] > 0, x[order], 0 * x[order]),
 }
 
@@ -57,15 +62,79 @@ def test_reordered_data_are_followed(case):
         torch.testing.assert_close(beta[order], want[layer], rtol=1e-9, atol=1e-15)
 
 
-def test_row_that_keeps_a_part_of_its_sample_belongs_to_it():
-    net, x, order = TwoLayers(lambda h: h), data(N, D), ORDER
-    want = expected(net, squares(net(cutmix(x, order))) / N)
+SHARES, OTHERS = torch.linspace(0.1, 0.9, N)[:, None], torch.linspace(-2, 2, N * D).view(N, D)
+MIXTURES = {
+    "cutmix": cutmix,
+    "mixup": lambda x, order: 0.7 * x + 0.3 * x[order],
+    "mixup by shares": lambda x, order: SHARES * x + (1 - SHARES) * x[order],
+    "mixup of a copy": lambda x, order: torch.lerp(x, x.clone()[order], 0.3),
+}
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_row_that_keeps_a_part_of_its_sample_belongs_to_it(case):
+    net, x = TwoLayers(lambda h: h), data(N, D)
+    want = expected(net, squares(net(MIXTURES[case](x, ORDER))) / N)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     recorder = ImportanceRecorder(net, optimizer)
     with recorder.step(range(N), epoch=1):
-        squares(net(cutmix(x, order))).mean().backward()
+        squares(net(MIXTURES[case](x, ORDER))).mean().backward()
         optimizer.step()
     assert_same(dict(zip(recorder.layers, recorder.pop_epoch(1, N), strict=True)), want)
+
+
+OF_TWO_ORDERS = {
+    "a factor of the batch": lambda x: x[ORDER] * SHARES,
+    "a mask of the batch": lambda x: x[ORDER].masked_fill(OTHERS > 0, 0.0),
+    "another batch": lambda x: x[ORDER] + OTHERS,
+    "two orders": lambda x: x[ORDER] * SHARES[ORDER.argsort()],
+    "nested tensors": lambda x: torch.nested.nested_tensor(list(x)).to_padded_tensor(0.0),
+}
+
+
+@pytest.mark.parametrize("case", OF_TWO_ORDERS)
+def test_data_in_two_orders_are_refused(case):
+    net, x = TwoLayers(lambda h: h), data(N, D)
+    recorder = ImportanceRecorder(net, torch.optim.SGD(net.parameters(), lr=0.1))
+
+    def step():
+        with recorder.step(range(N), epoch=1):
+            squares(net(OF_TWO_ORDERS[case](x))).mean().backward()
+
+    with pytest.raises(UnsupportedError, match="data whose rows"):
+        step()
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_samples_are_refused(layout):
+    net = torch.nn.Linear(D, 2)
+    samples = torch.nested.nested_tensor([data(n + 1, D) for n in range(N)], layout=layout)
+    recorder = ImportanceRecorder(net, torch.optim.SGD(net.parameters(), lr=0.1))
+
+    def step():
+        with recorder.step(range(N), epoch=1):
+            net(samples).to_padded_tensor(0.0).square().mean().backward()
+
+    with pytest.raises(UnsupportedError, match="a nested tensor"):
+        step()
+
+
+def test_what_a_step_makes_can_be_saved_and_loaded(tmp_path):
+    net, x = TwoLayers(lambda h: h), data(N, D)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(net, optimizer)
+    with recorder.step(range(N), epoch=1):
+        moved, numbers = x[ORDER], torch.arange(N)
+        outputs = net(moved)
+        squares(outputs).mean().backward()
+        optimizer.step()
+        state = copy.deepcopy(net.state_dict())
+        average = [parameter.detach().mul(0.9) for parameter in net.parameters()]
+    made = [x, moved, moved * 2, numbers, outputs.detach(), state, average]
+    torch.save(made, tmp_path / "made.pt")
+    for tensor in tree_leaves(made):
+        assert not vars(tensor)
+    assert torch.equal(torch.load(tmp_path / "made.pt")[1], moved)
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,8 @@ def test_functions_that_keep_rows_are_told_from_others(case, size):
     copy, keeping = x.clone(), RowKeeping()
     function = (KEEPING | MOVING)[case]
     for _ in range(2):  # the second time from memory
-        kept = keeping.keeps(function, (x,), {}, first_axis(size), size)
-        assert kept == (case in KEEPING)
+        kept = keeping.kept(function, (x,), {}, first_axis(size), size)
+        assert all(kept) == (case in KEEPING)
     assert torch.equal(x, copy)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -72,20 +72,20 @@ def test_sparse_data_are_tested(layout):
         (lambda x: x * 2, True),
         (lambda x: x.to_dense().flip(0), False),
     ):
-        assert RowKeeping().keeps(function, (x,), {}, first_axis(N), N) == is_kept
+        assert RowKeeping().kept(function, (x,), {}, first_axis(N), N) == [is_kept]
 
 
 def test_buffers_are_not_changed():
     x, mean, variance = data(N, D), torch.zeros(D), torch.ones(D)
     arguments = (x, mean, variance, None, None, True)
-    assert RowKeeping().keeps(functional.batch_norm, arguments, {}, first_axis(N), N)
+    assert RowKeeping().kept(functional.batch_norm, arguments, {}, first_axis(N), N) == [True]
     assert not mean.any()
     assert torch.equal(variance, torch.ones(D))
 
 
 def test_a_vector_of_as_many_features_as_samples_is_no_data():
     for other in (data(N), data(N, N)):
-        assert RowKeeping().keeps(torch.add, (data(N, N), other), {}, first_axis(N), N)
+        assert RowKeeping().kept(torch.add, (data(N, N), other), {}, first_axis(N), N) == [True]
 
 
 def test_what_cannot_be_repeated_is_not_tested():
@@ -103,7 +103,7 @@ def test_what_cannot_be_repeated_is_not_tested():
         (torch.neg, data(N, D), out),
         (torch.bernoulli, data(N, D).sigmoid(), {"generator": generator}),
     ):
-        assert RowKeeping().keeps(function, (x,), names, first_axis(len(x)), len(x))
+        assert RowKeeping().kept(function, (x,), names, first_axis(len(x)), len(x)) == []
     assert torch.equal(generator.get_state(), before)
 
 

@@ -15,8 +15,9 @@ Map: `DataRows` (follows the data of one pass).
 Shape suffix: R rows of an axis.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sampimp.importance.ownership.operations import (
     CREATES,
@@ -33,16 +35,20 @@ from sampimp.importance.ownership.operations import (
     SORTS_FEATURES,
     WRITES,
 )
-from sampimp.importance.ownership.product_rows import combined_samples
+from sampimp.importance.ownership.product_rows import agreed_rows, combined_samples
 from sampimp.importance.ownership.row_keeping import RowKeeping
 from sampimp.importance.ownership.row_notes import (
     UNKNOWN_ROWS,
+    Origins,
     SampleRows,
     as_sequence,
     is_data,
 )
 from sampimp.importance.ownership.row_numbers import RowNumbers
 from sampimp.importance.rules.batch import Batch
+
+_NOTES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Step, pass and `SampleRows` of tensors, kept beside them: they may be saved or copied."""
 
 
 class DataRows:
@@ -66,6 +72,7 @@ class DataRows:
     ) -> None:
         self._batch, self._index, self._step = batch, index, step
         self._keeping = keeping
+        self._origins = Origins()
         self._numbers = RowNumbers(batch, index, self.of)
         self._pass = object()  # another pass of the step may meet the same data
         self._plain: dict[int, SampleRows] = {}  # by axis
@@ -75,6 +82,8 @@ class DataRows:
         noted = self._noted(data)
         if noted is not None:
             return noted
+        if data.is_nested:
+            return UNKNOWN_ROWS
         axis = self._batch.axis(data.dim(), int(data.is_floating_point()))
         if data.dim() <= axis or data.shape[axis] != self._batch.size:
             return None
@@ -89,7 +98,7 @@ class DataRows:
         rows = self.of(data)
         if rows is not None and rows.is_plain:
             created = replace(rows, is_created=True)
-            data._sampimp_rows = self._step, self._pass, created  # type: ignore[attr-defined]
+            _NOTES[data] = self._step, self._pass, created
 
     def follow(
         self,
@@ -103,6 +112,11 @@ class DataRows:
             for output in outputs:
                 self.note_made(output)
             return
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)]
+        self._origins.join(tensors, filter(_is_tensor, outputs))
+        if any(tensor.is_nested for tensor in tensors):
+            self._note_unknown(outputs)
+            return
         args = args or (kwargs.get("input", kwargs.get("tensors")),)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("input", "tensors")}
         if function in SORTS_FEATURES:
@@ -111,12 +125,13 @@ class DataRows:
             self._follow_move(function, args, kwargs, outputs)
         elif function in PRODUCTS:
             self._follow_product(function, args, kwargs, outputs)
-        elif self._keeping.keeps(function, args, kwargs, self._sample_axis, self._batch.size):
-            self._follow_values(function, args, kwargs, outputs)
         else:
-            for output in outputs:
-                if _is_tensor(output):
-                    self._note(output, UNKNOWN_ROWS)
+            call = function, args, kwargs
+            kept = self._keeping.kept(*call, self._sample_axis, self._batch.size)
+            if len(kept) != len(outputs):
+                kept = [all(kept)] * len(outputs)
+            self._follow_values(args, kwargs, list(compress(outputs, kept)))
+            self._note_unknown(compress(outputs, (not is_kept for is_kept in kept)))
 
     def of_inputs(self, inputs: Sequence[Tensor], *, has_rule: bool) -> SampleRows | None:
         """Return the samples of the rows of a layer's inputs, if these are data.
@@ -148,18 +163,21 @@ class DataRows:
 
     def _noted(self, data: Tensor) -> SampleRows | None:
         """Return the note of this step on a tensor."""
-        step, number, rows = getattr(data, "_sampimp_rows", (None, None, None))
+        step, number, rows = _NOTES.get(data, (None, None, None))
         if step is not self._step:
             return None
         return rows if number is self._pass else UNKNOWN_ROWS  # moved before its own pass began
 
     def _note(self, data: Tensor, rows: SampleRows | None) -> None:
-        if hasattr(data, "_sampimp_rows"):
-            del data._sampimp_rows
+        _NOTES.pop(data, None)
         known = self.of(data)
         if rows is None or (known is not None and rows.equals(known)):
             return
-        data._sampimp_rows = self._step, self._pass, rows  # type: ignore[attr-defined]
+        _NOTES[data] = self._step, self._pass, rows
+
+    def _note_unknown(self, outputs: Iterable[Any]) -> None:
+        for output in filter(_is_tensor, outputs):
+            self._note(output, UNKNOWN_ROWS)
 
     def _follow_sort(
         self,
@@ -175,8 +193,7 @@ class DataRows:
         if rows is None or axis % args[0].dim() != rows.axis:
             return
         if args[0].dim() > 1 or len(outputs) < 2 or rows.samples is None:
-            for output in outputs:
-                self._note(output, UNKNOWN_ROWS)
+            self._note_unknown(outputs)
         else:  # `outputs[1]`, positions to index with, is no data
             self._note(outputs[0], SampleRows(0, rows.samples[outputs[1].cpu()]))
 
@@ -197,13 +214,12 @@ class DataRows:
         if not any(self.of(tensor) for tensor in tensors if self._batch.varies(tensor)):
             if index_rows is not None:
                 for output in outputs:
-                    self._note(output, self._rows_of_lookup(function, args, index_rows))
+                    self._note(output, _rows_of_lookup(function, args, index_rows))
             return
         if self._is_fetched(function, args, kwargs):
             return
         if index_rows and function in WRITES:
-            for output in outputs:
-                self._note(output, UNKNOWN_ROWS)
+            self._note_unknown(outputs)
             return
         has_named_tensor = any(
             _is_tensor(value) and name != "index" for name, value in kwargs.items()
@@ -227,17 +243,6 @@ class DataRows:
                         return rows
         return None
 
-    @staticmethod
-    def _rows_of_lookup(
-        function: Callable[..., Any], args: tuple[Any, ...], index_rows: SampleRows
-    ) -> SampleRows:
-        """Return the rows of what an index takes from a table that has no samples."""
-        index = args[1] if function is Tensor.__getitem__ else args[0]
-        is_entries = _is_tensor(index) and index.dtype != torch.bool
-        if function in (Tensor.__getitem__, functional.embedding) and is_entries:
-            return index_rows  # the index's axes come first
-        return UNKNOWN_ROWS
-
     def _is_fetched(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> bool:
@@ -260,14 +265,14 @@ class DataRows:
 
     def _follow_values(
         self,
-        function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         outputs: Sequence[Any],
     ) -> None:
-        """Note that rows stay in place; if one input is in the batch's order, so are the outputs.
+        """Note that rows stay in place.
 
-        Mixup combines a batch with the same batch in another order, for example.
+        Data combined with the same data in another order, as by mixup, are in the batch's order.
+        Other data in the batch's order may be meant for either: the rows are unknown.
         """
         values = [*as_sequence(args[0]), *args[1:], *kwargs.values()]
         values = [item for value in values for item in as_sequence(value)]
@@ -278,20 +283,29 @@ class DataRows:
         ]
         known = [(tensor, rows) for tensor in inputs if (rows := self.of(tensor)) is not None]
         moved = [(tensor, rows) for tensor, rows in known if self._noted(tensor)]
-        if not moved or any(
-            _are_aligned(tensor, rows, *moved[0])
-            for tensor, rows in known
-            if not self._noted(tensor)
-        ):
+        if not moved:
             return
-        known = moved
         of_samples = [
             (tensor, rows)
-            for tensor, rows in known
+            for tensor, rows in moved
             if not (rows.is_created or rows.is_of_no_sample)
         ]
+        in_order = [
+            tensor
+            for tensor, rows in known
+            if not self._noted(tensor) and _are_aligned(tensor, rows, *moved[0])
+        ]
+        if in_order:
+            if not all(self._origins.shared(tensor, in_order) for tensor, _ in of_samples):
+                self._note_unknown(outputs)
+            return
         of_samples.sort(key=lambda pair: pair[1].samples is None)
-        source, rows = (of_samples or known)[0]
+        source, rows = (of_samples or moved)[0]
+        for tensor, others in of_samples:
+            has_rows = tensor.shape[others.axis] == source.shape[rows.axis]
+            if not rows.equals(others) and has_rows and _are_aligned(tensor, others, source, rows):
+                self._note_unknown(outputs)
+                return
         for output in outputs:
             if not _is_tensor(output) or not output.dim():
                 continue
@@ -320,23 +334,28 @@ class DataRows:
             if (rows := self.of(leaf)) and not (rows.is_created or rows.is_of_no_sample)
         ]
         if not factors or _is_left_alone(function, args, factors):
-            self._follow_values(function, args, kwargs, outputs)
+            self._follow_values(args, kwargs, outputs)
             return
         (output,) = outputs
         axis = self._batch.axis(output.dim(), int(output.is_floating_point()))
         plain = SampleRows(axis, torch.arange(self._batch.size))
-        found = [
-            self._numbers.rows_of(
-                combined_samples(function, args, kwargs, factor, self._numbers.numbered(factor)),
-                output,
-            )
-            or plain
-            for factor, _ in factors
-        ]
-        known = [rows for rows in found if rows.samples is not None]
-        known = [rows for rows in known if rows.axis == axis] or known
-        agree = known and all(map(known[0].equals, known))
-        self._note(output, known[0] if agree else UNKNOWN_ROWS)
+        found = []
+        for factor, _ in factors:
+            samples = self._numbers.numbered(factor)
+            numbers = combined_samples(function, args, kwargs, factor, samples)
+            found.append(self._numbers.rows_of(numbers, output) or plain)
+        self._note(output, agreed_rows(found, axis))
+
+
+def _rows_of_lookup(
+    function: Callable[..., Any], args: tuple[Any, ...], index_rows: SampleRows
+) -> SampleRows:
+    """Return the rows of what an index takes from a table that has no samples."""
+    index = args[1] if function is Tensor.__getitem__ else args[0]
+    is_entries = _is_tensor(index) and index.dtype != torch.bool
+    if function in (Tensor.__getitem__, functional.embedding) and is_entries:
+        return index_rows  # the index's axes come first
+    return UNKNOWN_ROWS
 
 
 def _is_left_alone(

@@ -112,6 +112,9 @@ IN_PLACE = _functions("__setitem__ masked_scatter_ index_put_ scatter_ index_cop
 WRITES = IN_PLACE | _functions("masked_scatter index_put scatter index_copy")
 """Operations of `MOVES_ENTRIES` that write values where an index says."""
 
+WHERE = _functions("where")
+"""Operations of `MOVES_ENTRIES` that choose between two tensors by a condition."""
+
 SORTS_FEATURES: dict[Any, tuple[int, int]] = _table(
     ("sort", (1, -1)),
     ("topk", (2, -1)),

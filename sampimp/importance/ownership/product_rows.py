@@ -5,17 +5,22 @@ second product w c, where c is a number of the entry's sample. An entry of the s
 by that of the first one is c where a single sample contributes to it, and a weighted mean of such
 numbers where several do. A permutation matrix thus moves rows; a mixture is told from both.
 
-Map: `combined_samples`.
+Map: `combined_samples`, of one factor; `agreed_rows`, of all.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sampimp.importance.ownership.row_notes import NO_SAMPLE, UNKNOWN_SAMPLE
+from sampimp.importance.ownership.row_notes import (
+    NO_SAMPLE,
+    UNKNOWN_ROWS,
+    UNKNOWN_SAMPLE,
+    SampleRows,
+)
 
 _TOLERANCE = 1e-6
 """Difference from a whole number below which one sample contributes (rounding: about 1e-12)."""
@@ -73,3 +78,18 @@ def combined_samples(
         (code - nearest).abs() < _TOLERANCE, nearest + UNKNOWN_SAMPLE, UNKNOWN_SAMPLE
     )
     return torch.where(plain == 0, NO_SAMPLE, found).long()
+
+
+def agreed_rows(found: Sequence[SampleRows], axis: int) -> SampleRows:
+    """Return the rows that all factors agree on which do not mix samples.
+
+    Parameters
+    ----------
+    found
+        Rows of a product by each factor; unknown where it mixes samples.
+    axis
+        Of the samples: a Gram matrix has them on both axes.
+    """
+    known = [rows for rows in found if rows.samples is not None]
+    known = [rows for rows in known if rows.axis == axis] or known
+    return known[0] if known and all(map(known[0].equals, known)) else UNKNOWN_ROWS

@@ -44,17 +44,19 @@ class RowKeeping:
     """Which functions keep the rows of the samples, as far as they have been tested."""
 
     def __init__(self) -> None:
-        self._results: dict[Any, bool] = {}
+        self._results: dict[Any, list[bool]] = {}
 
-    def keeps(
+    def kept(
         self,
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         axis_of: AxisOf,
         size: int,
-    ) -> bool:
-        """Return whether an operation keeps rows; True if that cannot be tested.
+    ) -> list[bool]:
+        """Return for each tensor of an operation's result whether it keeps rows.
+
+        The list is empty if that cannot be tested.
 
         Parameters
         ----------
@@ -67,13 +69,13 @@ class RowKeeping:
         """
         call = _Call(function, args, dict(kwargs))
         if size < 2 or all(axis_of(tensor) is None for tensor in call.inputs()):
-            return True
+            return []
         key = function, _settings(args), _settings(tuple(sorted(kwargs.items())))
         if key in self._results:
             return self._results[key]
-        result = _test(call, axis_of, size) if call.can_be_repeated() else None
-        if result is None:
-            return True
+        result = _test(call, axis_of, size) if call.can_be_repeated() else []
+        if not result:
+            return []
         if len(self._results) >= _MOST_RESULTS:
             self._results.clear()
         self._results[key] = result
@@ -140,8 +142,8 @@ class _Call:
         return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _test(call: _Call, axis_of: AxisOf, size: int) -> bool | None:
-    """Return whether an operation keeps rows; None if this call does not tell."""
+def _test(call: _Call, axis_of: AxisOf, size: int) -> list[bool]:
+    """Return for each output whether it keeps rows; nothing if this call does not tell."""
     inputs = call.inputs()
     axes = {id(tensor): axis_of(tensor) for tensor in inputs}
     most_axes = max(tensor.dim() for tensor in inputs if axes[id(tensor)] is not None)
@@ -165,25 +167,26 @@ def _test(call: _Call, axis_of: AxisOf, size: int) -> bool | None:
             plain = call.outputs()
             is_random = not all(map(_equal, plain, call.outputs(seed=1)))
         except Exception:  # of whichever operation: it cannot be repeated
-            return None
+            return []
         if is_random or _rows_are_equal(inputs, axes, order):
-            return None
-        return any(_keeps(call, plain, order, moved, output_axis) for moved in (axes, wide))
+            return []
+        both = [_kept(call, plain, order, moved, output_axis) for moved in (axes, wide)]
+        return [any(each) for each in zip(*both, strict=True)]
 
 
-def _keeps(
+def _kept(
     call: _Call, plain: list[Tensor], order: Tensor, axes: Axes, output_axis: AxisOf
-) -> bool:
-    """Return whether all outputs move with the samples, if these are on the given axes."""
+) -> list[bool]:
+    """Return whether each output moves with the samples, if these are on the given axes."""
     replaced = torch.arange(len(order))
     replaced[order[0]] = order[1]
     try:
         permuted, changed = call.outputs(order, axes), call.outputs(replaced, axes)
     except Exception:  # of whichever operation: it depends on the order
-        return False
-    return all(
+        return [False] * len(plain)
+    return [
         _is_kept(*each, order, output_axis) for each in zip(plain, permuted, changed, strict=True)
-    )
+    ]
 
 
 def _rows_are_equal(inputs: list[Tensor], axes: Mapping[int, int | None], order: Tensor) -> bool:

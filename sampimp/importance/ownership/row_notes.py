@@ -1,17 +1,22 @@
 """Notes on data tensors: the sample of each row, and marks.
 
-Map: `SampleRows`, `UNKNOWN_ROWS`, `NO_SAMPLE`, `UNKNOWN_SAMPLE`; `mark_as_range`,
+Map: `SampleRows`, `UNKNOWN_ROWS`, `NO_SAMPLE`, `UNKNOWN_SAMPLE`; `Origins`; `mark_as_range`,
 `is_marked_range`, `mark_as_data`, `is_data`; `as_sequence`.
 
 Shape suffix: R rows of an axis.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+# Kept beside the tensors, which may be saved or copied.
+_RANGES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_DATA: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 NO_SAMPLE, UNKNOWN_SAMPLE = -1, -2
 """Numbers of entries that belong to no sample, or to an unknown sample."""
@@ -60,29 +65,49 @@ UNKNOWN_ROWS = SampleRows(0, None)
 """The note on data whose rows cannot be followed."""
 
 
+class Origins:
+    """The data from outside the block that the tensors of a pass were made of."""
+
+    def __init__(self) -> None:
+        self._marks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def _of(self, tensors: Iterable[Tensor]) -> frozenset[object]:
+        """Return a mark for each tensor from outside that these were made of."""
+        return frozenset().union(
+            *(self._marks.setdefault(tensor, frozenset((object(),))) for tensor in tensors)
+        )
+
+    def join(self, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> None:
+        """Note that outputs were made of inputs."""
+        marks = self._of(inputs)
+        for output in outputs:
+            self._marks[output] = marks
+
+    def shared(self, tensor: Tensor, others: Iterable[Tensor]) -> bool:
+        """Return whether a tensor and any of others were made of the same data."""
+        return bool(self._of([tensor]) & self._of(others))
+
+
 def mark_as_range(tensor: Tensor) -> None:
     """Mark a tensor as 0, 1, 2, ..., so that it need not be read from its device."""
-    tensor._sampimp_range = True  # type: ignore[attr-defined]
+    _RANGES[tensor] = True
 
 
 def is_marked_range(tensor: Any) -> bool:
     """Return whether `mark_as_range` was called on a tensor."""
-    return getattr(tensor, "_sampimp_range", False)
+    return isinstance(tensor, Tensor) and tensor in _RANGES
 
 
 def is_data(value: Any) -> bool:
     """Return whether a value depends on no parameter: data, or not a tensor."""
     return (
-        not isinstance(value, Tensor)
-        or not value.requires_grad
-        or value.is_leaf
-        or getattr(value, "_sampimp_data", False)
+        not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf or value in _DATA
     )
 
 
 def mark_as_data(tensor: Tensor) -> None:
     """Mark a tensor that has a gradient, but depends on no parameter."""
-    tensor._sampimp_data = True  # type: ignore[attr-defined]
+    _DATA[tensor] = True
 
 
 def as_sequence(value: Any) -> Sequence[Any]:

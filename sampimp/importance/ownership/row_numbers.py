@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sampimp.importance.ownership.operations import IN_PLACE
+from sampimp.importance.ownership.operations import IN_PLACE, WHERE, WRITES
 from sampimp.importance.ownership.row_notes import (
     NO_SAMPLE,
     UNKNOWN_ROWS,
@@ -49,6 +49,10 @@ class RowNumbers:
     ) -> Sequence[Any] | None:
         """Return the result of an operation on the row numbers of its inputs, on the CPU."""
         named = {name: _on_cpu(value) for name, value in kwargs.items()}
+        if function in WHERE:
+            args = self._without_constants(places, args)
+        elif function in WRITES and not self._has_samples(args[places[-1]]):
+            return [self.numbered(args[0], as_copy=True)]
         if function is torch._C._nn.pad_sequence:
             args, named = args[:2], {**named, "padding_value": NO_SAMPLE}
         for as_copies in (False, True):  # expanded views of one number a row, else whole copies
@@ -69,6 +73,23 @@ class RowNumbers:
         if isinstance(value, list | tuple):
             return [self._numbered_all(item, as_copies) for item in value]
         return self.numbered(value, as_copies) if isinstance(value, Tensor) else value
+
+    def _without_constants(self, places: Sequence[int], args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return arguments with the other operand's values in the place of those of no sample.
+
+        A row into which constants are written, all of it perhaps, stays its sample's.
+        """
+        of_samples = [place for place in places[: len(args)] if self._has_samples(args[place])]
+        if len(of_samples) != 1:
+            return args
+        (kept,) = of_samples
+        return tuple(args[kept] if place in places else value for place, value in enumerate(args))
+
+    def _has_samples(self, value: Any) -> bool:
+        if not isinstance(value, Tensor) or not self._batch.varies(value):
+            return False
+        rows = self._of(value)
+        return rows is not None and not (rows.is_created or rows.is_of_no_sample)
 
     def numbered(self, data: Tensor, as_copy: bool = False) -> Tensor:
         """Return the number of each entry's sample, in the shape of the data."""
