@@ -215,6 +215,7 @@ PRODUCTS_IN_ORDER = {
     "attention": lambda x: (x @ x.T).softmax(1) @ x,
     "products of features": lambda x: torch.einsum("nd,ne->nde", x, x).sum(2),
     "a graph from outside": lambda x: SQUARE @ x,
+    "by vmap": lambda x: torch.vmap(lambda row: SQUARE @ row)(x),
 }
 
 

@@ -57,8 +57,6 @@ def combined_samples(
     is_complex = any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves)
     dtype = torch.complex128 if is_complex else torch.float64
     leaves = [leaf.detach().to(dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.rand(factor.shape, generator=generator, dtype=torch.float64) + 0.5
     codes = samples - UNKNOWN_SAMPLE  # at least 1
 
     def product(values: Tensor) -> Tensor:
@@ -68,9 +66,11 @@ def combined_samples(
         return (result.to_dense() if result.is_sparse else result).to("cpu")
 
     try:
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.rand(factor.shape, generator=generator, dtype=torch.float64) + 0.5
         constant = product(torch.zeros_like(weights))  # a summand, as of addmm
         plain, coded = product(weights) - constant, product(weights * codes) - constant
-    except (RuntimeError, TypeError, ValueError):  # without float64, for example
+    except (RuntimeError, TypeError, ValueError):  # inside vmap, or without float64
         return None
     code = (coded / plain).real
     nearest = code.round()
