@@ -112,7 +112,8 @@ class DataRows:
             for output in outputs:
                 self.note_made(output)
             return
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)]
+        values = (*args, *kwargs.values())
+        tensors = [item for value in values for item in as_sequence(value) if _is_tensor(item)]
         self._origins.join(tensors, filter(_is_tensor, outputs))
         if any(tensor.is_nested for tensor in tensors):
             self._note_unknown(outputs)

@@ -73,9 +73,13 @@ class Origins:
 
     def _of(self, tensors: Iterable[Tensor]) -> frozenset[object]:
         """Return a mark for each tensor from outside that these were made of."""
-        return frozenset().union(
-            *(self._marks.setdefault(tensor, frozenset((object(),))) for tensor in tensors)
-        )
+        marks: frozenset[object] = frozenset()
+        for tensor in tensors:
+            own = self._marks.get(tensor)
+            if own is None:
+                own = self._marks[tensor] = frozenset((object(),))
+            marks = marks | own if marks else own
+        return marks
 
     def join(self, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> None:
         """Note that outputs were made of inputs."""
