@@ -41,6 +41,9 @@ REORDERED = {
     "indexed twice": lambda x, order: x[order][torch.arange(N)],
     "with a column of ones": lambda x, order: torch.cat([x[order][:, 1:], torch.ones(N, 1)], 1),
     "zero by a condition": lambda x, order: torch.where(x[order] > 0, x[order], 0.0),
+    "a feature written by name": lambda x, order: x[order].scatter(
+        1, torch.zeros(N, 1, dtype=torch.long), value=0.5
+    ),
     "minus the median": lambda x, order: x[order] - x[order].median(0)[0],
     "chosen by a condition": lambda x, order: torch.where(x[order] > 0, x[order], 0 * x[order]),
 }

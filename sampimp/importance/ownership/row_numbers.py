@@ -51,7 +51,7 @@ class RowNumbers:
         named = {name: _on_cpu(value) for name, value in kwargs.items()}
         if function in WHERE:
             args = self._without_constants(places, args)
-        elif function in WRITES and not self._has_samples(args[places[-1]]):
+        elif function in WRITES and not any(map(self._has_samples, args[places[-1] :])):
             return [self.numbered(args[0], as_copy=True)]
         if function is torch._C._nn.pad_sequence:
             args, named = args[:2], {**named, "padding_value": NO_SAMPLE}
