@@ -7,6 +7,7 @@ from torch.nn import functional
 from two_layers import D, N, data, expected, squares
 
 from sampimp.errors import UnsupportedError
+from sampimp.importance.ownership.call import Call
 from sampimp.importance.ownership.product_rows import combined_samples
 from sampimp.importance.ownership.row_keeping import RowKeeping
 from sampimp.importance.ownership.row_notes import NO_SAMPLE, UNKNOWN_SAMPLE
@@ -35,6 +36,7 @@ KEEPING = {
     "padded": lambda x: functional.pad(x, (0, 2)),
     "noise": lambda x: functional.dropout(x, 0.5),
     "normalised": lambda x: functional.layer_norm(x, x.shape[1:]),
+    "complex": lambda x: torch.fft.fft(x),
     "one-hot": lambda x: functional.one_hot((x > 0).long()[:, 0], 2),
     "sparse": lambda x: x.to_sparse(),
     "sparse rows": lambda x: x.to_sparse_csr(),
@@ -47,6 +49,7 @@ MOVING = {
     "along the samples": lambda x: torch.cumsum(x, 0),
     "differences": lambda x: torch.diff(x, dim=0),
     "strides": lambda x: torch.as_strided(torch.cat([x, x]), x.shape, x.stride(), x.stride(0)),
+    "waves": lambda x: torch.fft.fft(x, dim=0),
     "all distances": lambda x: torch.cdist(x, x),
 }
 
@@ -58,7 +61,7 @@ def test_functions_that_keep_rows_are_told_from_others(case, size):
     copy, keeping = x.clone(), RowKeeping()
     function = (KEEPING | MOVING)[case]
     for _ in range(2):  # the second time from memory
-        kept = keeping.kept(function, (x,), {}, first_axis(size), size)
+        kept = keeping.kept(Call(function, (x,), {}), first_axis(size), size)
         assert all(kept) == (case in KEEPING)
     assert torch.equal(x, copy)
     assert torch.equal(torch.get_rng_state(), before)
@@ -72,20 +75,21 @@ def test_sparse_data_are_tested(layout):
         (lambda x: x * 2, True),
         (lambda x: x.to_dense().flip(0), False),
     ):
-        assert RowKeeping().kept(function, (x,), {}, first_axis(N), N) == [is_kept]
+        assert RowKeeping().kept(Call(function, (x,), {}), first_axis(N), N) == [is_kept]
 
 
 def test_buffers_are_not_changed():
     x, mean, variance = data(N, D), torch.zeros(D), torch.ones(D)
     arguments = (x, mean, variance, None, None, True)
-    assert RowKeeping().kept(functional.batch_norm, arguments, {}, first_axis(N), N) == [True]
+    assert RowKeeping().kept(Call(functional.batch_norm, arguments, {}), first_axis(N), N) == [True]
     assert not mean.any()
     assert torch.equal(variance, torch.ones(D))
 
 
 def test_a_vector_of_as_many_features_as_samples_is_no_data():
     for other in (data(N), data(N, N)):
-        assert RowKeeping().kept(torch.add, (data(N, N), other), {}, first_axis(N), N) == [True]
+        call = Call(torch.add, (data(N, N), other), {})
+        assert RowKeeping().kept(call, first_axis(N), N) == [True]
 
 
 def test_what_cannot_be_repeated_is_not_tested():
@@ -103,7 +107,7 @@ def test_what_cannot_be_repeated_is_not_tested():
         (torch.neg, data(N, D), out),
         (torch.bernoulli, data(N, D).sigmoid(), {"generator": generator}),
     ):
-        assert RowKeeping().kept(function, (x,), names, first_axis(len(x)), len(x)) == []
+        assert RowKeeping().kept(Call(function, (x,), names), first_axis(len(x)), len(x)) == []
     assert torch.equal(generator.get_state(), before)
 
 
@@ -237,10 +241,10 @@ def test_products_in_the_order_of_the_batch_are_exact(case):
 def test_the_samples_of_a_product_are_told_from_mixtures():
     left = torch.tensor([[0, 0, -3], [1, 0, 0], [0, 0, 0], [1, 1, 0], [0.5, -0.5, 0]])
     right, samples = data(3, 2), torch.tensor([[7], [8], [NO_SAMPLE]])
-    found = combined_samples(torch.mm, (left, right), {}, right, samples)
+    found = combined_samples(Call(torch.mm, (left, right), {}), right, samples)
     numbers = [NO_SAMPLE, 7, NO_SAMPLE, UNKNOWN_SAMPLE, UNKNOWN_SAMPLE]
     assert torch.equal(found, torch.tensor(numbers)[:, None].expand(-1, 2))
-    assert combined_samples(torch.mm, (left, left), {}, left, samples) is None
+    assert combined_samples(Call(torch.mm, (left, left), {}), left, samples) is None
 
 
 class Sorted(nn.Module):

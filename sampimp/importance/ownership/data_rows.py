@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sampimp.importance.ownership.call import Call
 from sampimp.importance.ownership.operations import (
     CREATES,
     MOVES_ENTRIES,
@@ -41,7 +41,6 @@ from sampimp.importance.ownership.row_notes import (
     UNKNOWN_ROWS,
     Origins,
     SampleRows,
-    as_sequence,
     is_data,
 )
 from sampimp.importance.ownership.row_numbers import RowNumbers
@@ -112,26 +111,25 @@ class DataRows:
             for output in outputs:
                 self.note_made(output)
             return
-        values = (*args, *kwargs.values())
-        tensors = [item for value in values for item in as_sequence(value) if _is_tensor(item)]
+        tensors = Call(function, args, kwargs).tensors()
         self._origins.join(tensors, filter(_is_tensor, outputs))
         if any(tensor.is_nested for tensor in tensors):
             self._note_unknown(outputs)
             return
         args = args or (kwargs.get("input", kwargs.get("tensors")),)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("input", "tensors")}
+        call = Call(function, args, kwargs)
         if function in SORTS_FEATURES:
-            self._follow_sort(function, args, kwargs, outputs)
+            self._follow_sort(call, outputs)
         elif function in MOVES_ENTRIES:
-            self._follow_move(function, args, kwargs, outputs)
+            self._follow_move(call, outputs)
         elif function in PRODUCTS:
-            self._follow_product(function, args, kwargs, outputs)
+            self._follow_product(call, outputs)
         else:
-            call = function, args, kwargs
-            kept = self._keeping.kept(*call, self._sample_axis, self._batch.size)
+            kept = self._keeping.kept(call, self._sample_axis, self._batch.size)
             if len(kept) != len(outputs):
                 kept = [all(kept)] * len(outputs)
-            self._follow_values(args, kwargs, list(compress(outputs, kept)))
+            self._follow_values(call, list(compress(outputs, kept)))
             self._note_unknown(compress(outputs, (not is_kept for is_kept in kept)))
 
     def of_inputs(self, inputs: Sequence[Tensor], *, has_rule: bool) -> SampleRows | None:
@@ -180,82 +178,60 @@ class DataRows:
         for output in filter(_is_tensor, outputs):
             self._note(output, UNKNOWN_ROWS)
 
-    def _follow_sort(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        outputs: Sequence[Any],
-    ) -> None:
+    def _follow_sort(self, call: Call, outputs: Sequence[Any]) -> None:
         """Note where the samples are sorted: a vector as a whole, or each feature by itself."""
-        rows = self.of(args[0])
-        place, default = SORTS_FEATURES[function]
-        axis = args[place] if len(args) > place else kwargs.get("dim", default)
-        if rows is None or axis % args[0].dim() != rows.axis:
+        data = call.args[0]
+        rows = self.of(data)
+        place, default = SORTS_FEATURES[call.function]
+        if rows is None or call.argument(place, "dim", default) % data.dim() != rows.axis:
             return
-        if args[0].dim() > 1 or len(outputs) < 2 or rows.samples is None:
+        if data.dim() > 1 or len(outputs) < 2 or rows.samples is None:
             self._note_unknown(outputs)
         else:  # `outputs[1]`, positions to index with, is no data
             self._note(outputs[0], SampleRows(0, rows.samples[outputs[1].cpu()]))
 
     # Operations that move entries.
 
-    def _follow_move(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        outputs: Sequence[Any],
-    ) -> None:
+    def _follow_move(self, call: Call, outputs: Sequence[Any]) -> None:
         """Note the outputs' rows, by carrying out the operation on row numbers."""
-        places = MOVES_ENTRIES[function]
-        values = [value for place in places for value in as_sequence(args[place : place + 1])]
-        tensors = [item for value in values for item in as_sequence(value) if _is_tensor(item)]
-        index_rows = self._index_rows(places, args, kwargs)
-        if not any(self.of(tensor) for tensor in tensors if self._batch.varies(tensor)):
+        moved, others = call.split(MOVES_ENTRIES[call.function])
+        index_rows = self._index_rows(others)
+        if not any(self.of(tensor) for tensor in moved if self._batch.varies(tensor)):
             if index_rows is not None:
                 for output in outputs:
-                    self._note(output, _rows_of_lookup(function, args, index_rows))
+                    self._note(output, _rows_of_lookup(call, index_rows))
             return
-        if self._is_fetched(function, args, kwargs):
+        if self._is_fetched(call):
             return
-        if index_rows and function in WRITES:
+        if index_rows and call.function in WRITES:
             self._note_unknown(outputs)
             return
         has_named_tensor = any(
-            _is_tensor(value) and name != "index" for name, value in kwargs.items()
+            _is_tensor(value) and name != "index" for name, value in call.kwargs.items()
         )
-        numbered = self._numbers
-        moved = None if has_named_tensor else numbered.moved(function, places, args, kwargs)
-        for output, numbers in zip(outputs, moved or [None] * len(outputs), strict=False):
+        numbers = None if has_named_tensor else self._numbers.moved(call)
+        for output, number in zip(outputs, numbers or [None] * len(outputs), strict=False):
             if _is_tensor(output):
-                self._note(output, numbered.rows_of(numbers, output))
+                self._note(output, self._numbers.rows_of(number, output))
 
-    def _index_rows(
-        self, places: Sequence[int], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> SampleRows | None:
+    def _index_rows(self, tensors: Iterable[Tensor]) -> SampleRows | None:
         """Return the rows of an index, mask or condition that is not in the batch's order."""
-        others = [value for place, value in enumerate(args) if place not in places]
-        for value in (*others, *kwargs.values()):
-            for item in as_sequence(value):
-                if _is_tensor(item) and self._batch.varies(item):
-                    rows = self._noted(item)
-                    if rows is not None and not rows.is_created:
-                        return rows
+        for tensor in filter(self._batch.varies, tensors):
+            rows = self._noted(tensor)
+            if rows is not None and not rows.is_created:
+                return rows
         return None
 
-    def _is_fetched(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> bool:
+    def _is_fetched(self, call: Call) -> bool:
         """Return whether an operation fetches the step's samples from a data set by their index."""
         index = None
-        if function is Tensor.__getitem__:
-            index = args[1]
-        elif function in (torch.index_select, Tensor.index_select):
-            index = args[2] if len(args) > 2 else kwargs.get("index")
+        if call.function is Tensor.__getitem__:
+            index = call.args[1]
+        elif call.function in (torch.index_select, Tensor.index_select):
+            index = call.argument(2, "index")
         if self._index is None or not isinstance(index, list | np.ndarray | Tensor):
             return False
-        if self._noted(args[0]) is not None:  # a batch, not a data set
+        if self._noted(call.args[0]) is not None:  # a batch, not a data set
             return False
         index = torch.as_tensor(index)
         if index.dtype not in (torch.int32, torch.int64) or index.shape != self._index.shape:
@@ -264,23 +240,14 @@ class DataRows:
 
     # Operations that compute values.
 
-    def _follow_values(
-        self,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        outputs: Sequence[Any],
-    ) -> None:
+    def _follow_values(self, call: Call, outputs: Sequence[Any]) -> None:
         """Note that rows stay in place.
 
         Data combined with the same data in another order, as by mixup, are in the batch's order.
         Other data in the batch's order may be meant for either: the rows are unknown.
         """
-        values = [*as_sequence(args[0]), *args[1:], *kwargs.values()]
-        values = [item for value in values for item in as_sequence(value)]
         inputs = [
-            value
-            for value in values
-            if _is_tensor(value) and value.dim() and self._batch.varies(value)
+            tensor for tensor in call.tensors() if tensor.dim() and self._batch.varies(tensor)
         ]
         known = [(tensor, rows) for tensor in inputs if (rows := self.of(tensor)) is not None]
         moved = [(tensor, rows) for tensor, rows in known if self._noted(tensor)]
@@ -317,25 +284,19 @@ class DataRows:
             elif fits:
                 self.note_made(output)
 
-    def _follow_product(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        outputs: Sequence[Any],
-    ) -> None:
+    def _follow_product(self, call: Call, outputs: Sequence[Any]) -> None:
         """Note the samples of a product's rows, if the factors that have any agree on them.
 
         A permutation matrix from outside the block does not: it has N rows as data have.
         """
         factors = [
-            (leaf, rows)
-            for leaf in tree_leaves((args, kwargs))
-            if _is_tensor(leaf) and leaf.dim() and self._batch.varies(leaf)
-            if (rows := self.of(leaf)) and not (rows.is_created or rows.is_of_no_sample)
+            (tensor, rows)
+            for tensor in call.tensors()
+            if tensor.dim() and self._batch.varies(tensor)
+            if (rows := self.of(tensor)) and not (rows.is_created or rows.is_of_no_sample)
         ]
-        if not factors or _is_left_alone(function, args, factors):
-            self._follow_values(args, kwargs, outputs)
+        if not factors or _is_left_alone(call, factors):
+            self._follow_values(call, outputs)
             return
         (output,) = outputs
         axis = self._batch.axis(output.dim(), int(output.is_floating_point()))
@@ -343,31 +304,25 @@ class DataRows:
         found = []
         for factor, _ in factors:
             samples = self._numbers.numbered(factor)
-            numbers = combined_samples(function, args, kwargs, factor, samples)
+            numbers = combined_samples(call, factor, samples)
             found.append(self._numbers.rows_of(numbers, output) or plain)
         self._note(output, agreed_rows(found, axis))
 
 
-def _rows_of_lookup(
-    function: Callable[..., Any], args: tuple[Any, ...], index_rows: SampleRows
-) -> SampleRows:
+def _rows_of_lookup(call: Call, index_rows: SampleRows) -> SampleRows:
     """Return the rows of what an index takes from a table that has no samples."""
-    index = args[1] if function is Tensor.__getitem__ else args[0]
+    index = call.args[1] if call.function is Tensor.__getitem__ else call.args[0]
     is_entries = _is_tensor(index) and index.dtype != torch.bool
-    if function in (Tensor.__getitem__, functional.embedding) and is_entries:
+    if call.function in (Tensor.__getitem__, functional.embedding) and is_entries:
         return index_rows  # the index's axes come first
     return UNKNOWN_ROWS
 
 
-def _is_left_alone(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    factors: Sequence[tuple[Tensor, SampleRows]],
-) -> bool:
+def _is_left_alone(call: Call, factors: Sequence[tuple[Tensor, SampleRows]]) -> bool:
     """Return whether the samples are rows of the left factor alone, and so of the product."""
     left, rows = factors[0]
-    is_left = len(factors) == 1 and left is args[0] and rows.axis < left.dim() - 1
-    return is_left and function in ROW_PRODUCTS
+    is_left = len(factors) == 1 and left is call.args[0] and rows.axis < left.dim() - 1
+    return is_left and call.function in ROW_PRODUCTS
 
 
 def _are_aligned(first: Tensor, rows: SampleRows, second: Tensor, others: SampleRows) -> bool:

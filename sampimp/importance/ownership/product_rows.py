@@ -8,13 +8,13 @@ numbers where several do. A permutation matrix thus moves rows; a mixture is tol
 Map: `combined_samples`, of one factor; `agreed_rows`, of all.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from sampimp.importance.ownership.call import Call
 from sampimp.importance.ownership.row_notes import (
     NO_SAMPLE,
     UNKNOWN_ROWS,
@@ -27,18 +27,12 @@ _TOLERANCE = 1e-6
 
 
 @torch.no_grad()
-def combined_samples(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    factor: Tensor,
-    samples: Tensor,
-) -> Tensor | None:
+def combined_samples(call: Call, factor: Tensor, samples: Tensor) -> Tensor | None:
     """Return which sample of a factor each entry of a product is of.
 
     Parameters
     ----------
-    function, args, kwargs
+    call
         A product, linear in each of its tensors.
     factor
         One of them.
@@ -52,7 +46,7 @@ def combined_samples(
         factor does not contribute, `UNKNOWN_SAMPLE` where several samples do. None if the product
         cannot be carried out.
     """
-    leaves, form = tree_flatten((args, dict(kwargs)))
+    leaves, form = tree_flatten((call.args, dict(call.kwargs)))
     place = next(place for place, leaf in enumerate(leaves) if leaf is factor)
     is_complex = any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves)
     dtype = torch.complex128 if is_complex else torch.float64
@@ -62,7 +56,7 @@ def combined_samples(
     def product(values: Tensor) -> Tensor:
         leaves[place] = values.to(factor.device, dtype)
         args, kwargs = tree_unflatten(leaves, form)
-        result = function(*args, **kwargs)
+        result = call.function(*args, **kwargs)
         return (result.to_dense() if result.is_sparse else result).to("cpu")
 
     try:

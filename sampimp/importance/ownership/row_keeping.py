@@ -14,12 +14,13 @@ Map: `RowKeeping`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+
+from sampimp.importance.ownership.call import Call
 
 AxisOf = Callable[[Tensor], int | None]
 """Returns the axis of the samples of an input; None if it has none."""
@@ -46,34 +47,27 @@ class RowKeeping:
     def __init__(self) -> None:
         self._results: dict[Any, list[bool]] = {}
 
-    def kept(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        axis_of: AxisOf,
-        size: int,
-    ) -> list[bool]:
+    def kept(self, call: Call, axis_of: AxisOf, size: int) -> list[bool]:
         """Return for each tensor of an operation's result whether it keeps rows.
 
         The list is empty if that cannot be tested.
 
         Parameters
         ----------
-        function, args, kwargs
+        call
             The operation, which has been carried out.
         axis_of
             The axis of each input's samples.
         size
             Number of samples.
         """
-        call = _Call(function, args, dict(kwargs))
-        if size < 2 or all(axis_of(tensor) is None for tensor in call.inputs()):
+        if size < 2 or all(axis_of(tensor) is None for tensor in _inputs(call)):
             return []
-        key = function, _settings(args), _settings(tuple(sorted(kwargs.items())))
+        names = _settings(tuple(sorted(call.kwargs.items())))
+        key = call.function, _settings(call.args), names
         if key in self._results:
             return self._results[key]
-        result = _test(call, axis_of, size) if call.can_be_repeated() else []
+        result = _test(call, axis_of, size) if _can_be_repeated(call) else []
         if not result:
             return []
         if len(self._results) >= _MOST_RESULTS:
@@ -93,58 +87,54 @@ def _settings(value: Any) -> Any:
     return type(value).__name__
 
 
-@dataclass(frozen=True)
-class _Call:
-    """An operation that can be carried out again, on copies."""
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def inputs(self) -> list[Tensor]:
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
-
-    def can_be_repeated(self) -> bool:
-        """Return whether carrying it out again has no effect on anything else."""
-        function = self.function
-        namespace = getattr(function, "_qualified_op_name", getattr(function, "namespace", ""))
-        leaves = tree_leaves((self.args, self.kwargs))
-        return (
-            self.kwargs.get("out") is None
-            and not str(namespace).startswith(_COMMUNICATION)
-            and not any(isinstance(leaf, torch.Generator) or callable(leaf) for leaf in leaves)
-            and all(tensor.device.type in ("cpu", "cuda") for tensor in self.inputs())
-        )
-
-    def devices(self) -> list[int]:
-        """Return the GPUs of the inputs, whose random states an operation may change."""
-        return sorted({tensor.get_device() for tensor in self.inputs() if tensor.is_cuda})
-
-    @torch.no_grad()
-    def outputs(
-        self, rows: Tensor | None = None, axes: Axes | None = None, seed: int = 0
-    ) -> list[Tensor]:
-        """Return the outputs for these rows of the inputs with an axis of samples."""
-
-        def copied(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            axis = (axes or {}).get(id(value))
-            if rows is None or axis is None:
-                return value.detach().clone()
-            return _selected(value.detach(), axis, rows)
-
-        args, kwargs = tree_map(copied, self.args), tree_map(copied, self.kwargs)
-        torch.default_generator.manual_seed(seed)
-        for device in self.devices():
-            torch.cuda.default_generators[device].manual_seed(seed)
-        leaves = tree_leaves(self.function(*args, **kwargs))
-        return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+def _inputs(call: Call) -> list[Tensor]:
+    """Return the tensors among the arguments, at any depth."""
+    return [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
 
 
-def _test(call: _Call, axis_of: AxisOf, size: int) -> list[bool]:
+def _can_be_repeated(call: Call) -> bool:
+    """Return whether carrying an operation out again, on copies, has no effect on anything else."""
+    function = call.function
+    namespace = getattr(function, "_qualified_op_name", getattr(function, "namespace", ""))
+    leaves = tree_leaves((call.args, call.kwargs))
+    return (
+        call.kwargs.get("out") is None
+        and not str(namespace).startswith(_COMMUNICATION)
+        and not any(isinstance(leaf, torch.Generator) or callable(leaf) for leaf in leaves)
+        and all(tensor.device.type in ("cpu", "cuda") for tensor in _inputs(call))
+    )
+
+
+def _devices(call: Call) -> list[int]:
+    """Return the GPUs of the inputs, whose random states an operation may change."""
+    return sorted({tensor.get_device() for tensor in _inputs(call) if tensor.is_cuda})
+
+
+@torch.no_grad()
+def _outputs(
+    call: Call, rows: Tensor | None = None, axes: Axes | None = None, seed: int = 0
+) -> list[Tensor]:
+    """Return the outputs for these rows of the inputs with an axis of samples."""
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        axis = (axes or {}).get(id(value))
+        if rows is None or axis is None:
+            return value.detach().clone()
+        return _selected(value.detach(), axis, rows)
+
+    args, kwargs = tree_map(copied, call.args), tree_map(copied, dict(call.kwargs))
+    torch.default_generator.manual_seed(seed)
+    for device in _devices(call):
+        torch.cuda.default_generators[device].manual_seed(seed)
+    leaves = tree_leaves(call.function(*args, **kwargs))
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _test(call: Call, axis_of: AxisOf, size: int) -> list[bool]:
     """Return for each output whether it keeps rows; nothing if this call does not tell."""
-    inputs = call.inputs()
+    inputs = _inputs(call)
     axes = {id(tensor): axis_of(tensor) for tensor in inputs}
     most_axes = max(tensor.dim() for tensor in inputs if axes[id(tensor)] is not None)
     # A vector of as many features as there are samples does not move with them.
@@ -162,10 +152,10 @@ def _test(call: _Call, axis_of: AxisOf, size: int) -> list[bool]:
                 return axis
         return axis_of(output)
 
-    with torch.random.fork_rng(devices=call.devices()):
+    with torch.random.fork_rng(devices=_devices(call)):
         try:
-            plain = call.outputs()
-            is_random = not all(map(_equal, plain, call.outputs(seed=1)))
+            plain = _outputs(call)
+            is_random = not all(map(_equal, plain, _outputs(call, seed=1)))
         except Exception:  # of whichever operation: it cannot be repeated
             return []
         if is_random or _rows_are_equal(inputs, axes, order):
@@ -175,13 +165,13 @@ def _test(call: _Call, axis_of: AxisOf, size: int) -> list[bool]:
 
 
 def _kept(
-    call: _Call, plain: list[Tensor], order: Tensor, axes: Axes, output_axis: AxisOf
+    call: Call, plain: list[Tensor], order: Tensor, axes: Axes, output_axis: AxisOf
 ) -> list[bool]:
     """Return whether each output moves with the samples, if these are on the given axes."""
     replaced = torch.arange(len(order))
     replaced[order[0]] = order[1]
     try:
-        permuted, changed = call.outputs(order, axes), call.outputs(replaced, axes)
+        permuted, changed = _outputs(call, order, axes), _outputs(call, replaced, axes)
     except Exception:  # of whichever operation: it depends on the order
         return [False] * len(plain)
     return [
@@ -207,7 +197,7 @@ def _is_kept(
         return _equal(plain, permuted)
     if not _equal(_selected(plain, axis, order), permuted):
         return False
-    change = (_dense(changed).double() - _dense(plain).double()).nan_to_num().abs().movedim(axis, 0)
+    change = (_real(changed) - _real(plain)).nan_to_num().abs().movedim(axis, 0)
     by_row = change.flatten(1).sum(1) if change.dim() > 1 else change
     return bool(by_row[order[0]] >= (1 - _TOLERANCE) * by_row.max())
 
@@ -223,15 +213,18 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
+def _real(tensor: Tensor) -> Tensor:
+    """Return values in double precision, of complex ones both parts on a last axis."""
+    values = _dense(tensor)
+    return (torch.view_as_real(values) if values.is_complex() else values).double()
+
+
 def _equal(first: Tensor, second: Tensor) -> bool:
     """Return whether two outputs are equal within the tolerance."""
     if first.shape != second.shape:
         return False
-    first, second = _dense(first), _dense(second)
     if not first.numel():
         return True
-    if first.is_complex():
-        first, second = torch.view_as_real(first), torch.view_as_real(second)
-    first, second = first.double(), second.double()
+    first, second = _real(first), _real(second)
     largest = float(first.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
     return torch.allclose(first, second, _TOLERANCE, _TOLERANCE * largest, equal_nan=True)

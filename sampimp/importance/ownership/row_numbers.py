@@ -5,13 +5,14 @@ Map: `RowNumbers`.
 Shape suffix: R rows of an axis.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sampimp.importance.ownership.operations import IN_PLACE, WHERE, WRITES
+from sampimp.importance.ownership.call import Call
+from sampimp.importance.ownership.operations import IN_PLACE, MOVES_ENTRIES, WHERE, WRITES
 from sampimp.importance.ownership.row_notes import (
     NO_SAMPLE,
     UNKNOWN_ROWS,
@@ -40,14 +41,10 @@ class RowNumbers:
     ) -> None:
         self._batch, self._index, self._of = batch, index, of
 
-    def moved(
-        self,
-        function: Callable[..., Any],
-        places: Sequence[int],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Sequence[Any] | None:
-        """Return the result of an operation on the row numbers of its inputs, on the CPU."""
+    def moved(self, call: Call) -> Sequence[Any] | None:
+        """Return the result of `MOVES_ENTRIES`'s call on row numbers of its inputs, on the CPU."""
+        function, args, kwargs = call.function, call.args, call.kwargs
+        places = MOVES_ENTRIES[function]
         named = {name: _on_cpu(value) for name, value in kwargs.items()}
         if function in WHERE:
             args = self._without_constants(places, args)
