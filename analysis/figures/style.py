@@ -9,6 +9,7 @@ Map: `RC_PARAMS` (matplotlib's settings), `Style`, `strategy_style`, `strategy_n
 """
 
 import io
+import zlib
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -109,6 +110,9 @@ CATEGORIES = tuple(
     )
 )
 
+# Of rules in no table. Vermillion is the error of all samples.
+_OWN_COLORS, _OWN_MARKERS = (BLUE, _ORANGE, _GREEN, _PURPLE, _SKY), "^v<>PXpD"
+
 
 def strategy_style(name: str) -> Style:
     """Return the style of a strategy in all figures; any other name has a fixed style too.
@@ -141,12 +145,23 @@ def strategy_name(name: str) -> str:
 def rule_style(name: str) -> Style:
     """Return the style of a rule that selects samples; any other name has a fixed style too.
 
+    A rule with a parameter has the colour of the rule.
+
     Examples
     --------
     >>> rule_style("tau-high")
     Style(color='#0072B2', linestyle='-', marker='^')
+    >>> rule_style("strata:0.1").color == rule_style("strata").color
+    True
+    >>> rule_style("strata:0.1") == rule_style("strata:0.3")
+    False
     """
-    return _RULES.get(name) or CATEGORIES[sum(name.encode()) % len(CATEGORIES)]
+    if name in _RULES:
+        return _RULES[name]
+    rest, place = divmod(zlib.crc32(name.encode()), len(_OWN_MARKERS))
+    known = _RULES.get(name.partition(":")[0])
+    color = known.color if known else _OWN_COLORS[rest % len(_OWN_COLORS)]
+    return Style(color, ("-", DASHED, _DOTDASH)[rest % 3], _OWN_MARKERS[place])
 
 
 def ordered_styles(count: int, *, light: bool = False) -> list[Style]:
