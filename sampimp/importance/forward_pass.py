@@ -3,7 +3,7 @@
 Map: `ForwardPass`, and `tensors_among` (tensors in the arguments of a call).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,12 @@ from torch.autograd.graph import Node
 
 from sampimp.importance.ownership.data_rows import DataRows
 from sampimp.importance.ownership.layout import AxisLayout
+from sampimp.importance.ownership.loss_order import LabelOrders
+from sampimp.importance.ownership.operations import REVERSES
+from sampimp.importance.ownership.row_notes import is_data
 from sampimp.importance.ownership.tape import Tape
 from sampimp.importance.ownership.use import Use
+from sampimp.importance.ownership.value_moves import moves_samples, pools_by_value
 from sampimp.importance.rules.batch import Batch
 from sampimp.importance.signature import OperationSignature
 
@@ -50,6 +54,35 @@ class ForwardPass:
     """Whether samples may be on other rows in each step."""
     moves_above: bool = False
     """Whether an operation after the last use so far may put samples on other rows."""
+    labels: LabelOrders = field(default_factory=LabelOrders)
+    """The orders of data, such as labels, that are combined with activations."""
+
+    def note_order(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        is_fixed: Callable[[Tensor], bool],
+    ) -> None:
+        """Add a call on activations to the signature; set `moves` if it may reorder samples."""
+        if moves_samples(function, args, kwargs, self.batch, is_fixed):
+            # After the model's outputs, no parameter meets the samples that are moved.
+            self.moves_above = True
+            self.moves |= not self.outputs
+            self.labels.settle()
+        elif function in REVERSES:
+            self.labels.settle()
+        elif pools_by_value(tensors_among(args, kwargs), self.batch):
+            self.moves_above = True
+        self.signature.add(function, args, kwargs, self.batch.dim + 1)
+
+    def note_labels(self, varying: Sequence[Tensor]) -> None:
+        """Note the order of the data among the tensors of an operation on activations."""
+        data = [tensor for tensor in varying if is_data(tensor)]
+        for tensor in data if len(data) < len(varying) else ():
+            rows = self.data.of_pass(tensor)
+            if rows is not None and not (rows.is_assumed or rows.is_created):
+                self.labels.add(rows)
 
     def clear(self) -> None:
         """Drop all references to autograd's graph."""

@@ -88,8 +88,9 @@ class KnownLayouts:
         """
         key = calls.signature.value, calls.signature.settings(roots, False)
         known = self._results.get(key)
+        moves = calls.moves or calls.labels.are_reordered
         holds = known is not None and _fits(known, calls) and known.complete
-        if known is not None and holds and key in self._fresh and not calls.moves:
+        if known is not None and holds and key in self._fresh and not moves:
             return known.layouts, None
         if calls.batch.size < 2:
             return self._of_at_most_one_sample(calls), None
@@ -114,6 +115,7 @@ class KnownLayouts:
             self._tensors.model,
             lambda use: self._tensors.place(min(use.roots)),
             calls.tape,
+            calls.labels,
             self._coupled_loss,
         )
         kept = [tensor.grad for tensor in calls.retained]

@@ -49,8 +49,12 @@ class OperationSignature:
             args, kwargs = args[:1], {}
         elif function is Tensor.__getitem__ or function is Tensor.__setitem__:
             entries = args[1] if isinstance(args[1], tuple) else (args[1],)
-            settings = self.settings(entries[:leading_axes], True)
-            args = (args[0], *entries[leading_axes:], *args[2:])
+            takes_rows = any(map(_takes_rows, entries[:leading_axes]))
+            for place, entry in enumerate(entries):
+                # Of whole rows, only the length is cut: it is that of the longest sample.
+                is_exact = takes_rows or place < leading_axes or isinstance(entry, int)
+                settings += self.settings((entry,), is_exact)
+            args = (args[0], *args[2:])
         settings += self.settings(args, exact)
         if kwargs:
             settings += self.settings(kwargs.values(), exact)
@@ -91,6 +95,12 @@ class OperationSignature:
             elif isinstance(value, slice):
                 settings.append(self.settings((value.start, value.stop, value.step), exact))
         return tuple(settings)
+
+
+def _takes_rows(entry: Any) -> bool:
+    """Return whether an entry of an index takes anything but the whole axis."""
+    is_whole = isinstance(entry, slice) and (entry.start, entry.stop, entry.step) == (None,) * 3
+    return not (is_whole or entry is None or entry is ...)
 
 
 def _zero_or_one(value: float) -> float | None:

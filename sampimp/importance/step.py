@@ -168,13 +168,14 @@ class Capture:
     def _begin_pass(self) -> None:
         start = sum(self._sizes[: self._done])
         size = self._sizes[self._done] if self._done < len(self._sizes) else 0
+        samples = slice(start, start + size)
         batch = Batch(size, self._batch_dim, self.tensors.varies)
         index = self.indices[self._done] if self._done < len(self.indices) else None
         self._calls = ForwardPass(
             number=self._done,
-            samples=slice(start, start + size),
+            samples=samples,
             batch=batch,
-            data=DataRows(batch, index, self._step_key, self._keeping),
+            data=DataRows(batch, index, self._step_key, self._keeping, samples, sum(self._sizes)),
             signature=OperationSignature(self.tensors.rows),
         )
         self.watch.begin_pass(self._calls)

@@ -34,6 +34,7 @@ from sampimp.importance.model_tensors import (
     samples_mixed_by,
 )
 from sampimp.importance.output_hooks import hook_output, hook_outputs
+from sampimp.importance.ownership.call import Call
 from sampimp.importance.ownership.layout import AxisLayout
 from sampimp.importance.ownership.row_notes import (
     as_sequence,
@@ -42,7 +43,6 @@ from sampimp.importance.ownership.row_notes import (
     mark_as_range,
 )
 from sampimp.importance.ownership.use import Use
-from sampimp.importance.ownership.value_moves import moves_samples
 from sampimp.importance.rules.batch import Batch
 from sampimp.importance.rules.registry import (
     RULES,
@@ -225,7 +225,7 @@ class ForwardWatch(TorchFunctionMode):
         if hidden and is_inside_function():
             self._checks.hidden.update(hidden)
         output = function(*args, **kwargs)
-        self.calls.data.follow(function, args, kwargs, as_sequence(output))
+        self.calls.data.follow(Call(function, args, kwargs), as_sequence(output))
         return output
 
     def _record_assignment(self, function: Any, args: Any, kwargs: Any) -> None:
@@ -233,9 +233,9 @@ class ForwardWatch(TorchFunctionMode):
         if any(map(self._tensors.varies, (*as_sequence(args[1]), args[2]))):
             self._mark_varying(args[0])
             if args[0].requires_grad:
-                self._record_order(function, args, kwargs)
+                self.calls.note_order(function, args, kwargs, self._tensors.is_fixed)
             else:
-                self.calls.data.follow(function, args, kwargs, args[:1])
+                self.calls.data.follow(Call(function, args, kwargs), args[:1])
             self.calls.tape.add(function, args, kwargs, args[0])
 
     # Calls on samples.
@@ -260,11 +260,12 @@ class ForwardWatch(TorchFunctionMode):
         if hooked and not roots and all(map(is_data, varying)):  # of inputs with a gradient
             for tensor in hooked:
                 mark_as_data(tensor)
-            self.calls.data.follow(function, args, kwargs, outputs)
+            self.calls.data.follow(Call(function, args, kwargs), outputs)
         if hooked:
-            self._record_order(function, args, kwargs)
+            self.calls.note_order(function, args, kwargs, self._tensors.is_fixed)
+            self.calls.note_labels(varying)
         else:
-            self.calls.data.follow(function, args, kwargs, outputs)
+            self.calls.data.follow(Call(function, args, kwargs), outputs)
         if function is functional.batch_norm and argument(args, kwargs, 5, "training", False):
             self._record_batch_norm(roots)
             return output
@@ -285,17 +286,6 @@ class ForwardWatch(TorchFunctionMode):
         """Note that a tensor without samples, if it was one, is changed in place by samples."""
         if self._tensors.forget(tensor) and is_data(tensor):
             self.calls.data.note_made(tensor)
-
-    def _record_order(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Add a call to the signature, and set `moves` if it may reorder samples."""
-        calls = self.calls
-        if moves_samples(function, args, kwargs, calls.batch, self._tensors.is_fixed):
-            # After the model's outputs, no parameter meets the samples that are moved.
-            calls.moves_above = True
-            calls.moves |= not calls.outputs
-        calls.signature.add(function, args, kwargs, calls.batch.dim + 1)
 
     def _record_batch_norm(self, roots: frozenset[int]) -> None:
         """Exempt a BatchNorm in training mode, and all uses before it; or refuse it."""
@@ -328,6 +318,7 @@ class ForwardWatch(TorchFunctionMode):
             self._checks.note_precision(hooked[0])
         calls.moves |= calls.moves_above
         calls.tape.clear()  # the tensors so far are inputs of this use, not only of the loss
+        calls.labels.clear()
         data = calls.data.of_inputs(varying, has_rule=function in RULES)
         if data is not None:
             calls.moves |= not data.is_ordered(calls.batch.size)

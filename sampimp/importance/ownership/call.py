@@ -30,6 +30,13 @@ class Call:
         others = [value for place, value in enumerate(self.args) if place not in places]
         return _tensors(chosen), _tensors((*others, *self.kwargs.values()))
 
+    def by_place(self) -> "Call":
+        """Return the call with its first argument by its place."""
+        args = self.args or (self.kwargs.get("input", self.kwargs.get("tensors")),)
+        first = ("input", "tensors")
+        kwargs = {name: value for name, value in self.kwargs.items() if name not in first}
+        return Call(self.function, args, kwargs)
+
     def argument(self, place: int, name: str, default: Any = None) -> Any:
         """Return an argument that is given by its place or by its name."""
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)

@@ -15,7 +15,7 @@ Map: `DataRows` (follows the data of one pass).
 Shape suffix: R rows of an axis.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import compress
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sampimp.importance.ownership.assumed_rows import AssumedRows
 from sampimp.importance.ownership.call import Call
 from sampimp.importance.ownership.operations import (
     CREATES,
@@ -44,10 +45,11 @@ from sampimp.importance.ownership.row_notes import (
     is_data,
 )
 from sampimp.importance.ownership.row_numbers import RowNumbers
+from sampimp.importance.ownership.shared_storage import RewrittenStorages, numbers_after_write
 from sampimp.importance.rules.batch import Batch
 
 _NOTES: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Step, pass and `SampleRows` of tensors, kept beside them: they may be saved or copied."""
+"""Step and `SampleRows` of tensors, kept beside them: they may be saved or copied."""
 
 
 class DataRows:
@@ -64,17 +66,27 @@ class DataRows:
         The same object in all passes of a step.
     keeping
         What is known of functions that are in no table of `operations`.
+    samples
+        Positions of the pass's samples among those of the step, which notes contain.
+    total
+        Number of the step's samples, as far as its passes are known.
     """
 
     def __init__(
-        self, batch: Batch, index: Tensor | None, step: object, keeping: RowKeeping
+        self,
+        batch: Batch,
+        index: Tensor | None,
+        step: object,
+        keeping: RowKeeping,
+        samples: slice,
+        total: int,
     ) -> None:
         self._batch, self._index, self._step = batch, index, step
         self._keeping = keeping
         self._origins = Origins()
-        self._numbers = RowNumbers(batch, index, self.of)
-        self._pass = object()  # another pass of the step may meet the same data
-        self._plain: dict[int, SampleRows] = {}  # by axis
+        self._numbers = RowNumbers(batch, index, samples.start, self.of)
+        self._assumed = AssumedRows(batch, samples, total)
+        self._rewritten = RewrittenStorages()
 
     def of(self, data: Tensor) -> SampleRows | None:
         """Return the samples of a tensor's rows; None if it has no axis of samples."""
@@ -83,42 +95,45 @@ class DataRows:
             return noted
         if data.is_nested:
             return UNKNOWN_ROWS
-        axis = self._batch.axis(data.dim(), int(data.is_floating_point()))
-        if data.dim() <= axis or data.shape[axis] != self._batch.size:
-            return None
-        if axis and len(data) == data.shape[axis]:
-            return None  # as many positions as samples; it may be transposed later
-        if axis not in self._plain:
-            self._plain[axis] = SampleRows(axis, torch.arange(self._batch.size), is_plain=True)
-        return self._plain[axis]
+        return self._assumed.of(data)
+
+    def of_pass(self, data: Tensor) -> SampleRows | None:
+        """Return the samples of a tensor's rows as positions in the pass, as `of` does."""
+        rows = self.of(data)
+        return rows and self._assumed.in_pass(rows)
 
     def note_made(self, data: Tensor) -> None:
         """Note that a tensor was created in the block, and contains no sample."""
         rows = self.of(data)
-        if rows is not None and rows.is_plain:
+        if rows is not None and rows.is_plain and not rows.is_assumed:
             created = replace(rows, is_created=True)
-            _NOTES[data] = self._step, self._pass, created
+            _NOTES[data] = self._step, created
 
-    def follow(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        outputs: Sequence[Any],
-    ) -> None:
+    def follow(self, call: Call, outputs: Sequence[Any]) -> None:
         """Note the rows of an operation's outputs, which are data."""
+        tensors = [output for output in outputs if _is_tensor(output)]
+        targets = (*call.args[:1], call.kwargs.get("out"))
+        written = [output for output in tensors if any(output is target for target in targets)]
+        before = [self.of(output) for output in written]
+        for output in tensors:
+            if not any(output is target for target in written):
+                self._rewritten.know(output)
+        self._follow(call, outputs)
+        for output, rows in zip(written, before, strict=True):
+            if not _are_equal(rows, self.of(output)):
+                self._note_sharing(output)
+
+    def _follow(self, call: Call, outputs: Sequence[Any]) -> None:
+        inputs, function = call.tensors(), call.function
         if function in CREATES:
             for output in outputs:
                 self.note_made(output)
             return
-        tensors = Call(function, args, kwargs).tensors()
-        self._origins.join(tensors, filter(_is_tensor, outputs))
-        if any(tensor.is_nested for tensor in tensors):
+        self._origins.join(inputs, filter(_is_tensor, outputs))
+        if any(map(_is_opaque, inputs)):
             self._note_unknown(outputs)
             return
-        args = args or (kwargs.get("input", kwargs.get("tensors")),)
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("input", "tensors")}
-        call = Call(function, args, kwargs)
+        call = call.by_place()
         if function in SORTS_FEATURES:
             self._follow_sort(call, outputs)
         elif function in MOVES_ENTRIES:
@@ -141,14 +156,16 @@ class DataRows:
         if not inputs or not all(map(is_data, inputs)):
             return None
         if has_rule:
-            rows = self.of(inputs[0])
-            return None if rows is None or rows.is_of_no_sample else rows
+            rows = self.of_pass(inputs[0])
+            is_none = rows is None or rows.is_assumed or rows.is_created or rows.is_of_no_sample
+            return None if is_none else rows
         notes = [note for tensor in inputs if (note := self._noted(tensor)) is not None]
         moved = [rows for rows in notes if not (rows.is_created or rows.is_of_no_sample)]
         if not moved:
             return None
         has_plain = any(self._noted(tensor) is None and self.of(tensor) for tensor in inputs)
-        return UNKNOWN_ROWS if has_plain or not all(map(moved[0].equals, moved)) else moved[0]
+        is_known = not has_plain and all(map(moved[0].equals, moved))
+        return self._assumed.in_pass(moved[0]) if is_known else UNKNOWN_ROWS
 
     def note_same(self, data: Tensor, source: Tensor) -> None:
         """Note that a tensor has the rows of another one now."""
@@ -157,26 +174,37 @@ class DataRows:
     def _sample_axis(self, data: Tensor) -> int | None:
         """Return the axis on which a tensor has a row for each sample; None if there is none."""
         rows = self.of(data) if data.dim() and self._batch.varies(data) else None
-        fits = rows is not None and data.dim() > rows.axis
+        fits = rows is not None and not rows.is_assumed and data.dim() > rows.axis
         return rows.axis if rows and fits and data.shape[rows.axis] == self._batch.size else None
 
     def _noted(self, data: Tensor) -> SampleRows | None:
         """Return the note of this step on a tensor."""
-        step, number, rows = _NOTES.get(data, (None, None, None))
-        if step is not self._step:
-            return None
-        return rows if number is self._pass else UNKNOWN_ROWS  # moved before its own pass began
+        if self._rewritten.hold(data):
+            return UNKNOWN_ROWS
+        step, rows = _NOTES.get(data, (None, None))
+        return rows if step is self._step else None
 
     def _note(self, data: Tensor, rows: SampleRows | None) -> None:
         _NOTES.pop(data, None)
-        known = self.of(data)
-        if rows is None or (known is not None and rows.equals(known)):
-            return
-        _NOTES[data] = self._step, self._pass, rows
+        if rows is not None and not _are_equal(rows, self.of(data)):
+            _NOTES[data] = self._step, rows
 
     def _note_unknown(self, outputs: Iterable[Any]) -> None:
         for output in filter(_is_tensor, outputs):
             self._note(output, UNKNOWN_ROWS)
+
+    def _note_sharing(self, written: Tensor) -> None:
+        """Note the rows of the tensor that a view was written into; all other views are unknown."""
+        base = written._base
+        if base is None:
+            self._rewritten.add(written)
+            return
+        before = self._numbers.numbered(base)
+        numbers = numbers_after_write(base, before, written, self._numbers.numbered(written))
+        if numbers is None or not torch.equal(numbers, before):
+            self._rewritten.add(written, base)
+            rows = UNKNOWN_ROWS if numbers is None else self._numbers.rows_of(numbers, base)
+            self._note(base, rows)
 
     def _follow_sort(self, call: Call, outputs: Sequence[Any]) -> None:
         """Note where the samples are sorted: a vector as a whole, or each feature by itself."""
@@ -184,8 +212,8 @@ class DataRows:
         rows = self.of(data)
         place, default = SORTS_FEATURES[call.function]
         if rows is None or call.argument(place, "dim", default) % data.dim() != rows.axis:
-            return
-        if data.dim() > 1 or len(outputs) < 2 or rows.samples is None:
+            self._follow_values(call, outputs)
+        elif data.dim() > 1 or len(outputs) < 2 or rows.samples is None:
             self._note_unknown(outputs)
         else:  # `outputs[1]`, positions to index with, is no data
             self._note(outputs[0], SampleRows(0, rows.samples[outputs[1].cpu()]))
@@ -196,12 +224,19 @@ class DataRows:
         """Note the outputs' rows, by carrying out the operation on row numbers."""
         moved, others = call.split(MOVES_ENTRIES[call.function])
         index_rows = self._index_rows(others)
-        if not any(self.of(tensor) for tensor in moved if self._batch.varies(tensor)):
+        all_rows = [
+            rows for tensor in moved if self._batch.varies(tensor) and (rows := self.of(tensor))
+        ]
+        is_guess = all(rows.is_guess for rows in all_rows)
+        if not all_rows or (is_guess and index_rows):
             if index_rows is not None:
                 for output in outputs:
                     self._note(output, _rows_of_lookup(call, index_rows))
+            elif any(rows.is_created for tensor in others if (rows := self._noted(tensor))):
+                for output in filter(_is_tensor, outputs):
+                    self.note_made(output)
             return
-        if self._is_fetched(call):
+        if _is_fetch(call, self._index) and self._noted(call.args[0]) is None:
             return
         if index_rows and call.function in WRITES:
             self._note_unknown(outputs)
@@ -212,7 +247,17 @@ class DataRows:
         numbers = None if has_named_tensor else self._numbers.moved(call)
         for output, number in zip(outputs, numbers or [None] * len(outputs), strict=False):
             if _is_tensor(output):
-                self._note(output, self._numbers.rows_of(number, output))
+                rows = self._numbers.rows_of(number, output)
+                self._note(output, self._guessed(rows, output) if is_guess and rows else rows)
+
+    def _guessed(self, rows: SampleRows, output: Tensor) -> SampleRows | None:
+        """Return rows that were moved on an axis that was a guess; None if they need not be."""
+        known = self.of(output)
+        if self._assumed.in_pass(rows).is_ordered(self._batch.size):
+            return None
+        if known is None or known.is_guess:
+            return replace(rows, is_guess=True)
+        return rows if known.axis == rows.axis else None
 
     def _index_rows(self, tensors: Iterable[Tensor]) -> SampleRows | None:
         """Return the rows of an index, mask or condition that is not in the batch's order."""
@@ -221,22 +266,6 @@ class DataRows:
             if rows is not None and not rows.is_created:
                 return rows
         return None
-
-    def _is_fetched(self, call: Call) -> bool:
-        """Return whether an operation fetches the step's samples from a data set by their index."""
-        index = None
-        if call.function is Tensor.__getitem__:
-            index = call.args[1]
-        elif call.function in (torch.index_select, Tensor.index_select):
-            index = call.argument(2, "index")
-        if self._index is None or not isinstance(index, list | np.ndarray | Tensor):
-            return False
-        if self._noted(call.args[0]) is not None:  # a batch, not a data set
-            return False
-        index = torch.as_tensor(index)
-        if index.dtype not in (torch.int32, torch.int64) or index.shape != self._index.shape:
-            return False
-        return torch.equal(index.cpu().long(), self._index)
 
     # Operations that compute values.
 
@@ -249,7 +278,9 @@ class DataRows:
         inputs = [
             tensor for tensor in call.tensors() if tensor.dim() and self._batch.varies(tensor)
         ]
-        known = [(tensor, rows) for tensor in inputs if (rows := self.of(tensor)) is not None]
+        known = [
+            (tensor, rows) for tensor in inputs if (rows := self.of(tensor)) and not rows.is_assumed
+        ]
         moved = [(tensor, rows) for tensor, rows in known if self._noted(tensor)]
         if not moved:
             return
@@ -293,20 +324,35 @@ class DataRows:
             (tensor, rows)
             for tensor in call.tensors()
             if tensor.dim() and self._batch.varies(tensor)
-            if (rows := self.of(tensor)) and not (rows.is_created or rows.is_of_no_sample)
+            if (rows := self.of(tensor))
+            and not (rows.is_assumed or rows.is_created or rows.is_of_no_sample)
         ]
         if not factors or _is_left_alone(call, factors):
             self._follow_values(call, outputs)
             return
         (output,) = outputs
         axis = self._batch.axis(output.dim(), int(output.is_floating_point()))
-        plain = SampleRows(axis, torch.arange(self._batch.size))
+        plain = SampleRows(axis, self._assumed.samples)
         found = []
         for factor, _ in factors:
             samples = self._numbers.numbered(factor)
             numbers = combined_samples(call, factor, samples)
             found.append(self._numbers.rows_of(numbers, output) or plain)
         self._note(output, agreed_rows(found, axis))
+
+
+def _is_fetch(call: Call, index: Tensor | None) -> bool:
+    """Return whether an operation fetches the step's samples from a data set by their index."""
+    given = None
+    if call.function is Tensor.__getitem__:
+        given = call.args[1]
+    elif call.function in (torch.index_select, Tensor.index_select):
+        given = call.argument(2, "index")
+    if index is None or not isinstance(given, list | np.ndarray | Tensor):
+        return False
+    given = torch.as_tensor(given)
+    is_index = given.dtype in (torch.int32, torch.int64) and given.shape == index.shape
+    return is_index and torch.equal(given.cpu().long(), index)
 
 
 def _rows_of_lookup(call: Call, index_rows: SampleRows) -> SampleRows:
@@ -331,6 +377,18 @@ def _are_aligned(first: Tensor, rows: SampleRows, second: Tensor, others: Sample
     Those of a vector of as many features as there are samples are not.
     """
     return first.dim() - rows.axis == second.dim() - others.axis
+
+
+def _are_equal(first: SampleRows | None, second: SampleRows | None) -> bool:
+    """Return whether two notes, or no notes, say the same."""
+    if first is None or second is None:
+        return first is second
+    return first.is_created == second.is_created and first.equals(second)
+
+
+def _is_opaque(tensor: Tensor) -> bool:
+    """Return whether the entries of a tensor cannot be numbered: nested ones, and inside vmap."""
+    return tensor.is_nested or torch._C._functorch.is_batchedtensor(tensor)
 
 
 def _is_tensor(value: Any) -> bool:

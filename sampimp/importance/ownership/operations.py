@@ -7,7 +7,7 @@ reorder data (`row_keeping`), and causes no new proof where it moves activations
 Map: of losses, `LOSSES_BY_ROW`, `CASTS`, `JOINS_AXES`, `LINEAR_IN_FIRST` (for
 `sampimp.importance.ownership.tape`); of data, `MOVES_ENTRIES`, `IN_PLACE`, `SORTS_FEATURES`,
 `WRITES`, `CREATES` (for `data_rows`); of activations, `MOVES_BY_VALUE`, `TABLE_LOOKUPS`,
-`PRODUCTS`, `WHOLE_PIECES`, `PIECES` (for `value_moves`); of the signature of a step,
+`PRODUCTS`, `WHOLE_PIECES`, `PIECES` (for `value_moves`), `REVERSES`; of the signature of a step,
 `SELECT_BY_NUMBER`, `TAKE_LENGTHS` (for the recorder).
 """
 
@@ -162,6 +162,9 @@ MOVES_BY_VALUE: dict[Any, tuple[int, int | None]] = _table(
 Each value is the position of the axis among the arguments (-1: there is none), and the axis by
 default (None: any).
 """
+
+REVERSES = _functions("flip fliplr flipud rot90")
+"""Operations that move rows by their settings, which the signature of a step contains."""
 
 TABLE_LOOKUPS = {functional.embedding, functional.embedding_bag}
 """Operations of `MOVES_BY_VALUE` whose moved values are the second argument, `weight`."""

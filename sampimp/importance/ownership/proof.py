@@ -37,7 +37,7 @@ from sampimp.importance.ownership.layout import (
     owners_on_axis,
     sequence_owners,
 )
-from sampimp.importance.ownership.loss_order import LossOrder
+from sampimp.importance.ownership.loss_order import LabelOrders, LossOrder
 from sampimp.importance.ownership.passes import SignPasses, announced
 from sampimp.importance.ownership.tape import Tape
 from sampimp.importance.ownership.use import Use
@@ -86,6 +86,8 @@ class Proof:
         Returns the layer of a use, for messages.
     tape
         The operations of the loss.
+    labels
+        The orders of the data that it compares outputs with.
     """
 
     def __init__(
@@ -97,11 +99,12 @@ class Proof:
         model: nn.Module,
         where: Callable[[Use], str],
         tape: Tape,
+        labels: LabelOrders,
         coupled_loss: str,
     ) -> None:
         self._uses, self._edges, self._outputs = uses, edges, outputs
         self._batch, self._model, self._where = batch, model, where
-        self._tape, self._coupled_loss = tape, coupled_loss
+        self._tape, self._labels, self._coupled_loss = tape, labels, coupled_loss
         self._passes: SignPasses  # of the cut that is tried now
         self._is_finite = True
 
@@ -211,6 +214,8 @@ class Proof:
             layouts.append(layout)
             all_known &= is_known
         order = self._order_of_loss(layouts, cut)
+        if not self._labels.agree_with(order):
+            raise refusals.labels_disagree(self._uses[-1], self._where(self._uses[-1]))
         loss = SUM
         if self._is_finite:
             loss = loss_kind(

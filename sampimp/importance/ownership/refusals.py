@@ -58,6 +58,18 @@ def order_unknown(use: Use, where: str) -> UnsupportedError:
     )
 
 
+def labels_disagree(use: Use, where: str) -> UnsupportedError:
+    """Return the error for labels in another order than the data, as far as that was seen."""
+    return UnsupportedError(
+        expected="data and labels in the same order",
+        got="labels that the block reorders, and data that it does not, as far as PyTorch shows",
+        where=where,
+        todo="reorder data by whole rows of a tensor with an axis of samples, as in data[order], "
+        "or put the batch into its order outside the block; batch_dim=1 says that positions come "
+        "before samples",
+    )
+
+
 def backward_not_repeatable(error: Exception) -> UnsupportedError:
     """Return the error for a graph that failed in a further backward pass."""
     return UnsupportedError(

@@ -67,9 +67,9 @@ class RowKeeping:
         key = call.function, _settings(call.args), names
         if key in self._results:
             return self._results[key]
-        result = _test(call, axis_of, size) if _can_be_repeated(call) else []
-        if not result:
-            return []
+        result, holds = _test(call, axis_of, size) if _can_be_repeated(call) else ([], False)
+        if not holds:
+            return result
         if len(self._results) >= _MOST_RESULTS:
             self._results.clear()
         self._results[key] = result
@@ -132,8 +132,12 @@ def _outputs(
     return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _test(call: Call, axis_of: AxisOf, size: int) -> list[bool]:
-    """Return for each output whether it keeps rows; nothing if this call does not tell."""
+def _test(call: Call, axis_of: AxisOf, size: int) -> tuple[list[bool], bool]:
+    """Return for each output whether it keeps rows, and whether that holds for other values.
+
+    There is nothing for each output if this call does not tell. The result may depend on an input
+    that does not move with the samples, such as the positions of `index_add`.
+    """
     inputs = _inputs(call)
     axes = {id(tensor): axis_of(tensor) for tensor in inputs}
     most_axes = max(tensor.dim() for tensor in inputs if axes[id(tensor)] is not None)
@@ -157,11 +161,12 @@ def _test(call: Call, axis_of: AxisOf, size: int) -> list[bool]:
             plain = _outputs(call)
             is_random = not all(map(_equal, plain, _outputs(call, seed=1)))
         except Exception:  # of whichever operation: it cannot be repeated
-            return []
+            return [], False
         if is_random or _rows_are_equal(inputs, axes, order):
-            return []
+            return [], False
         both = [_kept(call, plain, order, moved, output_axis) for moved in (axes, wide)]
-        return [any(each) for each in zip(*both, strict=True)]
+        kept = [any(each) for each in zip(*both, strict=True)]
+        return kept, kept == both[0]
 
 
 def _kept(

@@ -33,9 +33,17 @@ class SampleRows:
     is_plain: bool = False
     """Whether row n is known to be that of sample n."""
 
+    is_guess: bool = False
+    """Whether the samples are taken to be on the only axis of N, which is not the expected one."""
+
     is_created: bool = False
     """Whether the rows were created in the block (noise). Combined with data, they take the data's
     samples."""
+
+    @property
+    def is_assumed(self) -> bool:
+        """Whether nothing but a length says that the axis holds samples."""
+        return self.is_guess and self.is_plain
 
     @property
     def is_of_no_sample(self) -> bool:

@@ -22,6 +22,10 @@ from sampimp.importance.ownership.row_notes import (
 )
 from sampimp.importance.rules.batch import Batch
 
+_CREATED = UNKNOWN_SAMPLE - 1
+"""Number of an entry of row 0 that was created in the block; of row n, n less. Next to an entry of
+a sample it belongs to that sample, and alone, as in another half of the batch, to row n's."""
+
 
 class RowNumbers:
     """The samples' numbers in the place of the entries of data.
@@ -32,14 +36,20 @@ class RowNumbers:
         The samples of the pass.
     index
         The step's index of the pass's samples; None if it is not known.
+    start
+        Position of the pass's first sample in the step.
     of
         Returns the samples of a tensor's rows; None if it has no axis of samples.
     """
 
     def __init__(
-        self, batch: Batch, index: Tensor | None, of: Callable[[Tensor], SampleRows | None]
+        self,
+        batch: Batch,
+        index: Tensor | None,
+        start: int,
+        of: Callable[[Tensor], SampleRows | None],
     ) -> None:
-        self._batch, self._index, self._of = batch, index, of
+        self._batch, self._index, self._start, self._of = batch, index, start, of
 
     def moved(self, call: Call) -> Sequence[Any] | None:
         """Return the result of `MOVES_ENTRIES`'s call on row numbers of its inputs, on the CPU."""
@@ -95,7 +105,8 @@ class RowNumbers:
             numbers = torch.tensor(NO_SAMPLE if rows is None else UNKNOWN_SAMPLE)
         else:
             shape = [-1 if axis == rows.axis else 1 for axis in range(data.dim())]
-            numbers = rows.samples.reshape(shape)
+            samples = _CREATED - rows.samples if rows.is_created else rows.samples
+            numbers = samples.reshape(shape)
         numbers = numbers.expand(data.shape)
         return numbers.clone(memory_format=torch.contiguous_format) if as_copy else numbers
 
@@ -119,16 +130,23 @@ class RowNumbers:
             rows = rows.flatten(1) if numbers.dim() > 1 else rows[:, None]
             if not varying - {axis}:  # views of one number a row
                 rows = rows[:, :1]
-            if bool((rows <= UNKNOWN_SAMPLE).any()):
+            if bool((rows == UNKNOWN_SAMPLE).any()):
                 return UNKNOWN_ROWS
             largest_R = rows.amax(1)
-            smallest_R = rows.where(rows != NO_SAMPLE, len(rows) + rows.max()).amin(1)
-            if bool(((largest_R == smallest_R) | (largest_R == NO_SAMPLE)).all()):
-                is_index = self._index is not None and torch.equal(largest_R, self._index)
+            if bool((largest_R <= _CREATED).all()):  # noise alone
+                is_one = bool((largest_R == rows.amin(1)).all())
+                return SampleRows(axis, _CREATED - largest_R, is_created=True) if is_one else None
+            largest_R = largest_R.where(largest_R > _CREATED, _CREATED - largest_R)
+            smallest_R = rows.where(rows > NO_SAMPLE, len(rows) + rows.max()).amin(1)
+            has_sample = smallest_R < len(rows) + rows.max()
+            if bool(((largest_R == smallest_R) | ~has_sample).all()):
+                is_index = self._index is not None and torch.equal(
+                    largest_R - self._start, self._index
+                )
                 if is_index and axis == expected:
                     return None  # of a data set, in the step's order: fetched by its index
                 return SampleRows(axis, largest_R)
-            plain_R = torch.arange(len(rows))
+            plain_R = torch.arange(len(rows)) + self._start
             is_expected = axis == expected and len(rows) == self._batch.size
             if is_expected and bool((rows == plain_R[:, None]).any(1).all()):
                 # Each row keeps a part of its own sample, and has parts of others, as by cutmix.

@@ -5,7 +5,7 @@ signature contains the operations, their settings and the flow of tensors, but n
 tensors. An operation that moves rows by values, as an index, a mask or a product with a permutation
 matrix does, may therefore move other samples in the next step; such a step is proved each time.
 
-Map: `moves_samples`.
+Map: `moves_samples`, `pools_by_value`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -63,6 +63,26 @@ def moves_samples(
         return pieces >= batch.size
     axes = range(values.dim()) if axis is None else as_sequence(axis)
     return any(_may_hold_samples(values, axis, batch) for axis in axes)
+
+
+def pools_by_value(values: Iterable[Any], batch: Batch) -> bool:
+    """Return whether activations without an axis of samples are combined with data.
+
+    Which rows belong to a sample may then depend on the data, as where a mask selects its rows
+    among those of all samples.
+
+    Parameters
+    ----------
+    values
+        The tensors of an operation.
+    batch
+        The samples of the pass.
+    """
+    tensors = [value for value in values if isinstance(value, Tensor) and batch.varies(value)]
+    return any(
+        tensor.requires_grad and tensor.dim() and batch.size not in tensor.shape
+        for tensor in tensors
+    ) and any(not tensor.requires_grad and tensor.numel() > 1 for tensor in tensors)
 
 
 def _multiplies_by_data(
