@@ -36,6 +36,7 @@ class DerivedStudy:
         return [
             f"Waiting for {status.trial.label}: {status.state}"
             + (f", {status.detail}" if status.detail else "")
+            + (". `sampimp study` trains it" if status.state in ("waiting", "stopped") else "")
             for status in (inspect(self.folder, self.plan) if awaited else ())
             if status.trial.label in awaited
         ]

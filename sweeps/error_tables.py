@@ -23,7 +23,7 @@ def error_table(
 ) -> Group:
     """Return the test errors in per cent, mean and standard error over seeds, by rule and size.
 
-    Trainings that diverged are left out.
+    A mean over fewer seeds, since trainings diverged, says so.
 
     Parameters
     ----------
@@ -65,7 +65,8 @@ def smallest_sizes_table(sizes: Mapping[tuple[str, str], float], within: float, 
     Parameters
     ----------
     sizes
-        By rule and budget, as a share; 1 where no smaller size suffices.
+        By rule and budget, as a share; 1 where no smaller size suffices, NaN where a training on
+        all samples diverged.
     within
         Percentage points of the test error.
     run
@@ -75,9 +76,25 @@ def smallest_sizes_table(sizes: Mapping[tuple[str, str], float], within: float, 
     table = _table("rule", [f"equal {budget}" for budget in budgets])
     for rule in dict.fromkeys(rule for rule, _ in sizes):
         shares = [sizes[rule, budget] for budget in budgets]
-        table.add_row(Text(rule), *("none" if s == 1 else f"{100 * s:.3g} %" for s in shares))
+        table.add_row(Text(rule), *map(_share, shares))
     title = f"{run}: smallest size within {within:g} points of the error of all samples"
-    return Group(Text(title, "bold"), table)
+    lines: list[Text | Table] = [Text(title, "bold"), table]
+    if any(np.isnan(size) for size in sizes.values()):
+        lines.append(Text("unknown: a training on all samples diverged", "dim"))
+    return Group(*lines)
+
+
+def _share(size: float) -> str:
+    """Return a smallest size in per cent.
+
+    Examples
+    --------
+    >>> [_share(size) for size in (0.111, 1.0, float("nan"))]
+    ['11.1 %', 'none', 'unknown']
+    """
+    if np.isnan(size):
+        return "unknown"
+    return "none" if size == 1 else f"{100 * size:.3g} %"
 
 
 def _table(first: str, columns: Sequence[str]) -> Table:
@@ -94,13 +111,14 @@ def _mean(error: xr.DataArray) -> str:
     Examples
     --------
     >>> _mean(xr.DataArray([0.184, 0.186])), _mean(xr.DataArray([0.0444, np.nan]))
-    ('18.5±0.1', '4.44')
+    ('18.5±0.1', '4.44 (1 of 2)')
     """
     known = 100 * error.values[np.isfinite(error.values)]
     if not len(known):
         return "—"
+    part = f" ({len(known)} of {error.size})" if len(known) < error.size else ""
     if len(known) == 1:
-        return f"{known[0]:.2f}"
+        return f"{known[0]:.2f}{part}"
     spread = known.std(ddof=1) / np.sqrt(len(known))
     digits = 1 if known.mean() >= 10 and spread >= 0.05 else 2
-    return f"{known.mean():.{digits}f}±{spread:.{digits}f}"
+    return f"{known.mean():.{digits}f}±{spread:.{digits}f}{part}"

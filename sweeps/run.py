@@ -27,7 +27,12 @@ from sampimp.sweeps.machines import Cluster, find_address, this_machine
 from sampimp.sweeps.options import StudyConfig
 from sampimp.sweeps.preflight import check_cluster, check_disk
 from sampimp.sweeps.study import Study, prepare_study
-from sampimp.sweeps.subset_study import SubsetRequest, prepare_subsets
+from sampimp.sweeps.subset_study import (
+    SubsetRequest,
+    check_shares,
+    check_sizes,
+    prepare_subsets,
+)
 from sampimp.sweeps.work import Unit, training_units
 
 
@@ -53,6 +58,7 @@ def run_study(config: StudyConfig, console: Console) -> int:
     else:
         study = prepare_study(config, connect_to_cluster, _ingest, console)
     check_influence(study)
+    check_subsets(study)
     # Without room for a trial here, what cannot be measured is an error of the cluster below.
     has_room = study.cluster.room(config.cpus_per_trial, config.gpus_per_trial) > 0
     is_measured = starts_ray and has_room and bool(study.missing)
@@ -114,6 +120,7 @@ def add_subsets(study: Study, runs: tuple[str, ...], console: Console) -> None:
         seeds=(1, 2, 3),
         runs=runs,
         model=study.config.model,
+        option="--subsets",
     )
     _add(study, "Subsets are", lambda: prepare_subsets(study.folder, request), console)
 
@@ -151,6 +158,14 @@ def check_influence(study: Study) -> None:
     for key, source in study.sources.items() if study.config.influence else ():
         data = scale_inputs(source, study.plan.training.input_scaling)
         list_targets(study.config.influence, data, study.plan.datasets[key].layer_names)
+
+
+def check_subsets(study: Study) -> None:
+    """Raise ConfigError for a size of `--subsets` that cannot be, before anything is trained."""
+    sizes = study.config.subsets
+    for key, source in study.sources.items() if sizes else ():
+        check_shares(sizes, "--subsets")
+        check_sizes(sizes, study.plan.datasets[key].name, source.train_labels, "--subsets")
 
 
 def write_plan(study: Study, console: Console) -> Study:

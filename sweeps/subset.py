@@ -60,7 +60,7 @@ class _Subsets:
     rules: tuple[str, ...] = ("tau-high", "nll-high", "strata", "power")
     """Who is kept, as above."""
     sizes: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
-    """Shares of the samples, between 0 and 1."""
+    """Shares of the samples, between 0 and 1, separated by spaces."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Of initialisation, order and random draws."""
     within: Annotated[float | None, unset_option("POINTS")] = None

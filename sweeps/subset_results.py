@@ -86,11 +86,13 @@ def smallest_sizes(
     Returns
     -------
     dict
-        Shares of the samples; 1 where no smaller size suffices.
+        Shares of the samples; 1 where no smaller size suffices, NaN where a training on all
+        samples diverged.
     """
     found: dict[str, dict[tuple[str, str], float]] = {}
     for curve in _error_curves(folder, request, within):
-        size = crossing(curve.sizes, curve.errors, curve.limit).size
+        is_known = np.isfinite(curve.limit)
+        size = crossing(curve.sizes, curve.errors, curve.limit).size if is_known else np.nan
         found.setdefault(curve.run, {})[curve.rule, curve.budget] = size
     return found
 

@@ -41,7 +41,12 @@ def read_score_file(path: str) -> np.ndarray:
 
 def _read_array(path: str) -> object:
     if path.endswith(".npy"):
-        return np.load(path, allow_pickle=False)
+        try:
+            return np.load(path, allow_pickle=False)
+        except ValueError:  # NumPy's advice is to load it unsafely
+            raise ValueError("other content than an array of numbers") from None
+    if path.endswith(".npz"):
+        raise ValueError("an .npz file, which may have several arrays")
     with warnings.catch_warnings(action="ignore"):  # of an empty file
         return np.loadtxt(path, delimiter=",", ndmin=1, encoding="utf-8-sig")
 
@@ -88,7 +93,7 @@ def own_scores(
             raise DataError(
                 expected=f"{count:,} scores, one for each training sample, in their order",
                 got=f"shape {files[rule.spec].shape}",
-                where=f"rule {rule.spec}",
+                where=f"option --rules, {rule.spec} (file and digest)",
                 todo="write one number for each sample, NaN where there is none",
             )
         return files[rule.spec]

@@ -5,7 +5,7 @@
                                         parameters of rules, and the rule `chosen`
     full                                all samples, for the study's epochs and to convergence
 
-Map: `SubsetRequest`; `prepare_subsets`.
+Map: `SubsetRequest`; `prepare_subsets`; `check_shares`, `check_sizes`.
 """
 
 import re
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sampimp.data import Dataset, scale_inputs
+from sampimp.data import scale_inputs
 from sampimp.errors import ConfigError
 from sampimp.schema import digest
 from sampimp.store.location import Folder
@@ -53,6 +53,8 @@ class SubsetRequest:
     """As for `sampimp.sweeps.run_choice.choose_runs`: the runs whose scores select."""
     model: str | None = None
     """The study's network, if it is a user's own."""
+    option: str = "--sizes"
+    """The option that the sizes come from, for messages."""
     parsed: tuple[SelectionRule, ...] = field(init=False)
     """The rules, with the baselines first; of scores:FILE the file's stem and digest."""
     files: dict[str, np.ndarray] = field(init=False)
@@ -61,6 +63,14 @@ class SubsetRequest:
     def __post_init__(self) -> None:
         """Raise ConfigError for a rule, size or seed that cannot be."""
         rules, files = {}, {}
+        joined = [rule for rule in self.rules if "," in rule.partition(":")[0]]
+        if joined:
+            raise ConfigError(
+                expected="rules that are separated by spaces",
+                got=joined[0],
+                where="option --rules",
+                todo=f"write --rules {joined[0].replace(',', ' ')}",
+            )
         for rule in map(parse_rule, dict.fromkeys((*BASELINES, *self.rules))):
             if rule.name == "scores":
                 values = read_score_file(rule.argument)
@@ -70,15 +80,7 @@ class SubsetRequest:
             rules[rule.spec] = rule  # once, if two files have the same scores
         object.__setattr__(self, "parsed", tuple(rules.values()))
         object.__setattr__(self, "files", files)
-        wrong = [size for size in self.sizes if not 0 < size < 1]
-        wrong = wrong or sorted({size for size in self.sizes if self.sizes.count(size) > 1})
-        if wrong or not self.sizes:
-            raise ConfigError(
-                expected="sizes between 0 and 1, each once; all samples are always compared",
-                got=", ".join(map(str, wrong)) or "none",
-                where="option --sizes",
-                todo="name shares of the samples, such as 0.05 0.1 0.3",
-            )
+        check_shares(self.sizes, self.option)
         wrong_seeds = [seed for seed in self.seeds if not 0 <= seed < 2**63]
         if wrong_seeds or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(
@@ -133,9 +135,10 @@ def prepare_subsets(
     scores = {}
     for run in (trials[position] for position in positions):
         sizes = [each.size for each in comparisons if each.concerns(run)]
-        _check_sizes(plan, run.config.dataset, data[run.config.dataset], sizes)
+        info, labels = plan.datasets[run.config.dataset], data[run.config.dataset].train_labels
+        check_sizes(sizes, info.name, labels, request.option)
         if is_whole:
-            _check_distinct(request.sizes, plan.datasets[run.config.dataset])
+            _check_distinct(request.sizes, info, request.option)
         for rule in request.parsed:
             if rule.reads_own:
                 values = own_scores(folder, plan, run, rule, request.files)
@@ -180,24 +183,47 @@ def prepare_subsets(
     )
 
 
-def _check_sizes(plan: Plan, key: str, data: Dataset, sizes: Sequence[float]) -> None:
-    """Raise ConfigError for a size below one sample a class, or more than the split leaves."""
-    count = len(data.train_labels)
-    classes = len(np.unique(data.train_labels))
-    left = count - len(validation_samples(data.train_labels))
+def check_shares(sizes: Sequence[float], option: str) -> None:
+    """Raise ConfigError unless sizes are shares of the samples, each once."""
+    wrong = [size for size in sizes if not 0 < size < 1]
+    wrong = wrong or sorted({size for size in sizes if sizes.count(size) > 1})
+    if wrong or not sizes:
+        raise ConfigError(
+            expected="sizes between 0 and 1, each once; all samples are always compared",
+            got=", ".join(map(str, wrong)) or "none",
+            where=f"option {option}",
+            todo="name shares of the samples, such as 0.05 0.1 0.3 (0.3 is 30 %)",
+        )
+
+
+def check_sizes(sizes: Sequence[float], name: str, labels: np.ndarray, option: str) -> None:
+    """Raise ConfigError for a size below one sample a class, or more than the split leaves.
+
+    Parameters
+    ----------
+    sizes
+        Shares of the training samples.
+    name, labels
+        Of the data set, (N,).
+    option
+        Where the sizes come from, for messages.
+    """
+    count = len(labels)
+    classes = len(np.unique(labels))
+    left = count - len(validation_samples(labels))
     for size in dict.fromkeys(sizes):
         if not classes <= round(size * count) <= left:
             raise ConfigError(
                 expected=f"at least {classes} of the {count:,} samples, one for each class, and at "
                 f"most {left:,}, those outside the validation split",
                 got=f"a size of {size}: {round(size * count):,}",
-                where=f"option --sizes, data set {plan.datasets[key].name}",
+                where=f"option {option}, data set {name}",
                 todo=f"choose sizes from {_two_digits(classes / count, ROUND_CEILING)} to "
                 f"{_two_digits(left / count, ROUND_FLOOR)}",
             )
 
 
-def _check_distinct(sizes: Sequence[float], dataset: DatasetInfo) -> None:
+def _check_distinct(sizes: Sequence[float], dataset: DatasetInfo, option: str) -> None:
     """Raise ConfigError for two sizes that are the same number of samples."""
     by_count: dict[int, list[float]] = {}
     for size in sizes:
@@ -207,7 +233,7 @@ def _check_distinct(sizes: Sequence[float], dataset: DatasetInfo) -> None:
             raise ConfigError(
                 expected="sizes that differ in their number of samples",
                 got=f"{', '.join(map(str, same))}: {count:,} of {dataset.sample_count:,} each",
-                where=f"option --sizes, data set {dataset.name}",
+                where=f"option {option}, data set {dataset.name}",
                 todo="name one of them",
             )
 

@@ -129,6 +129,7 @@ class Capture:
             Sample indices of each pass.
         """
         self._sizes, self.indices = list(sizes), list(indices)
+        self._first_of_epoch = first_of_epoch
         self._elementwise, self._accumulates = elementwise, accumulates
         if first_of_epoch:
             self.tensors.require_same_parameters()
@@ -175,7 +176,15 @@ class Capture:
             number=self._done,
             samples=samples,
             batch=batch,
-            data=DataRows(batch, index, self._step_key, self._keeping, samples, sum(self._sizes)),
+            data=DataRows(
+                batch,
+                index,
+                self._step_key,
+                self._keeping,
+                samples,
+                sum(self._sizes),
+                compares=self._first_of_epoch,
+            ),
             signature=OperationSignature(self.tensors.rows),
         )
         self.watch.begin_pass(self._calls)

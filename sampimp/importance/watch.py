@@ -135,6 +135,8 @@ class ForwardWatch(TorchFunctionMode):
                 self._record_assignment(function, args, kwargs)
             elif function == _SET_DATA:  # made anew by each access
                 self.calls.data.note_same(*args)
+            elif torch.is_grad_enabled():  # perhaps read, as by NumPy
+                self.calls.data.compare(filter(is_data, tensors_among(args, kwargs)))
             return output
         roots, varying = self._origins(args, kwargs)
         if varying or (
@@ -284,8 +286,10 @@ class ForwardWatch(TorchFunctionMode):
 
     def _mark_varying(self, tensor: Any) -> None:
         """Note that a tensor without samples, if it was one, is changed in place by samples."""
-        if self._tensors.forget(tensor) and is_data(tensor):
-            self.calls.data.note_made(tensor)
+        base = tensor._base if isinstance(tensor, Tensor) else None
+        for changed in (base, tensor):  # a view may be written into
+            if changed is not None and self._tensors.forget(changed) and is_data(changed):
+                self.calls.data.note_made(changed)
 
     def _record_batch_norm(self, roots: frozenset[int]) -> None:
         """Exempt a BatchNorm in training mode, and all uses before it; or refuse it."""

@@ -81,7 +81,8 @@ Files, in the order in which to read them:
 - `signs`, `cut`, `passes`: the passes with signs, and owners from their gradients.
 - `operations`, `tape`, `coupling`: whether the loss is a sum over samples.
 - `call`, `row_notes`, `assumed_rows`, `row_numbers`, `product_rows`, `shared_storage`,
-  `row_keeping`, `data_rows`, `loss_order`: which sample each row of the loss belongs to.
+  `row_keeping`, `row_values`, `data_rows`, `loss_order`: which sample each row of the loss belongs
+  to.
 - `proof`: the whole proof of one backward pass; `refusals`: its errors.
 - `value_moves`: which steps are proved each time.
 """

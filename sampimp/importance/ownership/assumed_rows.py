@@ -34,8 +34,8 @@ class AssumedRows:
         """Return the samples of a tensor's rows; None if it has no axis of samples."""
         size = self._batch.size
         axis = self._batch.axis(data.dim(), int(data.is_floating_point()))
-        length = data.shape[axis] if data.dim() > axis else 0
-        if length and length == self._total != size:  # of all passes
+        length = data.shape[axis] if data.dim() > axis else None
+        if length == self._total != size:  # of all passes
             return self._plain(axis, torch.arange(self._total), is_guess=False)
         if length != size:
             axes = [axis for axis, length in enumerate(data.shape) if length == size]

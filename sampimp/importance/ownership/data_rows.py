@@ -45,6 +45,7 @@ from sampimp.importance.ownership.row_notes import (
     is_data,
 )
 from sampimp.importance.ownership.row_numbers import RowNumbers
+from sampimp.importance.ownership.row_values import RowValues
 from sampimp.importance.ownership.shared_storage import RewrittenStorages, numbers_after_write
 from sampimp.importance.rules.batch import Batch
 
@@ -70,6 +71,8 @@ class DataRows:
         Positions of the pass's samples among those of the step, which notes contain.
     total
         Number of the step's samples, as far as its passes are known.
+    compares
+        Whether values are compared, which waits for the device.
     """
 
     def __init__(
@@ -80,6 +83,8 @@ class DataRows:
         keeping: RowKeeping,
         samples: slice,
         total: int,
+        *,
+        compares: bool,
     ) -> None:
         self._batch, self._index, self._step = batch, index, step
         self._keeping = keeping
@@ -87,6 +92,7 @@ class DataRows:
         self._numbers = RowNumbers(batch, index, samples.start, self.of)
         self._assumed = AssumedRows(batch, samples, total)
         self._rewritten = RewrittenStorages()
+        self._values = RowValues(compares, index)
 
     def of(self, data: Tensor) -> SampleRows | None:
         """Return the samples of a tensor's rows; None if it has no axis of samples."""
@@ -106,20 +112,20 @@ class DataRows:
         """Note that a tensor was created in the block, and contains no sample."""
         rows = self.of(data)
         if rows is not None and rows.is_plain and not rows.is_assumed:
-            created = replace(rows, is_created=True)
-            _NOTES[data] = self._step, created
+            _NOTES[data] = self._step, replace(rows, is_created=True)
 
     def follow(self, call: Call, outputs: Sequence[Any]) -> None:
         """Note the rows of an operation's outputs, which are data."""
         tensors = [output for output in outputs if _is_tensor(output)]
-        targets = (*call.args[:1], call.kwargs.get("out"))
-        written = [output for output in tensors if any(output is target for target in targets)]
+        written, made = _written_and_made(call, tensors)
         before = [self.of(output) for output in written]
-        for output in tensors:
-            if not any(output is target for target in written):
-                self._rewritten.know(output)
+        for output in made:
+            self._rewritten.know(output)
         self._follow(call, outputs)
+        self.compare(made)
         for output, rows in zip(written, before, strict=True):
+            self._values.forget(output)
+            self.compare([output])
             if not _are_equal(rows, self.of(output)):
                 self._note_sharing(output)
 
@@ -134,6 +140,10 @@ class DataRows:
             self._note_unknown(outputs)
             return
         call = call.by_place()
+        if _is_fetch(call, self._index) and self._noted(call.args[0]) is None:
+            self._values.trust(outputs[0])
+            return
+        self.compare(inputs)
         if function in SORTS_FEATURES:
             self._follow_sort(call, outputs)
         elif function in MOVES_ENTRIES:
@@ -147,6 +157,12 @@ class DataRows:
             self._follow_values(call, list(compress(outputs, kept)))
             self._note_unknown(compress(outputs, (not is_kept for is_kept in kept)))
 
+    def compare(self, data: Iterable[Tensor]) -> None:
+        """Note that rows are unknown where values say that they are not as assumed."""
+        for tensor in filter(self._batch.varies, data if self._values.are_compared else ()):
+            if self._values.contradict(tensor, self.of(tensor)):
+                self._note(tensor, UNKNOWN_ROWS)
+
     def of_inputs(self, inputs: Sequence[Tensor], *, has_rule: bool) -> SampleRows | None:
         """Return the samples of the rows of a layer's inputs, if these are data.
 
@@ -155,6 +171,7 @@ class DataRows:
         """
         if not inputs or not all(map(is_data, inputs)):
             return None
+        self.compare(inputs)
         if has_rule:
             rows = self.of_pass(inputs[0])
             is_none = rows is None or rows.is_assumed or rows.is_created or rows.is_of_no_sample
@@ -174,8 +191,9 @@ class DataRows:
     def _sample_axis(self, data: Tensor) -> int | None:
         """Return the axis on which a tensor has a row for each sample; None if there is none."""
         rows = self.of(data) if data.dim() and self._batch.varies(data) else None
-        fits = rows is not None and not rows.is_assumed and data.dim() > rows.axis
-        return rows.axis if rows and fits and data.shape[rows.axis] == self._batch.size else None
+        if rows is None or rows.is_assumed or data.dim() <= rows.axis:
+            return None
+        return rows.axis if data.shape[rows.axis] == self._batch.size else None
 
     def _noted(self, data: Tensor) -> SampleRows | None:
         """Return the note of this step on a tensor."""
@@ -218,8 +236,6 @@ class DataRows:
         else:  # `outputs[1]`, positions to index with, is no data
             self._note(outputs[0], SampleRows(0, rows.samples[outputs[1].cpu()]))
 
-    # Operations that move entries.
-
     def _follow_move(self, call: Call, outputs: Sequence[Any]) -> None:
         """Note the outputs' rows, by carrying out the operation on row numbers."""
         moved, others = call.split(MOVES_ENTRIES[call.function])
@@ -235,8 +251,6 @@ class DataRows:
             elif any(rows.is_created for tensor in others if (rows := self._noted(tensor))):
                 for output in filter(_is_tensor, outputs):
                     self.note_made(output)
-            return
-        if _is_fetch(call, self._index) and self._noted(call.args[0]) is None:
             return
         if index_rows and call.function in WRITES:
             self._note_unknown(outputs)
@@ -266,8 +280,6 @@ class DataRows:
             if rows is not None and not rows.is_created:
                 return rows
         return None
-
-    # Operations that compute values.
 
     def _follow_values(self, call: Call, outputs: Sequence[Any]) -> None:
         """Note that rows stay in place.
@@ -339,6 +351,15 @@ class DataRows:
             numbers = combined_samples(call, factor, samples)
             found.append(self._numbers.rows_of(numbers, output) or plain)
         self._note(output, agreed_rows(found, axis))
+
+
+def _written_and_made(call: Call, outputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the outputs that are arguments, written into, and all others."""
+    targets = {id(value) for value in (*call.args[:1], call.kwargs.get("out"))}
+    return (
+        [output for output in outputs if id(output) in targets],
+        [output for output in outputs if id(output) not in targets],
+    )
 
 
 def _is_fetch(call: Call, index: Tensor | None) -> bool:
