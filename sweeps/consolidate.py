@@ -26,7 +26,7 @@ Examples:
 
 Exit code:
   0  all stores are written      2  a mistake that you can correct
-  130  interrupted by Ctrl-C"""
+  130  interrupted by Ctrl-C, 143 by SIGTERM"""
 
 
 def write_stores(

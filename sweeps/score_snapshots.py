@@ -24,7 +24,7 @@ Examples:
 
 Exit code:
   0  all epochs have it       2  a mistake that you can correct
-  130  interrupted by Ctrl-C"""
+  130  interrupted by Ctrl-C, 143 by SIGTERM"""
 
 
 def score(

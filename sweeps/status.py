@@ -67,7 +67,7 @@ Exit code:
      --root says (--verify)
   2  a mistake that you can correct
   3  trials failed, and nothing is damaged
-  130  interrupted by Ctrl-C"""
+  130  interrupted by Ctrl-C, 143 by SIGTERM"""
 
 
 def describe(folder: Folder, statuses: Sequence[Status], console: Console) -> None:

@@ -253,6 +253,23 @@ def test_diverged_trainings_are_counted(study, command, monkeypatch):
     assert command(study, *FAST, "--within", "40")[0] == 0
 
 
+def test_means_over_fewer_seeds_and_unknown_limits_are_marked(study, command, monkeypatch):
+    original = subset_work.train_subset
+
+    def diverging(config, data, selected, budget):
+        model = original(config, data, selected, budget)
+        if config.seed == 1 and budget == "steps" and len(selected) in (6, 24):
+            next(model.parameters()).data.fill_(torch.nan)
+        return model
+
+    monkeypatch.setattr(subset_work, "train_subset", diverging)
+    code, text = command(study, *FAST, "--within", "40")
+    assert code == 0, text
+    assert "(1 of 2)" in text
+    assert ["random", "unknown", "unknown"] in [line.split() for line in text.splitlines()]
+    assert "unknown: a training on all samples diverged" in text
+
+
 def test_a_dry_run_lists_units_and_stores_nothing(study, command, tmp_path):
     np.save(tmp_path / "mine.npy", np.arange(24.0))
     before = sorted(Path(str(study)).rglob("*"))
@@ -280,6 +297,10 @@ MISTAKES = {
     "a negative seed": (["--seeds", "-1"], "seeds of 0 or above, each once"),
     "a huge seed": (["--seeds", str(2**63)], "below 2^63"),
     "no run": (["--runs"], "one or more runs as STRATEGY:SEED"),
+    "rules joined": (
+        ["--rules", "tau-high,power:1"],
+        "write --rules tau-high power:1",
+    ),
     "unknown rule": (["--rules", "best"], "a rule among random, balanced"),
     "a cut above what is left": (
         ["--rules", "strata:0.5", "--sizes", "0.8"],
@@ -374,6 +395,7 @@ def test_a_file_that_cannot_be_read_is_refused(study, command, tmp_path):
         code, text = command(study, "--rules", f"scores:{path}", "--sizes", "0.5")
         assert code == 2, path
         assert "an .npy file, or a text file with a number in each line" in text
+        assert "pickle" not in text
         assert str(path) in text
 
 

@@ -47,7 +47,10 @@ The argument:
 5. Steps 1 to 4 number the owners by their row of the loss. The uses whose input is data show which
    samples these are, since the order of the data is followed through the block (`data_rows`,
    `loss_order`). A product has the rows that its factors agree on (`product_rows`). An operation on
-   data that no table lists has to keep each sample on its row (`row_keeping`).
+   data that no table lists has to keep each sample on its row (`row_keeping`). Writes into a view
+   change the tensors that share its memory (`shared_storage`).
+6. What is not seen is assumed (`assumed_rows`), and has two witnesses: labels that the block
+   reorders may not contradict it (`loss_order`), nor may the values of rows (`row_values`).
 
 Cost and validity:
 
@@ -67,10 +70,11 @@ Limits:
   step of an epoch, by changes of up to eight standard deviations of the outputs. In all other cases
   only the second derivative is tested. A loss without a second derivative is recorded with a
   warning.
-- Data reordered by NumPy, lists of numbers or `torch.vmap` are taken to be in the batch's order,
-  and so are data that a matrix of N rows mixes from the left. A second tensor of N rows is taken
-  to hold further rows of the batch's samples. A tensor of N rows in a plain attribute is taken
-  for data, and its use is refused as mixing samples if it is not: register it as a buffer.
+- Data reordered by NumPy, lists or compiled functions are taken to be in the batch's order where
+  no witness contradicts, and so are data that a matrix of N rows mixes from the left. A second
+  tensor of N rows is taken to hold further rows of the batch's samples. A tensor of N rows in a
+  plain attribute is taken for data, and its use is refused as mixing samples if it is not:
+  register it as a buffer.
 - An operation below the cut that is not linear in the gradient of one sample (a hook that clips
   each value) is not noticed, and what it returns is taken for the sample's gradient.
 - On devices without deterministic sums, rows are compared within 64 times the rounding error.

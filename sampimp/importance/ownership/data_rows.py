@@ -43,6 +43,7 @@ from sampimp.importance.ownership.row_notes import (
     Origins,
     SampleRows,
     is_data,
+    is_transformed,
 )
 from sampimp.importance.ownership.row_numbers import RowNumbers
 from sampimp.importance.ownership.row_values import RowValues
@@ -116,11 +117,13 @@ class DataRows:
 
     def follow(self, call: Call, outputs: Sequence[Any]) -> None:
         """Note the rows of an operation's outputs, which are data."""
+        if is_transformed():
+            self._note_unknown(outputs)
+            return
         tensors = [output for output in outputs if _is_tensor(output)]
         written, made = _written_and_made(call, tensors)
-        before = [self.of(output) for output in written]
-        for output in made:
-            self._rewritten.know(output)
+        before = list(map(self.of, written))
+        self._rewritten.know(*made)
         self._follow(call, outputs)
         self.compare(made)
         for output, rows in zip(written, before, strict=True):
@@ -136,7 +139,7 @@ class DataRows:
                 self.note_made(output)
             return
         self._origins.join(inputs, filter(_is_tensor, outputs))
-        if any(map(_is_opaque, inputs)):
+        if any(tensor.is_nested for tensor in inputs):
             self._note_unknown(outputs)
             return
         call = call.by_place()
@@ -405,11 +408,6 @@ def _are_equal(first: SampleRows | None, second: SampleRows | None) -> bool:
     if first is None or second is None:
         return first is second
     return first.is_created == second.is_created and first.equals(second)
-
-
-def _is_opaque(tensor: Tensor) -> bool:
-    """Return whether the entries of a tensor cannot be numbered: nested ones, and inside vmap."""
-    return tensor.is_nested or torch._C._functorch.is_batchedtensor(tensor)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Notes on data tensors: the sample of each row, and marks.
 
 Map: `SampleRows`, `UNKNOWN_ROWS`, `NO_SAMPLE`, `UNKNOWN_SAMPLE`; `Origins`; `mark_as_range`,
-`is_marked_range`, `mark_as_data`, `is_data`; `as_sequence`.
+`is_marked_range`, `mark_as_data`, `is_data`; `is_transformed`; `as_sequence`.
 
 Shape suffix: R rows of an axis.
 """
@@ -120,6 +120,11 @@ def is_data(value: Any) -> bool:
 def mark_as_data(tensor: Tensor) -> None:
     """Mark a tensor that has a gradient, but depends on no parameter."""
     _DATA[tensor] = True
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of torch.func runs, inside which tensors stand for several."""
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def as_sequence(value: Any) -> Sequence[Any]:

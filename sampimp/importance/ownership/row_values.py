@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sampimp.importance.ownership.row_notes import SampleRows
+from sampimp.importance.ownership.row_notes import SampleRows, is_transformed
 
 
 class RowValues:
@@ -83,7 +83,7 @@ def _is_reordered_range(index: Tensor) -> bool:
 
 
 def _can_be_compared(data: Tensor, rows: SampleRows) -> bool:
-    is_known = not (rows.is_created or rows.is_assumed)
+    is_known = not (rows.is_created or rows.is_assumed or is_transformed())
     is_array = data.layout == torch.strided and not data.is_meta and data.is_floating_point()
     return is_known and is_array and data.dim() > 1 and data.shape[rows.axis] > 1
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sampimp.importance.ownership.row_notes import UNKNOWN_SAMPLE
+from sampimp.importance.ownership.row_notes import UNKNOWN_SAMPLE, is_transformed
 
 
 class RewrittenStorages:
@@ -21,12 +21,11 @@ class RewrittenStorages:
         """Note that tensors, which share a storage, have rows that are known; all others not."""
         storage = known[0].untyped_storage()
         self._storages[storage._cdata] = storage, WeakIdKeyDictionary()
-        for tensor in known:
-            self.know(tensor)
+        self.know(*known)
 
-    def know(self, tensor: Tensor) -> None:
-        """Note that the rows of a tensor are known, as of an operation's output."""
-        if self._storages and _has_storage(tensor):
+    def know(self, *tensors: Tensor) -> None:
+        """Note that the rows of tensors are known, as of an operation's outputs."""
+        for tensor in filter(_has_storage, tensors if self._storages else ()):
             found = self._storages.get(tensor.untyped_storage()._cdata)
             if found is not None:
                 found[1][tensor] = True
@@ -67,4 +66,4 @@ def numbers_after_write(
 
 
 def _has_storage(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_nested
+    return tensor.layout == torch.strided and not (tensor.is_nested or is_transformed())
