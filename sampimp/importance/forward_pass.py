@@ -65,15 +65,13 @@ class ForwardPass:
         is_fixed: Callable[[Tensor], bool],
     ) -> None:
         """Add a call on activations to the signature; set `moves` if it may reorder samples."""
-        if moves_samples(function, args, kwargs, self.batch, is_fixed):
+        moves = moves_samples(function, args, kwargs, self.batch, is_fixed)
+        if moves or function in REVERSES:
+            self.labels.settle()
+        if moves or pools_by_value(function, tensors_among(args, kwargs), self.batch):
             # After the model's outputs, no parameter meets the samples that are moved.
             self.moves_above = True
             self.moves |= not self.outputs
-            self.labels.settle()
-        elif function in REVERSES:
-            self.labels.settle()
-        elif pools_by_value(tensors_among(args, kwargs), self.batch):
-            self.moves_above = True
         self.signature.add(function, args, kwargs, self.batch.dim + 1)
 
     def note_labels(self, varying: Sequence[Tensor]) -> None:

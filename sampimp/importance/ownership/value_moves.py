@@ -65,24 +65,27 @@ def moves_samples(
     return any(_may_hold_samples(values, axis, batch) for axis in axes)
 
 
-def pools_by_value(values: Iterable[Any], batch: Batch) -> bool:
+def pools_by_value(function: Callable[..., Any], tensors: Iterable[Tensor], batch: Batch) -> bool:
     """Return whether activations without an axis of samples are combined with data.
 
     Which rows belong to a sample may then depend on the data, as where a mask selects its rows
-    among those of all samples.
+    among those of all samples, or where weights behind a mask multiply them.
 
     Parameters
     ----------
-    values
-        The tensors of an operation.
+    function, tensors
+        The operation, and the tensors among its arguments.
     batch
         The samples of the pass.
     """
-    tensors = [value for value in values if isinstance(value, Tensor) and batch.varies(value)]
-    return any(
-        tensor.requires_grad and tensor.dim() and batch.size not in tensor.shape
-        for tensor in tensors
-    ) and any(not tensor.requires_grad and tensor.numel() > 1 for tensor in tensors)
+    varying = [tensor for tensor in tensors if batch.varies(tensor) and tensor.numel() > 1]
+    has_joined_rows = any(
+        tensor.requires_grad and batch.size not in tensor.shape for tensor in varying
+    )
+    return has_joined_rows and any(
+        not tensor.requires_grad or (function in PRODUCTS and batch.size in tensor.shape)
+        for tensor in varying
+    )
 
 
 def _multiplies_by_data(
