@@ -88,6 +88,13 @@ def _make_store_error(text: str, where: str) -> StoreError:
     if "External AWS credential provider" in text:
         return _make_credential_error(text, where)
     line = text.split("\n")[0]
+    if "No space left" in line:
+        return StoreError(
+            expected="free space",
+            got=line,
+            where=where,
+            todo="free some, or enlarge the disk, then run the same command again",
+        )
     if not re.search("Error performing|HTTP error", line):  # a disk, or no request was sent
         return StoreError(
             expected="a folder or bucket that can be read and written",

@@ -4,10 +4,12 @@ import traceback
 
 import oracles
 import pytest
+from obstore.exceptions import BaseError
 
 from sampimp.errors import StoreError
 from sampimp.store.datasets import write_source
 from sampimp.store.location import Folder
+from sampimp.store.s3_errors import readable_errors
 
 # The answer of AWS to a wrong secret key repeats the request, session token included.
 REFUSAL = (
@@ -51,3 +53,9 @@ def test_errors_quote_the_answer_without_its_secrets(bucket, monkeypatch, status
         assert "bucket" in caught.value.where
         for secret in ("token-of-the-tests", "secret-of-the-tests"):
             assert secret not in text
+
+
+def test_a_full_disk_is_named():
+    words = r"Expected free space(.|\n)*No space left on device(.|\n)*Where /data"
+    with pytest.raises(StoreError, match=words), readable_errors("/data"):
+        raise BaseError("Generic LocalFileSystem error: No space left on device (os error 28)")
