@@ -22,8 +22,13 @@ os.environ["AWS_CONFIG_FILE"] = f"{tempfile.gettempdir()}/sampimp-tests-{os.getp
 os.environ["AWS_SHARED_CREDENTIALS_FILE"] = f"{os.environ['AWS_CONFIG_FILE']}-credentials"
 
 import dask
+import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+# An example may take long beside other work; a test as a whole has its time limit.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 # Collecting the tests makes millions of objects and no garbage; the collector took 2.2 of 9.8 s.
 gc.disable()

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
@@ -148,7 +148,6 @@ def test_the_t_interval_equals_scipys_and_leaves_missing_seeds_out():
     assert np.isnan(kernels.t_interval(np.array([1.0]))[1:]).all()
 
 
-@settings(deadline=None)
 @given(
     st.integers(2, 8),
     st.integers(1, 40),

@@ -71,7 +71,7 @@ def test_a_call_computes_nothing_but_the_curves(cube, name):
 
 
 @pytest.mark.parametrize("name", LAZY)
-@settings(deadline=None, max_examples=3)
+@settings(max_examples=3)
 @given(sample=st.integers(7, 40), layer=st.integers(1, 4), epoch=st.integers(1, 3))
 def test_no_result_depends_on_the_chunks(name, sample, layer, epoch):
     small = example_cube(

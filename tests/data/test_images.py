@@ -203,7 +203,7 @@ def test_mode_without_lossless_8_bit_form_is_refused(tmp_path, mode):
         decode_image(tmp_path / "a.png")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(draw=st.data())
 def test_damaged_files_raise_no_other_error(tmp_path_factory, draw):
     """Any bytes are decoded or raise DataError."""

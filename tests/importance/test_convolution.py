@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.nn import functional
 
@@ -72,7 +72,6 @@ def factor_and_gradients(geometry):
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("way", WAYS)
-@settings(deadline=None)
 @given(geometry=geometries())
 def test_each_way_gives_the_norm_of_autograd(way, geometry):
     factor, expected = factor_and_gradients(geometry)
@@ -87,7 +86,6 @@ def test_each_way_gives_the_norm_of_autograd(way, geometry):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@settings(deadline=None)
 @given(geometry=geometries(), count=st.integers(1, 5), size=st.sampled_from([1, 2**18]))
 def test_inner_products_are_those_of_the_gradients(geometry, count, size):
     """By a convolution and from the gradients, for one sample at a time and for all at once."""

@@ -79,7 +79,7 @@ def uses(draw):
     return total([part for part, _ in parts], n, torch.empty(o, i)), sum(want for _, want in parts)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.one_of(outers(), products(), tables(), uses()), st.sampled_from([1, 5, 2**18]), st.booleans()
 )
@@ -115,7 +115,7 @@ def assert_inner(factor, want, directions):
     assert ((got - inner_products(directions, want)).abs() <= 1e-12 * magnitude).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.one_of(outers(), products(), tables(), uses()), st.integers(1, 9))
 def test_inner_products_are_those_of_the_gradients(case, count):
     factor, want = case

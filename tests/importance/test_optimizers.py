@@ -182,7 +182,7 @@ def assert_close(got, expected, rtol=1e-9, atol=1e-9):
 
 
 @CLASSES
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_derivative_is_that_of_the_real_step(kind, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
@@ -209,7 +209,7 @@ def test_derivative_is_that_of_the_real_step(kind, data):
 
 
 @CLASSES
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_each_element_moves_with_its_own_gradient_only(kind, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))

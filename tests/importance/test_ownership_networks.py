@@ -91,7 +91,7 @@ BLOCKS = {
 }
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(
     st.integers(2, 5),
     st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=4),

@@ -21,7 +21,7 @@ from sampimp.training.models import flatten_parameters
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases())
 def test_in_step_importance_is_that_of_each_samples_own_gradient(case):
     model, optimizer, inputs, labels, reduction = case
@@ -32,7 +32,7 @@ def test_in_step_importance_is_that_of_each_samples_own_gradient(case):
     assert oracles.close(got, expected, scale=1e-8 * expected.amax(1, keepdim=True))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases(dropout=False) | cases(dropout=True))
 def test_in_step_importance_is_the_step_with_the_sample_minus_the_one_without(case):
     model, optimizer, inputs, labels, reduction = case

@@ -191,7 +191,7 @@ def recurrent_cases(draw):
     [linear_cases(), convolution_cases(), table_cases(), recurrent_cases()],
     ids=["linear", "convolution", "table", "recurrent"],
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_shape_size_and_reduction(cases, data):
     size, seed = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 99))

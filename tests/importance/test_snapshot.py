@@ -17,7 +17,7 @@ from sampimp.training.models import flatten_parameters
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(cases(), st.integers(1, 4))
 def test_snapshot_importance_is_that_of_each_samples_own_gradient(case, chunk):
     model, _, inputs, labels, _ = case

@@ -84,7 +84,7 @@ some_sizes = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(some_sizes, st.sampled_from(sorted(VARIABLES)))
 def test_a_chunk_is_one_epoch_and_not_too_large(sizes, name):
     dims, chunk = VARIABLES[name].dims, chunk_shape(name, sizes)
@@ -114,7 +114,7 @@ def chunk_files(folder):
     }
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(4, 64)
 )

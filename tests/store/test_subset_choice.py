@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sampimp.store.subset_choice import best_rule, best_variant, crossing
@@ -50,7 +50,6 @@ def test_a_rule_equal_to_balanced_is_seldom_chosen():
     assert chosen.count("other") < 0.05 * len(chosen)
 
 
-@settings(deadline=None)
 @given(
     errors=st.lists(st.one_of(st.floats(0, 1), st.just(float("nan"))), min_size=1, max_size=8),
     limit=st.floats(0, 1),

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sampimp.errors import ConfigError, RecordError
@@ -48,7 +48,6 @@ def equal_shares(sizes, count):
         shares[group] += shares[group] < sizes[group]
 
 
-@settings(deadline=None)
 @given(
     samples=st.integers(4, 80),
     classes=st.integers(1, 4),
@@ -67,7 +66,6 @@ def test_every_rule_selects_as_many_samples_as_asked_each_once(samples, classes,
         np.testing.assert_array_equal(select(spec, pool, count, seed), chosen)
 
 
-@settings(deadline=None)
 @given(classes=st.integers(1, 5), count=st.integers(1, 50), seed=st.integers(0, 99))
 def test_balanced_takes_equally_many_of_each_class(classes, count, seed):
     pool = make_pool(50, classes, seed)
@@ -229,7 +227,6 @@ def test_variants_are_rules_with_a_parameter():
     assert all(parse_rule(name).argument for name in parse_rule("power").variants)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=5))
 def test_the_validation_split_has_a_tenth_of_each_class(sizes):
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))

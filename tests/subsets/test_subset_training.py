@@ -7,7 +7,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
@@ -25,7 +25,6 @@ def make_data(dtype=np.float64):
     return Dataset(inputs[:SAMPLES], labels[:SAMPLES], inputs[SAMPLES:], labels[SAMPLES:])
 
 
-@settings(deadline=None)
 @given(
     count=st.integers(1, 40),
     size=st.integers(1, 12),

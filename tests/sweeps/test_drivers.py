@@ -226,7 +226,7 @@ GRIDS = (
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(2, 4), deaths=st.integers(0, 6))
 def test_every_grid_is_complete_after_any_deaths(tmp_path_factory, seed, count, deaths):
     chance = random.Random(seed)

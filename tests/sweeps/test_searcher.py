@@ -162,7 +162,7 @@ def test_a_diverged_reference_unblocks_nothing(tmp_path):
     assert searcher.suggest("tune-2") == FINISHED
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
     slots=st.integers(1, 4),

@@ -11,7 +11,7 @@ import oracles
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -73,7 +73,6 @@ def cube_of(folder, seed=1):
     return sampimp.open_cube(folder)["one"].to_dataset().sel(strategy="shuffle", seed=seed)
 
 
-@settings(deadline=None)
 @given(true_size=st.floats(0.03, 0.8), start=st.lists(st.floats(0.02, 0.85), max_size=4))
 def test_a_bisection_closes_in_on_the_smallest_size(true_size, start):
     """The error falls below the limit at `true_size`, which the bisection does not know."""

@@ -61,7 +61,7 @@ def assert_same_importance(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=8 * torch.finfo(actual.dtype).eps, atol=0)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     # At least 2: a matrix of one column is also a row, and BLAS may get the other layout.
@@ -158,7 +158,6 @@ def test_take_returns_each_sample_once():
     assert step.take().shape == (2, 4)
 
 
-@settings(deadline=None)
 @given(
     count=st.integers(1, 8),
     classes=st.integers(2, 6),

@@ -42,7 +42,7 @@ def expected_batches(strategy, difficulty, count):
     return batches[::-1] if strategy in ("rnlo", "rsio") else batches
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(counts, batch_sizes, st.sampled_from((*REFERENCES, *STRATEGIES)), st.integers(0, 99))
 def test_every_sample_is_in_exactly_one_batch(sample_count, batch_size, strategy, seed):
     difficulty = np.random.default_rng(seed).random(sample_count)
@@ -56,7 +56,7 @@ def test_every_sample_is_in_exactly_one_batch(sample_count, batch_size, strategy
         assert max(sizes) - min(sizes) <= 1
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.lists(st.integers(0, 8), min_size=1, max_size=60),  # few values: many ties
     batch_sizes,
@@ -105,7 +105,7 @@ def test_shuffle_differs_from_rand():
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(counts, batch_sizes)
 def test_batch_positions_identify_the_batches(sample_count, batch_size):
     batches = make_schedule("shuffle", sample_count, batch_size, 0)(1)
