@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 EXIT_CODES = """Exit code:
   0  all are committed            1  some are missing
-  2  a mistake that you can correct      130  interrupted by Ctrl-C, 143 by SIGTERM"""
+  2  a mistake that you can correct      130  interrupted by Ctrl-C
+                                         143  ended by SIGTERM"""
 """The end of each command's help."""
 
 

@@ -249,7 +249,8 @@ Examples:
 
 Exit code:
   0  every trial is done or diverged     1  a trial is missing
-  2  a mistake that you can correct      130  interrupted by Ctrl-C, 143 by SIGTERM"""
+  2  a mistake that you can correct      130  interrupted by Ctrl-C
+                                         143  ended by SIGTERM"""
 
 
 def parse(arguments: list[str], prog: str = "full_study.py") -> StudyConfig:
