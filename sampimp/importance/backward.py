@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from sampimp.errors import UnsupportedError
-from sampimp.importance.forward_pass import ForwardPass, argument, tensors_among
+from sampimp.importance.forward_pass import ForwardPass
 from sampimp.importance.gradient_checks import GradientChecks
 from sampimp.importance.gradients import Explicit, Factor, Outer, Product, total
 from sampimp.importance.known_layouts import KnownLayouts, Layouts
 from sampimp.importance.model_tensors import ModelTensors
+from sampimp.importance.ownership.call import argument, tensors_among
 from sampimp.importance.ownership.layout import AxisLayout, joined_rows
 from sampimp.importance.ownership.row_notes import as_sequence
 from sampimp.importance.ownership.use import Use

@@ -1,15 +1,16 @@
 """The record of one forward pass, for the proof and for the backward hooks.
 
-Map: `ForwardPass`, and `tensors_among` (tensors in the arguments of a call).
+Map: `ForwardPass`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from sampimp.importance.ownership.call import tensors_among
 from sampimp.importance.ownership.data_rows import DataRows
 from sampimp.importance.ownership.layout import AxisLayout
 from sampimp.importance.ownership.loss_order import LabelOrders
@@ -86,21 +87,3 @@ class ForwardPass:
         """Drop all references to autograd's graph."""
         for container in (self.edges, self.outputs, self.uses, self.tape, self.retained):
             container.clear()
-
-
-def tensors_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """Yield the tensors among arguments, and those in lists and tuples among them."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            for item in value:
-                if isinstance(item, Tensor):
-                    yield item
-
-
-def argument(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str, default: Any
-) -> Any:
-    """Return an argument that is passed by position or by name."""
-    return args[position] if len(args) > position else kwargs.get(name, default)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from sampimp.errors import UnsupportedError
-from sampimp.importance.forward_pass import argument
 from sampimp.importance.gradients import Factor
 from sampimp.importance.model_tensors import ModelTensors
+from sampimp.importance.ownership.call import argument
 from sampimp.importance.ownership.row_notes import as_sequence
 
 SCALINGS: dict[Callable[..., Any], tuple[bool, int]] = {

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sampimp.errors import UnsupportedError
-from sampimp.importance.forward_pass import argument
+from sampimp.importance.ownership.call import argument
 from sampimp.importance.recorded_step import gradient_norms
 from sampimp.importance.step import Capture
 from sampimp.importance.update import UpdateDerivative

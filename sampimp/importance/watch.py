@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sampimp.importance.backward import BackwardHooks
-from sampimp.importance.forward_pass import ForwardPass, argument, tensors_among
+from sampimp.importance.forward_pass import ForwardPass
 from sampimp.importance.gradient_checks import SCALINGS, GradientChecks
 from sampimp.importance.model_tensors import (
     NO_ROOTS,
@@ -34,7 +34,7 @@ from sampimp.importance.model_tensors import (
     samples_mixed_by,
 )
 from sampimp.importance.output_hooks import hook_output, hook_outputs
-from sampimp.importance.ownership.call import Call
+from sampimp.importance.ownership.call import Call, argument, tensors_among
 from sampimp.importance.ownership.layout import AxisLayout
 from sampimp.importance.ownership.row_notes import (
     as_sequence,

@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from sampimp.errors import UnsupportedError
-from sampimp.importance.forward_pass import argument, tensors_among
+from sampimp.importance.ownership.call import argument, tensors_among
 from sampimp.importance.ownership.row_notes import as_sequence
 from sampimp.importance.watch import is_inside_function
 
